@@ -1,0 +1,42 @@
+"""The `konic` command. Each command lives in a file of its own and imports the library only when it runs."""
+
+import sys
+
+import typer
+
+from konic import __version__
+from konic.cli.demo import demo
+from konic.cli.train import train
+
+app = typer.Typer(
+    name="konic",
+    help="Finetune language models by reinforcement learning with your own Python rewards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo)
+app.command()(train)
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        typer.echo(f"konic {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one message and exit code 1, without a traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        from konic.finetuning.errors import KonicError
+
+        if not isinstance(error, KonicError):
+            raise
+        typer.secho(f"Error: {error}", fg=typer.colors.RED if sys.stderr.isatty() else None, err=True)
+        sys.exit(1)

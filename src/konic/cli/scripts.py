@@ -1,0 +1,58 @@
+"""A user's script -> the agent it defines. The script is imported, not run as `__main__`."""
+
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from konic.finetuning import ConfigError, KonicError, KonicFinetuningAgent
+from konic.finetuning.errors import did_you_mean
+
+
+def load_agent(script: Path) -> KonicFinetuningAgent:
+    """The module-level `agent` of a script, or what its `build_agent()` returns.
+
+    Raises:
+        ConfigError: No such file, no agent in it, or an error while it was imported.
+    """
+    if not script.is_file():
+        raise ConfigError(f"{script}: there is no such file.")
+    module = _import(script)
+    agent: Any = getattr(module, "agent", None)
+    if agent is None:
+        build = getattr(module, "build_agent", None)
+        if not callable(build):
+            names = [name for name in vars(module) if not name.startswith("_")]
+            hint = did_you_mean("agent", names) or did_you_mean("build_agent", names)
+            raise ConfigError(f"{script}: defines neither a module-level `agent` nor a function `build_agent()`.{hint}")
+        agent = _call(script, build)
+    if not isinstance(agent, KonicFinetuningAgent):
+        raise ConfigError(f"{script}: its agent is a {type(agent).__name__}, not a KonicFinetuningAgent.")
+    return agent
+
+
+def _import(script: Path) -> Any:
+    name = (
+        script.stem if script.stem.isidentifier() and script.stem not in sys.modules else f"konic_script_{script.stem}"
+    )
+    spec = importlib.util.spec_from_file_location(name, script.absolute())
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{script}: is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(script.absolute().parent))
+    _call(script, spec.loader.exec_module, module)
+    return module
+
+
+def _call(script: Path, function: Any, *values: Any) -> Any:
+    """What the user's code returns; its error with the part of the traceback that is the user's."""
+    try:
+        return function(*values)
+    except KonicError:
+        raise
+    except Exception as error:
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename][1:]
+        lines = "".join(traceback.format_list(own) + traceback.format_exception_only(error)).rstrip()
+        raise ConfigError(f"{script}: raised {type(error).__name__} while it was loaded:\n{lines}") from error

@@ -1,0 +1,135 @@
+"""The demo: a small chat model learns to end movie reviews briefly, kindly and coherently.
+
+Also a script like a user's: `konic train` takes this file.
+"""
+
+import re
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from konic.finetuning import (
+    DatasetConfig,
+    DatasetSource,
+    GenerationConfig,
+    KonicFinetuningAgent,
+    KonicFinetuningEngine,
+    KonicLLMRewardComposer,
+    LoraConfig,
+    TrainingConfig,
+    llm_reward,
+)
+from konic.finetuning.callbacks import printable
+from konic.finetuning.evaluation import distinct_n, mean, paired_bootstrap
+
+KIND_WORDS = frozenset(
+    "admirable amazing beautiful beautifully best brilliant brilliantly captivating charming clever compelling "
+    "convincing delight delightful elegant engaging enjoy enjoyable enjoyed entertaining excellent exceptional "
+    "exquisite fantastic fascinating fine fresh fun funny gem generous gentle glorious good gorgeous graceful great "
+    "happy heartwarming honest hopeful impressive incredible inspired inspiring joy joyful kind lovely love loved "
+    "magical marvelous masterful masterpiece memorable moving outstanding perfect perfectly pleasant pleasure "
+    "poignant powerful rewarding rich satisfying sincere smart splendid strong stunning superb sweet tender "
+    "terrific thoughtful thrilling touching triumph warm warmth witty wonderful wonderfully worth".split()
+)
+UNKIND_WORDS = frozenset(
+    "annoying awful bad badly bland boring cheap clumsy confusing cringe dead disappointing disappointment dreadful "
+    "dull empty fail failed fails flat forgettable hate hated horrible lack lacks lame lazy mediocre mess messy "
+    "miserable painful pointless poor poorly predictable ridiculous sad shallow silly slow stale stiff stupid "
+    "terrible tedious thin tired tiresome ugly unconvincing uninspired unpleasant waste wasted weak worse worst "
+    "wrong".split()
+)
+MIN_WORDS = 5
+
+
+class MovieReviewRewards(KonicLLMRewardComposer):
+    """Three rewards between −1 and 1 each. A response of fewer than five words earns nothing from any of them."""
+
+    @llm_reward
+    def brevity(self, prompt: str, response: str) -> float:
+        """1 for a sentence of 60 characters or fewer, falling to 0 at 300."""
+        if len(_words(response)) < MIN_WORDS:
+            return 0.0
+        return min(1.0, max(0.0, (300 - len(response)) / 240))
+
+    @llm_reward
+    def positivity(self, prompt: str, response: str) -> float:
+        """A third for each different kind word, less a third for each different unkind one, within ±1."""
+        words = _words(response)
+        if len(words) < MIN_WORDS:
+            return 0.0
+        balance = len(KIND_WORDS.intersection(words)) - len(UNKIND_WORDS.intersection(words))
+        return max(-1.0, min(1.0, balance / 3))
+
+    @llm_reward
+    def coherence(self, prompt: str, response: str) -> float:
+        """Half for words that are not repeated, half for closing with a finished sentence."""
+        words = _words(response)
+        if len(words) < MIN_WORDS:
+            return 0.0
+        pairs = list(pairwise(words))
+        fresh = len(set(pairs)) / len(pairs) * len(set(words)) / len(words)
+        is_finished = response.rstrip().endswith((".", "!", "?", '."', '!"', '?"'))
+        return 0.5 * fresh + 0.5 * is_finished
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z']+", text.lower())
+
+
+def build_agent(max_minutes: float | None = None) -> KonicFinetuningAgent:
+    """The agent that `konic demo` trains."""
+    return KonicFinetuningAgent(
+        base_model="smollm2-135m",
+        reward_composer=MovieReviewRewards(),
+        lora_config=LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj")),
+        dataset_config=DatasetConfig(source=DatasetSource.BUNDLED, held_out=64),
+        training_config=TrainingConfig(batch_size=16, max_minutes=max_minutes),
+        generation_config=GenerationConfig(max_new_tokens=48, max_prompt_length=64),
+    )
+
+
+def run_demo(max_iterations: int, max_minutes: float, output: Path | None) -> None:
+    """Evaluate, train, evaluate again on the same held-out prompts with the same random numbers, and compare."""
+    agent = build_agent(max_minutes)
+    engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=output)
+    before = engine.evaluate()
+    result = engine.train(max_iterations)
+    after = engine.evaluate()
+    print_comparison(before, after)
+    print(f"\nThe model is in {result.model_path}; every response it gave is in completions/ beside it.")  # noqa: T201
+
+
+def print_comparison(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Print a table of before and after on the same prompts, and four responses of each side by side."""
+    gain = paired_bootstrap(before["rewards"], after["rewards"])
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    table = Table(title=f"Before and after on {len(before['prompts'])} held-out prompts", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for heading in ("before", "after"):
+        table.add_column(heading, justify="right")
+    table.add_row("mean reward", f"{before['reward_mean']:.3f}", f"{after['reward_mean']:.3f}", style="bold")
+    for name, value in before["reward_breakdown"].items():
+        table.add_row(f"  {name}", f"{value:.3f}", f"{after['reward_breakdown'][name]:.3f}")
+    for label, numbers in (
+        ("KL paid per response (nats)", [f"{mean(side['kl_per_response']):.2f}" for side in (before, after)]),
+        ("response length (tokens)", [f"{mean(side['response_lengths']):.1f}" for side in (before, after)]),
+        ("distinct-2", [f"{distinct_n(side['responses']):.3f}" for side in (before, after)]),
+    ):
+        table.add_row(label, *numbers)
+    console.print()
+    console.print(table)
+    console.print(
+        f"Gain in mean reward: {gain.mean:+.3f} (95 % interval {gain.low:+.3f} to {gain.high:+.3f}, paired bootstrap)"
+    )
+    for index in range(min(4, len(before["prompts"]))):
+        pair = Table(box=box.SIMPLE_HEAD, title=Text(f"{printable(before['prompts'][index])} …"), title_justify="left")
+        for side, heading in ((before, "before"), (after, "after")):
+            pair.add_column(f"{heading} ({side['rewards'][index]:.2f})", ratio=1)
+        pair.add_row(*(Text(printable(side["responses"][index].strip())) for side in (before, after)))
+        console.print(pair)

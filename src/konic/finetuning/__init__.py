@@ -1,0 +1,55 @@
+"""Reinforcement-learning finetuning with your own rewards.
+
+The modules in the order the data flows: `agent` and `config` say what to train; `models`, `policy`, `dataset` and
+`prompts` load it; then, iteration after iteration, `rollout` (`sampling`), `rewards`, `algorithms` (`advantages`),
+`update` (`losses`), `measures`, `results`, `callbacks`, `checkpoint` and `run_folder`. `engine` holds the loop.
+"""
+
+from konic.finetuning.agent import KonicFinetuningAgent
+from konic.finetuning.callbacks import BaseKonicFinetuningCallback, KonicFinetuningCallback
+from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
+from konic.finetuning.dataset import DatasetConfig, DatasetSource
+from konic.finetuning.engine import KonicFinetuningEngine
+from konic.finetuning.errors import (
+    ConfigError,
+    DatasetError,
+    KonicError,
+    ModelError,
+    OutputError,
+    RewardError,
+    TrainingError,
+)
+from konic.finetuning.results import FinetuningIterationResult, FinetuningResult
+from konic.finetuning.rewards import (
+    KonicLLMRewardComposer,
+    MaxReducer,
+    MeanReducer,
+    WeightedSumReducer,
+    llm_reward,
+)
+
+__all__ = [
+    "BaseKonicFinetuningCallback",
+    "ConfigError",
+    "DatasetConfig",
+    "DatasetError",
+    "DatasetSource",
+    "FinetuningIterationResult",
+    "FinetuningResult",
+    "GenerationConfig",
+    "KonicError",
+    "KonicFinetuningAgent",
+    "KonicFinetuningCallback",
+    "KonicFinetuningEngine",
+    "KonicLLMRewardComposer",
+    "LoraConfig",
+    "MaxReducer",
+    "MeanReducer",
+    "ModelError",
+    "OutputError",
+    "RewardError",
+    "TrainingConfig",
+    "TrainingError",
+    "WeightedSumReducer",
+    "llm_reward",
+]

@@ -1,0 +1,82 @@
+"""LoraConfig -> PEFT's, checked against a model's layers; and what is done to layers around it."""
+
+import copy
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from konic.finetuning.config import LoraConfig
+from konic.finetuning.errors import ConfigError, did_you_mean
+
+
+def peft_config(lora: LoraConfig | peft.LoraConfig, causal_lm: PreTrainedModel) -> peft.LoraConfig:
+    """The PEFT config for a model: targets checked against its layers, `fan_in_fan_out` read off them.
+
+    Raises:
+        ConfigError: A target that matches no layer, with the candidates.
+    """
+    if isinstance(lora, LoraConfig):
+        values = lora.model_dump()
+        if isinstance(values["target_modules"], tuple):
+            values["target_modules"] = list(values["target_modules"])
+        lora = peft.LoraConfig(**{**values, "fan_in_fan_out": False})
+    else:
+        lora = copy.deepcopy(lora)
+    layers = {name: module for name, module in causal_lm.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    if lora.target_modules is None:
+        default = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(causal_lm.config.model_type)
+        lora.target_modules = set(default) if default else "all-linear"
+    if not isinstance(lora.target_modules, str):
+        _check_targets(sorted(lora.target_modules), causal_lm, layers)
+    targets = lora.target_modules
+    lora.fan_in_fan_out = any(
+        isinstance(module, Conv1D)
+        for name, module in layers.items()
+        if isinstance(targets, str) or any(name == target or name.endswith(f".{target}") for target in targets)
+    )
+    lora.task_type = peft.TaskType.CAUSAL_LM
+    return lora
+
+
+def _check_targets(targets: list[str], causal_lm: PreTrainedModel, layers: dict[str, nn.Module]) -> None:
+    names = [name for name, _ in causal_lm.named_modules()]
+    candidates = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ConfigError(
+                f"LoraConfig.target_modules: {target!r} matches no layer of {type(causal_lm).__name__}."
+                f"{did_you_mean(target, candidates)} Its candidates: {', '.join(candidates)}."
+            )
+
+
+def adapter_off_is_base(adapter: peft.LoraConfig) -> bool:
+    """False where the adapter trains or rewrites weights of the base model itself."""
+    return adapter.bias == "none" and adapter.init_lora_weights in (True, False, "gaussian", "orthogonal")
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Every dropout to 0: with any, the first ratio of an update is not one, and KL is noise."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def can_merge(layer: Any) -> bool:
+    """True for plain layers of floating-point weights; quantised ones are sampled with the adapter beside them."""
+    base = layer.get_base_layer()
+    return isinstance(base, nn.Linear | Conv1D | nn.Embedding) and base.weight.is_floating_point()
+
+
+def merged_layer(layer: Any) -> nn.Module:
+    """A copy of an adapted layer's base layer with the adapter merged in."""
+    with torch.no_grad():
+        twin = copy.deepcopy(layer)
+        twin.merge()
+    return twin.get_base_layer()

@@ -1,0 +1,72 @@
+"""Scores and values -> advantages and returns. Pure functions of tensors and floats.
+
+Shapes: B sequences, R response tokens. A mask is True where a token counts.
+"""
+
+import torch
+from torch import Tensor
+
+
+def token_rewards(scores: Tensor, log_ratios: Tensor, response_mask: Tensor, kl_penalty_weight: float) -> Tensor:
+    """The reward of every token: the KL penalty at each, and the score once, on the last (Ziegler et al. 2019; N+).
+
+    Args:
+        scores: [B] one per sequence.
+        log_ratios: [B, R] log π(token) − log π_ref(token) of the sampled tokens, nats.
+        response_mask: [B, R] True on response tokens; every row has at least one.
+        kl_penalty_weight: β ≥ 0.
+
+    Returns:
+        [B, R]; a row sums to its score − β Σ log_ratios; 0 outside the mask.
+    """
+    rewards = torch.where(response_mask, -kl_penalty_weight * log_ratios, 0.0)
+    positions = torch.arange(response_mask.shape[1], device=scores.device)
+    last = torch.where(response_mask, positions, -1).amax(dim=1)
+    return rewards + torch.where(positions == last[:, None], scores[:, None], 0.0)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and the returns to regress on (Schulman et al. 2016, eq. 16).
+
+    A_t = δ_t + γλ A_{t'} with δ_t = r_t + γ V_{t'} − V_t, where t' is the next token that counts. After the last one
+    both the value and the advantage are 0. Masked positions are stepped over, whatever they hold.
+
+    Args:
+        rewards: [B, R].
+        values: [B, R] V before each token.
+        response_mask: [B, R].
+        gamma: Discount per token, in (0, 1].
+        gae_lambda: λ in [0, 1]; 1 gives return − value.
+
+    Returns:
+        advantages [B, R] and returns [B, R] = advantages + values; both 0 outside the mask.
+    """
+    next_value = torch.zeros_like(values[:, 0])
+    next_advantage = torch.zeros_like(next_value)
+    advantages = torch.zeros_like(values)
+    for t in reversed(range(values.shape[1])):
+        counts = response_mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * gae_lambda * next_advantage
+        advantages[:, t] = torch.where(counts, advantage, 0.0)
+        next_value = torch.where(counts, values[:, t], next_value)
+        next_advantage = torch.where(counts, advantage, next_advantage)
+    returns = torch.where(response_mask, advantages + values, 0.0)
+    return advantages, returns
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """Values shifted to mean 0 and scaled to unbiased standard deviation 1 over the mask, 0 outside it (N).
+
+    Fewer than two values, or values that are all equal, become 0.
+
+    Args:
+        values: [B, R].
+        mask: [B, R].
+    """
+    counted = values[mask]
+    if counted.numel() < 2 or counted.min() == counted.max():
+        return torch.zeros_like(values)  # the mean of equal values is off by rounding, which must not be scaled up
+    return torch.where(mask, (values - counted.mean()) / (counted.std() + 1e-8), 0.0)

@@ -1,0 +1,101 @@
+"""What to train, on what, towards what: one record of the user's choices, checked before anything is loaded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
+from konic.finetuning.dataset import DatasetConfig
+from konic.finetuning.errors import ConfigError
+from konic.finetuning.rewards import KonicLLMRewardComposer
+
+
+class KonicFinetuningAgent:
+    """A base model, a reward composer, and how to train. Configs may be dicts.
+
+    Args:
+        base_model: A Hub id, a folder, a `.gguf` file, or a packaged model such as "smollm2-135m".
+        reward_composer: What scores responses.
+        lora_config: The adapter, as konic's or PEFT's LoraConfig; None trains every weight.
+        dataset_config: Where prompts come from; None takes the bundled ones.
+        training_config: How to learn.
+        generation_config: How to sample.
+        model_kwargs: For `from_pretrained`: revision, token, dtype, attn_implementation, trust_remote_code,
+            quantization_config.
+
+    Raises:
+        ConfigError: A value that cannot be; the message names it.
+        RewardError: A composer without rewards.
+    """
+
+    def __init__(
+        self,
+        base_model: str,
+        reward_composer: KonicLLMRewardComposer,
+        lora_config: Any = None,
+        dataset_config: DatasetConfig | Mapping[str, Any] | None = None,
+        training_config: TrainingConfig | Mapping[str, Any] | None = None,
+        generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(base_model, str) or not base_model.strip():
+            raise ConfigError(f"base_model must name a model or a folder, got {base_model!r}.")
+        if not isinstance(reward_composer, KonicLLMRewardComposer):
+            hint = " Give an instance: add ()." if isinstance(reward_composer, type) else ""
+            raise ConfigError(f"reward_composer must be a KonicLLMRewardComposer, got {reward_composer!r}.{hint}")
+        reward_composer.check()
+        self._base_model = base_model
+        self._reward_composer = reward_composer
+        self._lora_config = _lora_config(lora_config)
+        self._dataset_config = DatasetConfig.from_value(dataset_config)
+        self._training_config = TrainingConfig.from_value(training_config)
+        self._generation_config = GenerationConfig.from_value(generation_config)
+        self._model_kwargs = dict(model_kwargs or {})
+
+    def get_base_model(self) -> str:
+        """The base model, as it was named."""
+        return self._base_model
+
+    def get_reward_composer(self) -> KonicLLMRewardComposer:
+        """What scores responses."""
+        return self._reward_composer
+
+    def get_lora_config(self) -> Any:
+        """Konic's or PEFT's LoraConfig, or None in full finetuning."""
+        return self._lora_config
+
+    def get_dataset_config(self) -> DatasetConfig:
+        """Where prompts come from."""
+        return self._dataset_config
+
+    def get_training_config(self) -> TrainingConfig:
+        """How to learn."""
+        return self._training_config
+
+    def get_generation_config(self) -> GenerationConfig:
+        """How to sample."""
+        return self._generation_config
+
+    def get_model_kwargs(self) -> dict[str, Any]:
+        """What `from_pretrained` gets."""
+        return dict(self._model_kwargs)
+
+    @property
+    def kl_penalty_weight(self) -> float:
+        """β: the composer's where it has one, else the training config's."""
+        own = self._reward_composer.kl_penalty_weight
+        return self._training_config.kl_penalty_weight if own is None else own
+
+
+def _lora_config(value: Any) -> Any:
+    if value is None or isinstance(value, LoraConfig | Mapping):
+        return None if value is None else LoraConfig.from_value(value)
+    import peft
+
+    if isinstance(value, peft.LoraConfig):
+        return value
+    if isinstance(value, peft.PeftConfig):
+        raise ConfigError(
+            f"lora_config: {type(value).__name__} is not supported; it would change what the model reads or how the "
+            "reference is told from it. Use LoraConfig(r=8, lora_alpha=16)."
+        )
+    raise ConfigError(f"lora_config must be a LoraConfig, a dict of its fields or None, got {value!r}.")

@@ -1,0 +1,229 @@
+"""Hooks of a run, and the one callback that prints its lines, draws its progress and stops it early."""
+
+import logging
+import sys
+import unicodedata
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from konic.finetuning.errors import ConfigError
+from konic.finetuning.results import FinetuningIterationResult, FinetuningResult
+
+logger = logging.getLogger(__name__)
+
+
+class BaseKonicFinetuningCallback:
+    """Every hook, doing nothing. Subclass it and override what you need."""
+
+    def on_train_begin(self, config: dict[str, Any]) -> None:
+        """Before the first iteration; `config` holds the run's settings by name."""
+
+    def on_iteration_begin(self, iteration: int) -> None:
+        """Before an iteration, counted from 1."""
+
+    def on_generation_begin(self, prompts: list[str]) -> None:
+        """Before responses are sampled."""
+
+    def on_generation_end(self, prompts: list[str], responses: list[str]) -> None:
+        """After responses are sampled."""
+
+    def on_reward_computed(self, rewards: list[float], reward_breakdown: dict[str, list[float]]) -> None:
+        """After responses are scored; NaN where a sample, or a part of it, has no value."""
+
+    def on_iteration_end(self, result: FinetuningIterationResult) -> None:
+        """After an iteration's update."""
+
+    def on_checkpoint_saved(self, path: str, iteration: int) -> None:
+        """After a checkpoint is whole on disk."""
+
+    def on_train_end(self, result: FinetuningResult) -> None:
+        """After the last iteration, when everything is saved."""
+
+    def on_train_error(self, error: BaseException) -> None:
+        """When an error ends the run, before it is raised."""
+
+    def should_stop_early(self, result: FinetuningIterationResult) -> bool:
+        """True to end the run after this iteration."""
+        return False
+
+
+class KonicFinetuningCallback(BaseKonicFinetuningCallback):
+    """Prints a run's lines, draws progress on a terminal, logs to MLflow if asked, and stops when KL runs away.
+
+    Args:
+        log_interval: Print every so many iterations, and the first.
+        log_samples: Show prompts and responses too, on standard error.
+        max_samples_to_log: How many of them.
+        use_mlflow: Log settings and metrics to the active MLflow run, or to a new one.
+        early_stop_kl_threshold: Nats per token; None never stops.
+        early_stop_patience: Iterations in a row above the threshold that end the run.
+        verbose: False prints nothing.
+    """
+
+    def __init__(
+        self,
+        log_interval: int = 1,
+        log_samples: bool = False,
+        max_samples_to_log: int = 3,
+        use_mlflow: bool = False,
+        early_stop_kl_threshold: float | None = None,
+        early_stop_patience: int = 5,
+        verbose: bool = True,
+    ) -> None:
+        if log_interval < 1 or early_stop_patience < 1:
+            raise ConfigError("KonicFinetuningCallback: log_interval and early_stop_patience must be at least 1.")
+        self.log_interval = log_interval
+        self.log_samples = log_samples
+        self.max_samples_to_log = max_samples_to_log
+        self.early_stop_kl_threshold = early_stop_kl_threshold
+        self.early_stop_patience = early_stop_patience
+        self.verbose = verbose
+        self._mlflow = _import_mlflow() if use_mlflow else None
+        self._owns_mlflow_run = False
+        self._iterations_above = 0
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._samples: list[tuple[str, str]] = []
+
+    def on_train_begin(self, config: dict[str, Any]) -> None:
+        """Print the banner, start the progress bar and the MLflow run."""
+        self._iterations_above = 0
+        if self._mlflow is not None:
+            self._owns_mlflow_run = self._mlflow.active_run() is None
+            if self._owns_mlflow_run:
+                self._mlflow.start_run()
+            self._mlflow.log_params(config)
+        if not self.verbose:
+            return
+        rule = "=" * 60
+        lines = [rule, "Starting RLHF Training", rule, f"Model: {printable(str(config['model_name']))}"]
+        lines += [f"LoRA: {config['use_lora']}", f"Learning Rate: {config['learning_rate']:g}"]
+        lines += [f"Batch Size: {config['batch_size']}", f"Max Iterations: {config['max_iterations']}", rule, ""]
+        _print("\n".join(lines))
+        if sys.stderr.isatty():
+            self._progress = Progress(
+                TextColumn("{task.description:<10}"),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                redirect_stdout=sys.stdout.isatty(),
+                transient=True,
+            )
+            done = config.get("iterations_done", 0)
+            self._task = self._progress.add_task("starting", total=config["max_iterations"], completed=done)
+            self._progress.start()
+
+    def on_generation_begin(self, prompts: list[str]) -> None:
+        """Show the phase."""
+        self._phase("sampling")
+
+    def on_generation_end(self, prompts: list[str], responses: list[str]) -> None:
+        """Show the phase; keep samples to log."""
+        self._phase("rewarding")
+        self._samples = list(zip(prompts, responses, strict=True))[: self.max_samples_to_log]
+
+    def on_reward_computed(self, rewards: list[float], reward_breakdown: dict[str, list[float]]) -> None:
+        """Show the phase; log samples with their rewards."""
+        self._phase("updating")
+        if self.verbose and self.log_samples:
+            for (prompt, response), reward in zip(self._samples, rewards, strict=False):
+                print(f"  {reward:+.3f}  {printable(prompt)} → {printable(response)}", file=sys.stderr)  # noqa: T201
+
+    def on_iteration_end(self, result: FinetuningIterationResult) -> None:
+        """Print the iteration's line and log its metrics."""
+        if self._mlflow is not None:
+            values = {k: v for k, v in result.to_dict().items() if isinstance(v, int | float) and k != "iteration"}
+            values |= {f"reward/{name}": value for name, value in result.reward_breakdown.items()}
+            self._mlflow.log_metrics(values, step=result.iteration)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=result.iteration)
+        if self.verbose and (result.iteration % self.log_interval == 0 or result.iteration == 1):
+            _print(iteration_line(result))
+
+    def on_train_end(self, result: FinetuningResult) -> None:
+        """Print the summary; end the progress bar and the MLflow run that was started here."""
+        self._close()
+        if self.verbose:
+            _print("\n" + result.summary())
+
+    def on_train_error(self, error: BaseException) -> None:
+        """End the progress bar and the MLflow run that was started here."""
+        self._close(status="FAILED")
+
+    def should_stop_early(self, result: FinetuningIterationResult) -> bool:
+        """True once KL has been above the threshold for `early_stop_patience` iterations in a row."""
+        threshold = self.early_stop_kl_threshold
+        above = threshold is not None and result.kl_divergence > threshold
+        self._iterations_above = self._iterations_above + 1 if above else 0
+        return self._iterations_above >= self.early_stop_patience
+
+    def _phase(self, name: str) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, description=name)
+
+    def _close(self, status: str = "FINISHED") -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        if self._mlflow is not None and self._owns_mlflow_run:
+            self._mlflow.end_run(status)
+            self._owns_mlflow_run = False
+
+
+def iteration_line(result: FinetuningIterationResult) -> str:
+    """The line that a run prints for an iteration."""
+    return (
+        f"[Iter {result.iteration:4d}] Reward: {result.reward_mean:7.3f} (+/- {result.reward_std:.3f}) | "
+        f"KL: {abs(result.kl_divergence):.4f} | Loss: {result.total_loss:.4f} | Time: {result.total_time_sec:.1f}s"
+    )
+
+
+def printable(text: str) -> str:
+    """Text with its control and format characters escaped, so that it cannot steer a terminal; one line."""
+    return "".join(
+        char if char == " " or unicodedata.category(char)[0] not in "CZ" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+class Callbacks:
+    """A user's callback or callbacks as one; a KonicFinetuningCallback comes first where none is among them.
+
+    Raises:
+        ConfigError: Something that is not a callback.
+    """
+
+    def __init__(self, given: Any) -> None:
+        callbacks = list(given) if isinstance(given, Sequence) else [given] if given is not None else []
+        for callback in callbacks:
+            if not isinstance(callback, BaseKonicFinetuningCallback):
+                hint = " Give an instance: add ()." if isinstance(callback, type) else ""
+                raise ConfigError(f"callback: {callback!r} is not a BaseKonicFinetuningCallback.{hint}")
+        if not any(isinstance(callback, KonicFinetuningCallback) for callback in callbacks):
+            callbacks.insert(0, KonicFinetuningCallback())
+        self._callbacks = callbacks
+
+    def __getattr__(self, hook: str) -> Any:
+        """The hook of all of them, called in order; True if any returns True."""
+        return lambda *values: True in [getattr(callback, hook)(*values) for callback in self._callbacks]
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)  # noqa: T201
+
+
+def _import_mlflow() -> ModuleType:
+    try:
+        import mlflow
+    except ImportError:
+        raise ConfigError(
+            "KonicFinetuningCallback(use_mlflow=True) needs MLflow, which is not installed: pip install mlflow"
+        ) from None
+    return mlflow

@@ -1,0 +1,187 @@
+"""Folders written whole: checkpoints with everything a resume needs, and the final model.
+
+A folder is written beside its place and renamed, so that what bears its name is complete. Only safetensors and json.
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from konic.finetuning.errors import OutputError
+from konic.finetuning.policy import Policy
+from konic.finetuning.results import FinetuningIterationResult
+
+STATE_FILE = "trainer_state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+BEST_FILE = "best.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands. Random numbers and the position in the data follow from the iteration."""
+
+    iteration: int = 0
+    """Iterations done."""
+    num_steps: int = 0
+    """Optimizer steps taken, or planned and passed over because no sample had a score."""
+    elapsed_seconds: float = 0.0
+    history: list[FinetuningIterationResult] = field(default_factory=list)
+    best_weights: dict[str, Tensor] | None = field(default=None, repr=False)
+    """What learns, as it was when the best iteration sampled; on the CPU."""
+
+    def is_best(self, reward: float) -> bool:
+        """True where a mean reward is above all before it."""
+        return not math.isnan(reward) and all(not result.reward_mean >= reward for result in self.history)
+
+    def add(self, result: FinetuningIterationResult, num_steps: int, elapsed_seconds: float) -> None:
+        """Count an iteration as done."""
+        self.iteration = result.iteration
+        self.num_steps += num_steps
+        self.elapsed_seconds = elapsed_seconds
+        self.history.append(result)
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A new folder to fill; on leaving without an error it is synced and takes its name, replacing what bore it.
+
+    Raises:
+        OutputError: It cannot be written; whatever bore the name is as it was.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        beside.chmod(0o755)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror}.") from error
+    try:
+        yield beside
+        for file in beside.rglob("*"):
+            _sync(file)
+        _sync(beside)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            os.replace(folder, old)
+            os.replace(beside, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(beside, folder)
+        _sync(folder.parent)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def save_checkpoint(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: TrainerState, settings: dict[str, Any]
+) -> None:
+    """Write everything a resume needs: weights, optimizer, counters, history, best weights, settings."""
+    with written_whole(folder) as target:
+        policy.save(target)
+        save_file(_optimizer_tensors(policy, optimizer), target / OPTIMIZER_FILE)
+        if state.best_weights is not None:
+            save_file(state.best_weights, target / BEST_FILE)
+        record = {
+            "iteration": state.iteration,
+            "num_steps": state.num_steps,
+            "elapsed_seconds": state.elapsed_seconds,
+            "settings": settings,
+            "history": [result.to_dict() for result in state.history],
+        }
+        (target / STATE_FILE).write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
+
+
+def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> TrainerState:
+    """Put weights and optimizer back as :func:`save_checkpoint` found them, and return where the run stood.
+
+    Raises:
+        OutputError: The folder is not a whole checkpoint of this policy.
+    """
+    try:
+        record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        policy.load(folder)
+        _restore_optimizer(policy, optimizer, load_file(folder / OPTIMIZER_FILE))
+        best_file = folder / BEST_FILE
+        return TrainerState(
+            iteration=record["iteration"],
+            num_steps=record["num_steps"],
+            elapsed_seconds=record["elapsed_seconds"],
+            history=[FinetuningIterationResult.from_dict(values) for values in record["history"]],
+            best_weights=load_file(best_file) if best_file.is_file() else None,
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise OutputError(
+            f"{folder}: is not a whole checkpoint of this run: {type(error).__name__}: {error}. "
+            "Give another checkpoint, and the same model and adapter that wrote it."
+        ) from error
+
+
+def newest_checkpoint(run_folder: Path) -> Path:
+    """The checkpoint of the highest iteration in a run's folder.
+
+    Raises:
+        OutputError: There is none.
+    """
+    found = [path for path in run_folder.glob("checkpoint-*") if (path / STATE_FILE).is_file()]
+    if not found:
+        raise OutputError(f"{run_folder}: there is no checkpoint to resume from.")
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+@contextmanager
+def weights_of(policy: Policy, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Within it the policy has other weights; its own come back bit for bit."""
+    trainable = policy.trainable()
+    own = {name: parameter.data for name, parameter in trainable.items()}
+    try:
+        for name, parameter in trainable.items():
+            parameter.data = weights[name].to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for name, parameter in trainable.items():
+            parameter.data = own[name]
+
+
+def snapshot(policy: Policy) -> dict[str, Tensor]:
+    """A copy on the CPU of everything that learns, by name."""
+    return {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in policy.trainable().items()}
+
+
+def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {}
+    for name, parameter in policy.trainable().items():
+        for moment in _MOMENTS:
+            if parameter in optimizer.state:
+                tensors[f"{name}.{moment}"] = optimizer.state[parameter][moment].contiguous()
+    return tensors
+
+
+def _restore_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state = {
+        index: {moment: tensors[f"{name}.{moment}"] for moment in _MOMENTS}
+        for index, name in enumerate(policy.trainable())
+        if f"{name}.step" in tensors
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

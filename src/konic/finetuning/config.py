@@ -1,0 +1,197 @@
+"""What a user sets: validated, keyword-only, frozen values. Loads no torch.
+
+Defaults come from a paper or from a measurement, named beside them. Derived numbers are properties.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from konic.finetuning.errors import ConfigError, did_you_mean
+
+DEFAULT_LORA_LEARNING_RATE = 1e-3
+DEFAULT_FULL_LEARNING_RATE = 1e-5
+
+
+class Settings(BaseModel):
+    """Frozen settings whose every mistake is a :class:`ConfigError` that names the field and the fix."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(type(self), error)) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        kind = type(self).__name__
+        raise ConfigError(f"{kind} is frozen: give {name}={value!r} when you build it, {kind}({name}={value!r}, ...).")
+
+    @classmethod
+    def from_value(cls, value: Self | Mapping[str, Any] | None) -> Self:
+        """The settings for an instance of the class, a mapping of its fields, or None (all defaults)."""
+        if value is None:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            return cls(**value)
+        raise ConfigError(f"Expected a {cls.__name__} or a dict of its fields, got {type(value).__name__}: {value!r}.")
+
+
+class TrainingConfig(Settings):
+    """How to learn. Sources: N, the 37 details (2023); N+, arXiv 2403.17031; Schulman 2016 (GAE), 2017 (PPO)."""
+
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak step size of Adam; None takes the measured default of the mode, LoRA or full."""
+    batch_size: int = Field(default=4, ge=1)
+    """Responses collected per iteration."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Micro-batches that each optimizer step is split into: less memory, the same result but for rounding."""
+    ppo_epochs: int = Field(default=4, ge=1)
+    """Passes over each iteration's responses."""
+    num_minibatches: int = Field(default=1, ge=1)
+    """Optimizer steps per pass."""
+    kl_penalty_weight: float = Field(default=0.05, ge=0)
+    """β, the price of one nat of divergence from the reference, in units of reward."""
+    clip_ratio: float = Field(default=0.2, gt=0, lt=1)
+    """ε of PPO's clipped objective; the value loss is clipped by the same amount."""
+    vf_coef: float = Field(default=0.1, ge=0)
+    """Weight of the value loss (N)."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the entropy bonus."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount per token (N)."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """λ of generalised advantage estimation (N)."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps over which the learning rate rises from zero."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """The learning rate after warm-up: constant, or falling to zero at the last planned step."""
+    missing_eos_penalty: float | None = Field(default=None, ge=0)
+    """Subtracted from the score of a response cut off by max_new_tokens (N+)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: a fraction of the memory for about a third more time."""
+    max_minutes: float | None = Field(default=None, gt=0)
+    """Stop after the iteration that passes this many minutes."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seeds samples, minibatches and adapter weights; the order of prompts is DatasetConfig.shuffle_seed's."""
+
+    @model_validator(mode="after")
+    def _check_divisions(self) -> Self:
+        steps = self.num_minibatches * self.gradient_accumulation_steps
+        if self.batch_size % steps:
+            below = self.batch_size // steps * steps
+            nearest = " or ".join(str(n) for n in (below, below + steps) if n)
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be split evenly into num_minibatches={self.num_minibatches} x "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}; nearest valid batch_size: {nearest}"
+            )
+        return self
+
+    def peak_learning_rate(self, uses_lora: bool) -> float:
+        """The learning rate set, or the measured default of the mode."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return DEFAULT_LORA_LEARNING_RATE if uses_lora else DEFAULT_FULL_LEARNING_RATE
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences in one forward and backward pass."""
+        return self.batch_size // self.num_minibatches // self.gradient_accumulation_steps
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Optimizer steps in one iteration."""
+        return self.ppo_epochs * self.num_minibatches
+
+
+class GenerationConfig(Settings):
+    """How responses are sampled, in training, `evaluate` and `generate` alike."""
+
+    max_new_tokens: int = Field(default=48, ge=1)
+    """Tokens at most per response, the end-of-sequence token counted."""
+    min_new_tokens: int = Field(default=1, ge=0)
+    """Tokens at least per response, the end-of-sequence token counted; above 1 it changes the distribution."""
+    max_prompt_length: int = Field(default=256, ge=1)
+    """Prompt tokens kept, from the end."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits, in sampling and in training alike."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens with this much probability; below 1 it changes the distribution."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample from this many tokens; 0 means all. Above 0 it changes the distribution."""
+    do_sample: bool = True
+    """False takes the likeliest token."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Divides positive and multiplies negative logits of tokens already present; not 1 changes the distribution."""
+    stop: tuple[str, ...] | None = None
+    """Strings that end a response; the text is cut before them."""
+    eos_token_id: int | tuple[int, ...] | None = None
+    """Tokens that end a response; None takes the model's and the tokenizer's."""
+    pad_token_id: int | None = Field(default=None, ge=0)
+    """The token written into padding; it never changes a result."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_stop_string_is_a_list_of_one(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("stop"), str):
+            return {**values, "stop": (values["stop"],)}
+        return values
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}")
+        if self.stop is not None and not all(self.stop):
+            raise ValueError("stop holds an empty string, which would end every response at once")
+        return self
+
+    @property
+    def distribution_filters(self) -> list[str]:
+        """The settings under which samples are not drawn from the distribution that is trained, as `name=value`."""
+        neutral = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "do_sample": True}
+        names = [name for name, value in neutral.items() if getattr(self, name) != value]
+        if self.min_new_tokens > 1:
+            names.append("min_new_tokens")
+        return [f"{name}={getattr(self, name)}" for name in names]
+
+
+class LoraConfig(Settings):
+    """Low-rank adapters, with PEFT's meaning for every field (arXiv 2106.09685)."""
+
+    r: int = Field(default=8, ge=1)
+    """Rank of the adapter matrices."""
+    lora_alpha: float = Field(default=16, gt=0)
+    """The adapter's output is scaled by lora_alpha / r."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Kept in the adapter's file; no dropout is applied here, or ratios would not start at one."""
+    target_modules: tuple[str, ...] | str | None = None
+    """Names of the layers to adapt, a regular expression, or "all-linear"; None takes PEFT's choice for the model."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases train too; other than "none" costs a frozen copy of the model as the reference."""
+    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    """The only task there is here."""
+    fan_in_fan_out: bool | None = None
+    """Whether weights lie transposed, as in GPT-2's Conv1D; read off the layers, whatever is set."""
+
+
+def _explain(kind: type[BaseModel], error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            hint = did_you_mean(name, kind.model_fields) or f" Its fields: {', '.join(kind.model_fields)}."
+            lines.append(f"{kind.__name__} has no field {name!r}.{hint}")
+        elif problem["type"] == "value_error":
+            lines.append(f"{kind.__name__}: {problem['ctx']['error']}.")
+        else:
+            message = problem["msg"][0].lower() + problem["msg"][1:]
+            lines.append(f"{kind.__name__}.{name}: {message}, got {problem['input']!r}.")
+    return "\n".join(lines)

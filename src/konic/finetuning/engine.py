@@ -1,0 +1,340 @@
+"""The run: builds the parts once and holds the one loop.
+
+prompts → rollout → rewards → advantages → update → result → callbacks → checkpoint
+"""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from konic.finetuning.agent import KonicFinetuningAgent
+from konic.finetuning.algorithms import ppo
+from konic.finetuning.callbacks import BaseKonicFinetuningCallback, Callbacks
+from konic.finetuning.checkpoint import (
+    TrainerState,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    snapshot,
+    weights_of,
+    written_whole,
+)
+from konic.finetuning.config import LoraConfig
+from konic.finetuning.dataset import Prompt, PromptSet, load_prompts, make_prompts
+from konic.finetuning.errors import ConfigError, RewardError, TrainingError, did_you_mean
+from konic.finetuning.evaluation import evaluate, mean
+from konic.finetuning.interrupts import uninterrupted
+from konic.finetuning.learner import Learner, build_learner, pick_device
+from konic.finetuning.measures import RunClock, StageClock, iteration_result
+from konic.finetuning.models import check_model_kwargs
+from konic.finetuning.policy import Policy
+from konic.finetuning.prompts import PromptBatch, make_prompt_batch
+from konic.finetuning.results import FinetuningIterationResult, FinetuningResult
+from konic.finetuning.rewards import score
+from konic.finetuning.rollout import Rollout, rollout
+from konic.finetuning.run_folder import RunFolder, model_card
+from konic.finetuning.sampling import RandomKey
+from konic.finetuning.update import Schedule, update
+
+logger = logging.getLogger(__name__)
+
+MAX_SAMPLER_GAP = 1e-3
+"""Mean |Δ log-prob| per token, nats, between sampler and trainer in fp32; rounding stays below a hundredth of it."""
+
+
+class KonicFinetuningEngine:
+    """Trains an agent's model by reinforcement learning, and samples, evaluates and saves it.
+
+    Args:
+        agent: What to train.
+        checkpoint_dir: The run's folder; None makes a new one under `runs/`.
+        device: "auto" (CUDA if there is one, else the CPU), or a torch device such as "cpu" or "cuda:0".
+        callback: One callback or a list; see BaseKonicFinetuningCallback.
+    """
+
+    def __init__(
+        self,
+        agent: KonicFinetuningAgent,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        callback: BaseKonicFinetuningCallback | Sequence[BaseKonicFinetuningCallback] | None = None,
+    ) -> None:
+        self.agent = agent
+        self.checkpoint_dir = checkpoint_dir
+        self.device = device
+        self.callback = callback
+        self._built: Learner | None = None
+        self._loaded_prompts: PromptSet | None = None
+        self._folder: RunFolder | None = None
+        self._state = TrainerState()
+        check_model_kwargs(agent.get_model_kwargs())
+        pick_device(device)
+
+    @classmethod
+    def from_agent(cls, agent: KonicFinetuningAgent, **options: Any) -> Self:
+        """An engine for an agent; options are those of the class: checkpoint_dir, device, callback."""
+        known = ("checkpoint_dir", "device", "callback")
+        for name in options:
+            if name not in known:
+                hint = did_you_mean(name, known)
+                raise ConfigError(f"from_agent has no option {name!r}.{hint} It has: {', '.join(known)}.")
+        return cls(agent, **options)
+
+    def train(
+        self,
+        max_iterations: int = 100,
+        save_every: int | None = None,
+        resume_from_checkpoint: bool | str | os.PathLike[str] | None = None,
+    ) -> FinetuningResult:
+        """Run iterations of sampling, scoring and updating; called again, it goes on.
+
+        Args:
+            max_iterations: Iterations to do; with `resume_from_checkpoint`, the total.
+            save_every: Write a checkpoint every so many iterations, besides the one at the end.
+            resume_from_checkpoint: True for the newest checkpoint in `checkpoint_dir`, or a checkpoint's folder.
+
+        Raises:
+            KonicError: Something the user can mend; up to the last whole iteration nothing is lost.
+        """
+        callbacks = Callbacks(self.callback)
+        folder, prompts, last = self._prepare(max_iterations, save_every, resume_from_checkpoint)
+        config, generation, composer = self._training, self._generation, self.agent.get_reward_composer()
+        learner, state = self._learner, self._state
+        clock, stopped = RunClock(state.elapsed_seconds, config.max_minutes), None
+        callbacks.on_train_begin(self._settings(last))
+        try:
+            for iteration in range(state.iteration + 1, last + 1):
+                stages = StageClock()
+                callbacks.on_iteration_begin(iteration)
+
+                batch = self._batch(prompts.batch((iteration - 1) * config.batch_size, config.batch_size))
+                callbacks.on_generation_begin(batch.texts)
+
+                key = RandomKey(config.seed, iteration)
+                rolled = rollout(learner.policy, batch, generation, learner.special, key, config.micro_batch_size)
+                _require_agreement(rolled, learner.policy)
+                stages.lap("generation")
+                callbacks.on_generation_end(batch.texts, rolled.texts)
+
+                scores = score(composer, batch.prompts, batch.texts, rolled.texts)
+                stages.lap("reward")
+                callbacks.on_reward_computed(scores.rewards, scores.breakdown)
+
+                advantages = ppo(rolled, scores, config, self.agent.kl_penalty_weight)
+
+                with uninterrupted():
+                    if state.is_best(mean(scores.scored())):
+                        state.best_weights = snapshot(learner.policy)
+                    schedule = Schedule(state.num_steps, last * config.steps_per_iteration, self._learning_rate)
+                    stats = update(
+                        learner.policy, learner.optimizer, rolled, advantages, config, generation.temperature, schedule
+                    )
+                    stages.lap("update")
+
+                    result = iteration_result(iteration, rolled, scores, stats, stages)
+                    state.add(result, config.steps_per_iteration, clock.elapsed_seconds)
+                    folder.write_iteration(result, rolled, scores)
+                    if iteration == 1:
+                        learner.policy.check_reference()
+
+                    callbacks.on_iteration_end(result)
+                    if save_every and iteration % save_every == 0:
+                        self._save_checkpoint(folder, callbacks, last)
+
+                stopped = _reason_to_stop(result, callbacks, clock)
+                if stopped:
+                    break
+        except KeyboardInterrupt:
+            stopped = "interrupted"
+        except BaseException as error:
+            callbacks.on_train_error(error)
+            if isinstance(error, RewardError) and state.iteration:
+                self._save_checkpoint(folder, callbacks, last)
+            raise
+        with uninterrupted():
+            return self._finish(folder, callbacks, last, stopped)
+
+    def evaluate(self, prompts: Sequence[Any] | None = None) -> dict[str, Any]:
+        """Responses to prompts and what they are worth, with the same random numbers every time.
+
+        Args:
+            prompts: Strings, lists of chat messages, or dicts with columns; None takes the dataset's held-out prompts.
+
+        Returns:
+            prompts, responses, rewards, reward_mean, reward_breakdown (each reward's mean), and per response
+            kl_per_response (nats) and response_lengths (tokens).
+        """
+        chosen = self._prompts.held_out if prompts is None else self._made(prompts, "evaluate(prompts)")
+        if not chosen:
+            raise ConfigError("evaluate() has no prompts: give some, or set DatasetConfig(held_out=...).")
+        composer, seed = self.agent.get_reward_composer(), self._training.seed
+        evaluation = evaluate(self._learner.policy, composer, chosen, self._generation, self._learner.special, seed)
+        return {
+            "prompts": evaluation.prompts,
+            "responses": evaluation.responses,
+            "rewards": evaluation.scores.rewards,
+            "reward_mean": evaluation.reward_mean,
+            "reward_breakdown": evaluation.breakdown,
+            "kl_per_response": evaluation.kl_per_response,
+            "response_lengths": evaluation.response_lengths,
+        }
+
+    def generate(self, prompts: Sequence[Any]) -> list[str]:
+        """A response to every prompt, with the same random numbers every time."""
+        batch = self._batch(self._made(prompts, "generate(prompts)"))
+        learner, key = self._learner, RandomKey(self._training.seed, 0)
+        return rollout(learner.policy, batch, self._generation, learner.special, key).texts
+
+    def save_pretrained(self, path: str | os.PathLike[str], merge: bool = False) -> None:
+        """Write the model, tokenizer and a model card into a folder that PEFT and `transformers` load.
+
+        Args:
+            path: The folder; what is there already is replaced.
+            merge: True writes a full model with the adapter merged in, False the adapter (or the full model).
+        """
+        self._write_model(Path(path).expanduser().absolute(), self._result(None, None), merge)
+
+    @property
+    def _training(self) -> Any:
+        return self.agent.get_training_config()
+
+    @property
+    def _generation(self) -> Any:
+        return self.agent.get_generation_config()
+
+    @property
+    def _learning_rate(self) -> float:
+        return self._training.peak_learning_rate(uses_lora=self.agent.get_lora_config() is not None)
+
+    @property
+    def _learner(self) -> Learner:
+        if self._built is None:
+            self._built = build_learner(self.agent, pick_device(self.device))
+        return self._built
+
+    @property
+    def _prompts(self) -> PromptSet:
+        if self._loaded_prompts is None:
+            self._loaded_prompts = load_prompts(self.agent.get_dataset_config())
+        return self._loaded_prompts
+
+    def _made(self, prompts: Sequence[Any], where: str) -> list[Prompt]:
+        if isinstance(prompts, str | Mapping):
+            raise ConfigError(f"{where} takes a list of prompts, got {type(prompts).__name__}.")
+        return make_prompts(list(prompts), self.agent.get_dataset_config().prompt_column, where)
+
+    def _batch(self, prompts: Sequence[Prompt]) -> PromptBatch:
+        learner = self._learner
+        length = self._generation.max_prompt_length
+        return make_prompt_batch(prompts, learner.policy.tokenizer, length, learner.special.pad, learner.policy.device)
+
+    def _prepare(
+        self, max_iterations: int, save_every: int | None, resume: bool | str | os.PathLike[str] | None
+    ) -> tuple[RunFolder, PromptSet, int]:
+        """Check everything cheap first, then load: the run's folder, its prompts, and its last iteration."""
+        for name, value in (("max_iterations", max_iterations), ("save_every", save_every)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"train({name}={value!r}): it must be a whole number of at least 1.")
+        prompts = self._prompts
+        checkpoint = self._checkpoint(resume)
+        if self._folder is None:
+            self._folder = RunFolder.named(self.checkpoint_dir, self.agent.get_base_model())
+        folder = self._folder
+        folder.prepare(may_hold_a_run=checkpoint is not None or self._state.iteration > 0)
+        filters = self._generation.distribution_filters
+        if filters:
+            logger.warning(
+                "Sampling with %s draws from another distribution than the one trained: the ratio and the KL shown "
+                "describe the unfiltered policy.",
+                ", ".join(filters),
+            )
+        learner = self._learner
+        if checkpoint is not None:
+            self._state = load_checkpoint(checkpoint, learner.policy, learner.optimizer)
+            folder.cut_after(self._state.iteration)
+        last = max_iterations if checkpoint is not None else self._state.iteration + max_iterations
+        folder.write_run(self._settings(last), self.agent.get_reward_composer())
+        return folder, prompts, last
+
+    def _checkpoint(self, resume: bool | str | os.PathLike[str] | None) -> Path | None:
+        """The checkpoint's folder that a user means."""
+        if resume is None or resume is False:
+            return None
+        if resume is not True:
+            checkpoint = Path(resume).expanduser().absolute()
+            if self.checkpoint_dir is None:
+                self._folder = RunFolder(checkpoint.parent)
+            return checkpoint
+        if self.checkpoint_dir is None:
+            raise ConfigError("train(resume_from_checkpoint=True) needs checkpoint_dir, the run's folder.")
+        return newest_checkpoint(Path(self.checkpoint_dir).expanduser().absolute())
+
+    def _settings(self, last: int) -> dict[str, Any]:
+        """Every setting of the run by name, as plain values; what `on_train_begin` gets and `run.json` keeps."""
+        agent, lora = self.agent, self.agent.get_lora_config()
+        return {
+            **self._training.model_dump(),
+            "model_name": agent.get_base_model(),
+            "use_lora": lora is not None,
+            "learning_rate": self._learning_rate,
+            "kl_penalty_weight": agent.kl_penalty_weight,
+            "max_iterations": last,
+            "iterations_done": self._state.iteration,
+            "generation_config": self._generation.model_dump(),
+            "dataset_config": agent.get_dataset_config().model_dump(mode="json", exclude={"prompts"}),
+            "lora_config": lora.model_dump() if isinstance(lora, LoraConfig) else lora and lora.to_dict(),
+            "rewards": agent.get_reward_composer().reward_names,
+        }
+
+    def _save_checkpoint(self, folder: RunFolder, callbacks: Callbacks, last: int) -> None:
+        path = folder.path / f"checkpoint-{self._state.iteration}"
+        save_checkpoint(path, self._learner.policy, self._learner.optimizer, self._state, self._settings(last))
+        callbacks.on_checkpoint_saved(str(path), self._state.iteration)
+
+    def _finish(self, folder: RunFolder, callbacks: Callbacks, last: int, stopped: str | None) -> FinetuningResult:
+        """Write the last checkpoint, the final and the best model, and tell the callbacks."""
+        self._save_checkpoint(folder, callbacks, last)
+        result = self._result(str(folder.path / "final"), stopped)
+        self._write_model(folder.path / "final", result)
+        if self._state.best_weights is not None:
+            with weights_of(self._learner.policy, self._state.best_weights):
+                self._write_model(folder.path / "best", result)
+        callbacks.on_train_end(result)
+        return result
+
+    def _write_model(self, path: Path, result: FinetuningResult, merge: bool = False) -> None:
+        learner = self._learner
+        with written_whole(path) as target:
+            if merge:
+                learner.policy.save_merged(target)
+            else:
+                learner.policy.save_model(target)
+            is_adapter = learner.policy.uses_lora and not merge
+            card = model_card(result, self._settings(self._state.iteration), learner.location, is_adapter)
+            (target / "README.md").write_text(card, encoding="utf-8")
+
+    def _result(self, model_path: str | None, stopped: str | None) -> FinetuningResult:
+        state = self._state
+        return FinetuningResult(
+            self.agent.get_base_model(), list(state.history), state.elapsed_seconds, model_path, stopped
+        )
+
+
+def _require_agreement(rolled: Rollout, policy: Policy) -> None:
+    """Raise TrainingError where what sampled and what trains make different log-probs of the same tokens."""
+    gap = rolled.sampler_gap()
+    in_full_precision = policy.language_model.causal_lm.dtype.itemsize >= 4
+    if in_full_precision and not gap <= MAX_SAMPLER_GAP:
+        raise TrainingError(
+            f"Sampler and trainer disagree by {gap:.2g} nats per token about the tokens sampled, over "
+            f"{MAX_SAMPLER_GAP:g}: the model reads a cached sequence differently from a whole one. "
+            "Nothing was updated. Try model_kwargs={'attn_implementation': 'eager'}, and please report it."
+        )
+
+
+def _reason_to_stop(result: FinetuningIterationResult, callbacks: Callbacks, clock: RunClock) -> str | None:
+    if callbacks.should_stop_early(result):
+        return f"a callback asked for it at iteration {result.iteration}"
+    return "max_minutes passed" if clock.time_is_up else None

@@ -1,0 +1,38 @@
+"""Every error a user can cause. Each message says what happened, where, and what to do about it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class KonicError(Exception):
+    """The parent of every error that a user can cause and mend."""
+
+
+class ConfigError(KonicError, ValueError):
+    """A setting is missing, misspelt, out of bounds or at odds with another one."""
+
+
+class ModelError(KonicError):
+    """A base model, tokenizer or adapter cannot be loaded or used."""
+
+
+class DatasetError(KonicError):
+    """A dataset cannot be read, or holds rows that cannot be prompts."""
+
+
+class RewardError(KonicError):
+    """A reward is missing, misnamed, raised, or returned something that is not a number."""
+
+
+class OutputError(KonicError):
+    """A folder cannot be written, or does not hold what it should."""
+
+
+class TrainingError(KonicError):
+    """A number of the run broke one of its invariants; the weights are as they were before the step."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the known name nearest to a misspelt one, or an empty string."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""

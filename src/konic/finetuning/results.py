@@ -1,0 +1,166 @@
+"""What a run reports: plain values, one record per iteration and one for the whole."""
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FinetuningIterationResult:
+    """One iteration. Reward, KL, entropy and lengths are those of the policy that sampled, before its update."""
+
+    iteration: int
+    """From 1."""
+    reward_mean: float
+    """Over the samples that have a reward; NaN if none has."""
+    reward_std: float
+    """Unbiased; 0 for fewer than two."""
+    reward_min: float
+    reward_max: float
+    kl_divergence: float
+    """Exact KL(π ‖ π_ref), nats per response token, never negative."""
+    policy_loss: float
+    value_loss: float
+    entropy_loss: float
+    """−entropy, nats per token: during the update where entropy_coef > 0, else of the policy that sampled."""
+    total_loss: float
+    response_length_mean: float
+    """Tokens, the end-of-sequence token counted."""
+    response_length_std: float
+    learning_rate: float
+    """Of the last optimizer step."""
+    clip_fraction: float
+    """Share of tokens whose ratio left the clip range, over all optimizer steps."""
+    approx_kl: float
+    """How far the update moved the policy: k3 estimate, nats per token, over all optimizer steps."""
+    explained_variance: float
+    """Of the returns by the value head before the update; NaN where returns do not vary."""
+    reward_breakdown: dict[str, float]
+    """Mean of each reward, before weights, over the samples where it did not abstain."""
+    generation_time_sec: float
+    """Sampling, and scoring under policy and reference."""
+    reward_compute_time_sec: float
+    update_time_sec: float
+    total_time_sec: float
+    kl_per_response: float = 0.0
+    """Exact KL summed over each response, mean, nats."""
+    kl_k1: float = 0.0
+    """Mean of log π − log π_ref of the sampled tokens: unbiased, noisy, of either sign."""
+    entropy: float = 0.0
+    """Of the sampling distribution, nats per token."""
+    sampler_gap: float = 0.0
+    """Mean |Δ log-prob| per token between sampler and trainer, nats: rounding only, or a bug."""
+    first_log_ratio: float = 0.0
+    """Largest |log-ratio| before the first optimizer step."""
+    grad_norm: float = 0.0
+    """Before clipping, mean over optimizer steps."""
+    ended_fraction: float = 0.0
+    """Share of responses that ended by themselves rather than at max_new_tokens."""
+    num_samples: int = 0
+    num_unscored: int = 0
+    """Samples for which every reward abstained; they got advantage 0."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; NaN becomes None."""
+        return _json_values(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "FinetuningIterationResult":
+        """The result that :meth:`to_dict` made."""
+        floats = {f.name for f in fields(cls) if f.type is float}
+        filled: dict[str, Any] = {n: math.nan if v is None and n in floats else v for n, v in values.items()}
+        return cls(**filled)
+
+
+@dataclass(frozen=True)
+class FinetuningResult:
+    """A whole run, across resumes."""
+
+    model_name: str
+    history: list[FinetuningIterationResult] = field(repr=False)
+    total_time_sec: float
+    model_path: str | None
+    """The folder of the final model."""
+    stopped_because: str | None = None
+    """Why it ended before max_iterations, or None."""
+
+    @property
+    def total_iterations(self) -> int:
+        """Iterations done."""
+        return len(self.history)
+
+    @property
+    def best(self) -> FinetuningIterationResult | None:
+        """The iteration with the highest mean reward, the first of equals."""
+        scored = [result for result in self.history if not math.isnan(result.reward_mean)]
+        return max(scored, key=lambda result: result.reward_mean, default=None)
+
+    @property
+    def best_iteration(self) -> int:
+        """Its number; 0 before any. The weights kept for it are those that sampled, before its update."""
+        return self.best.iteration if self.best else 0
+
+    @property
+    def best_reward(self) -> float:
+        """Its mean reward; NaN before any."""
+        return self.best.reward_mean if self.best else math.nan
+
+    @property
+    def final_reward_mean(self) -> float:
+        """Mean reward of the last iteration."""
+        return self.history[-1].reward_mean if self.history else math.nan
+
+    @property
+    def final_kl_divergence(self) -> float:
+        """KL of the last iteration, nats per token."""
+        return self.history[-1].kl_divergence if self.history else math.nan
+
+    @property
+    def total_samples(self) -> int:
+        """Responses sampled for training."""
+        return sum(result.num_samples for result in self.history)
+
+    def get_reward_curve(self) -> list[float]:
+        """Mean reward of every iteration."""
+        return [result.reward_mean for result in self.history]
+
+    def get_kl_curve(self) -> list[float]:
+        """KL of every iteration, nats per token."""
+        return [result.kl_divergence for result in self.history]
+
+    def summary(self) -> str:
+        """The block that a run prints at its end."""
+        rule = "=" * 50
+        lines = [rule, "Finetuning Results Summary", rule, f"Model: {self.model_name}"]
+        lines.append(f"Total Iterations: {self.total_iterations}")
+        if self.history:
+            lines.append(f"Best Reward: {self.best_reward:.4f} (iteration {self.best_iteration})")
+            lines.append(f"Final Reward: {self.final_reward_mean:.4f}")
+            lines.append(f"Samples: {self.total_samples}")
+        lines.append(f"Time: {self.total_time_sec:.1f}s")
+        if self.stopped_because:
+            lines.append(f"Stopped early: {self.stopped_because}")
+        if self.model_path:
+            lines.append(f"Saved in: {self.model_path}")
+        return "\n".join([*lines, rule])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers and the history as JSON values."""
+        names = ("total_iterations", "best_iteration", "best_reward", "final_reward_mean", "final_kl_divergence")
+        values = {name: getattr(self, name) for name in names}
+        values |= {"total_samples": self.total_samples, "total_time_sec": self.total_time_sec}
+        values |= {
+            "model_name": self.model_name,
+            "model_path": self.model_path,
+            "stopped_because": self.stopped_because,
+        }
+        return _json_values(values) | {"history": [result.to_dict() for result in self.history]}
+
+
+def _json_values(values: dict[str, Any]) -> dict[str, Any]:
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: clean(value) for key, value in values.items()}

@@ -1,0 +1,108 @@
+"""PromptBatch -> Rollout: responses, and what the policy and the reference make of every token of them.
+
+Shapes: B sequences, P prompt tokens, R response tokens. A mask is True where a token counts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from konic.finetuning.config import GenerationConfig
+from konic.finetuning.language_model import map_tokens
+from konic.finetuning.losses import entropies, exact_kl, token_log_probs
+from konic.finetuning.policy import Policy
+from konic.finetuning.prompts import PromptBatch
+from konic.finetuning.sampling import RandomKey, Samples, SpecialTokens, sample
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses under the policy before its update. Tensors [B, R] are 0 outside `response_mask`."""
+
+    batch: PromptBatch
+    samples: Samples
+    log_probs: Tensor
+    """[B, R] log π(token), computed the way the update computes it: the ratio's denominator."""
+    ref_log_probs: Tensor
+    """[B, R] log π_ref(token)."""
+    kl: Tensor
+    """[B, R] exact KL(π ‖ π_ref) of the distribution each token was drawn from, nats."""
+    entropy: Tensor
+    """[B, R] entropy of that distribution, nats."""
+    values: Tensor
+    """[B, R] the value head's expectation before each token."""
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, R] True on response tokens."""
+        return self.samples.response_mask
+
+    @property
+    def texts(self) -> list[str]:
+        """The responses as text."""
+        return self.samples.texts
+
+    @property
+    def ids(self) -> Tensor:
+        """[B, P + R] prompts and responses."""
+        return torch.cat([self.batch.ids, self.samples.response_ids], dim=1)
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, P + R] True on tokens of prompts and responses."""
+        return torch.cat([self.batch.mask, self.response_mask], dim=1)
+
+    def sampler_gap(self) -> float:
+        """Mean |Δ log-prob| per token, nats, between what sampled the responses and what trains on them."""
+        gaps = (self.samples.log_probs - self.log_probs).abs()[self.response_mask]
+        return gaps.mean().item()
+
+
+def rollout(
+    policy: Policy,
+    batch: PromptBatch,
+    generation: GenerationConfig,
+    special: SpecialTokens,
+    key: RandomKey,
+    micro_batch_size: int | None = None,
+) -> Rollout:
+    """Sample a response to every prompt and score it under policy and reference.
+
+    Args:
+        policy: What samples.
+        batch: The prompts.
+        generation: How to sample.
+        special: End and padding tokens.
+        key: Where the random numbers come from.
+        micro_batch_size: Sequences scored at once, as many as the update takes; all if None.
+    """
+    with policy.merged() as model:
+        samples = sample(model, policy.tokenizer, batch, generation, special, key)
+    size = micro_batch_size or len(batch)
+    parts = [
+        _score(policy, batch, samples, slice(start, start + size), generation.temperature)
+        for start in range(0, len(batch), size)
+    ]
+    return Rollout(batch, samples, *(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def _score(policy: Policy, batch: PromptBatch, samples: Samples, rows: slice, temperature: float) -> tuple[Tensor, ...]:
+    """Log-probs, reference log-probs, exact KL, entropy and values [b, R] of some rows."""
+    tokens, response_mask = samples.response_ids[rows], samples.response_mask[rows]
+    ids = torch.cat([batch.ids[rows], tokens], dim=1)
+    mask = torch.cat([batch.mask[rows], response_mask], dim=1)
+    model = policy.language_model
+    hidden = model.response_hidden(ids, mask, tokens.shape[1])
+    with policy.reference() as reference:
+        ref_hidden = reference.response_hidden(ids, mask, tokens.shape[1])
+
+    def score(hidden: Tensor, ref_hidden: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        log_probs, log_softmax = token_log_probs(model.logits(hidden), tokens, temperature)
+        with policy.reference() as reference:
+            ref_log_probs, ref_log_softmax = token_log_probs(reference.logits(ref_hidden), tokens, temperature)
+        kl = exact_kl(log_softmax, ref_log_softmax)
+        return log_probs, ref_log_probs, kl, entropies(log_softmax), policy.values(hidden)
+
+    return map_tokens(score, response_mask, model.vocabulary_size, hidden, ref_hidden, tokens)

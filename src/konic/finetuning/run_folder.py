@@ -1,0 +1,178 @@
+"""Results -> files: one folder per run, written by one process, readable while it is written."""
+
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import tempfile
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from konic.finetuning.errors import OutputError
+from konic.finetuning.results import FinetuningIterationResult, FinetuningResult
+from konic.finetuning.rewards import Scores
+from konic.finetuning.rollout import Rollout
+
+METRICS_FILE = "metrics.jsonl"
+RUN_FILE = "run.json"
+
+
+class RunFolder:
+    """`metrics.jsonl`, `completions/`, `checkpoint-{n}/`, `best/`, `final/` and `run.json` of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def named(cls, checkpoint_dir: str | os.PathLike[str] | None, model_name: str) -> "RunFolder":
+        """The folder that a user named, or a new one under `runs/` named by time and model."""
+        if checkpoint_dir is not None:
+            return cls(Path(checkpoint_dir).expanduser().absolute())
+        model = Path(model_name).name or "model"
+        stem = f"{datetime.now():%Y%m%d-%H%M%S}-{model}"
+        runs = Path("runs").absolute()
+        names = (stem, *(f"{stem}-{number}" for number in range(2, 1000)))
+        return cls(next(runs / name for name in names if not (runs / name).exists()))
+
+    @property
+    def holds_a_run(self) -> bool:
+        """True where an earlier run has written."""
+        return (self.path / METRICS_FILE).exists()
+
+    def prepare(self, may_hold_a_run: bool) -> None:
+        """Make the folder and see that it can be written.
+
+        Raises:
+            OutputError: It cannot, or an earlier run is in it that is not to be resumed.
+        """
+        if self.holds_a_run and not may_hold_a_run:
+            raise OutputError(
+                f"{self.path}: an earlier run is in this folder. Go on with train(resume_from_checkpoint=True), or "
+                "name another checkpoint_dir."
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise OutputError(f"checkpoint_dir {self.path}: cannot be written: {error.strerror}.") from None
+
+    def write_run(self, settings: dict[str, Any], composer: Any) -> None:
+        """Write `run.json`: settings, versions, machine, and where the rewards' source is, with its hash."""
+        libraries = ("konic", "torch", "transformers", "peft", "datasets", "numpy")
+        record = {
+            "settings": settings,
+            "rewards": _source_of(type(composer)),
+            "versions": {name: version(name) for name in libraries} | {"python": platform.python_version()},
+            "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+        }
+        self._write(RUN_FILE, json.dumps(record, indent=1, default=str))
+
+    def write_iteration(self, result: FinetuningIterationResult, rollout: Rollout, scores: Scores) -> None:
+        """Write one iteration's completions, then its line of metrics: a line stands for whole files."""
+        self._write_completions(result.iteration, rollout, scores)
+        try:
+            with (self.path / METRICS_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result.to_dict()) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self.path / METRICS_FILE}: cannot be written: {error.strerror}.") from None
+
+    def cut_after(self, iteration: int) -> None:
+        """Drop the metrics and completions of later iterations, before a resume writes them again."""
+        path = self.path / METRICS_FILE
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line and json.loads(line)["iteration"] <= iteration]
+            self._write(METRICS_FILE, "".join(f"{line}\n" for line in kept))
+        for file in (self.path / "completions").glob("*.parquet"):
+            if int(file.stem) > iteration:
+                file.unlink()
+
+    def _write_completions(self, iteration: int, rollout: Rollout, scores: Scores) -> None:
+        mask = rollout.response_mask
+        columns: dict[str, list[Any]] = {
+            "iteration": [iteration] * len(mask),
+            "row": [prompt.row for prompt in rollout.batch.prompts],
+            "prompt": rollout.batch.texts,
+            "response": rollout.texts,
+            "reward": [None if math.isnan(value) else value for value in scores.rewards],
+            "kl": rollout.kl.sum(dim=1).tolist(),
+            "ended": rollout.samples.ended.tolist(),
+            "token_ids": [ids[keep].tolist() for ids, keep in zip(rollout.samples.response_ids, mask, strict=True)],
+        }
+        for name, values in scores.breakdown.items():
+            columns[f"reward/{name}"] = [None if math.isnan(value) else value for value in values]
+        folder = self.path / "completions"
+        beside = folder / f".{iteration:06d}"
+        try:
+            folder.mkdir(exist_ok=True)
+            pyarrow.parquet.write_table(pyarrow.table(columns), beside)
+            os.replace(beside, folder / f"{iteration:06d}.parquet")
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be written: {error}.") from None
+
+    def _write(self, name: str, text: str) -> None:
+        beside = self.path / f".{name}"
+        try:
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, self.path / name)
+        except OSError as error:
+            raise OutputError(f"{self.path / name}: cannot be written: {error.strerror}.") from None
+
+
+def model_card(result: FinetuningResult, settings: dict[str, Any], base_location: str, uses_lora: bool) -> str:
+    """The README.md of a saved model: what it is, what it was trained to, how far it went, how to load it."""
+    first, last = (result.history[0], result.history[-1]) if result.history else (None, None)
+    header = {"library_name": "peft" if uses_lora else "transformers", "pipeline_tag": "text-generation"}
+    front = [f"{key}: {value}" for key, value in header.items()]
+    front += [f"base_model: {json.dumps(base_location)}", "tags: [konic, reinforcement-learning, ppo]"]
+    lines = ["---", *front, "---", "", f"# {result.model_name}, finetuned by reinforcement learning", ""]
+    lines += [f"Trained with konic {version('konic')} by PPO for {result.total_iterations} iterations", ""]
+    if first and last:
+        lines += ["| | first iteration | last iteration |", "|---|---|---|"]
+        lines += [f"| reward | {first.reward_mean:.4f} | {last.reward_mean:.4f} |"]
+        for name in last.reward_breakdown:
+            lines.append(
+                f"| {name} | {first.reward_breakdown.get(name, math.nan):.4f} | {last.reward_breakdown[name]:.4f} |"
+            )
+        lines += [f"| KL per response (nats) | {first.kl_per_response:.3f} | {last.kl_per_response:.3f} |"]
+        lines += [f"| response tokens | {first.response_length_mean:.1f} | {last.response_length_mean:.1f} |", ""]
+    loading = (
+        "from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
+        if uses_lora
+        else "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER)"
+    )
+    lines += [
+        "```python",
+        loading,
+        "```",
+        "",
+        "Settings:",
+        "",
+        "```json",
+        json.dumps(settings, indent=1, default=str),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _source_of(kind: type) -> dict[str, str | None]:
+    """Where a class was written, without importing anything: its file, name, and the file's hash."""
+    try:
+        path = inspect.getsourcefile(kind)
+    except TypeError:  # a class of a notebook or an interactive session
+        path = None
+    readable = path is not None and Path(path).is_file()
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and readable else None
+    return {
+        "class": kind.__qualname__,
+        "file": str(Path(path).absolute()) if path and readable else None,
+        "sha256": digest,
+    }

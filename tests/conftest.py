@@ -1,0 +1,126 @@
+"""Tiny random models with byte tokenizers, made here: no download, and every shape that matters."""
+
+import logging
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
+from konic.finetuning.dataset import make_prompts
+from konic.finetuning.learner import Learner
+from konic.finetuning.models import LoadedModel
+from konic.finetuning.policy import Policy
+from konic.finetuning.prompts import make_prompt_batch
+from konic.finetuning.sampling import special_tokens
+from konic.finetuning.update import make_optimizer
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+ARCHITECTURES = ("gpt2", "llama")
+PROMPTS = ("ab", "the film was", "x", "a longer prompt than the others here", "why", "good night", "no", "seven")
+
+
+def byte_tokenizer(architecture):
+    """One token per byte. GPT-2's has no pad token; Llama's has one, a BOS and a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<eos>": 0, **{char: index for index, char in enumerate(alphabet, start=1)}}
+    if architecture == "llama":
+        vocabulary |= {"<bos>": 257, "<pad>": 258}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if architecture == "gpt2":
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 257)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>", pad_token="<pad>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def tiny_model(architecture, dtype=torch.float64, seed=0):
+    """A random model of a few thousand weights whose logits are spread enough to matter."""
+    torch.manual_seed(seed)
+    if architecture == "gpt2":
+        config = GPT2Config(
+            vocab_size=257, n_positions=128, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0,
+            resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, initializer_range=0.2,
+        )  # fmt: skip
+        model = GPT2LMHeadModel(config)
+    else:
+        config = LlamaConfig(
+            vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=128, bos_token_id=257, eos_token_id=0, pad_token_id=258,
+            attention_dropout=0.1, initializer_range=0.2,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config)
+    return model.to(dtype).eval()
+
+
+def loaded_model(architecture, dtype=torch.float64, seed=0):
+    return LoadedModel(architecture, architecture, tiny_model(architecture, dtype, seed), byte_tokenizer(architecture))
+
+
+LORA_TARGETS = {"gpt2": ("c_attn", "c_proj"), "llama": ("q_proj", "v_proj")}
+
+
+def tiny_learner(
+    architecture="llama",
+    *,
+    lora=True,
+    training=None,
+    generation=None,
+    dtype=torch.float64,
+    dropout=0.0,
+    **policy_options,
+):
+    """A learner of a tiny model; its adapter is a fresh one, or every weight learns."""
+    training = training or TrainingConfig(learning_rate=1e-2)
+    generation = generation or GenerationConfig(max_new_tokens=8, max_prompt_length=32)
+    adapter = LoraConfig(r=4, lora_dropout=dropout, target_modules=LORA_TARGETS[architecture]) if lora else None
+    options = {"gradient_checkpointing": training.gradient_checkpointing, "seed": training.seed} | policy_options
+    policy = Policy(loaded_model(architecture, dtype), adapter, **options)
+    special = special_tokens(generation, policy.language_model, policy.tokenizer)
+    return Learner(policy, make_optimizer(policy, training), special, architecture)
+
+
+def prompt_batch(learner, texts=PROMPTS, max_length=32):
+    prompts = make_prompts(list(texts), "prompt", "test")
+    return make_prompt_batch(prompts, learner.policy.tokenizer, max_length, learner.special.pad, learner.policy.device)
+
+
+def shake_adapter(policy, scale=0.05, seed=1):
+    """Move every weight that learns, so that adapter on and off differ."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in policy.trainable().values():
+            weight.add_(torch.randn(weight.shape, generator=generator, dtype=weight.dtype) * scale)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory):
+    """A saved tiny fp32 model of each architecture, as a user would name it."""
+    folders = {}
+    for name in ARCHITECTURES:
+        folder = tmp_path_factory.mktemp("models") / name
+        tiny_model(name, torch.float32).save_pretrained(folder)
+        byte_tokenizer(name).save_pretrained(folder)
+        folders[name] = str(folder)
+    return folders
+
+
+@pytest.fixture(autouse=True)
+def _quiet_logs():
+    logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -1,0 +1,72 @@
+import peft
+import pytest
+
+from konic.finetuning import (
+    ConfigError,
+    DatasetConfig,
+    GenerationConfig,
+    KonicFinetuningAgent,
+    KonicLLMRewardComposer,
+    LoraConfig,
+    RewardError,
+    TrainingConfig,
+    llm_reward,
+)
+
+
+class Rewards(KonicLLMRewardComposer):
+    @llm_reward
+    def one(self, prompt, response):
+        return 1.0
+
+
+def test_configs_may_be_objects_or_dicts_and_come_back_from_the_getters():
+    agent = KonicFinetuningAgent(
+        base_model="gpt2",
+        reward_composer=Rewards(),
+        lora_config={"r": 4},
+        dataset_config=DatasetConfig(prompts=["a"]),
+        training_config={"batch_size": 2},
+        generation_config=GenerationConfig(max_new_tokens=3),
+        model_kwargs={"revision": "main"},
+    )
+    assert agent.get_base_model() == "gpt2"
+    assert agent.get_lora_config() == LoraConfig(r=4)
+    assert agent.get_dataset_config().prompts == ("a",)
+    assert agent.get_training_config() == TrainingConfig(batch_size=2)
+    assert agent.get_generation_config().max_new_tokens == 3
+    assert agent.get_model_kwargs() == {"revision": "main"}
+    assert isinstance(agent.get_reward_composer(), Rewards)
+
+
+def test_only_the_model_and_the_rewards_are_required():
+    agent = KonicFinetuningAgent("gpt2", Rewards())
+    assert agent.get_lora_config() is None
+    assert agent.get_training_config() == TrainingConfig()
+
+
+def test_a_peft_lora_config_is_taken_and_prompt_learning_is_not():
+    given = peft.LoraConfig(r=2, target_modules=["c_attn"])
+    assert KonicFinetuningAgent("gpt2", Rewards(), given).get_lora_config() is given
+    with pytest.raises(ConfigError, match=r"PromptTuningConfig is not supported.*Use LoraConfig\(r=8"):
+        KonicFinetuningAgent("gpt2", Rewards(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ConfigError, match="lora_config must be a LoraConfig"):
+        KonicFinetuningAgent("gpt2", Rewards(), "lora")
+
+
+def test_the_composers_kl_weight_wins():
+    given = {"kl_penalty_weight": 0.3}
+    assert KonicFinetuningAgent("gpt2", Rewards(), training_config=given).kl_penalty_weight == 0.3
+    composer = Rewards(kl_penalty_weight=0.0)
+    assert KonicFinetuningAgent("gpt2", composer, training_config=given).kl_penalty_weight == 0.0
+
+
+def test_what_cannot_be_is_said_before_anything_is_loaded():
+    with pytest.raises(ConfigError, match="base_model must name a model"):
+        KonicFinetuningAgent(None, Rewards())
+    with pytest.raises(ConfigError, match=r"Give an instance: add \(\)"):
+        KonicFinetuningAgent("gpt2", Rewards)
+    with pytest.raises(RewardError, match=r"has no rewards. Mark at least one method"):
+        KonicFinetuningAgent("gpt2", KonicLLMRewardComposer())
+    with pytest.raises(ConfigError, match="Expected a TrainingConfig or a dict"):
+        KonicFinetuningAgent("gpt2", Rewards(), training_config=4)

@@ -1,0 +1,246 @@
+import math
+
+import pytest
+
+from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
+from konic.finetuning.dataset import DatasetConfig
+from konic.finetuning.errors import ConfigError
+
+CONTRACT = {
+    TrainingConfig: {
+        "learning_rate": None, "batch_size": 4, "gradient_accumulation_steps": 1, "ppo_epochs": 4, "num_minibatches": 1,
+        "kl_penalty_weight": 0.05, "clip_ratio": 0.2, "vf_coef": 0.1, "entropy_coef": 0.0, "gamma": 1.0,
+        "gae_lambda": 0.95, "max_grad_norm": 1.0, "weight_decay": 0.0, "warmup_steps": 0, "lr_scheduler": "constant",
+        "missing_eos_penalty": None, "gradient_checkpointing": False, "max_minutes": None,
+    },
+    GenerationConfig: {
+        "max_new_tokens": 48, "min_new_tokens": 1, "max_prompt_length": 256, "temperature": 1.0, "top_p": 1.0,
+        "top_k": 0, "do_sample": True, "repetition_penalty": 1.0, "stop": None, "eos_token_id": None,
+        "pad_token_id": None,
+    },
+    DatasetConfig: {
+        "prompt_column": "prompt", "split": "train", "max_samples": None, "shuffle": True, "shuffle_seed": 42,
+        "held_out": 0,
+    },
+}  # fmt: skip
+
+TINY = 1e-12
+BOUNDS = [  # field, the values at the edge that are valid, the ones past it
+    (TrainingConfig, "learning_rate", [TINY, None], [0, -1e-5]),
+    (TrainingConfig, "batch_size", [1], [0, -4]),
+    (TrainingConfig, "gradient_accumulation_steps", [1, 4], [0]),
+    (TrainingConfig, "ppo_epochs", [1], [0]),
+    (TrainingConfig, "num_minibatches", [1, 2], [0]),
+    (TrainingConfig, "kl_penalty_weight", [0], [-TINY]),
+    (TrainingConfig, "clip_ratio", [TINY, 0.999], [0, 1, -0.2, 1.5]),
+    (TrainingConfig, "vf_coef", [0], [-TINY]),
+    (TrainingConfig, "entropy_coef", [0], [-TINY]),
+    (TrainingConfig, "gamma", [TINY, 1], [0, 1.001]),
+    (TrainingConfig, "gae_lambda", [0, 1], [-TINY, 1.001]),
+    (TrainingConfig, "max_grad_norm", [TINY], [0]),
+    (TrainingConfig, "weight_decay", [0], [-TINY]),
+    (TrainingConfig, "warmup_steps", [0], [-1]),
+    (TrainingConfig, "lr_scheduler", ["constant", "linear", "cosine"], ["cosin", None]),
+    (TrainingConfig, "missing_eos_penalty", [0, None], [-TINY]),
+    (TrainingConfig, "gradient_checkpointing", [True, False], ["perhaps", None]),
+    (TrainingConfig, "max_minutes", [TINY, None], [0]),
+    (TrainingConfig, "seed", [0, 2**63 - 1], [-1, 2**63]),
+    (GenerationConfig, "max_new_tokens", [1], [0]),
+    (GenerationConfig, "min_new_tokens", [0, 48], [-1, 49]),
+    (GenerationConfig, "max_prompt_length", [1], [0]),
+    (GenerationConfig, "temperature", [TINY], [0, -1]),
+    (GenerationConfig, "top_p", [TINY, 1], [0, 1.001]),
+    (GenerationConfig, "top_k", [0], [-1]),
+    (GenerationConfig, "do_sample", [True, False], ["perhaps", None]),
+    (GenerationConfig, "repetition_penalty", [TINY], [0]),
+    (GenerationConfig, "stop", [None, ("a", "b")], [("a", ""), (1,)]),
+    (GenerationConfig, "eos_token_id", [0, None, (0, 1)], ["two", 1.5]),
+    (GenerationConfig, "pad_token_id", [0, None], [-1]),
+    (LoraConfig, "r", [1], [0]),
+    (LoraConfig, "lora_alpha", [TINY], [0]),
+    (LoraConfig, "lora_dropout", [0, 0.999], [-TINY, 1]),
+    (LoraConfig, "target_modules", [None, "all-linear", ("q_proj",)], [3]),
+    (LoraConfig, "bias", ["none", "all", "lora_only"], ["some", None]),
+    (LoraConfig, "task_type", ["CAUSAL_LM"], ["SEQ_CLS"]),
+    (LoraConfig, "fan_in_fan_out", [True, False, None], ["perhaps"]),
+    (DatasetConfig, "max_samples", [1, None], [0]),
+    (DatasetConfig, "shuffle_seed", [0, 2**63 - 1], [-1, 2**63]),
+    (DatasetConfig, "held_out", [0], [-1]),
+]
+VALID = [(kind, field, value) for kind, field, good, _ in BOUNDS for value in good]
+INVALID = [(kind, field, value) for kind, field, _, bad in BOUNDS for value in bad]
+FLOATS = [(kind, field) for kind, field, good, bad in BOUNDS if TINY in good or -TINY in bad]
+
+
+@pytest.mark.parametrize("kind", CONTRACT)
+def test_defaults_are_those_of_the_public_contract(kind):
+    config = kind()
+    assert {name: getattr(config, name) for name in CONTRACT[kind]} == CONTRACT[kind]
+
+
+@pytest.mark.parametrize("kind", [TrainingConfig, GenerationConfig, LoraConfig])
+def test_every_field_has_its_bounds_tested(kind):
+    assert set(kind.model_fields) == {field for tested, field, *_ in BOUNDS if tested is kind}
+
+
+@pytest.mark.parametrize(("kind", "field", "value"), VALID)
+def test_a_value_at_the_edge_is_taken(kind, field, value):
+    companions = {"batch_size": 8} if field in ("num_minibatches", "gradient_accumulation_steps") else {}
+    assert getattr(kind(**companions, **{field: value}), field) == value
+
+
+@pytest.mark.parametrize(("kind", "field", "value"), INVALID)
+def test_a_value_past_the_edge_is_refused_by_name_and_shown(kind, field, value):
+    with pytest.raises(ConfigError) as error:
+        kind(**{field: value})
+    assert kind.__name__ in str(error.value)
+    assert field in str(error.value)
+    if not isinstance(value, tuple):
+        assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("kind", "field"), FLOATS)
+def test_nan_and_infinities_are_refused(kind, field, value):
+    with pytest.raises(ConfigError, match=f"{kind.__name__}.{field}"):
+        kind(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "misspelt", "meant"),
+    [
+        (TrainingConfig, "learning_rat", "learning_rate"),
+        (TrainingConfig, "num_minibatch", "num_minibatches"),
+        (GenerationConfig, "max_new_token", "max_new_tokens"),
+        (LoraConfig, "lora_alfa", "lora_alpha"),
+        (DatasetConfig, "prompt_colum", "prompt_column"),
+    ],
+)
+def test_a_misspelt_field_is_answered_with_the_one_meant(kind, misspelt, meant):
+    with pytest.raises(ConfigError, match=f"{kind.__name__} has no field '{misspelt}'. Did you mean '{meant}'"):
+        kind(**{misspelt: 1})
+
+
+def test_a_field_like_no_other_is_answered_with_all_of_them():
+    with pytest.raises(ConfigError) as error:
+        LoraConfig(zzz=1)
+    assert all(field in str(error.value) for field in LoraConfig.model_fields)
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(ConfigError) as error:
+        TrainingConfig(gamma=2, clip_ratio=0, ppo_epoch=1)
+    assert [name in str(error.value) for name in ("gamma", "clip_ratio", "ppo_epochs")] == [True] * 3
+
+
+def test_a_config_error_is_also_a_value_error_without_pydantics_trace():
+    with pytest.raises(ValueError, match="gamma") as error:
+        TrainingConfig(gamma=2)
+    assert error.value.__suppress_context__
+    assert "pydantic" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("batch", "minibatches", "accumulation", "nearest"),
+    [(7, 2, 1, "6 or 8"), (10, 2, 4, "8 or 16"), (4, 3, 1, "3 or 6"), (4, 1, 8, "8"), (3, 2, 2, "4")],
+)
+def test_what_does_not_divide_is_refused_with_the_nearest_valid_value(batch, minibatches, accumulation, nearest):
+    with pytest.raises(ConfigError) as error:
+        TrainingConfig(batch_size=batch, num_minibatches=minibatches, gradient_accumulation_steps=accumulation)
+    message = str(error.value)
+    assert f"batch_size={batch}" in message
+    assert f"num_minibatches={minibatches}" in message
+    assert f"gradient_accumulation_steps={accumulation}" in message
+    assert message.endswith(f"nearest valid batch_size: {nearest}.")
+
+
+def test_derived_sizes():
+    config = TrainingConfig(batch_size=24, num_minibatches=2, gradient_accumulation_steps=3, ppo_epochs=5)
+    assert config.micro_batch_size == 4
+    assert config.steps_per_iteration == 10
+
+
+@pytest.mark.parametrize("kind", [TrainingConfig, GenerationConfig, LoraConfig, DatasetConfig])
+def test_configs_are_frozen_and_say_how_to_set_a_value(kind):
+    config = kind()
+    field = next(iter(kind.model_fields))
+    with pytest.raises(ConfigError, match=f"{kind.__name__} is frozen"):
+        setattr(config, field, getattr(config, field))
+    with pytest.raises(ConfigError, match="is frozen"):
+        config.something_new = 1
+    assert config == kind()
+
+
+def test_values_are_keyword_only():
+    with pytest.raises(TypeError):
+        TrainingConfig(1e-4)
+
+
+@pytest.mark.parametrize("kind", [TrainingConfig, GenerationConfig, LoraConfig, DatasetConfig])
+def test_from_value_takes_none_a_mapping_or_an_instance(kind):
+    config = kind()
+    assert kind.from_value(None) == config
+    assert kind.from_value({}) == config
+    assert kind.from_value(config) is config
+
+
+def test_from_value_reads_a_mappings_fields_and_checks_them():
+    assert TrainingConfig.from_value({"batch_size": 8}) == TrainingConfig(batch_size=8)
+    with pytest.raises(ConfigError, match="batch_size"):
+        TrainingConfig.from_value({"batch_size": 0})
+
+
+@pytest.mark.parametrize("value", [3, "batch_size=8", [("batch_size", 8)], GenerationConfig(), TrainingConfig])
+def test_from_value_refuses_anything_else_and_names_its_type(value):
+    with pytest.raises(
+        ConfigError, match=f"Expected a TrainingConfig or a dict of its fields, got {type(value).__name__}"
+    ):
+        TrainingConfig.from_value(value)
+
+
+@pytest.mark.parametrize(
+    ("values", "filters"),
+    [
+        ({}, []),
+        ({"temperature": 0.7, "min_new_tokens": 1, "stop": "."}, []),
+        ({"min_new_tokens": 0}, []),
+        ({"min_new_tokens": 2}, ["min_new_tokens=2"]),
+        ({"top_p": 0.9}, ["top_p=0.9"]),
+        ({"top_k": 50}, ["top_k=50"]),
+        ({"repetition_penalty": 1.2}, ["repetition_penalty=1.2"]),
+        ({"do_sample": False}, ["do_sample=False"]),
+        ({"top_k": 5, "top_p": 0.5, "repetition_penalty": 0.9, "do_sample": False, "min_new_tokens": 3},
+         ["do_sample=False", "min_new_tokens=3", "repetition_penalty=0.9", "top_k=5", "top_p=0.5"]),
+    ],
+)  # fmt: skip
+def test_distribution_filters_name_what_makes_samples_differ_from_the_policy(values, filters):
+    assert sorted(GenerationConfig(**values).distribution_filters) == filters
+
+
+def test_lengths_that_contradict_are_refused():
+    with pytest.raises(ConfigError, match="min_new_tokens=9 is above max_new_tokens=8"):
+        GenerationConfig(min_new_tokens=9, max_new_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("stop", "kept"), [("###", ("###",)), (["a", "b"], ("a", "b")), (("a",), ("a",)), (None, None)]
+)
+def test_stop_may_be_one_string_or_several(stop, kept):
+    assert GenerationConfig(stop=stop).stop == kept
+
+
+@pytest.mark.parametrize("stop", ["", ["a", ""]])
+def test_an_empty_stop_string_is_refused(stop):
+    with pytest.raises(ConfigError, match="empty string"):
+        GenerationConfig(stop=stop)
+
+
+def test_the_peak_learning_rate_is_the_users_or_the_modes():
+    config = TrainingConfig(learning_rate=3e-4)
+    assert config.peak_learning_rate(uses_lora=True) == config.peak_learning_rate(uses_lora=False) == 3e-4
+    lora, full = (TrainingConfig().peak_learning_rate(uses_lora=uses_lora) for uses_lora in (True, False))
+    assert lora > full > 0
+
+
+def test_target_modules_may_be_a_list():
+    assert LoraConfig(target_modules=["q_proj", "v_proj"]).target_modules == ("q_proj", "v_proj")

@@ -1,0 +1,500 @@
+"""The whole run, end to end, on tiny models: what it learns, prints, writes, and how it ends."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pyarrow.parquet
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import LORA_TARGETS, PROMPTS
+from konic.finetuning import (
+    BaseKonicFinetuningCallback,
+    ConfigError,
+    DatasetConfig,
+    KonicFinetuningAgent,
+    KonicFinetuningCallback,
+    KonicFinetuningEngine,
+    KonicLLMRewardComposer,
+    LoraConfig,
+    OutputError,
+    RewardError,
+    llm_reward,
+)
+
+TIMES = {"generation_time_sec", "reward_compute_time_sec", "update_time_sec", "total_time_sec"}
+
+
+class LetterRewards(KonicLLMRewardComposer):
+    @llm_reward
+    def letters(self, prompt, response):
+        return sum(char.isalpha() for char in response) / 8
+
+    @llm_reward
+    def brief(self, prompt, response):
+        return -len(response) / 80
+
+
+class Silent(KonicFinetuningCallback):
+    def __init__(self):
+        super().__init__(verbose=False)
+
+
+def make_agent(folder, architecture="llama", composer=None, lora=True, dataset=None, generation=None, **training):
+    settings = {"batch_size": 8, "learning_rate": 1e-2 if lora else 1e-3, "ppo_epochs": 2} | training
+    return KonicFinetuningAgent(
+        base_model=folder,
+        reward_composer=composer or LetterRewards(),
+        lora_config=LoraConfig(r=4, target_modules=LORA_TARGETS[architecture]) if lora else None,
+        dataset_config=dataset or DatasetConfig(prompts=PROMPTS, held_out=2),
+        training_config=settings,
+        generation_config={"max_new_tokens": 8, "max_prompt_length": 48} | (generation or {}),
+    )
+
+
+def make_engine(folder, run, callback=None, **options):
+    agent = make_agent(folder, **options)
+    return KonicFinetuningEngine.from_agent(agent, checkpoint_dir=run, callback=callback or Silent(), device="cpu")
+
+
+def metrics(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def completions(run):
+    return [pyarrow.parquet.read_table(file).to_pylist() for file in sorted((run / "completions").glob("*.parquet"))]
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return {file.name: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
+def same_tensors(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].keys() == right[name].keys()
+        assert all(torch.equal(left[name][key], right[name][key]) for key in left[name]), name
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_reward_rises_and_kl_with_it(model_folders, architecture, lora, tmp_path):
+    engine = make_engine(
+        model_folders[architecture], tmp_path, architecture=architecture, lora=lora, kl_penalty_weight=0.01,
+        batch_size=32, learning_rate=6e-2 if lora else 1e-2,
+    )  # fmt: skip
+    result = engine.train(20)
+    curve, kl = result.get_reward_curve(), result.get_kl_curve()
+    assert sum(curve[-5:]) / 5 > sum(curve[:3]) / 3 + 0.03
+    assert kl[0] == 0.0
+    assert kl[-1] > kl[1] >= 0
+
+
+class OneToken(KonicLLMRewardComposer):
+    @llm_reward
+    def right(self, prompt, response):
+        return float(response == "k")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_bandit_is_solved(model_folders, seed, tmp_path):
+    """One-token answers, one of them rewarded: at least 95 % of the maximum."""
+    dataset = DatasetConfig(prompts=["one", "two"])
+    engine = make_engine(
+        model_folders["llama"], tmp_path, composer=OneToken(), dataset=dataset, generation={"max_new_tokens": 1},
+        batch_size=64, learning_rate=1e-2, ppo_epochs=4, seed=seed, lora=False,
+    )  # fmt: skip
+    result = engine.train(25)
+    assert sum(result.get_reward_curve()[-3:]) / 3 >= 0.95
+
+
+def test_the_kl_penalty_holds_the_policy_back(model_folders, tmp_path):
+    paid = {}
+    for weight in (0.0, 1.0):
+        engine = make_engine(model_folders["llama"], tmp_path / str(weight), kl_penalty_weight=weight)
+        paid[weight] = engine.train(15).final_kl_divergence
+    assert paid[1.0] < 0.7 * paid[0.0]
+
+
+def test_two_runs_with_one_seed_are_identical(model_folders, architecture, tmp_path):
+    for name in ("a", "b"):
+        make_engine(model_folders[architecture], tmp_path / name, architecture=architecture).train(3)
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert completions(tmp_path / "a") == completions(tmp_path / "b")
+    same_tensors(weights(tmp_path / "a" / "final"), weights(tmp_path / "b" / "final"))
+    make_engine(model_folders[architecture], tmp_path / "c", architecture=architecture, seed=1).train(3)
+    assert metrics(tmp_path / "c") != metrics(tmp_path / "a")
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_resumed_run_is_the_same_run_bit_for_bit(model_folders, architecture, lora, tmp_path):
+    def engine(run):
+        return make_engine(
+            model_folders[architecture], run, architecture=architecture, lora=lora, warmup_steps=3,
+            lr_scheduler="linear", num_minibatches=2,
+        )  # fmt: skip
+
+    engine(tmp_path / "whole").train(5)
+    engine(tmp_path / "parts").train(5, save_every=2)
+    resumed = engine(tmp_path / "parts")
+    result = resumed.train(5, resume_from_checkpoint=tmp_path / "parts" / "checkpoint-2")
+    assert result.total_iterations == 5
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert completions(tmp_path / "whole") == completions(tmp_path / "parts")
+    for folder in ("final", "best", "checkpoint-5"):
+        same_tensors(weights(tmp_path / "whole" / folder), weights(tmp_path / "parts" / folder))
+
+
+def test_resuming_takes_the_newest_checkpoint_and_max_iterations_is_the_total(model_folders, tmp_path):
+    make_engine(model_folders["llama"], tmp_path).train(2)
+    result = make_engine(model_folders["llama"], tmp_path).train(3, resume_from_checkpoint=True)
+    assert [row["iteration"] for row in metrics(tmp_path)] == [1, 2, 3]
+    assert result.total_iterations == 3
+    assert result.total_samples == 24
+
+
+def test_train_called_again_goes_on(model_folders, tmp_path):
+    twice = make_engine(model_folders["llama"], tmp_path / "twice")
+    twice.train(2)
+    assert twice.train(2).total_iterations == 4
+    make_engine(model_folders["llama"], tmp_path / "once").train(4)
+    assert metrics(tmp_path / "twice") == metrics(tmp_path / "once")
+
+
+def test_a_finished_run_is_not_overwritten(model_folders, tmp_path):
+    make_engine(model_folders["llama"], tmp_path).train(1)
+    with pytest.raises(OutputError, match="an earlier run is in this folder"):
+        make_engine(model_folders["llama"], tmp_path).train(1)
+
+
+def test_plain_peft_and_transformers_load_what_a_run_leaves(model_folders, architecture, tmp_path):
+    engine = make_engine(model_folders[architecture], tmp_path / "run", architecture=architecture)
+    result = engine.train(2)
+    assert result.model_path == str(tmp_path / "run" / "final")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    adapted = AutoPeftModelForCausalLM.from_pretrained(result.model_path)
+    assert adapted.peft_config["default"].base_model_name_or_path == model_folders[architecture]
+    engine.save_pretrained(tmp_path / "merged", merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(model_folders[architecture])
+    with torch.no_grad():
+        difference = (adapted(ids).logits - merged(ids).logits).abs().max()
+        assert difference <= 1e-4
+        assert (adapted(ids).logits - base(ids).logits).abs().max() > 1e-3
+    assert AutoTokenizer.from_pretrained(result.model_path)("ab").input_ids
+    card = (tmp_path / "run" / "final" / "README.md").read_text()
+    assert "More Information Needed" not in card
+    assert "letters" in card
+    engine.save_pretrained(tmp_path / "adapter")
+    same_tensors(weights(tmp_path / "adapter"), weights(tmp_path / "run" / "final"))
+
+
+def test_a_full_model_loads_with_plain_transformers(model_folders, tmp_path):
+    result = make_engine(model_folders["gpt2"], tmp_path, architecture="gpt2", lora=False).train(1)
+    model = AutoModelForCausalLM.from_pretrained(result.model_path)
+    assert model.config.attn_pdrop == 0.1  # the user's config, though no dropout was applied
+
+
+def test_best_is_the_policy_that_sampled_the_best_iteration(model_folders, tmp_path):
+    engine = make_engine(model_folders["llama"], tmp_path / "run")
+    result = engine.train(6)
+    best = result.best_iteration
+    assert result.best_reward == max(result.get_reward_curve()) == result.get_reward_curve()[best - 1]
+    if best == 1:
+        pytest.fail("the reward must rise for this test to see anything")
+    make_engine(model_folders["llama"], tmp_path / "short").train(best - 1)
+    same_tensors(weights(tmp_path / "run" / "best"), weights(tmp_path / "short" / "final"))
+
+
+def test_the_runs_folder_holds_what_was_promised(model_folders, tmp_path):
+    make_engine(model_folders["llama"], tmp_path).train(2, save_every=1)
+    present = {path.name for path in tmp_path.iterdir()}
+    assert present == {"metrics.jsonl", "run.json", "completions", "checkpoint-1", "checkpoint-2", "best", "final"}
+    row = completions(tmp_path)[0][0]
+    assert {"iteration", "row", "prompt", "response", "reward", "kl", "ended", "reward/letters"} <= row.keys()
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["rewards"]["class"] == "LetterRewards"
+    assert record["rewards"]["file"] == os.path.abspath(__file__)
+    assert len(record["rewards"]["sha256"]) == 64
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_metrics_follow_from_completions(model_folders, tmp_path):
+    make_engine(model_folders["llama"], tmp_path).train(1)
+    rows, (line,) = completions(tmp_path)[0], metrics(tmp_path)
+    rewards = [row["reward"] for row in rows]
+    mean = sum(rewards) / 8
+    assert line["reward_mean"] == pytest.approx(mean)
+    assert line["reward_std"] == pytest.approx(math.sqrt(sum((r - mean) ** 2 for r in rewards) / 7))
+    assert (line["reward_min"], line["reward_max"]) == (min(rewards), max(rewards))
+    for row in rows:
+        assert row["reward"] == pytest.approx(row["reward/letters"] + row["reward/brief"])
+        assert row["reward/letters"] == pytest.approx(sum(char.isalpha() for char in row["response"]) / 8)
+    lengths = [len(row["token_ids"]) for row in rows]
+    assert line["response_length_mean"] == pytest.approx(sum(lengths) / 8)
+    assert line["ended_fraction"] == pytest.approx(sum(row["ended"] for row in rows) / 8)
+
+
+def test_the_printed_lines_are_the_contracts(model_folders, tmp_path, capsys):
+    agent = make_agent(model_folders["gpt2"], architecture="gpt2")
+    KonicFinetuningEngine.from_agent(agent, checkpoint_dir=tmp_path / "run").train(2)
+    out = capsys.readouterr().out.splitlines()
+    rule = "=" * 60
+    assert out[:10] == [
+        rule, "Starting RLHF Training", rule, f"Model: {model_folders['gpt2']}", "LoRA: True", "Learning Rate: 0.01",
+        "Batch Size: 8", "Max Iterations: 2", rule, "",
+    ]  # fmt: skip
+    number = r"-?\d+\.\d{3}"
+    line = (
+        rf"\[Iter    1\] Reward: +{number} \(\+/- {number}\) \| KL: 0\.0000 \| Loss: -?\d+\.\d{{4}} \| Time: \d+\.\ds"
+    )
+    import re
+
+    assert re.fullmatch(line, out[10])
+    assert out[11].startswith("[Iter    2] Reward:")
+    assert out[12:17] == ["", "=" * 50, "Finetuning Results Summary", "=" * 50, f"Model: {model_folders['gpt2']}"]
+    assert out[17] == "Total Iterations: 2"
+    assert re.fullmatch(r"Best Reward: -?\d\.\d{4} \(iteration \d\)", out[18])
+    assert re.fullmatch(r"Final Reward: -?\d\.\d{4}", out[19])
+    assert out[-1] == "=" * 50
+
+
+class Recorder(BaseKonicFinetuningCallback):
+    def __init__(self):
+        self.calls = []
+
+    def __getattribute__(self, name):
+        value = super().__getattribute__(name)
+        if name.startswith("on_"):
+            return lambda *args: self.calls.append((name, args)) or value(*args)
+        return value
+
+
+def test_hooks_come_in_order_with_what_they_promise(model_folders, tmp_path):
+    recorder = Recorder()
+    make_engine(model_folders["llama"], tmp_path, callback=[Silent(), recorder]).train(2, save_every=1)
+    names = [name for name, _ in recorder.calls]
+    iteration = [
+        "on_iteration_begin",
+        "on_generation_begin",
+        "on_generation_end",
+        "on_reward_computed",
+        "on_iteration_end",
+    ]
+    assert names[:7] == ["on_train_begin", *iteration, "on_checkpoint_saved"]
+    assert names[-1] == "on_train_end"
+    config = recorder.calls[0][1][0]
+    expected = {"model_name", "use_lora", "learning_rate", "batch_size", "max_iterations", "kl_penalty_weight"}
+    assert expected <= config.keys()
+    prompts, responses = recorder.calls[3][1]
+    rewards, breakdown = recorder.calls[4][1]
+    assert len(prompts) == len(responses) == len(rewards) == len(breakdown["letters"]) == 8
+
+
+def test_a_callback_stops_early(model_folders, tmp_path):
+    callback = KonicFinetuningCallback(verbose=False, early_stop_kl_threshold=1e-9, early_stop_patience=2)
+    result = make_engine(model_folders["llama"], tmp_path, callback=callback).train(10)
+    assert result.total_iterations == 3  # iteration 1 samples from the reference itself
+    assert "callback" in result.stopped_because
+
+
+def test_max_minutes_ends_after_the_iteration_that_passes_it(model_folders, tmp_path):
+    result = make_engine(model_folders["llama"], tmp_path, max_minutes=1e-6).train(10)
+    assert result.total_iterations == 1
+    assert result.stopped_because == "max_minutes passed"
+
+
+class Interrupting(Silent):
+    """Presses Ctrl-C in a given hook of iteration 3."""
+
+    def __init__(self, hook):
+        super().__init__()
+        self._hook, self._iteration = hook, 0
+
+    def on_iteration_begin(self, iteration):
+        self._iteration = iteration
+
+    def __getattribute__(self, name):
+        if name.startswith("on_") and name == super().__getattribute__("_hook") and self._iteration == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("hook, done", [("on_generation_begin", 2), ("on_reward_computed", 2), ("on_iteration_end", 3)])
+def test_ctrl_c_ends_cleanly_saves_whole_iterations_and_can_be_resumed(model_folders, hook, done, tmp_path):
+    result = make_engine(model_folders["llama"], tmp_path / "run", callback=Interrupting(hook)).train(5)
+    assert (result.total_iterations, result.stopped_because) == (done, "interrupted")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    make_engine(model_folders["llama"], tmp_path / "run").train(5, resume_from_checkpoint=True)
+    make_engine(model_folders["llama"], tmp_path / "whole").train(5)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+class Raising(LetterRewards):
+    calls = 0
+
+    @llm_reward
+    def fragile(self, prompt, response):
+        self.calls += 1
+        return 1 / 0 if self.calls > 20 else 0.0
+
+
+def test_a_raising_reward_is_named_and_whole_iterations_are_kept(model_folders, tmp_path):
+    recorder = Recorder()
+    engine = make_engine(model_folders["llama"], tmp_path, composer=Raising(), callback=[Silent(), recorder])
+    with pytest.raises(
+        RewardError, match=r"Reward 'fragile' raised ZeroDivisionError: division by zero\n  prompt:   '"
+    ):
+        engine.train(5)
+    assert [row["iteration"] for row in metrics(tmp_path)] == [1, 2]
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
+    assert "on_train_error" in [name for name, _ in recorder.calls]
+    assert not list(tmp_path.rglob(".*"))
+
+
+class Abstaining(KonicLLMRewardComposer):
+    @llm_reward
+    def sometimes(self, prompt, response):
+        return None if len(prompt) % 2 else float(len(response))
+
+
+def test_abstaining_samples_are_counted(model_folders, tmp_path):
+    result = make_engine(model_folders["llama"], tmp_path, composer=Abstaining()).train(1)
+    rows = completions(tmp_path)[0]
+    missing = sum(row["reward"] is None for row in rows)
+    assert 0 < missing < 8
+    assert result.history[0].num_unscored == missing
+
+
+class AnswerRewards(KonicLLMRewardComposer):
+    @llm_reward
+    def right(self, prompt, response, answer, weight=2.0):
+        assert answer == prompt.upper()
+        return float(weight)
+
+
+def test_columns_of_the_dataset_reach_the_rewards_that_ask(model_folders, tmp_path):
+    rows = [{"prompt": text, "answer": text.upper(), "unused": 1} for text in PROMPTS]
+    engine = make_engine(
+        model_folders["llama"], tmp_path, composer=AnswerRewards(), dataset=DatasetConfig(prompts=rows)
+    )
+    assert engine.train(1).final_reward_mean == 2.0
+
+
+def test_evaluate_is_the_same_every_time_and_does_not_train(model_folders, tmp_path):
+    engine = make_engine(model_folders["llama"], tmp_path)
+    first = engine.evaluate(list(PROMPTS))
+    assert {"prompts", "responses", "rewards", "reward_mean", "reward_breakdown"} <= first.keys()
+    assert first == engine.evaluate(list(PROMPTS))
+    assert first["prompts"] == list(PROMPTS)
+    assert first["reward_mean"] == pytest.approx(sum(first["rewards"]) / 8)
+    assert first["kl_per_response"] == [0.0] * 8
+    assert engine.generate(list(PROMPTS)) == first["responses"]
+    assert len(engine.evaluate()["prompts"]) == 2  # the held-out ones
+    with_evaluation = engine.train(2)
+    assert with_evaluation.get_reward_curve() == make_engine(
+        model_folders["llama"], tmp_path / "other"
+    ).train(2).get_reward_curve()  # fmt: skip
+    assert engine.evaluate(list(PROMPTS))["responses"] != first["responses"]
+
+
+def test_without_a_folder_a_run_makes_its_own_and_says_where(model_folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    agent = make_agent(model_folders["llama"])
+    result = KonicFinetuningEngine.from_agent(agent).train(1)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert result.model_path == str(run / "final")
+    assert f"Saved in: {run / 'final'}" in capsys.readouterr().out
+
+
+def test_filters_are_said_to_change_the_distribution(model_folders, tmp_path, caplog):
+    make_engine(model_folders["llama"], tmp_path, generation={"top_k": 5}).train(1)
+    assert "Sampling with top_k=5 draws from another distribution" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"generation": {"max_prompt_length": 120, "max_new_tokens": 9}}, "over the 128 positions"),
+        ({"dataset": DatasetConfig(prompts=["a"], prompt_column="text", source="memory")}, None),
+    ],
+)
+def test_a_context_too_short_is_refused_before_the_run_writes(model_folders, options, told, tmp_path):
+    engine = make_engine(model_folders["llama"], tmp_path / "run", **options)
+    if told is None:
+        engine.train(1)
+        return
+    with pytest.raises(ConfigError, match=told):
+        engine.train(1)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("arguments", [{"max_iterations": 0}, {"max_iterations": 2.5}, {"save_every": 0}])
+def test_counts_that_cannot_be_are_refused(model_folders, arguments, tmp_path):
+    with pytest.raises(ConfigError, match=f"train\\({next(iter(arguments))}="):
+        make_engine(model_folders["llama"], tmp_path).train(**arguments)
+
+
+def test_engine_options_are_checked(model_folders, tmp_path):
+    agent = make_agent(model_folders["llama"])
+    with pytest.raises(ConfigError, match=r"no option 'chekpoint_dir'.*Did you mean 'checkpoint_dir'"):
+        KonicFinetuningEngine.from_agent(agent, chekpoint_dir=tmp_path)
+    with pytest.raises(ConfigError, match="device='cuda:99' is not there"):
+        KonicFinetuningEngine.from_agent(agent, device="cuda:99")
+    with pytest.raises(ConfigError, match="device='quantum' is not there"):
+        KonicFinetuningEngine.from_agent(agent, device="quantum")
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(OutputError, match="cannot be written"):
+        KonicFinetuningEngine.from_agent(agent, checkpoint_dir=blocked / "run", callback=Silent()).train(1)
+
+
+def test_a_users_script_runs_and_ctrl_c_ends_it_with_a_summary(model_folders, tmp_path):
+    """A real process, its standard output a pipe: lines come as they happen, SIGINT prints the summary and exits 0."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent(f"""
+            from konic.finetuning import *
+
+            class Rewards(KonicLLMRewardComposer):
+                def __init__(self):
+                    pass
+
+                @llm_reward
+                def brief(self, prompt: str, response: str) -> float:
+                    return -len(response) / 80
+
+            agent = KonicFinetuningAgent(
+                base_model={model_folders["gpt2"]!r}, reward_composer=Rewards(),
+                lora_config=LoraConfig(r=4, lora_alpha=16, target_modules=["c_attn", "c_proj"]),
+                dataset_config=DatasetConfig(source=DatasetSource.MEMORY, prompts=["a", "b", "c"]),
+                generation_config=GenerationConfig(max_new_tokens=8, max_prompt_length=32),
+            )
+            result = KonicFinetuningEngine.from_agent(agent).train(max_iterations=100000)
+            print(result.stopped_because)
+        """)
+    )
+    process = subprocess.Popen(
+        [sys.executable, script.name], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith("[Iter    3]"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "Finetuning Results Summary" in rest
+    assert rest.rstrip().endswith("interrupted")
+    assert errors == ""

@@ -1,0 +1,184 @@
+import peft
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from conftest import LORA_TARGETS, loaded_model, prompt_batch, shake_adapter, tiny_learner, tiny_model
+from konic.finetuning.config import LoraConfig
+from konic.finetuning.errors import ConfigError, TrainingError
+from konic.finetuning.language_model import LanguageModel, score_tokens
+from konic.finetuning.policy import Policy
+from konic.finetuning.prompts import position_ids
+
+
+def logits_of(model, ids):
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        return model.logits(model.decode(ids, mask, position_ids(mask)))
+
+
+IDS = torch.tensor([[5, 9, 44, 100, 3, 7]])
+
+
+def test_a_fresh_adapter_changes_nothing_bit_for_bit(architecture):
+    base = tiny_model(architecture)
+    policy = tiny_learner(architecture).policy
+    truth = base(IDS).logits
+    assert torch.equal(logits_of(policy.language_model, IDS), truth)
+    with policy.reference() as reference:
+        assert torch.equal(logits_of(reference, IDS), truth)
+
+
+def test_the_reference_is_the_loaded_model_however_far_the_adapter_goes(architecture):
+    policy = tiny_learner(architecture).policy
+    shake_adapter(policy)
+    truth = tiny_model(architecture)(IDS).logits
+    assert (logits_of(policy.language_model, IDS) - truth).abs().max() > 0.1
+    with policy.reference() as reference:
+        assert torch.equal(logits_of(reference, IDS), truth)
+    policy.check_reference()
+
+
+def test_full_finetuning_keeps_a_frozen_copy_as_the_reference(architecture):
+    policy = tiny_learner(architecture, lora=False).policy
+    shake_adapter(policy)
+    with policy.reference() as reference:
+        assert torch.equal(logits_of(reference, IDS), tiny_model(architecture)(IDS).logits)
+        assert not any(weight.requires_grad for weight in reference.causal_lm.parameters())
+    policy.check_reference()
+
+
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}])
+def test_adapters_that_rewrite_the_base_get_a_frozen_copy(options):
+    adapter = peft.LoraConfig(r=4, target_modules=list(LORA_TARGETS["gpt2"]), **options)
+    policy = Policy(loaded_model("gpt2", torch.float32), adapter)
+    shake_adapter(policy)
+    with policy.reference() as reference:
+        assert torch.equal(logits_of(reference, IDS), tiny_model("gpt2", torch.float32)(IDS).logits)
+
+
+def test_a_reference_that_moved_is_noticed():
+    policy = tiny_learner("llama").policy
+    with torch.no_grad():
+        policy.language_model.causal_lm.get_input_embeddings().weight.add_(0.01)
+    with pytest.raises(TrainingError, match="reference policy has moved"):
+        policy.check_reference()
+
+
+def test_merged_layers_sample_what_trains_and_leave_every_weight_as_it_was(architecture):
+    policy = tiny_learner(architecture).policy
+    shake_adapter(policy)
+    before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    truth = logits_of(policy.language_model, IDS)
+    with policy.merged() as merged:
+        assert (logits_of(merged, IDS) - truth).abs().max() < 1e-9
+        assert not any("lora" in name for name, _ in merged.causal_lm.named_modules())
+    after = policy.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(logits_of(policy.language_model, IDS), truth)
+
+
+def test_merging_ends_when_sampling_raises():
+    policy = tiny_learner("gpt2").policy
+    names = [name for name, _ in policy.model.named_modules()]
+    with pytest.raises(KeyError), policy.merged():
+        raise KeyError
+    assert [name for name, _ in policy.model.named_modules()] == names
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_dropout_is_off_in_train_mode_whatever_model_and_adapter_say(architecture, lora):
+    policy = tiny_learner(architecture, lora=lora, dropout=0.5).policy
+    shake_adapter(policy)
+    quiet = logits_of(policy.language_model, IDS)
+    policy.model.train()
+    assert torch.equal(logits_of(policy.language_model, IDS), quiet)
+
+
+def test_only_the_adapter_and_the_value_head_learn():
+    names = list(tiny_learner("llama").policy.trainable())
+    assert all("lora_" in name for name in names[:-2])
+    assert names[-2:] == ["value_head.weight", "value_head.bias"]
+
+
+def test_the_value_head_starts_at_zero():
+    policy = tiny_learner("llama").policy
+    assert policy.values(torch.randn(3, 5, 32, dtype=torch.float64)).abs().max() == 0
+
+
+def test_adapter_weights_follow_the_seed_and_leave_the_global_generator_alone():
+    def weights(seed):
+        policy = tiny_learner("llama", seed=seed).policy
+        return torch.cat([w.flatten() for name, w in policy.trainable().items() if "lora_A" in name])
+
+    tiny_learner("llama")  # every import done
+    state = torch.random.get_rng_state()
+    assert torch.equal(weights(3), weights(3))
+    assert not torch.equal(weights(3), weights(4))
+    torch.manual_seed(0)
+    tiny_model("llama")  # draws from the global generator, as the fixture's model does
+    expected = torch.random.get_rng_state()
+    tiny_learner("llama")
+    assert torch.equal(torch.random.get_rng_state(), expected)
+    torch.random.set_rng_state(state)
+
+
+def test_conv1d_adapters_need_no_hint_and_draw_no_warning(recwarn):
+    for fan_in_fan_out in (None, True, False):
+        adapter = LoraConfig(target_modules=("c_attn", "c_proj"), fan_in_fan_out=fan_in_fan_out)
+        policy = Policy(loaded_model("gpt2"), adapter)
+        assert policy.model.peft_config["default"].fan_in_fan_out is True
+    policy = Policy(loaded_model("llama"), LoraConfig(target_modules=("q_proj",), fan_in_fan_out=True))
+    assert policy.model.peft_config["default"].fan_in_fan_out is False
+    assert not recwarn.list
+
+
+def test_targets_that_match_nothing_are_named_with_the_candidates():
+    with pytest.raises(ConfigError, match=r"'q_porj' matches no layer.*Did you mean 'q_proj'.*down_proj, .*v_proj"):
+        Policy(loaded_model("llama"), LoraConfig(target_modules=("v_proj", "q_porj")))
+
+
+def test_without_targets_peft_chooses(architecture):
+    policy = Policy(loaded_model(architecture), LoraConfig())
+    expected = {"gpt2": "c_attn", "llama": "q_proj"}[architecture]
+    assert any(expected in name for name in policy.trainable())
+
+
+def test_a_softcapped_head_is_scored_as_the_model_does():
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0, initializer_range=0.5, pad_token_id=0,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).to(torch.float64).eval()
+    ours = LanguageModel(model)
+    ours.check_logits()
+    assert (logits_of(ours, IDS) - model(IDS).logits).abs().max() < 1e-9
+    ours.softcap = None
+    with pytest.raises(Exception, match="transforms its logits"):
+        ours.check_logits()
+
+
+def test_scored_log_probs_are_the_models_own_without_padding(architecture):
+    learner = tiny_learner(architecture)
+    batch = prompt_batch(learner)
+    responses = torch.arange(10, 10 + len(batch) * 4).reshape(len(batch), 4)
+    response_mask = torch.ones_like(responses, dtype=torch.bool)
+    response_mask[2, 2:] = False
+    model = learner.policy.language_model
+    hidden = model.response_hidden(
+        torch.cat([batch.ids, responses], 1), torch.cat([batch.mask, response_mask], 1), responses.shape[1]
+    )
+    log_probs, entropy = score_tokens(model, hidden, responses, response_mask, 0.7, True)
+    truth_model = tiny_model(architecture)
+    for row in range(len(batch)):
+        length = int(response_mask[row].sum())
+        ids = torch.cat([batch.ids[row][batch.mask[row]], responses[row, :length]])[None]
+        with torch.no_grad():
+            logits = truth_model(ids).logits[0, -length - 1 : -1] / 0.7
+        truth = logits.log_softmax(-1)
+        expected = truth[torch.arange(length), responses[row, :length]]
+        assert (log_probs[row, :length] - expected).abs().max() < 1e-9
+        assert (entropy[row, :length] + (truth.exp() * truth).sum(-1)).abs().max() < 1e-9
+        assert log_probs[row, length:].abs().sum() == 0

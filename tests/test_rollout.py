@@ -1,0 +1,116 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import prompt_batch, shake_adapter, tiny_learner, tiny_model
+from konic.finetuning.config import GenerationConfig
+from konic.finetuning.language_model import LanguageModel
+from konic.finetuning.rollout import rollout
+from konic.finetuning.sampling import RandomKey
+
+KEY = RandomKey(seed=3, iteration=1)
+GENERATION = GenerationConfig(max_new_tokens=8, temperature=0.9)
+
+
+def roll(learner, batch=None, micro_batch_size=None):
+    batch = prompt_batch(learner) if batch is None else batch
+    return rollout(learner.policy, batch, GENERATION, learner.special, KEY, micro_batch_size)
+
+
+def unpadded_log_softmax(model, rolled, row):
+    """[n, V] log-softmax of every response token's distribution, from one sequence alone."""
+    prompt = rolled.batch.ids[row][rolled.batch.mask[row]]
+    response = rolled.samples.response_ids[row][rolled.response_mask[row]]
+    with torch.no_grad():
+        logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+    return (logits / GENERATION.temperature).log_softmax(-1), response
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_every_number_equals_the_unpadded_truth(architecture, lora):
+    learner = tiny_learner(architecture, lora=lora)
+    shake_adapter(learner.policy)
+    rolled = roll(learner)
+    model, base = learner.policy.language_model.causal_lm, tiny_model(architecture)
+    for row in range(len(rolled.batch)):
+        log_softmax, tokens = unpadded_log_softmax(model, rolled, row)
+        reference, _ = unpadded_log_softmax(base, rolled, row)
+        picked = torch.arange(len(tokens)), tokens
+        expected = {
+            "log_probs": log_softmax[picked],
+            "ref_log_probs": reference[picked],
+            "kl": (log_softmax.exp() * (log_softmax - reference)).sum(-1),
+            "entropy": -(log_softmax.exp() * log_softmax).sum(-1),
+        }
+        for name, truth in expected.items():
+            ours = getattr(rolled, name)[row]
+            assert (ours[: len(tokens)] - truth).abs().max() < 1e-9, name
+            assert ours[len(tokens) :].abs().sum() == 0, name
+    assert rolled.kl.max() > 1e-3
+
+
+def test_kl_is_exactly_zero_before_the_adapter_has_learned(architecture):
+    rolled = roll(tiny_learner(architecture))
+    assert rolled.kl.abs().max() == 0
+    assert torch.equal(rolled.log_probs, rolled.ref_log_probs)
+
+
+def test_sampler_and_trainer_agree(architecture):
+    learner = tiny_learner(architecture)
+    shake_adapter(learner.policy)
+    assert roll(learner).sampler_gap() < 1e-9
+
+
+def test_numbers_do_not_move_when_batch_mates_get_longer(architecture):
+    learner = tiny_learner(architecture)
+    shake_adapter(learner.policy)
+    with torch.no_grad():
+        learner.policy.value_head.weight.add_(0.3)
+    together = roll(learner)
+    texts = [prompt.text for prompt in together.batch.prompts]
+    for row in (0, 2):
+        alone = prompt_batch(learner, [texts[row]])
+        alone = replace(alone, prompts=[together.batch.prompts[row]])
+        rolled = roll(learner, alone)
+        length = int(rolled.response_mask.sum())
+        for name in ("log_probs", "ref_log_probs", "kl", "entropy", "values"):
+            assert (getattr(rolled, name)[0] - getattr(together, name)[row, :length]).abs().max() < 1e-9, name
+
+
+def test_values_are_the_heads_on_the_hidden_state_before_each_token(architecture):
+    learner = tiny_learner(architecture)
+    with torch.no_grad():
+        learner.policy.value_head.weight.add_(0.3)
+    rolled = roll(learner)
+    prompt = rolled.batch.ids[0][rolled.batch.mask[0]]
+    response = rolled.samples.response_ids[0][rolled.response_mask[0]]
+    model = learner.policy.language_model.causal_lm
+    with torch.no_grad():
+        hidden = model.base_model(torch.cat([prompt, response])[None]).last_hidden_state[0]
+    expected = hidden[len(prompt) - 1 : -1].sum(-1) * 0.3
+    assert (rolled.values[0][: len(response)] - expected).abs().max() < 1e-9
+
+
+def test_micro_batches_change_nothing(architecture):
+    learner = tiny_learner(architecture)
+    shake_adapter(learner.policy)
+    whole, parts = roll(learner), roll(learner, micro_batch_size=2)
+    for name in ("log_probs", "ref_log_probs", "kl", "entropy"):
+        assert (getattr(whole, name) - getattr(parts, name)).abs().max() < 1e-12
+
+
+def test_positions_are_passed_where_gpt2_needs_them(monkeypatch):
+    """Without them GPT-2's log-probs under padding move by whole nats: this test can see it."""
+    learner = tiny_learner("gpt2")
+    rolled = roll(learner)
+    decode = LanguageModel.decode
+
+    def forgetful(self, ids, mask, positions, cache=None):
+        return decode(self, ids, mask, torch.arange(ids.shape[1]).expand_as(ids), cache)
+
+    monkeypatch.setattr(LanguageModel, "decode", forgetful)
+    hidden = learner.policy.language_model.response_hidden(rolled.ids, rolled.mask, rolled.response_mask.shape[1])
+    logits = learner.policy.language_model.logits(hidden) / GENERATION.temperature
+    wrong = logits.log_softmax(-1).gather(-1, rolled.samples.response_ids[..., None]).squeeze(-1)
+    assert (wrong - rolled.log_probs)[rolled.response_mask].abs().max() > 0.1

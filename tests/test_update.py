@@ -1,0 +1,266 @@
+import copy
+
+import pytest
+import torch
+
+from conftest import prompt_batch, shake_adapter, tiny_learner
+from konic.finetuning.algorithms import Advantages, ppo
+from konic.finetuning.config import GenerationConfig, TrainingConfig
+from konic.finetuning.errors import TrainingError
+from konic.finetuning.language_model import LanguageModel
+from konic.finetuning.rewards import Scores
+from konic.finetuning.rollout import rollout
+from konic.finetuning.sampling import RandomKey
+from konic.finetuning.update import Schedule, update
+
+GENERATION = GenerationConfig(max_new_tokens=8, temperature=0.9)
+REWARDS = [0.3, -1.0, 2.0, 0.1, 0.7, -0.2, 1.1, 0.0]
+
+
+def roll_and_score(learner, config, rewards=REWARDS, shake=True):
+    if shake:
+        shake_adapter(learner.policy)
+    batch = prompt_batch(learner)
+    rolled = rollout(learner.policy, batch, GENERATION, learner.special, RandomKey(3, 1), config.micro_batch_size)
+    return rolled, ppo(rolled, Scores(list(rewards), {}), config, config.kl_penalty_weight)
+
+
+def run_update(architecture="llama", *, lora=True, rewards=REWARDS, shake=True, spoil=None, **settings):
+    config = TrainingConfig(**{"batch_size": 8, "ppo_epochs": 1, "learning_rate": 1e-2} | settings)
+    learner = tiny_learner(architecture, lora=lora, training=config, generation=GENERATION)
+    rolled, advantages = roll_and_score(learner, config, rewards, shake)
+    if spoil:
+        rolled, advantages = spoil(rolled, advantages)
+    schedule = Schedule(0, config.steps_per_iteration, config.learning_rate)
+    stats = update(learner.policy, learner.optimizer, rolled, advantages, config, GENERATION.temperature, schedule)
+    return learner, rolled, advantages, stats
+
+
+def gradients(architecture, monkeypatch, **settings):
+    """The gradients of one optimizer step, taken instead of it, and clipped to nothing."""
+    taken = {}
+
+    def capture(self, closure=None):
+        taken["step"] = [p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", capture)
+    run_update(architecture, **{"max_grad_norm": 1e9, "entropy_coef": 0.01} | settings)
+    return torch.cat([gradient.flatten() for gradient in taken["step"]])
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("accumulation", [2, 4, 8])
+def test_gradients_are_the_same_for_every_split_into_micro_batches(architecture, lora, accumulation, monkeypatch):
+    whole = gradients(architecture, monkeypatch, lora=lora)
+    split = gradients(architecture, monkeypatch, lora=lora, gradient_accumulation_steps=accumulation)
+    assert whole.norm() > 1e-3
+    assert (split - whole).norm() / whole.norm() < 1e-9
+
+
+@pytest.mark.parametrize("shake", [True, False])
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_log_ratio_is_exactly_zero_before_the_first_step(architecture, lora, shake):
+    for splits in ({}, {"gradient_accumulation_steps": 4}):
+        *_, stats = run_update(architecture, lora=lora, shake=shake, **splits)
+        assert stats.first_log_ratio == 0.0
+        assert stats.clip_fraction == 0.0
+        assert stats.approx_kl == 0.0
+
+
+def test_later_epochs_see_the_policy_move():
+    *_, stats = run_update("llama", ppo_epochs=4, learning_rate=3e-2)
+    assert stats.first_log_ratio == 0.0
+    assert stats.approx_kl > 0
+    assert stats.clip_fraction > 0
+
+
+def test_the_gradient_is_that_of_the_loss_written_out_token_by_token(monkeypatch):
+    """One step against an oracle that loops over sequences and tokens without padding, in plain autograd."""
+    config = TrainingConfig(batch_size=8, ppo_epochs=1, learning_rate=1e-2, vf_coef=0.3, entropy_coef=0.02)
+    learner = tiny_learner("gpt2", training=config, generation=GENERATION)
+    rolled, advantages = roll_and_score(learner, config)
+    policy, count, total = learner.policy, int(rolled.response_mask.sum()), 0.0
+    for row in range(8):
+        prompt = rolled.batch.ids[row][rolled.batch.mask[row]]
+        response = rolled.samples.response_ids[row][rolled.response_mask[row]]
+        output = policy.language_model.causal_lm(torch.cat([prompt, response])[None], output_hidden_states=True)
+        for t, token in enumerate(response):
+            at = len(prompt) + t - 1
+            log_softmax = (output.logits[0, at] / GENERATION.temperature).log_softmax(-1)
+            ratio = (log_softmax[token] - rolled.log_probs[row, t]).exp()
+            a = advantages.advantages[row, t]
+            value = policy.value_head(output.hidden_states[-1][0, at])[0]
+            clipped = rolled.values[row, t] + (value - rolled.values[row, t]).clamp(-0.2, 0.2)
+            goal = advantages.returns[row, t]
+            value_term = 0.5 * torch.maximum((value - goal) ** 2, (clipped - goal) ** 2)
+            entropy = -(log_softmax.exp() * log_softmax).sum()
+            total = total - torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) + 0.3 * value_term - 0.02 * entropy
+    (total / count).backward()
+    expected = torch.cat([w.grad.flatten() for w in policy.trainable().values()])
+    ours = gradients("gpt2", monkeypatch, vf_coef=0.3, entropy_coef=0.02)
+    assert (ours - expected).norm() / expected.norm() < 1e-9
+
+
+def test_eos_gets_gradient():
+    config = TrainingConfig(batch_size=8, ppo_epochs=1)
+    learner = tiny_learner("gpt2", training=config, generation=GENERATION)
+    rolled, advantages = roll_and_score(learner, config)
+    last = rolled.response_mask.sum(1) - 1
+    only_last = torch.zeros_like(rolled.response_mask).scatter(1, last[:, None], True)
+    spoiled = Advantages(torch.where(only_last, 1.0, 0.0).double(), advantages.returns, advantages.mask)
+    update(learner.policy, learner.optimizer, rolled, spoiled, config, 0.9, Schedule(0, 1, 1e-3))
+    again = rollout(learner.policy, rolled.batch, GENERATION, learner.special, RandomKey(3, 1))
+    assert not torch.equal(again.log_probs, rolled.log_probs)
+
+
+def test_garbage_in_the_padding_changes_no_gradient(architecture, monkeypatch):
+    def spoil(rolled, advantages):
+        values = rolled.values.masked_fill(~rolled.response_mask, torch.nan)
+        old = rolled.log_probs.masked_fill(~rolled.response_mask, -torch.inf)
+        rolled = copy.copy(rolled)
+        object.__setattr__(rolled, "values", values)
+        object.__setattr__(rolled, "log_probs", old)
+        garbage = advantages.advantages.masked_fill(~advantages.mask, 1e30)
+        return rolled, Advantages(garbage, advantages.returns.masked_fill(~advantages.mask, torch.nan), advantages.mask)
+
+    clean = gradients(architecture, monkeypatch)
+    spoiled = gradients(architecture, monkeypatch, spoil=spoil)
+    assert torch.equal(clean, spoiled)
+
+
+def test_minibatches_take_every_sample_once_an_epoch_in_a_new_order(monkeypatch):
+    seen = []
+    hidden = LanguageModel.response_hidden
+
+    def record(self, ids, mask, count):
+        if torch.is_grad_enabled():
+            seen.append([tuple(row) for row in ids.tolist()])
+        return hidden(self, ids, mask, count)
+
+    monkeypatch.setattr(LanguageModel, "response_hidden", record)
+    _, rolled, *_ = run_update("llama", ppo_epochs=2, num_minibatches=4)
+    everything = sorted(tuple(row) for row in rolled.ids.tolist())
+    assert [len(rows) for rows in seen] == [2] * 8
+    first, second = [row for rows in seen[:4] for row in rows], [row for rows in seen[4:] for row in rows]
+    assert sorted(first) == sorted(second) == everything
+    assert first != second
+
+
+def test_unscored_samples_get_no_advantage_and_teach_the_value_head_nothing():
+    some = [0.3, float("nan"), 2.0, 0.1, 0.7, float("nan"), 1.1, 0.0]
+    _, _, advantages, _ = run_update("llama", rewards=some)
+    for row in (1, 5):
+        assert advantages.advantages[row].abs().sum() == 0
+        assert not advantages.mask[row].any()
+    scored = advantages.advantages[advantages.mask]
+    assert abs(scored.mean()) < 1e-9
+    assert abs(scored.std() - 1) < 1e-6
+
+
+def test_nothing_moves_when_no_sample_has_a_score():
+    learner, *_ = run_update("llama", rewards=[float("nan")] * 8, ppo_epochs=2)
+    fresh = tiny_learner("llama", training=TrainingConfig(batch_size=8), generation=GENERATION)
+    shake_adapter(fresh.policy)
+    for ours, theirs in zip(learner.policy.trainable().values(), fresh.policy.trainable().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_missing_eos_is_penalised_once():
+    config = TrainingConfig(batch_size=8, ppo_epochs=1, gae_lambda=1.0, kl_penalty_weight=0.0)
+    learner = tiny_learner("llama", training=config, generation=GENERATION)
+    rolled, plain = roll_and_score(learner, config)
+    with_penalty = config.model_copy(update={"missing_eos_penalty": 5.0})
+    penalised = ppo(rolled, Scores(REWARDS, {}), with_penalty, 0.0)
+    difference = (plain.returns - penalised.returns)[:, 0]
+    assert torch.allclose(difference, torch.where(rolled.samples.ended, 0.0, 5.0).double())
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_gradient_checkpointing_saves_bytes_and_changes_no_gradient(architecture, lora, monkeypatch):
+    def saved_bytes(checkpointing):
+        config = TrainingConfig(batch_size=8, ppo_epochs=1, gradient_checkpointing=checkpointing)
+        learner = tiny_learner(architecture, lora=lora, training=config, generation=GENERATION)
+        rolled, _ = roll_and_score(learner, config)
+        counted = {}
+
+        def pack(tensor):
+            if tensor.data_ptr() not in known:
+                counted[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        known = {weight.data_ptr() for weight in learner.policy.model.parameters()}
+        with learner.policy.training_mode(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            learner.policy.language_model.response_hidden(rolled.ids, rolled.mask, 8)
+        return sum(counted.values())
+
+    assert saved_bytes(True) < 0.25 * saved_bytes(False)
+    plain = gradients(architecture, monkeypatch, lora=lora)
+    checkpointed = gradients(architecture, monkeypatch, lora=lora, gradient_checkpointing=True)
+    assert (plain - checkpointed).norm() / plain.norm() < 1e-9
+
+
+def test_large_batches_recompute_their_logits_and_change_no_gradient(monkeypatch):
+    plain = gradients("llama", monkeypatch)
+    monkeypatch.setattr("konic.finetuning.language_model.MAX_KEPT_LOGITS", 0)
+    monkeypatch.setattr("konic.finetuning.language_model.MAX_LOGITS", 259 * 3)
+    chunked = gradients("llama", monkeypatch)
+    assert (plain - chunked).norm() / plain.norm() < 1e-9
+
+
+@pytest.mark.parametrize("where", ["advantages", "returns"])
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_sample(where):
+    def spoil(rolled, advantages):
+        getattr(advantages, where)[2, 0] = torch.nan
+        return rolled, advantages
+
+    config = TrainingConfig(batch_size=8, ppo_epochs=1)
+    learner = tiny_learner("llama", training=config, generation=GENERATION)
+    rolled, advantages = spoil(*roll_and_score(learner, config))
+    before = [weight.clone() for weight in learner.policy.trainable().values()]
+    with pytest.raises(TrainingError, match="loss is not finite for the sample of dataset row 2, prompt 'x'"):
+        update(learner.policy, learner.optimizer, rolled, advantages, config, 0.9, Schedule(0, 1, 1e-3))
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.trainable().values(), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step_and_names_the_tensor():
+    config = TrainingConfig(batch_size=8, ppo_epochs=1)
+    learner = tiny_learner("llama", training=config, generation=GENERATION)
+    rolled, advantages = roll_and_score(learner, config)
+    name, weight = next(iter(learner.policy.trainable().items()))
+    weight.register_hook(lambda gradient: gradient * torch.inf)
+    before = [w.clone() for w in learner.policy.trainable().values()]
+    with pytest.raises(TrainingError, match=f"gradient of {name} is not finite"):
+        update(learner.policy, learner.optimizer, rolled, advantages, config, 0.9, Schedule(0, 1, 1e-3))
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.trainable().values(), strict=True))
+    assert all(w.grad is None for w in learner.policy.trainable().values())
+
+
+def test_gradients_are_clipped_to_the_norm_and_reported_before_it(monkeypatch):
+    norms = []
+
+    def capture(self, closure=None):
+        taken = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.cat([gradient.flatten() for gradient in taken]).norm().item())
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", capture)
+    *_, stats = run_update("llama", max_grad_norm=1e-3)
+    assert norms[0] == pytest.approx(1e-3, rel=1e-3)
+    assert stats.grad_norm > 1e-2
+
+
+def test_adam_has_the_papers_epsilon_and_the_schedules_rate(monkeypatch):
+    rates = []
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self, closure=None: rates.append((self.defaults["eps"], self.param_groups[0]["lr"])),
+    )
+    *_, stats = run_update("llama", ppo_epochs=4, warmup_steps=2, lr_scheduler="linear", learning_rate=1e-2)
+    assert [eps for eps, _ in rates] == [1e-5] * 4
+    assert [rate for _, rate in rates] == pytest.approx([5e-3, 1e-2, 1e-2, 5e-3])
+    assert stats.learning_rate == pytest.approx(5e-3)
+
+
+def test_weight_decay_reaches_the_optimizer():
+    learner = tiny_learner("llama", training=TrainingConfig(weight_decay=0.3))
+    assert learner.optimizer.param_groups[0]["weight_decay"] == 0.3
