@@ -244,3 +244,9 @@ def test_the_peak_learning_rate_is_the_users_or_the_modes():
 
 def test_target_modules_may_be_a_list():
     assert LoraConfig(target_modules=["q_proj", "v_proj"]).target_modules == ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize("ids", [-1, (), (3, -1)])
+def test_end_tokens_must_be_tokens(ids):
+    with pytest.raises(ConfigError, match="eos_token_id"):
+        GenerationConfig(eos_token_id=ids)

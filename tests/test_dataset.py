@@ -387,3 +387,21 @@ def test_a_prompt_keeps_its_row_and_columns_wherever_it_comes():
     texts = [{"prompt": f"p{n}", "label": n * n, "n": n} for n in range(20)]
     for prompt in memory(texts).batch(0, 50):
         assert prompt == Prompt(prompt.row, f"p{prompt.row}", {"label": prompt.row**2, "n": prompt.row})
+
+
+def test_training_on_the_prompts_held_out_is_refused():
+    with pytest.raises(ConfigError, match="train on the very prompts"):
+        DatasetConfig(source=DatasetSource.BUNDLED, split="held_out", held_out=4)
+
+
+def test_a_csv_prompt_that_looks_like_a_number_stays_text(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,answer\n007,1\n42,2\n")
+    prompts = load_prompts(DatasetConfig(source="local", name=str(tmp_path / "p.csv"), shuffle=False)).rows
+    assert [prompt.content for prompt in prompts] == ["007", "42"]
+    assert [prompt.columns["answer"] for prompt in prompts] == [1, 2]
+
+
+def test_a_csv_with_two_columns_of_one_name_is_refused(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,prompt\na,b\n")
+    with pytest.raises(DatasetError, match="more than one column is named 'prompt'"):
+        load_prompts(DatasetConfig(source="local", name=str(tmp_path / "p.csv")))

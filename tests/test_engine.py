@@ -262,10 +262,10 @@ def test_the_printed_lines_are_the_contracts(model_folders, tmp_path, capsys):
 
     assert re.fullmatch(line, out[10])
     assert out[11].startswith("[Iter    2] Reward:")
-    assert out[12:17] == ["", "=" * 50, "Finetuning Results Summary", "=" * 50, f"Model: {model_folders['gpt2']}"]
-    assert out[17] == "Total Iterations: 2"
-    assert re.fullmatch(r"Best Reward: -?\d\.\d{4} \(iteration \d\)", out[18])
-    assert re.fullmatch(r"Final Reward: -?\d\.\d{4}", out[19])
+    assert out[12:16] == ["=" * 50, "Finetuning Results Summary", "=" * 50, f"Model: {model_folders['gpt2']}"]
+    assert out[16] == "Total Iterations: 2"
+    assert re.fullmatch(r"Best Reward: -?\d\.\d{4} \(iteration \d\)", out[17])
+    assert re.fullmatch(r"Final Reward: -?\d\.\d{4}", out[18])
     assert out[-1] == "=" * 50
 
 

@@ -103,3 +103,12 @@ def test_distinct_n_worked_by_hand(responses, n, share):
 
 def test_distinct_n_counts_pairs_of_words_by_default():
     assert inspect.signature(distinct_n).parameters["n"].default == 2
+
+
+def test_pairs_without_a_value_are_left_out():
+    nan = math.nan
+    interval = paired_bootstrap([0.0, nan, 1.0, 5.0], [1.0, 3.0, 2.0, nan])
+    assert (interval.mean, interval.low, interval.high) == (1.0, 1.0, 1.0)
+    assert math.isnan(paired_bootstrap([nan], [1.0]).mean)
+    with pytest.raises(ValueError, match="shorter"):
+        paired_bootstrap([1.0, 2.0], [1.0])

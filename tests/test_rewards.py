@@ -547,3 +547,24 @@ def test_kl_penalty_weight_is_none_unless_given():
 def test_a_kl_penalty_weight_that_cannot_be_is_refused(weight):
     with pytest.raises(ConfigError, match="kl_penalty_weight must be a number of at least 0"):
         Length(kl_penalty_weight=weight)
+
+
+def test_a_raising_reward_model_or_reducer_is_named():
+    class Broken:
+        name = "broken"
+
+        def score(self, prompts, responses):
+            raise KeyError("weights")
+
+        def reduce(self, parts):
+            raise KeyError("parts")
+
+    class One(KonicLLMRewardComposer):
+        @llm_reward
+        def one(self, prompt, response):
+            return 1.0
+
+    with pytest.raises(RewardError, match="Reward model 'broken' raised KeyError: 'weights'"):
+        One(reward_models=[Broken()]).compose("p", "r")
+    with pytest.raises(RewardError, match=r"Reducer 'Broken' raised KeyError: 'parts'\n  prompt:   'p'"):
+        One(reducer=Broken()).compose("p", "r")

@@ -25,8 +25,8 @@ from konic.finetuning import (
     TrainingConfig,
     llm_reward,
 )
-from konic.finetuning.callbacks import printable
 from konic.finetuning.evaluation import distinct_n, mean, paired_bootstrap
+from konic.finetuning.results import printable
 
 KIND_WORDS = frozenset(
     "admirable amazing beautiful beautifully best brilliant brilliantly captivating charming clever compelling "
@@ -52,19 +52,19 @@ class MovieReviewRewards(KonicLLMRewardComposer):
 
     @llm_reward
     def brevity(self, prompt: str, response: str) -> float:
-        """1 for a sentence of 60 characters or fewer, falling to 0 at 300."""
+        """1 for up to 100 characters, falling to 0 at 300."""
         if len(_words(response)) < MIN_WORDS:
             return 0.0
-        return min(1.0, max(0.0, (300 - len(response)) / 240))
+        return min(1.0, max(0.0, (300 - len(response)) / 200))
 
     @llm_reward
     def positivity(self, prompt: str, response: str) -> float:
-        """A third for each different kind word, less a third for each different unkind one, within ±1."""
+        """A half for each different kind word, less a half for each different unkind one, within ±1."""
         words = _words(response)
         if len(words) < MIN_WORDS:
             return 0.0
         balance = len(KIND_WORDS.intersection(words)) - len(UNKIND_WORDS.intersection(words))
-        return max(-1.0, min(1.0, balance / 3))
+        return max(-1.0, min(1.0, balance / 2))
 
     @llm_reward
     def coherence(self, prompt: str, response: str) -> float:
@@ -86,11 +86,11 @@ def build_agent(max_minutes: float | None = None) -> KonicFinetuningAgent:
     """The agent that `konic demo` trains."""
     return KonicFinetuningAgent(
         base_model="smollm2-135m",
-        reward_composer=MovieReviewRewards(),
+        reward_composer=MovieReviewRewards(reward_weights={"positivity": 2.0}),
         lora_config=LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj")),
         dataset_config=DatasetConfig(source=DatasetSource.BUNDLED, held_out=64),
-        training_config=TrainingConfig(batch_size=16, max_minutes=max_minutes),
-        generation_config=GenerationConfig(max_new_tokens=48, max_prompt_length=64),
+        training_config=TrainingConfig(batch_size=16, ppo_epochs=2, num_minibatches=2, max_minutes=max_minutes),
+        generation_config=GenerationConfig(max_new_tokens=48, max_prompt_length=64, temperature=0.7),
     )
 
 
@@ -98,11 +98,17 @@ def run_demo(max_iterations: int, max_minutes: float, output: Path | None) -> No
     """Evaluate, train, evaluate again on the same held-out prompts with the same random numbers, and compare."""
     agent = build_agent(max_minutes)
     engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=output)
+    _tell("Before training: responses to 64 held-out prompts ...")
     before = engine.evaluate()
     result = engine.train(max_iterations)
+    _tell("After training: the same prompts with the same random numbers ...")
     after = engine.evaluate()
     print_comparison(before, after)
     print(f"\nThe model is in {result.model_path}; every response it gave is in completions/ beside it.")  # noqa: T201
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def print_comparison(before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -131,5 +137,5 @@ def print_comparison(before: dict[str, Any], after: dict[str, Any]) -> None:
         pair = Table(box=box.SIMPLE_HEAD, title=Text(f"{printable(before['prompts'][index])} …"), title_justify="left")
         for side, heading in ((before, "before"), (after, "after")):
             pair.add_column(f"{heading} ({side['rewards'][index]:.2f})", ratio=1)
-        pair.add_row(*(Text(printable(side["responses"][index].strip())) for side in (before, after)))
+        pair.add_row(*(Text(printable(" ".join(side["responses"][index].split()))) for side in (before, after)))
         console.print(pair)

@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import unicodedata
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from konic.finetuning.errors import ConfigError
-from konic.finetuning.results import FinetuningIterationResult, FinetuningResult
+from konic.finetuning.results import FinetuningIterationResult, FinetuningResult, printable
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +150,7 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         """Print the summary; end the progress bar and the MLflow run that was started here."""
         self._close()
         if self.verbose:
-            _print("\n" + result.summary())
+            _print(result.summary())
 
     def on_train_error(self, error: BaseException) -> None:
         """End the progress bar and the MLflow run that was started here."""
@@ -182,14 +181,6 @@ def iteration_line(result: FinetuningIterationResult) -> str:
     return (
         f"[Iter {result.iteration:4d}] Reward: {result.reward_mean:7.3f} (+/- {result.reward_std:.3f}) | "
         f"KL: {abs(result.kl_divergence):.4f} | Loss: {result.total_loss:.4f} | Time: {result.total_time_sec:.1f}s"
-    )
-
-
-def printable(text: str) -> str:
-    """Text with its control and format characters escaped, so that it cannot steer a terminal; one line."""
-    return "".join(
-        char if char == " " or unicodedata.category(char)[0] not in "CZ" else char.encode("unicode_escape").decode()
-        for char in text
     )
 
 

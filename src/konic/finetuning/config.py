@@ -4,11 +4,13 @@ Defaults come from a paper or from a measurement, named beside them. Derived num
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from konic.finetuning.errors import ConfigError, did_you_mean
+
+TokenId = Annotated[int, Field(ge=0)]
 
 DEFAULT_LORA_LEARNING_RATE = 1e-3
 DEFAULT_FULL_LEARNING_RATE = 1e-5
@@ -133,9 +135,9 @@ class GenerationConfig(Settings):
     """Divides positive and multiplies negative logits of tokens already present; not 1 changes the distribution."""
     stop: tuple[str, ...] | None = None
     """Strings that end a response; the text is cut before them."""
-    eos_token_id: int | tuple[int, ...] | None = None
+    eos_token_id: TokenId | Annotated[tuple[TokenId, ...], Field(min_length=1)] | None = None
     """Tokens that end a response; None takes the model's and the tokenizer's."""
-    pad_token_id: int | None = Field(default=None, ge=0)
+    pad_token_id: TokenId | None = None
     """The token written into padding; it never changes a result."""
 
     @model_validator(mode="before")

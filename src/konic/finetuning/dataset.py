@@ -70,6 +70,8 @@ class DatasetConfig(Settings):
             raise ValueError("source=LOCAL needs name=, the path of a file or folder")
         if self.source is DatasetSource.BUNDLED and self.split not in BUNDLED_SPLITS:
             raise ValueError(f"split={self.split!r} is not one of the bundled prompts': {', '.join(BUNDLED_SPLITS)}")
+        if self.source is DatasetSource.BUNDLED and self.split == "held_out" and self.held_out:
+            raise ValueError("split='held_out' would train on the very prompts that held_out keeps aside")
         return self
 
 
@@ -115,7 +117,7 @@ def load_prompts(config: DatasetConfig) -> PromptSet:
 
     Raises:
         DatasetError: Nothing to read, a column that is not there, rows that are empty or not text (with their
-            numbers), or fewer rows than asked for.
+            numbers), or too few rows to hold some out.
     """
     prompts = _LOADERS[config.source](config)
     where = _where(config)
@@ -145,8 +147,9 @@ def make_prompts(rows: Sequence[Any], column: str, where: str) -> list[Prompt]:
         columns = dict(row) if isinstance(row, Mapping) else {column: row}
         if column not in columns:
             present = ", ".join(map(repr, columns)) or "none"
+            hint = did_you_mean(column, map(str, columns))
             raise DatasetError(
-                f"{where}: row {index} has no column {column!r}.{did_you_mean(column, columns)} "
+                f"{where}: row {index} has no column {column!r}.{hint} "
                 f"Its columns: {present}. Name the one that holds prompts with DatasetConfig(prompt_column=...)."
             )
         content = columns.pop(column)
@@ -215,26 +218,33 @@ def _load_local(config: DatasetConfig) -> list[Prompt]:
         )
     suffix = suffixes.pop()
     try:
-        rows = [row for file in paths for row in _READERS[suffix](file)]
+        rows = [row for file in paths for row in _READERS[suffix](file, config.prompt_column)]
     except (OSError, ValueError, UnicodeError) as error:
         raise DatasetError(f"Dataset {config.name!r} cannot be read as {suffix[1:]}: {error}") from None
     column = "text" if suffix == ".txt" and config.prompt_column == "prompt" else config.prompt_column
     return make_prompts(rows, column, _where(config))
 
 
-def _read_csv(path: Path) -> list[Any]:
-    options = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    return pyarrow.csv.read_csv(path, parse_options=options).to_pylist()
+def _read_csv(path: Path, prompt_column: str) -> list[Any]:
+    table = pyarrow.csv.read_csv(
+        path,
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(column_types={prompt_column: pyarrow.string()}),
+    )
+    repeated = {name for name in table.column_names if table.column_names.count(name) > 1}
+    if repeated:
+        raise ValueError(f"more than one column is named {', '.join(map(repr, sorted(repeated)))}")
+    return table.to_pylist()
 
 
-def _read_json(path: Path) -> list[Any]:
+def _read_json(path: Path, prompt_column: str) -> list[Any]:
     rows = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(rows, list):
         raise ValueError(f"the top level is a {type(rows).__name__}, not a list of rows")
     return rows
 
 
-def _read_jsonl(path: Path) -> list[Any]:
+def _read_jsonl(path: Path, prompt_column: str) -> list[Any]:
     rows = []
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
@@ -245,11 +255,11 @@ def _read_jsonl(path: Path) -> list[Any]:
     return rows
 
 
-def _read_parquet(path: Path) -> list[Any]:
+def _read_parquet(path: Path, prompt_column: str) -> list[Any]:
     return pyarrow.parquet.read_table(path).to_pylist()
 
 
-def _read_txt(path: Path) -> list[Any]:
+def _read_txt(path: Path, prompt_column: str) -> list[Any]:
     return [{"text": line} for line in _lines(path)]
 
 
@@ -259,7 +269,7 @@ def _lines(path: Path) -> list[str]:
     return text.split("\n") if text else []
 
 
-_READERS: dict[str, Callable[[Path], list[Any]]] = {
+_READERS: dict[str, Callable[[Path, str], list[Any]]] = {
     ".csv": _read_csv,
     ".json": _read_json,
     ".jsonl": _read_jsonl,

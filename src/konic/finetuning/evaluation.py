@@ -92,12 +92,15 @@ def paired_bootstrap(
     """The mean of after − before, with the percentile bootstrap's 95 % interval over pairs (Efron 1979).
 
     Args:
-        before: [N] one value per prompt.
+        before: [N] one value per prompt; a pair with a NaN is left out.
         after: [N] for the same prompts.
         seed: Seeds the resampling.
         resamples: How many times the N pairs are drawn anew, with replacement.
     """
-    gains = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    pairs = zip(before, after, strict=True)
+    gains = np.array([late - early for early, late in pairs if not math.isnan(late - early)])
+    if not len(gains):
+        return Interval(math.nan, math.nan, math.nan)
     generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
     means = gains[generator.integers(len(gains), size=(resamples, len(gains)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])

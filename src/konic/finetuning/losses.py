@@ -69,9 +69,9 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
         mask: [B, R].
         clip_ratio: ε > 0, in units of reward.
     """
+    values, old_values, returns = (torch.where(mask, tensor, 0.0) for tensor in (values, old_values, returns))
     kept_near = old_values + (values - old_values).clamp(-clip_ratio, clip_ratio)
-    squared = torch.maximum((values - returns).square(), (kept_near - returns).square())
-    return torch.where(mask, 0.5 * squared, 0.0)
+    return 0.5 * torch.maximum((values - returns).square(), (kept_near - returns).square())
 
 
 def k1(log_ratios: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What a run reports: plain values, one record per iteration and one for the whole."""
 
 import math
+import unicodedata
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -69,6 +70,7 @@ class FinetuningIterationResult:
         """The result that :meth:`to_dict` made."""
         floats = {f.name for f in fields(cls) if f.type is float}
         filled: dict[str, Any] = {n: math.nan if v is None and n in floats else v for n, v in values.items()}
+        filled["reward_breakdown"] = {n: math.nan if v is None else v for n, v in values["reward_breakdown"].items()}
         return cls(**filled)
 
 
@@ -131,7 +133,7 @@ class FinetuningResult:
     def summary(self) -> str:
         """The block that a run prints at its end."""
         rule = "=" * 50
-        lines = [rule, "Finetuning Results Summary", rule, f"Model: {self.model_name}"]
+        lines = [rule, "Finetuning Results Summary", rule, f"Model: {printable(self.model_name)}"]
         lines.append(f"Total Iterations: {self.total_iterations}")
         if self.history:
             lines.append(f"Best Reward: {self.best_reward:.4f} (iteration {self.best_iteration})")
@@ -155,6 +157,14 @@ class FinetuningResult:
             "stopped_because": self.stopped_because,
         }
         return _json_values(values) | {"history": [result.to_dict() for result in self.history]}
+
+
+def printable(text: str) -> str:
+    """Text with its control and format characters escaped, so that it cannot steer a terminal; one line."""
+    return "".join(
+        char if char == " " or unicodedata.category(char)[0] not in "CZ" else char.encode("unicode_escape").decode()
+        for char in text
+    )
 
 
 def _json_values(values: dict[str, Any]) -> dict[str, Any]:

@@ -216,9 +216,14 @@ class KonicLLMRewardComposer:
     ) -> list[dict[str, float]]:
         """Each sample's parts from one reward; none where it abstains."""
         if name in self._reward_models:
-            returned = list(self._reward_models[name].score(prompts, responses))
+            try:
+                returned = list(self._reward_models[name].score(prompts, responses))
+            except Exception as error:
+                raise RewardError(f"Reward model {name!r} raised {type(error).__name__}: {error}") from error
             if len(returned) != len(prompts):
-                raise RewardError(f"Reward {name!r} returned {len(returned)} values for {len(prompts)} responses.")
+                raise RewardError(
+                    f"Reward model {name!r} returned {len(returned)} values for {len(prompts)} responses."
+                )
         else:
             method = getattr(self, name)
             wanted = _columns_wanted(name, method, columns)
@@ -236,7 +241,12 @@ class KonicLLMRewardComposer:
             return math.nan
         weighted = {name: self._weight(name) * value for name, value in parts.items()}
         reducer = self.reducer() if isinstance(self.reducer, type) else self.reducer
-        return _number(f"Reducer {type(reducer).__name__!r}", reducer.reduce(weighted), prompt, response)
+        who = f"Reducer {type(reducer).__name__!r}"
+        try:
+            reduced = reducer.reduce(weighted)
+        except Exception as error:
+            raise RewardError(f"{who} raised {type(error).__name__}: {error}" + _sample(prompt, response)) from error
+        return _number(who, reduced, prompt, response)
 
     def _weight(self, part: str) -> float:
         return self._reward_weights.get(part, self._reward_weights.get(part.split(".", 1)[0], 1.0))
@@ -295,7 +305,12 @@ def _shortened(text: str) -> str:
 
 
 def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def score(

@@ -166,9 +166,10 @@ def _accumulate(
         log_probs, *scored = score_tokens(model, hidden, tokens, mask, temperature, needs_entropy)
         entropy = scored[0] if needs_entropy else rollout.entropy[chosen] * mask
         ratios = log_ratio(log_probs, rollout.log_probs[chosen], mask)
-        values = torch.where(mask, policy.values(hidden), 0.0)
         policy_losses = policy_loss(ratios, advantages.advantages[chosen], mask, config.clip_ratio)
-        value_losses = value_loss(values, rollout.values[chosen], advantages.returns[chosen], mask, config.clip_ratio)
+        value_losses = value_loss(
+            policy.values(hidden), rollout.values[chosen], advantages.returns[chosen], mask, config.clip_ratio
+        )
         losses = policy_losses + config.vf_coef * value_losses - config.entropy_coef * entropy
         _require_finite(losses, mask, rollout, part)
         torch.autograd.backward(losses.sum() / num_tokens)

@@ -1,0 +1,87 @@
+"""What the documents say is what the code does."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from konic.cli.scripts import load_agent
+from konic.finetuning import (
+    DatasetConfig,
+    FinetuningIterationResult,
+    GenerationConfig,
+    KonicFinetuningCallback,
+    KonicFinetuningEngine,
+    LoraConfig,
+    TrainingConfig,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+def named_in(path):
+    """The names in the first column of every table of a document."""
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / path).read_text(), flags=re.MULTILINE)
+    return [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+
+
+def test_every_metric_has_one_line():
+    assert sorted(named_in("docs/metrics.md")) == sorted(f.name for f in dataclasses.fields(FinetuningIterationResult))
+
+
+def test_every_setting_is_documented():
+    text = (ROOT / "docs/configuration.md").read_text()
+    for kind in (TrainingConfig, GenerationConfig, DatasetConfig, LoraConfig):
+        missing = [name for name in kind.model_fields if f"`{name}`" not in text]
+        assert not missing, kind.__name__
+    sections = text.split("## ")
+    for kind in (TrainingConfig, GenerationConfig, DatasetConfig):
+        (section,) = [part for part in sections if part.startswith(kind.__name__)]
+        names = re.findall(r"^\| (`.*?) \| (.*?) \|", section, flags=re.MULTILINE)
+        for cell, defaults in names:
+            for name, shown in zip(re.findall(r"`(\w+)`", cell), defaults.split(", "), strict=False):
+                default = kind.model_fields[name].default
+                told = shown.strip("`").strip('"')
+                assert told in (str(default), getattr(default, "name", None)), f"{kind.__name__}.{name}"
+
+
+def test_the_readme_shows_the_example_as_it_is():
+    example = (ROOT / "examples/first_reward.py").read_text()
+    assert f"```python\n{example}```" in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_tree_names_every_module():
+    text = (ROOT / "README.md").read_text()
+    for path in (ROOT / "src/konic").rglob("*.py"):
+        if path.name != "__init__.py":
+            assert re.search(rf"^ +{path.name} ", text, flags=re.MULTILINE), path.name
+
+
+@pytest.mark.parametrize("script", ["examples/first_reward.py", "src/konic/demo.py"])
+def test_the_examples_run_on_the_real_model(script, tmp_path):
+    agent = load_agent(ROOT / script)
+    quiet = KonicFinetuningCallback(verbose=False)
+    engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=tmp_path, callback=quiet, device="cpu")
+    result = engine.train(1).history[0]
+    assert result.kl_divergence == 0.0
+    assert result.first_log_ratio == 0.0 or agent.get_training_config().num_minibatches > 1
+    assert result.sampler_gap < 1e-5
+    assert (tmp_path / "final" / "adapter_model.safetensors").exists()
+
+
+def test_no_document_or_source_names_a_private_path():
+    private = re.compile(r"/(?:work|root|home)/\w|\.\./shared|pypi\.org|pythonhosted", flags=re.IGNORECASE)
+    for folder in ("src", "docs", "examples", "benchmarks", "."):
+        for path in (ROOT / folder).glob("*") if folder == "." else (ROOT / folder).rglob("*"):
+            if path.is_file() and path.suffix in (".py", ".md", ".toml", ".txt", ".jsonl", ".json"):
+                assert not private.search(path.read_text()), path
+
+
+def test_every_test_that_the_numbers_name_exists():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/numbers.md").read_text()))
+    written = {
+        name for path in (ROOT / "tests").glob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert len(named) > 20
+    assert not named - written
