@@ -2,9 +2,11 @@
 
 import logging
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with Ctrl-C ignored
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
-from konic.finetuning.dataset import make_prompts
+from konic.finetuning.dataset import DatasetConfig, make_prompts
 from konic.finetuning.learner import Learner
 from konic.finetuning.models import LoadedModel
 from konic.finetuning.policy import Policy
@@ -92,7 +94,7 @@ def tiny_learner(
 
 
 def prompt_batch(learner, texts=PROMPTS, max_length=32):
-    prompts = make_prompts(list(texts), "prompt", "test")
+    prompts = make_prompts(list(texts), DatasetConfig(), "test")
     return make_prompt_batch(prompts, learner.policy.tokenizer, max_length, learner.special.pad, learner.policy.device)
 
 

@@ -43,6 +43,7 @@ BOUNDS = [  # field, the values at the edge that are valid, the ones past it
     (TrainingConfig, "lr_scheduler", ["constant", "linear", "cosine"], ["cosin", None]),
     (TrainingConfig, "missing_eos_penalty", [0, None], [-TINY]),
     (TrainingConfig, "gradient_checkpointing", [True, False], ["perhaps", None]),
+    (TrainingConfig, "eval_every", [1, None], [0, -1, 1.5]),
     (TrainingConfig, "max_minutes", [TINY, None], [0]),
     (TrainingConfig, "seed", [0, 2**63 - 1], [-1, 2**63]),
     (GenerationConfig, "max_new_tokens", [1], [0]),

@@ -275,7 +275,7 @@ def test_a_row_that_cannot_be_a_prompt_is_named_by_number_with_why(content, prob
 
 
 def test_many_bad_rows_are_counted_and_the_first_ten_named():
-    message = complaint(make_prompts, ["good", *[""] * 25], "prompt", "Here")
+    message = complaint(make_prompts, ["good", *[""] * 25], DatasetConfig(), "Here")
     assert message.startswith("Here: 25 of 26 prompts")
     assert re.findall(r"row (\d+)", message) == [str(number) for number in range(1, 11)]
     assert message.endswith("and 15 more.")
@@ -377,7 +377,7 @@ def test_the_seed_alone_decides_the_order():
 
 
 def test_two_seeds_order_the_same_rows_differently():
-    rows = make_prompts([f"p{n}" for n in range(30)], "prompt", "test")
+    rows = make_prompts([f"p{n}" for n in range(30)], DatasetConfig(), "test")
     one, other = (PromptSet(rows, [], shuffle=True, shuffle_seed=seed).batch(0, 30) for seed in (1, 2))
     assert one != other
     assert sorted(contents(one)) == sorted(contents(other))

@@ -24,10 +24,12 @@ from konic.finetuning import (
     KonicFinetuningEngine,
     KonicLLMRewardComposer,
     LoraConfig,
+    ModelError,
     OutputError,
     RewardError,
     llm_reward,
 )
+from konic.finetuning.dataset import load_prompts
 
 TIMES = {"generation_time_sec", "reward_compute_time_sec", "update_time_sec", "total_time_sec"}
 
@@ -218,7 +220,16 @@ def test_best_is_the_policy_that_sampled_the_best_iteration(model_folders, tmp_p
 def test_the_runs_folder_holds_what_was_promised(model_folders, tmp_path):
     make_engine(model_folders["llama"], tmp_path).train(2, save_every=1)
     present = {path.name for path in tmp_path.iterdir()}
-    assert present == {"metrics.jsonl", "run.json", "completions", "checkpoint-1", "checkpoint-2", "best", "final"}
+    assert present == {
+        "metrics.jsonl",
+        "run.json",
+        "completions",
+        "evaluations",
+        "checkpoint-1",
+        "checkpoint-2",
+        "best",
+        "final",
+    }
     row = completions(tmp_path)[0][0]
     assert {"iteration", "row", "prompt", "response", "reward", "kl", "ended", "reward/letters"} <= row.keys()
     record = json.loads((tmp_path / "run.json").read_text())
@@ -498,3 +509,113 @@ def test_a_users_script_runs_and_ctrl_c_ends_it_with_a_summary(model_folders, tm
     assert "Finetuning Results Summary" in rest
     assert rest.rstrip().endswith("interrupted")
     assert errors == ""
+
+
+def test_training_goes_on_from_an_adapter_and_is_held_to_where_it_started(model_folders, architecture, tmp_path):
+    first = make_engine(model_folders[architecture], tmp_path / "first", architecture=architecture, ppo_epochs=4)
+    start = first.train(3).model_path
+    agent = KonicFinetuningAgent(
+        base_model=start,
+        reward_composer=LetterRewards(),
+        dataset_config=DatasetConfig(prompts=PROMPTS),
+        training_config={"batch_size": 8, "learning_rate": 1e-2},
+        generation_config={"max_new_tokens": 8, "max_prompt_length": 48},
+    )
+    second = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=tmp_path / "second", callback=Silent())
+    assert second.generate(list(PROMPTS)) == first.generate(list(PROMPTS))
+    result = second.train(3)
+    assert result.get_kl_curve()[0] == 0.0  # the reference is the adapter as it was loaded, not its base
+    assert result.get_kl_curve()[2] > 0
+    assert result.history[0].sampler_gap < 1e-5
+    config = json.loads((tmp_path / "second" / "final" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == model_folders[architecture]
+    assert not (tmp_path / "second" / "final" / "start").exists()
+    resumed = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=tmp_path / "second", callback=Silent())
+    assert resumed.train(4, resume_from_checkpoint=True).get_kl_curve()[:3] == result.get_kl_curve()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        before = AutoPeftModelForCausalLM.from_pretrained(start)(ids).logits
+        after = AutoPeftModelForCausalLM.from_pretrained(result.model_path)(ids).logits
+    assert (before - after).abs().max() > 1e-3
+
+
+def test_an_adapter_that_cannot_be_gone_on_from_is_said(model_folders, tmp_path):
+    engine = make_engine(model_folders["llama"], tmp_path / "run")
+    engine.save_pretrained(tmp_path / "adapter")
+    config_file = tmp_path / "adapter" / "adapter_config.json"
+    good = json.loads(config_file.read_text())
+
+    def complaint(**changes):
+        config_file.write_text(json.dumps(good | changes))
+        with pytest.raises(ModelError) as caught:
+            make_engine(str(tmp_path / "adapter"), tmp_path / "x", lora=False).generate(["a"])
+        return str(caught.value)
+
+    assert "holds a IA3 adapter" in complaint(peft_type="IA3")
+    assert "bias='all'" in complaint(bias="all")
+    assert "no such folder" in complaint(base_model_name_or_path="/gone/away")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    assert "pickled weights are not read" in complaint()
+
+
+def test_held_out_prompts_are_evaluated_before_during_and_after(model_folders, tmp_path):
+    dataset = DatasetConfig(prompts=[f"prompt {n}" for n in range(30)], held_out=10)
+    engine = make_engine(model_folders["llama"], tmp_path / "run", dataset=dataset, eval_every=2, ppo_epochs=4)
+    held_out = [prompt.text for prompt in load_prompts(dataset).held_out]
+    before = engine.evaluate()
+    assert before["prompts"] == held_out
+    result = engine.train(5)
+    assert result.before.rewards == before["rewards"]
+    assert result.after.responses == engine.evaluate()["responses"] != before["responses"]
+    evaluated = [row.iteration for row in result.history if not math.isnan(row.eval_reward_mean)]
+    assert evaluated == [1, 3, 5]
+    assert result.history[0].eval_reward_mean == before["reward_mean"]
+    assert result.history[0].eval_kl_per_response == 0.0
+    trained_on = {row["prompt"] for rows in completions(tmp_path / "run") for row in rows}
+    assert not trained_on & set(held_out)
+    files = sorted(path.stem for path in (tmp_path / "run" / "evaluations").iterdir())
+    assert files == ["000000", "000002", "000004", "000005"]
+    gain = sum(result.after.rewards) / 10 - sum(result.before.rewards) / 10
+    assert result.held_out_gain.mean == pytest.approx(gain)
+    assert f"Held-out Gain: {gain:+.4f} (95 % interval" in result.summary()
+    assert "10 held-out prompts" in (tmp_path / "run" / "final" / "README.md").read_text()
+
+
+def test_best_is_chosen_on_the_held_out_prompts_where_there_are_any(model_folders, tmp_path):
+    dataset = DatasetConfig(prompts=[f"prompt {n}" for n in range(30)], held_out=10)
+    options = {
+        "dataset": dataset,
+        "eval_every": 2,
+        "batch_size": 20,
+        "ppo_epochs": 4,
+        "learning_rate": 1e-2,
+        "lora": False,
+    }
+    result = make_engine(model_folders["llama"], tmp_path / "run", **options).train(8)
+    scores = {row.iteration: row.eval_reward_mean for row in result.history if row.iteration % 2}
+    assert result.best_iteration == max(scores, key=scores.get)
+    assert result.best_reward == max(scores.values())
+    if result.best_iteration == 1:
+        pytest.fail("the reward must rise for this test to see anything")
+    make_engine(model_folders["llama"], tmp_path / "short", **options).train(result.best_iteration - 1)
+    same_tensors(weights(tmp_path / "run" / "best"), weights(tmp_path / "short" / "final"))
+
+
+def test_evaluating_changes_nothing_and_a_resume_remembers_the_start(model_folders, tmp_path):
+    dataset = DatasetConfig(prompts=[f"prompt {n}" for n in range(30)], held_out=10)
+
+    def engine(name, **options):
+        return make_engine(model_folders["llama"], tmp_path / name, dataset=dataset, **options)
+
+    plain, often = engine("plain").train(4), engine("often", eval_every=1).train(4)
+    assert plain.get_reward_curve() == often.get_reward_curve()
+    engine("parts").train(2)
+    resumed = engine("parts").train(4, resume_from_checkpoint=True)
+    assert resumed.before == plain.before
+    assert resumed.after == plain.after
+    assert resumed.held_out_gain == plain.held_out_gain
+
+
+def test_eval_every_needs_held_out_prompts(model_folders):
+    with pytest.raises(ConfigError, match=r"eval_every=5\) needs prompts to evaluate on"):
+        make_agent(model_folders["llama"], dataset=DatasetConfig(prompts=["a"]), eval_every=5)

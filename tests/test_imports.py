@@ -13,8 +13,10 @@ PACKAGE = Path(konic.__file__).parent
 LAYERS = [
     {"errors"},
     {"config"},
-    {"advantages", "losses", "results", "interrupts"},
-    {"models", "dataset", "callbacks", "adapters"},
+    {"advantages", "losses", "intervals", "interrupts"},
+    {"results"},
+    {"models", "loaders", "callbacks", "adapters"},
+    {"dataset"},
     {"prompts", "rewards"},
     {"language_model", "agent"},
     {"policy"},

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from conftest import byte_tokenizer
-from konic.finetuning.dataset import Prompt, make_prompts
+from konic.finetuning.dataset import DatasetConfig, Prompt, make_prompts
 from konic.finetuning.errors import DatasetError, ModelError
 from konic.finetuning.prompts import encode_prompt, make_prompt_batch, position_ids
 
@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 def test_prompts_are_padded_on_the_left_under_a_mask_from_lengths():
     tokenizer = byte_tokenizer("gpt2")
-    batch = make_prompt_batch(make_prompts(["abc", "z"], "prompt", "test"), tokenizer, 16, 0, CPU)
+    batch = make_prompt_batch(make_prompts(["abc", "z"], DatasetConfig(), "test"), tokenizer, 16, 0, CPU)
     a, b, c, z = tokenizer("abcz").input_ids
     assert batch.ids.tolist() == [[a, b, c], [0, 0, z]]
     assert batch.mask.tolist() == [[True, True, True], [False, False, True]]
@@ -20,7 +20,7 @@ def test_prompts_are_padded_on_the_left_under_a_mask_from_lengths():
 
 def test_a_pad_token_inside_a_prompt_still_counts():
     tokenizer = byte_tokenizer("gpt2")  # its pad token is its EOS
-    batch = make_prompt_batch(make_prompts(["a<eos>b"], "prompt", "test"), tokenizer, 16, 0, CPU)
+    batch = make_prompt_batch(make_prompts(["a<eos>b"], DatasetConfig(), "test"), tokenizer, 16, 0, CPU)
     assert 0 in batch.ids[0].tolist()
     assert batch.mask.all()
 

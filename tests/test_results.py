@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from konic.finetuning.results import FinetuningIterationResult, FinetuningResult
+from konic.finetuning.results import Evaluation, FinetuningIterationResult, FinetuningResult
 
 CONTRACT = (
     "iteration reward_mean reward_std reward_min reward_max kl_divergence policy_loss value_loss entropy_loss "
@@ -134,3 +134,10 @@ def test_a_runs_dict_is_json_with_numbers_and_history():
     assert (values["total_iterations"], values["total_samples"]) == (3, 12)
     assert [row["reward_mean"] for row in values["history"]] == [0.1, None, 0.3]
     assert FinetuningIterationResult.from_dict(values["history"][2]) == result.history[2]
+
+
+def test_breakdown_means_leave_out_the_samples_that_abstained():
+    parts = {"a": [1.0, 2.0, 6.0], "b": [math.nan, 4.0, math.nan]}
+    evaluation = Evaluation(["p"] * 3, ["r"] * 3, [1.0, math.nan, 3.0], parts, [0.0] * 3, [1] * 3)
+    assert evaluation.reward_breakdown == {"a": 3, "b": 4}
+    assert evaluation.reward_mean == 2

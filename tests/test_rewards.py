@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from konic.finetuning.dataset import make_prompts
+from konic.finetuning.dataset import DatasetConfig, make_prompts
 from konic.finetuning.errors import ConfigError, RewardError
 from konic.finetuning.rewards import (
     KonicLLMRewardComposer,
@@ -258,7 +258,7 @@ def test_none_abstains_and_a_sample_without_any_value_has_no_score():
         def even(self, prompt, response):
             return len(response) if len(response) % 2 == 0 else None
 
-    scores = score(Picky(), make_prompts(PROMPTS, "prompt", "test"), PROMPTS, RESPONSES)
+    scores = score(Picky(), make_prompts(PROMPTS, DatasetConfig(), "test"), PROMPTS, RESPONSES)
     assert same(scores.rewards, [math.nan, 2, 4])
     assert same(scores.breakdown["even"], [math.nan, 2, 4])
     assert scores.has_score == [False, True, True]
@@ -475,7 +475,7 @@ def test_a_datasets_columns_reach_the_rewards_and_rows_without_one_give_none():
             return -1.0 if label is None else label
 
     rows = [{"prompt": "p0", "label": 3}, {"prompt": "p1"}, {"prompt": "p2", "label": 0}]
-    assert score(Seen(), make_prompts(rows, "prompt", "test"), PROMPTS, RESPONSES).rewards == [3, -1, 0]
+    assert score(Seen(), make_prompts(rows, DatasetConfig(), "test"), PROMPTS, RESPONSES).rewards == [3, -1, 0]
 
 
 @pytest.mark.parametrize("column", ["self", "prompts", "response", "responses"])
@@ -486,7 +486,7 @@ def test_a_dataset_may_have_columns_named_like_a_rewards_own_parameters(column):
             assert columns == {"label": 2}
             return len(response)
 
-    prompts = make_prompts([{"prompt": "p", "label": 2, column: "taken"}], "prompt", "test")
+    prompts = make_prompts([{"prompt": "p", "label": 2, column: "taken"}], DatasetConfig(), "test")
     assert score(Collected(), prompts, ["p"], ["abc"]).rewards == [3]
 
 
@@ -498,7 +498,7 @@ def test_rewards_may_ask_for_the_messages_of_a_chat():
             return len(messages)
 
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
-    prompts = make_prompts([chat, chat[1:]], "prompt", "test")
+    prompts = make_prompts([chat, chat[1:]], DatasetConfig(), "test")
     assert score(Turns(), prompts, [prompt.text for prompt in prompts], ["a", "b"]).rewards == [2, 1]
 
 
@@ -508,7 +508,7 @@ def test_messages_are_none_for_plain_prompts_beside_chats_and_no_column_without_
         def turns(self, prompt, response, messages):
             return 0 if messages is None else len(messages)
 
-    mixed = make_prompts(["plain", [{"role": "user", "content": "Hello"}]], "prompt", "test")
+    mixed = make_prompts(["plain", [{"role": "user", "content": "Hello"}]], DatasetConfig(), "test")
     assert score(Turns(), mixed, ["plain", "Hello"], ["a", "b"]).rewards == [0, 1]
     with pytest.raises(RewardError, match="asks for the column 'messages'"):
         score(Turns(), mixed[:1], ["plain"], ["a"])
@@ -520,7 +520,7 @@ def test_rewards_get_the_text_that_the_model_read_not_the_whole_prompt():
         def echo(self, prompt, response):
             return len(prompt)
 
-    assert score(Echo(), make_prompts(["a long prompt"], "prompt", "test"), ["prompt"], ["r"]).rewards == [6]
+    assert score(Echo(), make_prompts(["a long prompt"], DatasetConfig(), "test"), ["prompt"], ["r"]).rewards == [6]
 
 
 # --- compose, KL ---

@@ -7,7 +7,6 @@ import re
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -25,8 +24,8 @@ from konic.finetuning import (
     TrainingConfig,
     llm_reward,
 )
-from konic.finetuning.evaluation import distinct_n, mean, paired_bootstrap
-from konic.finetuning.results import printable
+from konic.finetuning.intervals import distinct_n, mean, paired_bootstrap
+from konic.finetuning.results import Evaluation, printable
 
 KIND_WORDS = frozenset(
     "admirable amazing beautiful beautifully best brilliant brilliantly captivating charming clever compelling "
@@ -95,37 +94,29 @@ def build_agent(max_minutes: float | None = None) -> KonicFinetuningAgent:
 
 
 def run_demo(max_iterations: int, max_minutes: float, output: Path | None) -> None:
-    """Evaluate, train, evaluate again on the same held-out prompts with the same random numbers, and compare."""
-    agent = build_agent(max_minutes)
-    engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=output)
-    _tell("Before training: responses to 64 held-out prompts ...")
-    before = engine.evaluate()
+    """Train, with the held-out prompts tried before and after, and show what changed."""
+    engine = KonicFinetuningEngine.from_agent(build_agent(max_minutes), checkpoint_dir=output)
     result = engine.train(max_iterations)
-    _tell("After training: the same prompts with the same random numbers ...")
-    after = engine.evaluate()
-    print_comparison(before, after)
+    if result.before is not None and result.after is not None:
+        print_comparison(result.before, result.after)
     print(f"\nThe model is in {result.model_path}; every response it gave is in completions/ beside it.")  # noqa: T201
 
 
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
-
-
-def print_comparison(before: dict[str, Any], after: dict[str, Any]) -> None:
+def print_comparison(before: Evaluation, after: Evaluation) -> None:
     """Print a table of before and after on the same prompts, and four responses of each side by side."""
-    gain = paired_bootstrap(before["rewards"], after["rewards"])
+    gain = paired_bootstrap(before.rewards, after.rewards)
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-    table = Table(title=f"Before and after on {len(before['prompts'])} held-out prompts", box=box.SIMPLE_HEAD)
+    table = Table(title=f"Before and after on {len(before.prompts)} held-out prompts", box=box.SIMPLE_HEAD)
     table.add_column("")
     for heading in ("before", "after"):
         table.add_column(heading, justify="right")
-    table.add_row("mean reward", f"{before['reward_mean']:.3f}", f"{after['reward_mean']:.3f}", style="bold")
-    for name, value in before["reward_breakdown"].items():
-        table.add_row(f"  {name}", f"{value:.3f}", f"{after['reward_breakdown'][name]:.3f}")
+    table.add_row("mean reward", f"{before.reward_mean:.3f}", f"{after.reward_mean:.3f}", style="bold")
+    for name, value in before.reward_breakdown.items():
+        table.add_row(f"  {name}", f"{value:.3f}", f"{after.reward_breakdown[name]:.3f}")
     for label, numbers in (
-        ("KL paid per response (nats)", [f"{mean(side['kl_per_response']):.2f}" for side in (before, after)]),
-        ("response length (tokens)", [f"{mean(side['response_lengths']):.1f}" for side in (before, after)]),
-        ("distinct-2", [f"{distinct_n(side['responses']):.3f}" for side in (before, after)]),
+        ("KL paid per response (nats)", [f"{mean(side.kl_per_response):.2f}" for side in (before, after)]),
+        ("response length (tokens)", [f"{mean(side.response_lengths):.1f}" for side in (before, after)]),
+        ("distinct-2", [f"{distinct_n(side.responses):.3f}" for side in (before, after)]),
     ):
         table.add_row(label, *numbers)
     console.print()
@@ -133,9 +124,9 @@ def print_comparison(before: dict[str, Any], after: dict[str, Any]) -> None:
     console.print(
         f"Gain in mean reward: {gain.mean:+.3f} (95 % interval {gain.low:+.3f} to {gain.high:+.3f}, paired bootstrap)"
     )
-    for index in range(min(4, len(before["prompts"]))):
-        pair = Table(box=box.SIMPLE_HEAD, title=Text(f"{printable(before['prompts'][index])} …"), title_justify="left")
+    for index in range(min(4, len(before.prompts))):
+        pair = Table(box=box.SIMPLE_HEAD, title=Text(f"{printable(before.prompts[index])} …"), title_justify="left")
         for side, heading in ((before, "before"), (after, "after")):
-            pair.add_column(f"{heading} ({side['rewards'][index]:.2f})", ratio=1)
-        pair.add_row(*(Text(printable(" ".join(side["responses"][index].split()))) for side in (before, after)))
+            pair.add_column(f"{heading} ({side.rewards[index]:.2f})", ratio=1)
+        pair.add_row(*(Text(printable(" ".join(side.responses[index].split()))) for side in (before, after)))
         console.print(pair)

@@ -8,7 +8,7 @@ import typer
 
 def demo(
     max_iterations: Annotated[int, typer.Option(help="Iterations at most.")] = 14,
-    max_minutes: Annotated[float, typer.Option(help="Minutes of training at most.")] = 4.5,
+    max_minutes: Annotated[float, typer.Option(help="Minutes of training at most.")] = 4.75,
     output: Annotated[Path | None, typer.Option(help="The run's folder. Default: a new one under runs/.")] = None,
 ) -> None:
     """Teach a small chat model to end movie reviews briefly, kindly and coherently, and show what changed.

@@ -1,16 +1,24 @@
 """LoraConfig -> PEFT's, checked against a model's layers; and what is done to layers around it."""
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from konic.finetuning.config import LoraConfig
-from konic.finetuning.errors import ConfigError, did_you_mean
+from konic.finetuning.errors import ConfigError, ModelError, did_you_mean
+
+START = "start"
+"""The name of the frozen second adapter that is the reference where training goes on from an adapter."""
 
 
 def peft_config(lora: LoraConfig | peft.LoraConfig, causal_lm: PreTrainedModel) -> peft.LoraConfig:
@@ -51,6 +59,39 @@ def _check_targets(targets: list[str], causal_lm: PreTrainedModel, layers: dict[
                 f"LoraConfig.target_modules: {target!r} matches no layer of {type(causal_lm).__name__}."
                 f"{did_you_mean(target, candidates)} Its candidates: {', '.join(candidates)}."
             )
+
+
+def new_adapter(causal_lm: PreTrainedModel, adapter: peft.LoraConfig, seed: int) -> peft.PeftModel:
+    """The model with a fresh adapter, whose random weights follow the seed and leave the global generator alone."""
+    with torch.random.fork_rng(), _without_renaming_advice():
+        torch.manual_seed(seed)
+        return peft.get_peft_model(causal_lm, adapter)
+
+
+def load_adapter(causal_lm: PreTrainedModel, folder: Path) -> peft.PeftModel:
+    """The model with the adapter of a folder twice: one that learns, and one that stays as the reference.
+
+    Raises:
+        ModelError: The adapter does not fit the model.
+    """
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{folder}: there is no adapter_model.safetensors, and pickled weights are not read.")
+    try:
+        with _without_renaming_advice():
+            adapted = peft.PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=True)
+            adapted.load_adapter(str(folder), START, is_trainable=False)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the adapter cannot be loaded: {type(error).__name__}: {error}") from error
+    adapted.set_adapter("default")
+    return adapted
+
+
+@contextmanager
+def _without_renaming_advice() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 by a name that is on its way out
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def adapter_off_is_base(adapter: peft.LoraConfig) -> bool:

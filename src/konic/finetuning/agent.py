@@ -50,6 +50,11 @@ class KonicFinetuningAgent:
         self._training_config = TrainingConfig.from_value(training_config)
         self._generation_config = GenerationConfig.from_value(generation_config)
         self._model_kwargs = dict(model_kwargs or {})
+        if self._training_config.eval_every and not self._dataset_config.held_out:
+            raise ConfigError(
+                f"TrainingConfig(eval_every={self._training_config.eval_every}) needs prompts to evaluate on: set "
+                "DatasetConfig(held_out=...)."
+            )
 
     def get_base_model(self) -> str:
         """The base model, as it was named."""

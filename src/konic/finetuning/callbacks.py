@@ -119,6 +119,10 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
             self._task = self._progress.add_task("starting", total=config["max_iterations"], completed=done)
             self._progress.start()
 
+    def on_iteration_begin(self, iteration: int) -> None:
+        """Show the phase: where an iteration evaluates, it does so first."""
+        self._phase("evaluating")
+
     def on_generation_begin(self, prompts: list[str]) -> None:
         """Show the phase."""
         self._phase("sampling")
@@ -145,6 +149,10 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
             self._progress.update(self._task, completed=result.iteration)
         if self.verbose and (result.iteration % self.log_interval == 0 or result.iteration == 1):
             _print(iteration_line(result))
+
+    def on_checkpoint_saved(self, path: str, iteration: int) -> None:
+        """Show the phase."""
+        self._phase("saving")
 
     def on_train_end(self, result: FinetuningResult) -> None:
         """Print the summary; end the progress bar and the MLflow run that was started here."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from konic.finetuning.errors import OutputError
 from konic.finetuning.policy import Policy
-from konic.finetuning.results import FinetuningIterationResult
+from konic.finetuning.results import FinetuningIterationResult, selection_reward
 
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -42,9 +42,10 @@ class TrainerState:
     best_weights: dict[str, Tensor] | None = field(default=None, repr=False)
     """What learns, as it was when the best iteration sampled; on the CPU."""
 
-    def is_best(self, reward: float) -> bool:
-        """True where a mean reward is above all before it."""
-        return not math.isnan(reward) and all(not result.reward_mean >= reward for result in self.history)
+    def is_best(self, reward: float, on_held_out: bool) -> bool:
+        """True where a mean reward, of the held-out prompts or of a batch, is above all before it."""
+        before = (selection_reward(result, on_held_out) for result in self.history)
+        return not math.isnan(reward) and not any(earlier >= reward for earlier in before)
 
     def add(self, result: FinetuningIterationResult, num_steps: int, elapsed_seconds: float) -> None:
         """Count an iteration as done."""

@@ -80,6 +80,8 @@ class TrainingConfig(Settings):
     """Subtracted from the score of a response cut off by max_new_tokens (N+)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: a fraction of the memory for about a third more time."""
+    eval_every: int | None = Field(default=None, ge=1)
+    """Evaluate on the held-out prompts every so many iterations, besides before the first and after the last."""
     max_minutes: float | None = Field(default=None, gt=0)
     """Stop after the iteration that passes this many minutes."""
     seed: int = Field(default=0, ge=0, lt=2**63)

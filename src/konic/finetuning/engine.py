@@ -3,9 +3,11 @@
 prompts → rollout → rewards → advantages → update → result → callbacks → checkpoint
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,21 +26,24 @@ from konic.finetuning.checkpoint import (
 from konic.finetuning.config import LoraConfig
 from konic.finetuning.dataset import Prompt, PromptSet, load_prompts, make_prompts
 from konic.finetuning.errors import ConfigError, RewardError, TrainingError, did_you_mean
-from konic.finetuning.evaluation import evaluate, mean
+from konic.finetuning.evaluation import evaluate
 from konic.finetuning.interrupts import uninterrupted
+from konic.finetuning.intervals import mean
 from konic.finetuning.learner import Learner, build_learner, pick_device
 from konic.finetuning.measures import RunClock, StageClock, iteration_result
 from konic.finetuning.models import check_model_kwargs
 from konic.finetuning.policy import Policy
 from konic.finetuning.prompts import PromptBatch, make_prompt_batch
-from konic.finetuning.results import FinetuningIterationResult, FinetuningResult
-from konic.finetuning.rewards import score
+from konic.finetuning.results import Evaluation, FinetuningIterationResult, FinetuningResult
+from konic.finetuning.rewards import Scores, score
 from konic.finetuning.rollout import Rollout, rollout
 from konic.finetuning.run_folder import RunFolder, model_card
 from konic.finetuning.sampling import RandomKey
 from konic.finetuning.update import Schedule, update
 
 logger = logging.getLogger(__name__)
+
+INTERRUPTED = "interrupted"
 
 MAX_SAMPLER_GAP = 1e-3
 """Mean |Δ log-prob| per token, nats, between sampler and trainer in fp32; rounding stays below a hundredth of it."""
@@ -106,8 +111,9 @@ class KonicFinetuningEngine:
         callbacks.on_train_begin(self._settings(last))
         try:
             for iteration in range(state.iteration + 1, last + 1):
-                stages = StageClock()
                 callbacks.on_iteration_begin(iteration)
+                evaluation = self._evaluate_held_out(folder) if self._is_evaluated(iteration) else None
+                stages = StageClock()
 
                 batch = self._batch(prompts.batch((iteration - 1) * config.batch_size, config.batch_size))
                 callbacks.on_generation_begin(batch.texts)
@@ -125,7 +131,7 @@ class KonicFinetuningEngine:
                 advantages = ppo(rolled, scores, config, self.agent.kl_penalty_weight)
 
                 with uninterrupted():
-                    if state.is_best(mean(scores.scored())):
+                    if self._is_best(scores, evaluation):
                         state.best_weights = snapshot(learner.policy)
                     schedule = Schedule(state.num_steps, last * config.steps_per_iteration, self._learning_rate)
                     stats = update(
@@ -133,7 +139,7 @@ class KonicFinetuningEngine:
                     )
                     stages.lap("update")
 
-                    result = iteration_result(iteration, rolled, scores, stats, stages)
+                    result = iteration_result(iteration, rolled, scores, stats, stages, evaluation)
                     state.add(result, config.steps_per_iteration, clock.elapsed_seconds)
                     folder.write_iteration(result, rolled, scores)
                     if iteration == 1:
@@ -147,14 +153,13 @@ class KonicFinetuningEngine:
                 if stopped:
                     break
         except KeyboardInterrupt:
-            stopped = "interrupted"
+            stopped = INTERRUPTED
         except BaseException as error:
             callbacks.on_train_error(error)
             if isinstance(error, RewardError) and state.iteration:
                 self._save_checkpoint(folder, callbacks, last)
             raise
-        with uninterrupted():
-            return self._finish(folder, callbacks, last, stopped)
+        return self._finish(folder, callbacks, last, stopped)
 
     def evaluate(self, prompts: Sequence[Any] | None = None) -> dict[str, Any]:
         """Responses to prompts and what they are worth, with the same random numbers every time.
@@ -169,14 +174,13 @@ class KonicFinetuningEngine:
         chosen = self._prompts.held_out if prompts is None else self._made(prompts, "evaluate(prompts)")
         if not chosen:
             raise ConfigError("evaluate() has no prompts: give some, or set DatasetConfig(held_out=...).")
-        composer, seed = self.agent.get_reward_composer(), self._training.seed
-        evaluation = evaluate(self._learner.policy, composer, chosen, self._generation, self._learner.special, seed)
+        evaluation = self._evaluation(chosen)
         return {
             "prompts": evaluation.prompts,
             "responses": evaluation.responses,
-            "rewards": evaluation.scores.rewards,
+            "rewards": evaluation.rewards,
             "reward_mean": evaluation.reward_mean,
-            "reward_breakdown": evaluation.breakdown,
+            "reward_breakdown": evaluation.reward_breakdown,
             "kl_per_response": evaluation.kl_per_response,
             "response_lengths": evaluation.response_lengths,
         }
@@ -206,7 +210,7 @@ class KonicFinetuningEngine:
 
     @property
     def _learning_rate(self) -> float:
-        return self._training.peak_learning_rate(uses_lora=self.agent.get_lora_config() is not None)
+        return self._training.peak_learning_rate(uses_lora=self._learner.policy.uses_lora)
 
     @property
     def _learner(self) -> Learner:
@@ -220,10 +224,30 @@ class KonicFinetuningEngine:
             self._loaded_prompts = load_prompts(self.agent.get_dataset_config())
         return self._loaded_prompts
 
+    def _evaluation(self, prompts: Sequence[Prompt]) -> Evaluation:
+        composer, learner, seed = self.agent.get_reward_composer(), self._learner, self._training.seed
+        return evaluate(learner.policy, composer, prompts, self._generation, learner.special, seed)
+
+    def _is_evaluated(self, iteration: int) -> bool:
+        """True where the policy that samples an iteration is tried on the held-out prompts first."""
+        every = self._training.eval_every
+        return bool(self._prompts.held_out) and (iteration == 1 or bool(every and (iteration - 1) % every == 0))
+
+    def _is_best(self, scores: Scores, evaluation: Evaluation | None) -> bool:
+        """True where the policy that sampled is the best so far: on held-out prompts with eval_every, else by batch."""
+        if self._training.eval_every is None:
+            return self._state.is_best(mean(scores.scored()), on_held_out=False)
+        return evaluation is not None and self._state.is_best(evaluation.reward_mean, on_held_out=True)
+
+    def _evaluate_held_out(self, folder: RunFolder) -> Evaluation:
+        evaluation = self._evaluation(self._prompts.held_out)
+        folder.write_evaluation(self._state.iteration, evaluation)
+        return evaluation
+
     def _made(self, prompts: Sequence[Any], where: str) -> list[Prompt]:
         if isinstance(prompts, str | Mapping):
             raise ConfigError(f"{where} takes a list of prompts, got {type(prompts).__name__}.")
-        return make_prompts(list(prompts), self.agent.get_dataset_config().prompt_column, where)
+        return make_prompts(list(prompts), self.agent.get_dataset_config(), where)
 
     def _batch(self, prompts: Sequence[Prompt]) -> PromptBatch:
         learner = self._learner
@@ -277,13 +301,13 @@ class KonicFinetuningEngine:
         return {
             **self._training.model_dump(),
             "model_name": agent.get_base_model(),
-            "use_lora": lora is not None,
+            "use_lora": self._learner.policy.uses_lora,
             "learning_rate": self._learning_rate,
             "kl_penalty_weight": agent.kl_penalty_weight,
             "max_iterations": last,
             "iterations_done": self._state.iteration,
             "generation_config": self._generation.model_dump(),
-            "dataset_config": agent.get_dataset_config().model_dump(mode="json", exclude={"prompts"}),
+            "dataset_config": agent.get_dataset_config().model_dump(mode="json", exclude={"prompts", "token"}),
             "lora_config": lora.model_dump() if isinstance(lora, LoraConfig) else lora and lora.to_dict(),
             "rewards": agent.get_reward_composer().reward_names,
         }
@@ -294,32 +318,42 @@ class KonicFinetuningEngine:
         callbacks.on_checkpoint_saved(str(path), self._state.iteration)
 
     def _finish(self, folder: RunFolder, callbacks: Callbacks, last: int, stopped: str | None) -> FinetuningResult:
-        """Write the last checkpoint, the final and the best model, and tell the callbacks."""
-        self._save_checkpoint(folder, callbacks, last)
-        result = self._result(str(folder.path / "final"), stopped)
-        self._write_model(folder.path / "final", result)
-        if self._state.best_weights is not None:
-            with weights_of(self._learner.policy, self._state.best_weights):
-                self._write_model(folder.path / "best", result)
+        """Write the last checkpoint, the final and the best model; then try the held-out prompts once more."""
+        final = folder.path / "final"
+        with uninterrupted():
+            self._save_checkpoint(folder, callbacks, last)
+            result = self._result(str(final), stopped)
+            self._write_model(final, result)
+            if self._state.best_weights is not None:
+                with weights_of(self._learner.policy, self._state.best_weights):
+                    self._write_model(folder.path / "best", result)
+        if self._prompts.held_out and stopped != INTERRUPTED:
+            with contextlib.suppress(KeyboardInterrupt):
+                after = self._evaluate_held_out(folder)
+                result = replace(result, before=folder.read_evaluation(0), after=after)
+                self._write_card(final, result)
         callbacks.on_train_end(result)
         return result
 
     def _write_model(self, path: Path, result: FinetuningResult, merge: bool = False) -> None:
-        learner = self._learner
+        policy = self._learner.policy
         with written_whole(path) as target:
             if merge:
-                learner.policy.save_merged(target)
+                policy.save_merged(target)
             else:
-                learner.policy.save_model(target)
-            is_adapter = learner.policy.uses_lora and not merge
-            card = model_card(result, self._settings(self._state.iteration), learner.location, is_adapter)
-            (target / "README.md").write_text(card, encoding="utf-8")
+                policy.save_model(target)
+            self._write_card(target, result, merge)
+
+    def _write_card(self, folder: Path, result: FinetuningResult, merge: bool = False) -> None:
+        learner = self._learner
+        is_adapter = learner.policy.uses_lora and not merge
+        card = model_card(result, self._settings(self._state.iteration), learner.location, is_adapter)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     def _result(self, model_path: str | None, stopped: str | None) -> FinetuningResult:
-        state = self._state
-        return FinetuningResult(
-            self.agent.get_base_model(), list(state.history), state.elapsed_seconds, model_path, stopped
-        )
+        state, name = self._state, self.agent.get_base_model()
+        by_held_out = self._training.eval_every is not None
+        return FinetuningResult(name, list(state.history), state.elapsed_seconds, model_path, stopped, by_held_out)
 
 
 def _require_agreement(rolled: Rollout, policy: Policy) -> None:

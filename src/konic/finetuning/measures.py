@@ -5,8 +5,8 @@ import statistics
 import time
 from collections.abc import Sequence
 
-from konic.finetuning.evaluation import breakdown_means, mean
-from konic.finetuning.results import FinetuningIterationResult
+from konic.finetuning.intervals import mean
+from konic.finetuning.results import Evaluation, FinetuningIterationResult, mean_of_present
 from konic.finetuning.rewards import Scores
 from konic.finetuning.rollout import Rollout
 from konic.finetuning.update import UpdateStats
@@ -51,7 +51,12 @@ class RunClock:
 
 
 def iteration_result(
-    iteration: int, rollout: Rollout, scores: Scores, stats: UpdateStats, clock: StageClock
+    iteration: int,
+    rollout: Rollout,
+    scores: Scores,
+    stats: UpdateStats,
+    clock: StageClock,
+    evaluation: Evaluation | None,
 ) -> FinetuningIterationResult:
     """What an iteration reports. Token averages are over all response tokens of the batch."""
     mask = rollout.response_mask
@@ -74,7 +79,7 @@ def iteration_result(
         clip_fraction=stats.clip_fraction,
         approx_kl=stats.approx_kl,
         explained_variance=stats.explained_variance,
-        reward_breakdown=breakdown_means(scores),
+        reward_breakdown={name: mean_of_present(values) for name, values in scores.breakdown.items()},
         generation_time_sec=clock.seconds["generation"],
         reward_compute_time_sec=clock.seconds["reward"],
         update_time_sec=clock.seconds["update"],
@@ -88,6 +93,8 @@ def iteration_result(
         ended_fraction=rollout.samples.ended.double().mean().item(),
         num_samples=len(scores.rewards),
         num_unscored=len(scores.rewards) - len(rewards),
+        eval_reward_mean=evaluation.reward_mean if evaluation else math.nan,
+        eval_kl_per_response=mean(evaluation.kl_per_response) if evaluation else math.nan,
     )
 
 

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
@@ -52,13 +53,15 @@ class LoadedModel:
     """The Hub id or folder that plain `transformers` opens it by."""
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    adapter: Path | None = None
+    """The folder of a LoRA adapter to go on from; `model` is its base model."""
 
 
 def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.device) -> LoadedModel:
     """The causal language model and tokenizer that `base_model` names, on `device`, in fp32 unless told otherwise.
 
     Args:
-        base_model: A Hub id, a folder, a `.gguf` file, or a key of :data:`PACKAGED_MODELS`.
+        base_model: A Hub id, a folder, an adapter's folder, a `.gguf` file, or a key of :data:`PACKAGED_MODELS`.
         model_kwargs: For `from_pretrained`: revision, token, dtype, attn_implementation, trust_remote_code,
             quantization_config.
         device: Where the weights go.
@@ -68,19 +71,48 @@ def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.d
         ModelError: Nothing there, or nothing that loads.
     """
     check_model_kwargs(model_kwargs)
-    location = locate_model(base_model)
+    adapter = adapter_folder(base_model)
+    location = locate_model(base_model if adapter is None else _base_of(adapter))
     kwargs: dict[str, Any] = {"dtype": torch.float32, **model_kwargs}
     try:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(location, **kwargs)
             tokenizer = AutoTokenizer.from_pretrained(
-                location, **{key: value for key, value in model_kwargs.items() if key in _TOKENIZER_KWARGS}
+                adapter if adapter and (adapter / "tokenizer_config.json").is_file() else location,
+                **{key: value for key, value in model_kwargs.items() if key in _TOKENIZER_KWARGS},
             )
     except Exception as error:
         raise ModelError(_loading_failed(base_model, location, error)) from error
     if not getattr(model, "is_quantized", False):
         model.to(device)
-    return LoadedModel(base_model, location, model, tokenizer)
+    return LoadedModel(base_model, location, model, tokenizer, adapter)
+
+
+def adapter_folder(base_model: str) -> Path | None:
+    """The folder that a name stands for, if it holds a PEFT adapter."""
+    folder = Path(base_model).expanduser()
+    return folder.resolve() if (folder / "adapter_config.json").is_file() else None
+
+
+def _base_of(adapter: Path) -> str:
+    """The base model that an adapter names.
+
+    Raises:
+        ModelError: It is not a LoRA adapter, or one that cannot be gone on from.
+    """
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        kind, base, bias = config["peft_type"], config["base_model_name_or_path"], config.get("bias", "none")
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{adapter}: adapter_config.json cannot be read: {type(error).__name__}: {error}.") from None
+    if kind != "LORA" or bias != "none":
+        raise ModelError(
+            f"{adapter}: holds a {kind} adapter with bias={bias!r}. Training goes on from LoRA adapters with "
+            "bias='none'; merge this one into its base model and start from that."
+        )
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{adapter}: adapter_config.json does not name its base model.")
+    return base
 
 
 def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from konic.finetuning.adapters import adapter_off_is_base, can_merge, merged_layer, peft_config, switch_off_dropout
+from konic.finetuning.adapters import (
+    START,
+    adapter_off_is_base,
+    can_merge,
+    load_adapter,
+    merged_layer,
+    new_adapter,
+    peft_config,
+    switch_off_dropout,
+)
 from konic.finetuning.config import LoraConfig
 from konic.finetuning.errors import TrainingError
 from konic.finetuning.language_model import LanguageModel
@@ -44,20 +52,21 @@ class Policy:
         self._gradient_checkpointing = gradient_checkpointing
         self._probe = torch.arange(3, 11, device=causal_lm.device)[None] % causal_lm.config.get_text_config().vocab_size
         causal_lm.eval()
-        self._base_logits = self._probe_logits(self.language_model)
-
-        adapter = None if lora is None else peft_config(lora, causal_lm)
-        self._frozen_copy: LanguageModel | None = None
-        if adapter is None or not adapter_off_is_base(adapter):
-            self._frozen_copy = LanguageModel(_frozen_copy(causal_lm))
         self._adapted: peft.PeftModel | None = None
-        if adapter is not None:
-            with torch.random.fork_rng(), warnings.catch_warnings():
-                # PEFT 0.21 asks transformers 5.23 by a name that is on its way out
-                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-                torch.manual_seed(seed)
-                self._adapted = peft.get_peft_model(causal_lm, adapter)
-            switch_off_dropout(causal_lm)
+        self._frozen_copy: LanguageModel | None = None
+        self._goes_on = loaded.adapter is not None
+        if loaded.adapter is not None:
+            self._adapted = load_adapter(causal_lm, loaded.adapter)
+        self._reference_logits = self._probe_logits(self.language_model)
+        if loaded.adapter is None:
+            adapter = None if lora is None else peft_config(lora, causal_lm)
+            if adapter is None or not adapter_off_is_base(adapter):
+                self._frozen_copy = LanguageModel(_frozen_copy(causal_lm))
+            if adapter is not None:
+                self._adapted = new_adapter(causal_lm, adapter, seed)
+        elif lora is not None:
+            logger.warning("%s is an adapter and brings its own settings: lora_config is not used.", loaded.name)
+        switch_off_dropout(causal_lm)
         if gradient_checkpointing:
             causal_lm.activation_checkpointing_enable({"use_reentrant": False})
         causal_lm.eval()
@@ -103,9 +112,15 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[LanguageModel]:
-        """The model that the policy is held to: the adapter switched off, or a frozen copy."""
+        """The model that the policy is held to: the adapter switched off, or as it was loaded, or a frozen copy."""
         if self._frozen_copy is not None:
             yield self._frozen_copy
+        elif self._adapted is not None and self._goes_on:
+            self._adapted.set_adapter(START)
+            try:
+                yield self.language_model
+            finally:
+                self._adapted.set_adapter("default")
         elif self._adapted is not None:
             with self._adapted.disable_adapter():
                 yield self.language_model
@@ -132,7 +147,7 @@ class Policy:
     def check_reference(self) -> None:
         """Raise TrainingError if the reference is no longer the model that was loaded."""
         with self.reference() as reference:
-            difference = (self._probe_logits(reference) - self._base_logits).abs().max().item()
+            difference = (self._probe_logits(reference) - self._reference_logits).abs().max().item()
         if not difference <= 1e-4:
             raise TrainingError(
                 f"The reference policy has moved: its logits differ by {difference:.2g} from the loaded model's. "
@@ -149,7 +164,7 @@ class Policy:
         """Write the adapter (or the full model) and the tokenizer into a folder, as PEFT and `transformers` do."""
         with quiet_transformers():
             if self._adapted is not None:
-                self._adapted.save_pretrained(folder, save_embedding_layers=False)
+                self._adapted.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
             else:
                 self.language_model.causal_lm.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)

@@ -2,8 +2,11 @@
 
 import math
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from konic.finetuning.intervals import Interval, mean, paired_bootstrap
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,10 @@ class FinetuningIterationResult:
     num_samples: int = 0
     num_unscored: int = 0
     """Samples for which every reward abstained; they got advantage 0."""
+    eval_reward_mean: float = math.nan
+    """Of the same policy on the held-out prompts; NaN where it was not evaluated."""
+    eval_kl_per_response: float = math.nan
+    """Nats, mean over the held-out prompts; NaN where it was not evaluated."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values; NaN becomes None."""
@@ -75,6 +82,32 @@ class FinetuningIterationResult:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """Responses of one policy to N prompts, and what they were worth."""
+
+    prompts: list[str]
+    responses: list[str]
+    rewards: list[float]
+    """[N]; NaN where every part abstained."""
+    breakdown: dict[str, list[float]]
+    """Each part's own values [N], before weights; NaN where it abstained."""
+    kl_per_response: list[float]
+    """[N] exact KL from the reference, summed over the response, nats."""
+    response_lengths: list[int]
+    """[N] tokens, the end-of-sequence token counted."""
+
+    @property
+    def reward_mean(self) -> float:
+        """Over the responses that have a reward."""
+        return mean_of_present(self.rewards)
+
+    @property
+    def reward_breakdown(self) -> dict[str, float]:
+        """Mean of each reward, before weights, where it did not abstain."""
+        return {name: mean_of_present(values) for name, values in self.breakdown.items()}
+
+
+@dataclass(frozen=True)
 class FinetuningResult:
     """A whole run, across resumes."""
 
@@ -85,6 +118,12 @@ class FinetuningResult:
     """The folder of the final model."""
     stopped_because: str | None = None
     """Why it ended before max_iterations, or None."""
+    best_is_on_held_out: bool = False
+    """True where the best iteration is chosen by its held-out reward: with eval_every."""
+    before: Evaluation | None = field(default=None, repr=False)
+    """The held-out prompts before training; None without any."""
+    after: Evaluation | None = field(default=None, repr=False)
+    """The same prompts with the same random numbers after it; None without any, or after Ctrl-C."""
 
     @property
     def total_iterations(self) -> int:
@@ -93,9 +132,18 @@ class FinetuningResult:
 
     @property
     def best(self) -> FinetuningIterationResult | None:
-        """The iteration with the highest mean reward, the first of equals."""
-        scored = [result for result in self.history if not math.isnan(result.reward_mean)]
-        return max(scored, key=lambda result: result.reward_mean, default=None)
+        """The iteration with the highest mean reward, on held-out prompts with eval_every; the first of equals."""
+        scored = [
+            result for result in self.history if not math.isnan(selection_reward(result, self.best_is_on_held_out))
+        ]
+        return max(scored, key=lambda result: selection_reward(result, self.best_is_on_held_out), default=None)
+
+    @property
+    def held_out_gain(self) -> Interval | None:
+        """After less before, per held-out prompt, with its 95 % interval; None without both."""
+        if self.before is None or self.after is None:
+            return None
+        return paired_bootstrap(self.before.rewards, self.after.rewards)
 
     @property
     def best_iteration(self) -> int:
@@ -104,8 +152,8 @@ class FinetuningResult:
 
     @property
     def best_reward(self) -> float:
-        """Its mean reward; NaN before any."""
-        return self.best.reward_mean if self.best else math.nan
+        """Its mean reward, on held-out prompts with eval_every; NaN before any iteration."""
+        return selection_reward(self.best, self.best_is_on_held_out) if self.best else math.nan
 
     @property
     def final_reward_mean(self) -> float:
@@ -139,6 +187,10 @@ class FinetuningResult:
             lines.append(f"Best Reward: {self.best_reward:.4f} (iteration {self.best_iteration})")
             lines.append(f"Final Reward: {self.final_reward_mean:.4f}")
             lines.append(f"Samples: {self.total_samples}")
+        gain = self.held_out_gain
+        if gain is not None and self.before is not None and self.after is not None:
+            lines.append(f"Held-out Reward: {self.before.reward_mean:.4f} -> {self.after.reward_mean:.4f}")
+            lines.append(f"Held-out Gain: {gain.mean:+.4f} (95 % interval {gain.low:+.4f} to {gain.high:+.4f})")
         lines.append(f"Time: {self.total_time_sec:.1f}s")
         if self.stopped_because:
             lines.append(f"Stopped early: {self.stopped_because}")
@@ -157,6 +209,16 @@ class FinetuningResult:
             "stopped_because": self.stopped_because,
         }
         return _json_values(values) | {"history": [result.to_dict() for result in self.history]}
+
+
+def selection_reward(result: FinetuningIterationResult, on_held_out: bool) -> float:
+    """What the best iteration is chosen by: its reward on the held-out prompts, or on its own batch."""
+    return result.eval_reward_mean if on_held_out else result.reward_mean
+
+
+def mean_of_present(values: Sequence[float]) -> float:
+    """The mean of the values that are not NaN, NaN of none."""
+    return mean([value for value in values if not math.isnan(value)])
 
 
 def printable(text: str) -> str:

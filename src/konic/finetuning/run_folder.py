@@ -16,12 +16,13 @@ import pyarrow
 import pyarrow.parquet
 
 from konic.finetuning.errors import OutputError
-from konic.finetuning.results import FinetuningIterationResult, FinetuningResult
+from konic.finetuning.results import Evaluation, FinetuningIterationResult, FinetuningResult
 from konic.finetuning.rewards import Scores
 from konic.finetuning.rollout import Rollout
 
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
+_PART = "reward/"
 
 
 class RunFolder:
@@ -84,6 +85,29 @@ class RunFolder:
         except OSError as error:
             raise OutputError(f"{self.path / METRICS_FILE}: cannot be written: {error.strerror}.") from None
 
+    def write_evaluation(self, iterations_done: int, evaluation: Evaluation) -> None:
+        """Write what a policy made of the held-out prompts, named by the iterations it had learned from."""
+        columns: dict[str, list[Any]] = {
+            "prompt": evaluation.prompts,
+            "response": evaluation.responses,
+            "reward": _nulls(evaluation.rewards),
+            "kl": evaluation.kl_per_response,
+            "length": evaluation.response_lengths,
+        }
+        columns |= {f"{_PART}{name}": _nulls(values) for name, values in evaluation.breakdown.items()}
+        self._write_table("evaluations", iterations_done, columns)
+
+    def read_evaluation(self, iterations_done: int) -> Evaluation | None:
+        """What :meth:`write_evaluation` wrote, or None."""
+        path = self.path / "evaluations" / f"{iterations_done:06d}.parquet"
+        if not path.is_file():
+            return None
+        table = pyarrow.parquet.read_table(path).to_pydict()
+        breakdown = {name.removeprefix(_PART): _nans(table[name]) for name in table if name.startswith(_PART)}
+        return Evaluation(
+            table["prompt"], table["response"], _nans(table["reward"]), breakdown, table["kl"], table["length"]
+        )
+
     def cut_after(self, iteration: int) -> None:
         """Drop the metrics and completions of later iterations, before a resume writes them again."""
         path = self.path / METRICS_FILE
@@ -91,9 +115,10 @@ class RunFolder:
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if line and json.loads(line)["iteration"] <= iteration]
             self._write(METRICS_FILE, "".join(f"{line}\n" for line in kept))
-        for file in (self.path / "completions").glob("*.parquet"):
-            if int(file.stem) > iteration:
-                file.unlink()
+        for folder in ("completions", "evaluations"):
+            for file in (self.path / folder).glob("*.parquet"):
+                if int(file.stem) > iteration:
+                    file.unlink()
 
     def _write_completions(self, iteration: int, rollout: Rollout, scores: Scores) -> None:
         mask = rollout.response_mask
@@ -102,19 +127,21 @@ class RunFolder:
             "row": [prompt.row for prompt in rollout.batch.prompts],
             "prompt": rollout.batch.texts,
             "response": rollout.texts,
-            "reward": [None if math.isnan(value) else value for value in scores.rewards],
+            "reward": _nulls(scores.rewards),
             "kl": rollout.kl.sum(dim=1).tolist(),
             "ended": rollout.samples.ended.tolist(),
             "token_ids": [ids[keep].tolist() for ids, keep in zip(rollout.samples.response_ids, mask, strict=True)],
         }
-        for name, values in scores.breakdown.items():
-            columns[f"reward/{name}"] = [None if math.isnan(value) else value for value in values]
-        folder = self.path / "completions"
-        beside = folder / f".{iteration:06d}"
+        columns |= {f"{_PART}{name}": _nulls(values) for name, values in scores.breakdown.items()}
+        self._write_table("completions", iteration, columns)
+
+    def _write_table(self, folder_name: str, number: int, columns: dict[str, list[Any]]) -> None:
+        folder = self.path / folder_name
+        beside = folder / f".{number:06d}"
         try:
             folder.mkdir(exist_ok=True)
             pyarrow.parquet.write_table(pyarrow.table(columns), beside)
-            os.replace(beside, folder / f"{iteration:06d}.parquet")
+            os.replace(beside, folder / f"{number:06d}.parquet")
         except OSError as error:
             raise OutputError(f"{folder}: cannot be written: {error}.") from None
 
@@ -144,6 +171,14 @@ def model_card(result: FinetuningResult, settings: dict[str, Any], base_location
             )
         lines += [f"| KL per response (nats) | {first.kl_per_response:.3f} | {last.kl_per_response:.3f} |"]
         lines += [f"| response tokens | {first.response_length_mean:.1f} | {last.response_length_mean:.1f} |", ""]
+    gain = result.held_out_gain
+    if gain is not None and result.before is not None and result.after is not None:
+        lines += [
+            f"On {len(result.before.prompts)} held-out prompts, with the same random numbers before and after, the "
+            f"mean reward went from {result.before.reward_mean:.4f} to {result.after.reward_mean:.4f}: a gain of "
+            f"{gain.mean:+.4f} (95 % interval {gain.low:+.4f} to {gain.high:+.4f}, paired bootstrap).",
+            "",
+        ]
     loading = (
         "from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
         if uses_lora
@@ -161,6 +196,14 @@ def model_card(result: FinetuningResult, settings: dict[str, Any], base_location
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _nulls(values: list[float]) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values]
+
+
+def _nans(values: list[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
 
 
 def _source_of(kind: type) -> dict[str, str | None]:

@@ -7,19 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from konic.finetuning.evaluation import breakdown_means, distinct_n, mean, paired_bootstrap
-from konic.finetuning.rewards import Scores
+from konic.finetuning.intervals import distinct_n, mean, paired_bootstrap
 
 
 def test_the_mean_is_exactly_rounded_and_nan_of_none():
     assert mean([1.0, 2.0, 6.0]) == 3
     assert mean([1e16, 1.0, -1e16, 1.0]) == 0.5
     assert math.isnan(mean([]))
-
-
-def test_breakdown_means_leave_out_the_samples_that_abstained():
-    scores = Scores([1.0, 2.0, 3.0], {"a": [1.0, 2.0, 6.0], "b": [math.nan, 4.0, math.nan]})
-    assert breakdown_means(scores) == {"a": 3, "b": 4}
 
 
 def test_a_constant_gain_has_an_interval_of_no_width():
