@@ -6,7 +6,6 @@ import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with Ctrl-C ignored
 
 import pytest
 import torch
@@ -21,6 +20,8 @@ from konic.finetuning.policy import Policy
 from konic.finetuning.prompts import make_prompt_batch
 from konic.finetuning.sampling import special_tokens
 from konic.finetuning.update import make_optimizer
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with Ctrl-C ignored
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"

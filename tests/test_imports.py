@@ -12,7 +12,7 @@ import konic
 PACKAGE = Path(konic.__file__).parent
 LAYERS = [
     {"errors"},
-    {"config"},
+    {"config", "hub"},
     {"advantages", "losses", "intervals", "interrupts"},
     {"results"},
     {"models", "loaders", "callbacks", "adapters"},

@@ -11,6 +11,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from konic.finetuning.errors import DatasetError
+from konic.finetuning.hub import explain_hub_error
 
 BUNDLED_SPLITS = {"train": "movie_reviews_train.txt", "held_out": "movie_reviews_held_out.txt"}
 STREAM_BUFFER = 10_000
@@ -59,7 +60,7 @@ def read_hub(
     """
     import datasets
 
-    bars_were_on = datasets.are_progress_bars_enabled()
+    bars_were_on = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         identity = name if "/" in name else _canonical_id(name, token)
@@ -83,19 +84,15 @@ def stream_rows(dataset: Any, shuffle_seed: int | None, where: str) -> Iterator[
         except StopIteration:
             return
         except Exception as error:
-            raise DatasetError(f"{where}: the stream broke off: {type(error).__name__}: {error}") from error
+            what = explain_hub_error(error, "DatasetConfig(token=...)", "DatasetConfig(source=DatasetSource.BUNDLED)")
+            raise DatasetError(f"{where}, while it was streamed: {what}") from error
         yield row.pop(_ROW_NUMBER), row
 
 
-def _hub_failed(name: str, subset: str | None, split: str, error: Exception) -> str:
-    """One message for whatever the Hub's clients raised: what happened, and what to do."""
-    told = " ".join(str(error).split())
-    told = told if len(told) <= 400 else told[:400] + " …"
-    advice = (
-        "Check the name, subset and split, your connection and, for a gated dataset, that you are logged in or give "
-        "DatasetConfig(token=...). DatasetConfig(source=DatasetSource.BUNDLED) needs no Hub."
-    )
-    return f"Dataset {name!r} (subset {subset!r}, split {split!r}): {type(error).__name__}: {told}\n{advice}"
+def _hub_failed(name: str, subset: str | None, split: str, error: BaseException) -> str:
+    what = explain_hub_error(error, "DatasetConfig(token=...)", "DatasetConfig(source=DatasetSource.BUNDLED)")
+    asked = f"split {split!r}" if subset is None else f"subset {subset!r}, split {split!r}"
+    return f"Dataset {name!r} of the Hub ({asked}): {what}"
 
 
 def _canonical_id(name: str, token: str | None) -> str:

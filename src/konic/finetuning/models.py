@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from transformers.utils import logging as transformers_logging
 
 from konic.finetuning.errors import ConfigError, ModelError, did_you_mean
+from konic.finetuning.hub import explain_hub_error
 
 
 @dataclass(frozen=True)
@@ -214,14 +215,14 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _loading_failed(base_model: str, location: str, error: Exception) -> str:
+    if not Path(location).exists():
+        what = explain_hub_error(error, "model_kwargs={'token': ...}", "base_model='smollm2-135m'")
+        return f"base_model={base_model!r} could not be loaded from the Hub: {what}"
     reason = " ".join(str(error).split())
-    if len(reason) > 300:
-        reason = reason[:300] + " …"
-    where = "folder" if Path(location).is_dir() else "file" if Path(location).is_file() else "Hub"
-    advice = {
-        "folder": "Check that the folder holds a whole causal language model with its tokenizer.",
-        "file": "Check that the file is whole and of an architecture that transformers reads.",
-        "Hub": "Check the name, your connection and, for a gated model, model_kwargs={'token': ...}; "
-        "base_model='smollm2-135m' needs no Hub.",
-    }[where]
-    return f"base_model={base_model!r} could not be loaded from the {where}: {type(error).__name__}: {reason}\n{advice}"
+    reason = reason if len(reason) <= 300 else reason[:300] + " …"
+    advice = (
+        "Check that the folder holds a whole causal language model with its tokenizer."
+        if Path(location).is_dir()
+        else "Check that the file is whole and of an architecture that transformers reads."
+    )
+    return f"base_model={base_model!r} could not be loaded: {type(error).__name__}: {reason}\n{advice}"

@@ -1,0 +1,247 @@
+"""The Hub for real: the clients as they are, against a stand-in on loopback that answers as the Hub does."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from conftest import byte_tokenizer, tiny_model
+from loopback_hub import MEMBER_TOKEN, LoopbackHub
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "sentiment_rlhf.py"
+CARD = """---
+configs:
+- config_name: plain_text
+  default: true
+  data_files:
+  - {split: train, path: plain_text/train-*}
+  - {split: test, path: plain_text/test-*}
+- config_name: short
+  data_files:
+  - {split: train, path: short/train-*}
+---
+"""
+SENTENCES = ("The film was slow at first.", "I loved the music and the light.", "Nobody in it says a true word.",
+             "The ending is good, the middle is not.", "My brother slept through half of it.")  # fmt: skip
+START = """
+import json, time
+time.sleep = lambda seconds: None  # the clients wait between tries
+from konic.finetuning import *
+from konic.finetuning.dataset import load_prompts
+from konic.finetuning.models import load_model
+import torch
+results = {}
+def note(name, call):
+    try:
+        results[name] = call()
+    except KonicError as error:
+        results[name] = f"{type(error).__name__}: {error}"
+def dataset(**settings):
+    rows = load_prompts(DatasetConfig(source=DatasetSource.HUGGINGFACE, prompt_column="text", **settings))
+    return [[prompt.row, prompt.text] for prompt in rows.batch(0, 3)]
+def model(name, **kwargs):
+    loaded = load_model(name, kwargs, torch.device("cpu"))
+    return [type(loaded.model).__name__, loaded.location]
+"""
+END = "\nprint('RESULTS' + json.dumps(results))\n"
+
+
+def review(number, sentences=300):
+    """A long review, no two alike."""
+    return f"Review {number}. " + " ".join(SENTENCES[(number + i * i) % 5] for i in range(sentences))
+
+
+def bpe_gpt2(folder):
+    """A small GPT-2 with a BPE tokenizer trained on the reviews, as a folder."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([review(n) for n in range(20)], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    torch.manual_seed(0)
+    size = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024}
+    config = GPT2Config(vocab_size=len(fast), bos_token_id=0, eos_token_id=0, initializer_range=0.2, **size)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A dataset of long reviews with two subsets, a BPE GPT-2 and a byte GPT-2."""
+    root = tmp_path_factory.mktemp("repos")
+    for name, count in {"plain_text/train": 600, "plain_text/test": 20, "short/train": 5}.items():
+        path = root / "imdb" / f"{name}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = pa.table(
+            {"text": [f"{name} {review(i)}" for i in range(count)], "label": [i % 2 for i in range(count)]}
+        )
+        pq.write_table(table, path, row_group_size=100)
+    (root / "imdb" / "README.md").write_text(CARD)
+    bpe_gpt2(root / "gpt2")
+    tiny_model("gpt2", torch.float32).save_pretrained(root / "small")
+    byte_tokenizer("gpt2").save_pretrained(root / "small")
+    return root
+
+
+@pytest.fixture
+def hub(folders):
+    with LoopbackHub() as hub:
+        hub.add_dataset("stanfordnlp/imdb", folders / "imdb", aliases=["imdb"])
+        hub.add_dataset("fancyzhx/yelp_polarity", folders / "imdb", aliases=["yelp_polarity"])
+        hub.add_dataset("org/gated", folders / "imdb", gated=True)
+        hub.add_model("openai-community/gpt2", folders / "gpt2", aliases=["gpt2"])
+        hub.add_model("distilbert/distilgpt2", folders / "small", aliases=["distilgpt2"])
+        hub.add_model("org/gated-model", folders / "small", gated=True)
+        yield hub
+
+
+def run_child(command, environment, cwd=None):
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=cwd)
+    assert child.returncode == 0, child.stderr
+    return child
+
+
+def answers(code, environment):
+    """What `note` noted in a child where only the hub can be reached."""
+    child = run_child([sys.executable, "-c", START + code + END], environment | {"OMP_NUM_THREADS": "1"})
+    return json.loads(child.stdout.partition("RESULTS")[2])
+
+
+def test_the_example_runs_unchanged(hub, tmp_path):
+    """`python sentiment_rlhf.py` with nothing but HF_ENDPOINT set: every line of it, and nothing on standard error."""
+    environment = hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
+    child = run_child([sys.executable, str(EXAMPLE)], environment, cwd=tmp_path)
+    assert child.stderr == ""
+    lines = child.stdout.splitlines()
+    assert lines[3:8] == ["Model: gpt2", "LoRA: True", "Learning Rate: 0.001", "Batch Size: 4", "Max Iterations: 50"]
+    iterations = [line for line in lines if line.startswith("[Iter")]
+    assert len(iterations) == 50
+    number = r" *-?\d+\.\d{3}"
+    shape = rf"\[Iter +\d+\] Reward: {number} \(\+/- {number}\) \| KL: \d\.\d{{4}} \| Loss: -?\d+\.\d{{4}}"
+    shape += r" \| Time: \d+\.\ds"
+    assert all(re.fullmatch(shape, line) for line in iterations)
+    assert "| KL: 0.0000 |" in iterations[0]
+    assert "| KL: 0.0000 |" not in iterations[-1]
+    assert lines[-1].startswith("Reward went from ")
+    (run,) = (tmp_path / "runs").iterdir()
+    rows = pq.read_table(run / "completions" / "000001.parquet").to_pylist()
+    for row in rows:  # long reviews are cut to max_prompt_length, keeping the end
+        whole = f"plain_text/train {review(row['row'])}"
+        assert whole.endswith(row["prompt"])
+        assert len(row["prompt"]) < len(whole)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["sampler_gap"] < 1e-5 and row["first_log_ratio"] == 0 for row in metrics)
+    assert (run / "final" / "adapter_model.safetensors").is_file()
+    assert json.loads((run / "final" / "adapter_config.json").read_text())["base_model_name_or_path"] == "gpt2"
+    assert not [request for request in hub.outside if "datasets-server" not in request[1]], "something phoned elsewhere"
+
+
+def test_models_and_datasets_by_their_bare_names_subsets_splits_streams_and_revisions(hub, folders, tmp_path):
+    (folders / "other").mkdir(exist_ok=True)
+    (folders / "other" / "train.jsonl").write_text('{"text": "of the branch"}\n')
+    hub.add_dataset("stanfordnlp/imdb", folders / "other", aliases=["imdb"], revision="branch")
+    code = """
+note("distilgpt2", lambda: model("distilgpt2"))
+note("revision", lambda: model("gpt2", revision="main"))
+note("yelp", lambda: dataset(name="yelp_polarity", split="test", shuffle=False))
+note("subset", lambda: dataset(name="imdb", subset="short", shuffle=False))
+note("branch", lambda: dataset(name="imdb", revision="branch"))
+note("drawn", lambda: dataset(name="imdb", split="train", max_samples=50))
+note("stream", lambda: dataset(name="imdb", streaming=True, shuffle=False))
+note("shuffled", lambda: dataset(name="imdb", streaming=True, max_samples=50))
+note("again", lambda: dataset(name="imdb", streaming=True, max_samples=50))
+note("gated model", lambda: model("org/gated-model", token="TOKEN"))
+note("gated", lambda: dataset(name="org/gated", split="test", token="TOKEN", shuffle=False))
+def walk():
+    rows = load_prompts(DatasetConfig(name="imdb", split="test", streaming=True, prompt_column="text", held_out=4))
+    first = [prompt.row for prompt in rows.batch(0, 10)]
+    rest = [prompt.row for prompt in rows.batch(10, 30)]
+    later = load_prompts(DatasetConfig(name="imdb", split="test", streaming=True, prompt_column="text", held_out=4))
+    return [first + rest, [prompt.row for prompt in rows.held_out], [prompt.row for prompt in later.batch(10, 30)]]
+note("walk", walk)
+""".replace("TOKEN", MEMBER_TOKEN)
+    found = answers(code, hub.environment(tmp_path / "home"))
+    assert found["distilgpt2"] == ["GPT2LMHeadModel", "distilgpt2"]
+    assert found["revision"] == ["GPT2LMHeadModel", "gpt2"]
+    assert [row for row, _ in found["yelp"]] == [0, 1, 2]
+    assert found["yelp"][0][1].startswith("plain_text/test Review 0.")
+    assert found["subset"][2][1].startswith("short/train Review 2.")
+    assert found["branch"] == [[0, "of the branch"]] * 3
+    assert all(text.startswith(f"plain_text/train Review {row}.") for row, text in found["drawn"])
+    assert [row for row, _ in found["stream"]] == [0, 1, 2]
+    assert found["shuffled"] == found["again"] != found["stream"]
+    assert all(text.startswith(f"plain_text/train Review {row}.") for row, text in found["shuffled"])
+    assert found["gated model"] == ["GPT2LMHeadModel", "org/gated-model"]
+    assert found["gated"][0][1].startswith("plain_text/test Review 0.")
+    walked, held_out, later = found["walk"]
+    assert sorted(walked[:16] + held_out) == list(range(20))  # every row once, then a new order of those 16
+    assert sorted(walked[16:32]) == sorted(walked[:16]) != walked[16:32] != walked[:16]
+    assert walked[10:40] == later
+    assert hub.ranges
+
+
+def test_what_was_fetched_once_is_there_offline(hub, tmp_path):
+    code = """
+note("model", lambda: model("gpt2"))
+note("dataset", lambda: dataset(name="imdb", split="test"))
+"""
+    online = answers(code, hub.environment(tmp_path / "home"))
+    before = len(hub.requests)
+    assert answers(code, hub.environment(tmp_path / "home", offline=True)) == online
+    assert len(hub.requests) == before
+
+
+FAILURES = {
+    "wrong dataset": ("dataset(name='imbd')", "Dataset 'imbd' of the Hub .*nothing public of that name"),
+    "wrong dataset with a namespace": ("dataset(name='org/imbd')", "Dataset 'org/imbd' .*nothing public of that name"),
+    "wrong model": ("model('gtp2')", "base_model='gtp2' .*nothing public of that name"),
+    "wrong split": ("dataset(name='imdb', split='validation')", "split 'validation'.*train.*test"),
+    "wrong subset": ("dataset(name='imdb', subset='long')", "subset 'long'.*plain_text.*short"),
+    "wrong column": ("dataset(name='imdb', prompt_template='{txt}')", "no column 'txt'.*Did you mean 'text'"),
+    "wrong revision": ("model('gpt2', revision='v9')", "no such revision"),
+    "wrong dataset revision": ("dataset(name='imdb', revision='v9')", "no such revision"),
+    "gated model": ("model('org/gated-model')", r"it is gated.*hf auth login.*model_kwargs=\{'token'"),
+    "gated dataset": ("dataset(name='org/gated')", r"it is gated.*hf auth login.*DatasetConfig\(token="),
+}
+
+
+def test_every_failure_is_one_clear_error(hub, tmp_path):
+    code = "".join(f"note({name!r}, lambda: {call})\n" for name, (call, _) in FAILURES.items())
+    found = answers(code, hub.environment(tmp_path / "home"))
+    for name, (_, told) in FAILURES.items():
+        assert re.search(told, found[name], flags=re.DOTALL), f"{name}: {found[name]}"
+        assert found[name].startswith(("DatasetError: ", "ModelError: ")), name
+
+
+def test_a_broken_download_and_a_hub_out_of_reach_are_said_and_recovered_from(hub, tmp_path):
+    hub.break_downloads("plain_text/test-00000-of-00001.parquet")
+    hub.break_downloads("model.safetensors")
+    code = """
+note("dataset", lambda: dataset(name="imdb", split="test", shuffle=False))
+note("model", lambda: model("gpt2"))
+"""
+    broken = answers(code, hub.environment(tmp_path / "home"))
+    assert "the download broke off" in broken["dataset"]
+    assert "the download broke off" in broken["model"]
+    hub.repair()
+    whole = answers(code, hub.environment(tmp_path / "home"))
+    assert whole["model"] == ["GPT2LMHeadModel", "gpt2"]
+    assert whole["dataset"][0][0] == 0
+    nowhere = hub.environment(tmp_path / "other") | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    lost = answers(code, {name: value for name, value in nowhere.items() if "proxy" not in name.lower()})
+    assert "the Hub is out of reach" in lost["dataset"]
+    assert "DatasetSource.BUNDLED) needs no Hub" in lost["dataset"]
+    assert "the Hub is out of reach" in lost["model"]
+    assert "base_model='smollm2-135m' needs no Hub" in lost["model"]
