@@ -78,8 +78,9 @@ def test_no_document_or_source_names_a_private_path():
                 assert not private.search(path.read_text()), path
 
 
-def test_every_test_that_the_numbers_name_exists():
-    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/numbers.md").read_text()))
+def test_every_test_that_the_documents_name_exists():
+    documents = (ROOT / "docs").glob("*.md")
+    named = {name for path in documents for name in re.findall(r"`(test_\w+)`", path.read_text())}
     written = {
         name for path in (ROOT / "tests").glob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
     }

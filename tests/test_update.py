@@ -32,7 +32,7 @@ def run_update(architecture="llama", *, lora=True, rewards=REWARDS, shake=True, 
     if spoil:
         rolled, advantages = spoil(rolled, advantages)
     schedule = Schedule(0, config.steps_per_iteration, config.learning_rate)
-    stats = update(learner.policy, learner.optimizer, rolled, advantages, config, GENERATION.temperature, schedule)
+    stats = update(learner.policy, learner.optimizer, rolled, advantages, config, schedule)
     return learner, rolled, advantages, stats
 
 
@@ -108,7 +108,7 @@ def test_eos_gets_gradient():
     last = rolled.response_mask.sum(1) - 1
     only_last = torch.zeros_like(rolled.response_mask).scatter(1, last[:, None], True)
     spoiled = Advantages(torch.where(only_last, 1.0, 0.0).double(), advantages.returns, advantages.mask)
-    update(learner.policy, learner.optimizer, rolled, spoiled, config, 0.9, Schedule(0, 1, 1e-3))
+    update(learner.policy, learner.optimizer, rolled, spoiled, config, Schedule(0, 1, 1e-3))
     again = rollout(learner.policy, rolled.batch, GENERATION, learner.special, RandomKey(3, 1))
     assert not torch.equal(again.log_probs, rolled.log_probs)
 
@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_sample(wh
     rolled, advantages = spoil(*roll_and_score(learner, config))
     before = [weight.clone() for weight in learner.policy.trainable().values()]
     with pytest.raises(TrainingError, match="loss is not finite for the sample of dataset row 2, prompt 'x'"):
-        update(learner.policy, learner.optimizer, rolled, advantages, config, 0.9, Schedule(0, 1, 1e-3))
+        update(learner.policy, learner.optimizer, rolled, advantages, config, Schedule(0, 1, 1e-3))
     assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.trainable().values(), strict=True))
 
 
@@ -230,7 +230,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step_and_names_the_tenso
     weight.register_hook(lambda gradient: gradient * torch.inf)
     before = [w.clone() for w in learner.policy.trainable().values()]
     with pytest.raises(TrainingError, match=f"gradient of {name} is not finite"):
-        update(learner.policy, learner.optimizer, rolled, advantages, config, 0.9, Schedule(0, 1, 1e-3))
+        update(learner.policy, learner.optimizer, rolled, advantages, config, Schedule(0, 1, 1e-3))
     assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.trainable().values(), strict=True))
     assert all(w.grad is None for w in learner.policy.trainable().values())
 

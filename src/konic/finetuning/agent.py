@@ -84,6 +84,21 @@ class KonicFinetuningAgent:
         """What `from_pretrained` gets."""
         return dict(self._model_kwargs)
 
+    def settings(self, uses_lora: bool) -> dict[str, Any]:
+        """Every setting by name, as plain values without tokens; training's own at the top level."""
+        lora = self._lora_config
+        return {
+            **self._training_config.model_dump(),
+            "model_name": self._base_model,
+            "use_lora": uses_lora,
+            "learning_rate": self._training_config.peak_learning_rate(uses_lora),
+            "kl_penalty_weight": self.kl_penalty_weight,
+            "generation_config": self._generation_config.model_dump(),
+            "dataset_config": self._dataset_config.model_dump(mode="json", exclude={"prompts", "token"}),
+            "lora_config": lora.model_dump() if isinstance(lora, LoraConfig) else lora and lora.to_dict(),
+            "rewards": self._reward_composer.reward_names,
+        }
+
     @property
     def kl_penalty_weight(self) -> float:
         """β: the composer's where it has one, else the training config's."""

@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -208,6 +209,15 @@ class Callbacks:
         if not any(isinstance(callback, KonicFinetuningCallback) for callback in callbacks):
             callbacks.insert(0, KonicFinetuningCallback())
         self._callbacks = callbacks
+
+    @contextmanager
+    def told_of_errors(self) -> Iterator[None]:
+        """Within it an error reaches `on_train_error` of all of them before it goes on."""
+        try:
+            yield
+        except BaseException as error:
+            self.on_train_error(error)
+            raise
 
     def __getattr__(self, hook: str) -> Any:
         """The hook of all of them, called in order; True if any returns True."""

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from konic.finetuning.errors import OutputError
+from konic.finetuning.errors import ConfigError, OutputError
 from konic.finetuning.policy import Policy
 from konic.finetuning.results import FinetuningIterationResult, selection_reward
 
@@ -141,6 +141,24 @@ def newest_checkpoint(run_folder: Path) -> Path:
     if not found:
         raise OutputError(f"{run_folder}: there is no checkpoint to resume from.")
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def checkpoint_to_resume(
+    resume: bool | str | os.PathLike[str] | None, run_folder: str | os.PathLike[str] | None
+) -> Path | None:
+    """The checkpoint's folder that `resume_from_checkpoint` means: a path, or with True the newest of the run's folder.
+
+    Raises:
+        ConfigError: True without a folder to look in.
+        OutputError: There is no checkpoint.
+    """
+    if resume is None or resume is False:
+        return None
+    if resume is not True:
+        return Path(resume).expanduser().absolute()
+    if run_folder is None:
+        raise ConfigError("train(resume_from_checkpoint=True) needs checkpoint_dir, the run's folder.")
+    return newest_checkpoint(Path(run_folder).expanduser().absolute())
 
 
 @contextmanager

@@ -16,27 +16,26 @@ from konic.finetuning.algorithms import ppo
 from konic.finetuning.callbacks import BaseKonicFinetuningCallback, Callbacks
 from konic.finetuning.checkpoint import (
     TrainerState,
+    checkpoint_to_resume,
     load_checkpoint,
-    newest_checkpoint,
     save_checkpoint,
     snapshot,
     weights_of,
     written_whole,
 )
-from konic.finetuning.config import LoraConfig
+from konic.finetuning.config import GenerationConfig, TrainingConfig
 from konic.finetuning.dataset import Prompt, PromptSet, load_prompts, make_prompts
-from konic.finetuning.errors import ConfigError, RewardError, TrainingError, did_you_mean
-from konic.finetuning.evaluation import evaluate
+from konic.finetuning.errors import ConfigError, RewardError, did_you_mean
+from konic.finetuning.evaluation import evaluate, respond
 from konic.finetuning.interrupts import uninterrupted
 from konic.finetuning.intervals import mean
 from konic.finetuning.learner import Learner, build_learner, pick_device
 from konic.finetuning.measures import RunClock, StageClock, iteration_result
 from konic.finetuning.models import check_model_kwargs
-from konic.finetuning.policy import Policy
 from konic.finetuning.prompts import PromptBatch, make_prompt_batch
 from konic.finetuning.results import Evaluation, FinetuningIterationResult, FinetuningResult
 from konic.finetuning.rewards import Scores, score
-from konic.finetuning.rollout import Rollout, rollout
+from konic.finetuning.rollout import rollout
 from konic.finetuning.run_folder import RunFolder, model_card
 from konic.finetuning.sampling import RandomKey
 from konic.finetuning.update import Schedule, update
@@ -44,9 +43,6 @@ from konic.finetuning.update import Schedule, update
 logger = logging.getLogger(__name__)
 
 INTERRUPTED = "interrupted"
-
-MAX_SAMPLER_GAP = 1e-3
-"""Mean |Δ log-prob| per token, nats, between sampler and trainer in fp32; rounding stays below a hundredth of it."""
 
 
 class KonicFinetuningEngine:
@@ -104,62 +100,65 @@ class KonicFinetuningEngine:
             KonicError: Something the user can mend; up to the last whole iteration nothing is lost.
         """
         callbacks = Callbacks(self.callback)
-        folder, prompts, last = self._prepare(max_iterations, save_every, resume_from_checkpoint)
-        config, generation, composer = self._training, self._generation, self.agent.get_reward_composer()
-        learner, state = self._learner, self._state
-        clock, stopped = RunClock(state.elapsed_seconds, config.max_minutes), None
+        folder, last = self._prepare(max_iterations, save_every, resume_from_checkpoint)
         callbacks.on_train_begin(self._settings(last))
-        try:
-            for iteration in range(state.iteration + 1, last + 1):
-                callbacks.on_iteration_begin(iteration)
-                evaluation = self._evaluate_held_out(folder) if self._is_evaluated(iteration) else None
-                stages = StageClock()
+        with callbacks.told_of_errors():
+            try:
+                stopped = self._iterate(folder, callbacks, last, save_every)
+            except KeyboardInterrupt:
+                stopped = INTERRUPTED
+            except RewardError:
+                if self._state.iteration:
+                    self._save_checkpoint(folder, callbacks, last)
+                raise
+            return self._finish(folder, callbacks, last, stopped)
 
-                batch = self._batch(prompts.batch((iteration - 1) * config.batch_size, config.batch_size))
-                callbacks.on_generation_begin(batch.texts)
+    def _iterate(self, folder: RunFolder, callbacks: Callbacks, last: int, save_every: int | None) -> str | None:
+        """The loop, up to iteration `last`; why it ended before, or None."""
+        config, generation, composer = self._training, self._generation, self.agent.get_reward_composer()
+        learner, prompts, state = self._learner, self._prompts, self._state
+        clock = RunClock(state.elapsed_seconds, config.max_minutes)
+        for iteration in range(state.iteration + 1, last + 1):
+            callbacks.on_iteration_begin(iteration)
+            evaluation = self._evaluate_held_out(folder) if self._is_evaluated(iteration) else None
+            stages = StageClock()
 
-                key = RandomKey(config.seed, iteration)
-                rolled = rollout(learner.policy, batch, generation, learner.special, key, config.micro_batch_size)
-                _require_agreement(rolled, learner.policy)
-                stages.lap("generation")
-                callbacks.on_generation_end(batch.texts, rolled.texts)
+            batch = self._batch(prompts.batch((iteration - 1) * config.batch_size, config.batch_size))
+            callbacks.on_generation_begin(batch.texts)
 
-                scores = score(composer, batch.prompts, batch.texts, rolled.texts)
-                stages.lap("reward")
-                callbacks.on_reward_computed(scores.rewards, scores.breakdown)
+            key = RandomKey(config.seed, iteration)
+            rolled = rollout(learner.policy, batch, generation, learner.special, key, config.micro_batch_size)
+            rolled.require_agreement()
+            stages.lap("generation")
+            callbacks.on_generation_end(batch.texts, rolled.texts)
 
-                advantages = ppo(rolled, scores, config, self.agent.kl_penalty_weight)
+            scores = score(composer, batch.prompts, batch.texts, rolled.texts)
+            stages.lap("reward")
+            callbacks.on_reward_computed(scores.rewards, scores.breakdown)
 
-                with uninterrupted():
-                    if self._is_best(scores, evaluation):
-                        state.best_weights = snapshot(learner.policy)
-                    schedule = Schedule(state.num_steps, last * config.steps_per_iteration, self._learning_rate)
-                    stats = update(
-                        learner.policy, learner.optimizer, rolled, advantages, config, generation.temperature, schedule
-                    )
-                    stages.lap("update")
+            advantages = ppo(rolled, scores, config, self.agent.kl_penalty_weight)
 
-                    result = iteration_result(iteration, rolled, scores, stats, stages, evaluation)
-                    state.add(result, config.steps_per_iteration, clock.elapsed_seconds)
-                    folder.write_iteration(result, rolled, scores)
-                    if iteration == 1:
-                        learner.policy.check_reference()
+            with uninterrupted():
+                if self._is_best(scores, evaluation):
+                    state.best_weights = snapshot(learner.policy)
+                schedule = Schedule(state.num_steps, last * config.steps_per_iteration, self._learning_rate)
+                stats = update(learner.policy, learner.optimizer, rolled, advantages, config, schedule)
+                stages.lap("update")
 
-                    callbacks.on_iteration_end(result)
-                    if save_every and iteration % save_every == 0:
-                        self._save_checkpoint(folder, callbacks, last)
+                result = iteration_result(iteration, rolled, scores, stats, stages, evaluation)
+                state.add(result, config.steps_per_iteration, clock.elapsed_seconds)
+                folder.write_iteration(result, rolled, scores)
+                if iteration == 1:
+                    learner.policy.check_reference()
 
-                stopped = _reason_to_stop(result, callbacks, clock)
-                if stopped:
-                    break
-        except KeyboardInterrupt:
-            stopped = INTERRUPTED
-        except BaseException as error:
-            callbacks.on_train_error(error)
-            if isinstance(error, RewardError) and state.iteration:
-                self._save_checkpoint(folder, callbacks, last)
-            raise
-        return self._finish(folder, callbacks, last, stopped)
+                callbacks.on_iteration_end(result)
+                if save_every and iteration % save_every == 0:
+                    self._save_checkpoint(folder, callbacks, last)
+
+            stopped = _reason_to_stop(result, callbacks, clock)
+            if stopped:
+                return stopped
+        return None
 
     def evaluate(self, prompts: Sequence[Any] | None = None) -> dict[str, Any]:
         """Responses to prompts and what they are worth, with the same random numbers every time.
@@ -187,9 +186,9 @@ class KonicFinetuningEngine:
 
     def generate(self, prompts: Sequence[Any]) -> list[str]:
         """A response to every prompt, with the same random numbers every time."""
-        batch = self._batch(self._made(prompts, "generate(prompts)"))
-        learner, key = self._learner, RandomKey(self._training.seed, 0)
-        return rollout(learner.policy, batch, self._generation, learner.special, key).texts
+        made, learner = self._made(prompts, "generate(prompts)"), self._learner
+        rolled = respond(learner.policy, made, self._generation, learner.special, self._training.seed)
+        return [text for part in rolled for text in part.texts]
 
     def save_pretrained(self, path: str | os.PathLike[str], merge: bool = False) -> None:
         """Write the model, tokenizer and a model card into a folder that PEFT and `transformers` load.
@@ -201,11 +200,11 @@ class KonicFinetuningEngine:
         self._write_model(Path(path).expanduser().absolute(), self._result(None, None), merge)
 
     @property
-    def _training(self) -> Any:
+    def _training(self) -> TrainingConfig:
         return self.agent.get_training_config()
 
     @property
-    def _generation(self) -> Any:
+    def _generation(self) -> GenerationConfig:
         return self.agent.get_generation_config()
 
     @property
@@ -256,15 +255,16 @@ class KonicFinetuningEngine:
 
     def _prepare(
         self, max_iterations: int, save_every: int | None, resume: bool | str | os.PathLike[str] | None
-    ) -> tuple[RunFolder, PromptSet, int]:
-        """Check everything cheap first, then load: the run's folder, its prompts, and its last iteration."""
+    ) -> tuple[RunFolder, int]:
+        """Check everything cheap first, then load: the run's folder, and its last iteration."""
         for name, value in (("max_iterations", max_iterations), ("save_every", save_every)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"train({name}={value!r}): it must be a whole number of at least 1.")
-        prompts = self._prompts
-        checkpoint = self._checkpoint(resume)
+        _ = self._prompts  # read and checked before the model is loaded
+        checkpoint = checkpoint_to_resume(resume, self.checkpoint_dir)
         if self._folder is None:
-            self._folder = RunFolder.named(self.checkpoint_dir, self.agent.get_base_model())
+            given = checkpoint.parent if checkpoint is not None else None
+            self._folder = RunFolder.named(self.checkpoint_dir or given, self.agent.get_base_model())
         folder = self._folder
         folder.prepare(may_hold_a_run=checkpoint is not None or self._state.iteration > 0)
         filters = self._generation.distribution_filters
@@ -280,37 +280,12 @@ class KonicFinetuningEngine:
             folder.cut_after(self._state.iteration)
         last = max_iterations if checkpoint is not None else self._state.iteration + max_iterations
         folder.write_run(self._settings(last), self.agent.get_reward_composer())
-        return folder, prompts, last
-
-    def _checkpoint(self, resume: bool | str | os.PathLike[str] | None) -> Path | None:
-        """The checkpoint's folder that a user means."""
-        if resume is None or resume is False:
-            return None
-        if resume is not True:
-            checkpoint = Path(resume).expanduser().absolute()
-            if self.checkpoint_dir is None:
-                self._folder = RunFolder(checkpoint.parent)
-            return checkpoint
-        if self.checkpoint_dir is None:
-            raise ConfigError("train(resume_from_checkpoint=True) needs checkpoint_dir, the run's folder.")
-        return newest_checkpoint(Path(self.checkpoint_dir).expanduser().absolute())
+        return folder, last
 
     def _settings(self, last: int) -> dict[str, Any]:
         """Every setting of the run by name, as plain values; what `on_train_begin` gets and `run.json` keeps."""
-        agent, lora = self.agent, self.agent.get_lora_config()
-        return {
-            **self._training.model_dump(),
-            "model_name": agent.get_base_model(),
-            "use_lora": self._learner.policy.uses_lora,
-            "learning_rate": self._learning_rate,
-            "kl_penalty_weight": agent.kl_penalty_weight,
-            "max_iterations": last,
-            "iterations_done": self._state.iteration,
-            "generation_config": self._generation.model_dump(),
-            "dataset_config": agent.get_dataset_config().model_dump(mode="json", exclude={"prompts", "token"}),
-            "lora_config": lora.model_dump() if isinstance(lora, LoraConfig) else lora and lora.to_dict(),
-            "rewards": agent.get_reward_composer().reward_names,
-        }
+        counts = {"max_iterations": last, "iterations_done": self._state.iteration}
+        return self.agent.settings(uses_lora=self._learner.policy.uses_lora) | counts
 
     def _save_checkpoint(self, folder: RunFolder, callbacks: Callbacks, last: int) -> None:
         path = folder.path / f"checkpoint-{self._state.iteration}"
@@ -354,18 +329,6 @@ class KonicFinetuningEngine:
         state, name = self._state, self.agent.get_base_model()
         by_held_out = self._training.eval_every is not None
         return FinetuningResult(name, list(state.history), state.elapsed_seconds, model_path, stopped, by_held_out)
-
-
-def _require_agreement(rolled: Rollout, policy: Policy) -> None:
-    """Raise TrainingError where what sampled and what trains make different log-probs of the same tokens."""
-    gap = rolled.sampler_gap()
-    in_full_precision = policy.language_model.causal_lm.dtype.itemsize >= 4
-    if in_full_precision and not gap <= MAX_SAMPLER_GAP:
-        raise TrainingError(
-            f"Sampler and trainer disagree by {gap:.2g} nats per token about the tokens sampled, over "
-            f"{MAX_SAMPLER_GAP:g}: the model reads a cached sequence differently from a whole one. "
-            "Nothing was updated. Try model_kwargs={'attn_implementation': 'eager'}, and please report it."
-        )
 
 
 def _reason_to_stop(result: FinetuningIterationResult, callbacks: Callbacks, clock: RunClock) -> str | None:

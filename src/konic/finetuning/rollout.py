@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from konic.finetuning.config import GenerationConfig
+from konic.finetuning.errors import TrainingError
 from konic.finetuning.language_model import map_tokens
 from konic.finetuning.losses import entropies, exact_kl, token_log_probs
 from konic.finetuning.policy import Policy
 from konic.finetuning.prompts import PromptBatch
 from konic.finetuning.sampling import RandomKey, Samples, SpecialTokens, sample
+
+MAX_SAMPLER_GAP = 1e-3
+"""Mean |Δ log-prob| per token, nats, between sampler and trainer in fp32; rounding stays below a hundredth of it."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,10 @@ class Rollout:
 
     batch: PromptBatch
     samples: Samples
+    temperature: float
+    """Divides the logits in every number below, as it did in sampling."""
+    in_full_precision: bool
+    """False where the model computes in 16 bits, so that rounding alone moves log-probs by more."""
     log_probs: Tensor
     """[B, R] log π(token), computed the way the update computes it: the ratio's denominator."""
     ref_log_probs: Tensor
@@ -52,6 +60,16 @@ class Rollout:
     def mask(self) -> Tensor:
         """[B, P + R] True on tokens of prompts and responses."""
         return torch.cat([self.batch.mask, self.response_mask], dim=1)
+
+    def require_agreement(self) -> None:
+        """Raise TrainingError where what sampled and what trains make different log-probs of the same tokens."""
+        gap = self.sampler_gap()
+        if self.in_full_precision and not gap <= MAX_SAMPLER_GAP:
+            raise TrainingError(
+                f"Sampler and trainer disagree by {gap:.2g} nats per token about the tokens sampled, over "
+                f"{MAX_SAMPLER_GAP:g}: the model reads a cached sequence differently from a whole one. "
+                "Nothing was updated. Try model_kwargs={'attn_implementation': 'eager'}, and please report it."
+            )
 
     def sampler_gap(self) -> float:
         """Mean |Δ log-prob| per token, nats, between what sampled the responses and what trains on them."""
@@ -84,7 +102,9 @@ def rollout(
         _score(policy, batch, samples, slice(start, start + size), generation.temperature)
         for start in range(0, len(batch), size)
     ]
-    return Rollout(batch, samples, *(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    in_full_precision = policy.language_model.causal_lm.dtype.itemsize >= 4
+    tensors = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Rollout(batch, samples, generation.temperature, in_full_precision, *tensors)
 
 
 @torch.no_grad()

@@ -74,7 +74,6 @@ def update(
     rollout: Rollout,
     advantages: Advantages,
     config: TrainingConfig,
-    temperature: float,
     schedule: Schedule,
 ) -> UpdateStats:
     """Train the policy on its own responses: `ppo_epochs` passes of `num_minibatches` optimizer steps each.
@@ -92,7 +91,7 @@ def update(
             num_tokens = int(advantages.mask[rows].sum())
             if num_tokens == 0:
                 continue  # every sample abstained: there is nothing to follow
-            totals, largest = _accumulate(policy, rollout, advantages, rows, num_tokens, config, temperature)
+            totals, largest = _accumulate(policy, rollout, advantages, rows, num_tokens, config)
             first_log_ratio = largest if index == 0 else first_log_ratio
             rate = _learning_rate(schedule, index, config)
             norm = _step(policy, optimizer, rate, config.max_grad_norm)
@@ -148,7 +147,6 @@ def _accumulate(
     rows: np.ndarray,
     num_tokens: int,
     config: TrainingConfig,
-    temperature: float,
 ) -> tuple[Tensor, float]:
     """Add one optimizer step's gradients; its means [policy, value, entropy, clipped, KL] and largest |log-ratio|."""
     totals = torch.zeros(5, dtype=torch.float64)
@@ -163,7 +161,7 @@ def _accumulate(
         hidden = model.response_hidden(rollout.ids[chosen], rollout.mask[chosen], num_response_tokens)
         tokens = rollout.samples.response_ids[chosen]
         needs_entropy = config.entropy_coef > 0
-        log_probs, *scored = score_tokens(model, hidden, tokens, mask, temperature, needs_entropy)
+        log_probs, *scored = score_tokens(model, hidden, tokens, mask, rollout.temperature, needs_entropy)
         entropy = scored[0] if needs_entropy else rollout.entropy[chosen] * mask
         ratios = log_ratio(log_probs, rollout.log_probs[chosen], mask)
         policy_losses = policy_loss(ratios, advantages.advantages[chosen], mask, config.clip_ratio)
