@@ -231,7 +231,7 @@ def test_without_a_threshold_nothing_stops_early():
 
 @pytest.mark.parametrize("options", [{"log_interval": 0}, {"early_stop_patience": 0}])
 def test_counts_below_one_are_refused(options):
-    with pytest.raises(ConfigError, match="must be at least 1"):
+    with pytest.raises(ConfigError, match="whole number of at least 1"):
         KonicFinetuningCallback(**options)
 
 

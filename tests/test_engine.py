@@ -27,6 +27,7 @@ from konic.finetuning import (
     ModelError,
     OutputError,
     RewardError,
+    TrainingError,
     llm_reward,
 )
 from konic.finetuning.dataset import load_prompts
@@ -619,3 +620,112 @@ def test_evaluating_changes_nothing_and_a_resume_remembers_the_start(model_folde
 def test_eval_every_needs_held_out_prompts(model_folders):
     with pytest.raises(ConfigError, match=r"eval_every=5\) needs prompts to evaluate on"):
         make_agent(model_folders["llama"], dataset=DatasetConfig(prompts=["a"]), eval_every=5)
+
+
+def test_saving_into_a_folder_keeps_what_else_is_there(model_folders, tmp_path):
+    engine = make_engine(model_folders["llama"], tmp_path / "run")
+    engine.train(1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for _ in range(2):
+        engine.save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert AutoPeftModelForCausalLM.from_pretrained(tmp_path / "mine")
+    engine.save_pretrained(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_resume_with_other_settings_is_refused_by_name(model_folders, tmp_path):
+    make_engine(model_folders["llama"], tmp_path).train(2)
+    for changes, told in (
+        ({"batch_size": 4}, "batch_size was 8 and is 4"),
+        ({"seed": 9}, "seed was 0 and is 9"),
+        ({"lora": False}, "use_lora was True and is False"),
+        ({"dataset": DatasetConfig(prompts=PROMPTS)}, "dataset_config was"),
+    ):
+        with pytest.raises(OutputError, match=told):
+            make_engine(model_folders["llama"], tmp_path, **changes).train(3, resume_from_checkpoint=True)
+    with pytest.raises(OutputError, match="model_name was"):
+        make_engine(model_folders["gpt2"], tmp_path, architecture="gpt2").train(3, resume_from_checkpoint=True)
+    assert len(metrics(tmp_path)) == 2
+
+
+def test_a_resume_from_an_earlier_checkpoint_drops_the_branch_it_leaves(model_folders, tmp_path):
+    make_engine(model_folders["llama"], tmp_path / "a").train(4, save_every=1)
+    make_engine(model_folders["llama"], tmp_path / "a").train(3, resume_from_checkpoint=tmp_path / "a" / "checkpoint-2")
+    assert sorted(path.name for path in (tmp_path / "a").glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3)]
+    assert [row["iteration"] for row in metrics(tmp_path / "a")] == [1, 2, 3]
+    make_engine(model_folders["llama"], tmp_path / "b").train(1)
+    with pytest.raises(OutputError, match="holds another run than"):
+        make_engine(model_folders["llama"], tmp_path / "b").train(
+            3, resume_from_checkpoint=tmp_path / "a" / "checkpoint-2"
+        )
+    with pytest.raises(OutputError, match="is not a whole checkpoint"):
+        make_engine(model_folders["llama"], tmp_path / "c").train(3, resume_from_checkpoint=tmp_path / "typo" / "x")
+    assert not (tmp_path / "c").exists()
+    assert not (tmp_path / "typo").exists()
+
+
+class Failing(Silent):
+    def on_generation_begin(self, prompts):
+        self.count = getattr(self, "count", 0) + 1
+        if self.count == 3:
+            raise RuntimeError("a callback of the user's")
+
+
+def test_any_error_between_updates_leaves_a_checkpoint(model_folders, tmp_path):
+    with pytest.raises(RuntimeError, match="a callback of the user's"):
+        make_engine(model_folders["llama"], tmp_path, callback=Failing()).train(5)
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
+    result = make_engine(model_folders["llama"], tmp_path).train(3, resume_from_checkpoint=True)
+    assert result.total_iterations == 3
+
+
+def test_an_error_in_an_update_leaves_the_best_weights_and_an_engine_that_says_why(model_folders, tmp_path):
+    engine = make_engine(model_folders["llama"], tmp_path, learning_rate=1e30)
+    with pytest.raises(TrainingError):
+        engine.train(5)
+    assert (tmp_path / "best" / "adapter_model.safetensors").exists()
+    with pytest.raises(TrainingError, match="Make a new engine"):
+        engine.train(5)
+
+
+def test_a_start_that_fails_leaves_no_folder(tmp_path):
+    with pytest.raises(ModelError, match="no such folder"):
+        make_engine("./nope", tmp_path / "run").train(1)
+    assert not (tmp_path / "run").exists()
+
+
+class Meddling(Silent):
+    def on_reward_computed(self, rewards, reward_breakdown):
+        rewards[:] = [5.0] * len(rewards)
+
+
+def test_hooks_cannot_change_what_is_trained(model_folders, tmp_path):
+    assert make_engine(model_folders["llama"], tmp_path, callback=Meddling()).train(1).final_reward_mean < 5
+
+
+def test_a_missing_column_is_said_before_the_model_is_loaded(tmp_path):
+    engine = make_engine("./nope", tmp_path / "run", composer=AnswerRewards())
+    with pytest.raises(RewardError, match="asks for the column 'answer'"):
+        engine.train(1)
+
+
+def test_a_time_limit_that_cut_nothing_is_not_mentioned(model_folders, tmp_path):
+    assert make_engine(model_folders["llama"], tmp_path, max_minutes=1e-6).train(1).stopped_because is None
+
+
+def test_a_session_without_a_source_file_works(model_folders, tmp_path):
+    code = f"""
+from konic.finetuning import *
+class R(KonicLLMRewardComposer):
+    @llm_reward
+    def one(self, prompt, response): return 1.0
+agent = KonicFinetuningAgent({model_folders["llama"]!r}, R(), LoraConfig(r=2), DatasetConfig(prompts=["a", "b"]),
+    TrainingConfig(batch_size=2), GenerationConfig(max_new_tokens=3, max_prompt_length=8))
+KonicFinetuningEngine.from_agent(agent, checkpoint_dir={str(tmp_path / "run")!r}).train(1)
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert child.returncode == 0, child.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["rewards"]["file"] is None

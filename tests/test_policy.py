@@ -1,7 +1,7 @@
 import peft
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from conftest import LORA_TARGETS, loaded_model, prompt_batch, shake_adapter, tiny_learner, tiny_model
 from konic.finetuning.config import LoraConfig
@@ -182,3 +182,20 @@ def test_scored_log_probs_are_the_models_own_without_padding(architecture):
         assert (log_probs[row, :length] - expected).abs().max() < 1e-9
         assert (entropy[row, :length] + (truth.exp() * truth).sum(-1)).abs().max() < 1e-9
         assert log_probs[row, length:].abs().sum() == 0
+
+
+def test_a_scaled_head_is_scored_as_the_model_does():
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, logits_scaling=8.0, initializer_range=0.5, pad_token_id=0,
+    )  # fmt: skip
+    model = GraniteForCausalLM(config).to(torch.float64).eval()
+    ours = LanguageModel(model)
+    assert (logits_of(ours, IDS) - model(IDS).logits).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("targets", ["q_prj", "", (), ("mlp",), ("layers",), ("norm",)])
+def test_targets_that_cannot_be_adapted_are_one_error_with_candidates(targets):
+    with pytest.raises(ConfigError, match="q_proj"):
+        Policy(loaded_model("llama"), LoraConfig(target_modules=targets))

@@ -3,7 +3,7 @@ import torch
 
 from conftest import byte_tokenizer
 from konic.finetuning.dataset import DatasetConfig, Prompt, make_prompts
-from konic.finetuning.errors import DatasetError, ModelError
+from konic.finetuning.errors import ConfigError, DatasetError, ModelError
 from konic.finetuning.prompts import encode_prompt, make_prompt_batch, position_ids
 
 CPU = torch.device("cpu")
@@ -84,3 +84,18 @@ def test_messages_need_a_chat_template():
 def test_a_prompt_without_tokens_names_its_row():
     with pytest.raises(DatasetError, match="Row 2: the tokenizer makes no tokens"):
         encode_prompt(Prompt(2, ""), byte_tokenizer("gpt2"), 10)
+
+
+@pytest.mark.parametrize("text", ["😀" * 20, "中" * 30, "é" * 40])
+def test_a_cut_through_a_character_ends_and_leaves_no_half_of_it(text):
+    tokenizer = byte_tokenizer("llama")
+    for length in range(30, 60):
+        ids, kept = encode_prompt(Prompt(0, [{"role": "user", "content": text}]), tokenizer, length)
+        assert len(ids) <= length
+        assert text.endswith(kept)
+        assert text.endswith(encode_prompt(Prompt(0, text), tokenizer, length)[1])
+
+
+def test_no_prompts_are_one_error():
+    with pytest.raises(ConfigError, match="no prompts to respond to"):
+        make_prompt_batch([], byte_tokenizer("gpt2"), 10, 0, CPU)

@@ -264,3 +264,31 @@ def test_adam_has_the_papers_epsilon_and_the_schedules_rate(monkeypatch):
 def test_weight_decay_reaches_the_optimizer():
     learner = tiny_learner("llama", training=TrainingConfig(weight_decay=0.3))
     assert learner.optimizer.param_groups[0]["weight_decay"] == 0.3
+
+
+def test_the_shown_loss_is_the_weighted_sum_of_its_parts():
+    *_, stats = run_update("llama", vf_coef=0.7, entropy_coef=0.03, ppo_epochs=2)
+    assert stats.total_loss == pytest.approx(stats.policy_loss + 0.7 * stats.value_loss + 0.03 * stats.entropy_loss)
+    assert min(abs(stats.policy_loss), stats.value_loss, -stats.entropy_loss) > 1e-6
+
+
+def test_a_wrong_old_log_prob_is_seen_in_the_first_ratio():
+    def spoil(rolled, advantages):
+        rolled.log_probs[rolled.response_mask] -= 0.25
+        return rolled, advantages
+
+    *_, stats = run_update("llama", spoil=spoil)
+    assert stats.first_log_ratio == pytest.approx(0.25)
+    assert stats.approx_kl == pytest.approx(torch.tensor(0.25).exp().item() - 1 - 0.25, rel=1e-6)
+    assert stats.clip_fraction == 1.0  # e^0.25 is beyond 1.2
+
+
+def test_a_gradient_norm_that_overflows_stops_before_the_step():
+    config = TrainingConfig(batch_size=8, ppo_epochs=1)
+    learner = tiny_learner("llama", training=config, generation=GENERATION)
+    rolled, advantages = roll_and_score(learner, config)
+    next(iter(learner.policy.trainable().values())).register_hook(
+        lambda gradient: gradient.new_full(gradient.shape, 1e160)
+    )
+    with pytest.raises(TrainingError, match="gradient of all weights together is not finite"):
+        update(learner.policy, learner.optimizer, rolled, advantages, config, Schedule(0, 1, 1e-3))

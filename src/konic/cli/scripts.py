@@ -1,5 +1,6 @@
 """A user's script -> the agent it defines. The script is imported, not run as `__main__`."""
 
+import difflib
 import importlib.util
 import sys
 import traceback
@@ -7,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from konic.finetuning import ConfigError, KonicError, KonicFinetuningAgent
-from konic.finetuning.errors import did_you_mean
 
 
 def load_agent(script: Path) -> KonicFinetuningAgent:
@@ -24,7 +24,10 @@ def load_agent(script: Path) -> KonicFinetuningAgent:
         build = getattr(module, "build_agent", None)
         if not callable(build):
             names = [name for name in vars(module) if not name.startswith("_")]
-            hint = did_you_mean("agent", names) or did_you_mean("build_agent", names)
+            near = difflib.get_close_matches("agent", names, n=1) or difflib.get_close_matches(
+                "build_agent", names, n=1
+            )
+            hint = f" It has {near[0]!r}: rename that." if near else ""
             raise ConfigError(f"{script}: defines neither a module-level `agent` nor a function `build_agent()`.{hint}")
         agent = _call(script, build)
     if not isinstance(agent, KonicFinetuningAgent):
@@ -52,6 +55,10 @@ def _call(script: Path, function: Any, *values: Any) -> Any:
         return function(*values)
     except KonicError:
         raise
+    except SystemExit:
+        raise ConfigError(
+            f"{script}: left with sys.exit() while it was loaded; it must only define its agent."
+        ) from None
     except Exception as error:
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename][1:]
         lines = "".join(traceback.format_list(own) + traceback.format_exception_only(error)).rstrip()

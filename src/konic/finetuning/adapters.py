@@ -51,8 +51,12 @@ def peft_config(lora: LoraConfig | peft.LoraConfig, causal_lm: PreTrainedModel) 
 
 
 def _check_targets(targets: list[str], causal_lm: PreTrainedModel, layers: dict[str, nn.Module]) -> None:
-    names = [name for name, _ in causal_lm.named_modules()]
+    names = [
+        name for name, module in causal_lm.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+    ]
     candidates = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    if not targets:
+        raise ConfigError(f"LoraConfig.target_modules is empty. Its candidates: {', '.join(candidates)}.")
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise ConfigError(
@@ -63,9 +67,18 @@ def _check_targets(targets: list[str], causal_lm: PreTrainedModel, layers: dict[
 
 def new_adapter(causal_lm: PreTrainedModel, adapter: peft.LoraConfig, seed: int) -> peft.PeftModel:
     """The model with a fresh adapter, whose random weights follow the seed and leave the global generator alone."""
-    with torch.random.fork_rng(), _without_renaming_advice():
-        torch.manual_seed(seed)
-        return peft.get_peft_model(causal_lm, adapter)
+    try:
+        with torch.random.fork_rng(), _without_renaming_advice():
+            torch.manual_seed(seed)
+            return peft.get_peft_model(causal_lm, adapter)
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        linear = {
+            name.rsplit(".", 1)[-1] for name, module in causal_lm.named_modules() if isinstance(module, nn.Linear)
+        }
+        raise ConfigError(
+            f"lora_config does not fit {type(causal_lm).__name__}: {' '.join(str(error).split())[:300]} "
+            f"Candidates for target_modules: {', '.join(sorted(linear))}."
+        ) from error
 
 
 def load_adapter(causal_lm: PreTrainedModel, folder: Path) -> peft.PeftModel:

@@ -49,6 +49,8 @@ class KonicFinetuningAgent:
         self._dataset_config = DatasetConfig.from_value(dataset_config)
         self._training_config = TrainingConfig.from_value(training_config)
         self._generation_config = GenerationConfig.from_value(generation_config)
+        if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
+            raise ConfigError(f"model_kwargs must be a dict, got {model_kwargs!r}.")
         self._model_kwargs = dict(model_kwargs or {})
         if self._training_config.eval_every and not self._dataset_config.held_out:
             raise ConfigError(
@@ -97,6 +99,7 @@ class KonicFinetuningAgent:
             "dataset_config": self._dataset_config.model_dump(mode="json", exclude={"prompts", "token"}),
             "lora_config": lora.model_dump() if isinstance(lora, LoraConfig) else lora and lora.to_dict(),
             "rewards": self._reward_composer.reward_names,
+            "model_kwargs": {name: str(value) for name, value in self._model_kwargs.items() if name != "token"},
         }
 
     @property

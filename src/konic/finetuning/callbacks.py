@@ -74,8 +74,11 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         early_stop_patience: int = 5,
         verbose: bool = True,
     ) -> None:
-        if log_interval < 1 or early_stop_patience < 1:
-            raise ConfigError("KonicFinetuningCallback: log_interval and early_stop_patience must be at least 1.")
+        for name, value in (("log_interval", log_interval), ("early_stop_patience", early_stop_patience)):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(
+                    f"KonicFinetuningCallback({name}={value!r}): it must be a whole number of at least 1."
+                )
         self.log_interval = log_interval
         self.log_samples = log_samples
         self.max_samples_to_log = max_samples_to_log

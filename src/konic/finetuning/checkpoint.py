@@ -4,6 +4,7 @@ A folder is written beside its place and renamed, so that what bears its name is
 """
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -23,10 +24,14 @@ from konic.finetuning.errors import ConfigError, OutputError
 from konic.finetuning.policy import Policy
 from konic.finetuning.results import FinetuningIterationResult, selection_reward
 
+logger = logging.getLogger(__name__)
+
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 BEST_FILE = "best.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_IDENTITY = ("model_name", "use_lora", "lora_config", "batch_size", "seed", "dataset_config", "generation_config")
+_FREE = ("max_iterations", "iterations_done", "max_minutes", "eval_every", "model_kwargs", "device")
 
 
 @dataclass
@@ -87,6 +92,26 @@ def written_whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+@contextmanager
+def written_into(folder: Path) -> Iterator[Path]:
+    """A new folder to fill; on leaving without an error its files go into `folder` one by one, beside what is there.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    with written_whole(folder.parent / f".{folder.name}-{os.getpid()}") as beside:
+        yield beside
+    whole = folder.parent / f".{folder.name}-{os.getpid()}"
+    try:
+        folder.mkdir(exist_ok=True)
+        for file in whole.iterdir():
+            os.replace(file, folder / file.name)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(whole, ignore_errors=True)
+
+
 def save_checkpoint(
     folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: TrainerState, settings: dict[str, Any]
 ) -> None:
@@ -106,14 +131,47 @@ def save_checkpoint(
         (target / STATE_FILE).write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """Where the run of a checkpoint stood, and its settings: what can be read without its weights.
+
+    Raises:
+        OutputError: There is no checkpoint in the folder.
+    """
+    try:
+        record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return {name: record[name] for name in ("iteration", "num_steps", "elapsed_seconds", "settings", "history")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"{folder}: is not a whole checkpoint: {type(error).__name__}: {error}. Give another one."
+        ) from error
+
+
+def require_same_run(folder: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    """See that a checkpoint belongs to the run that is to go on.
+
+    Raises:
+        OutputError: A setting without which it would be another run differs; other changes are named in a warning.
+    """
+    now = json.loads(json.dumps(settings, default=str))
+    changed = {name: (saved.get(name), value) for name, value in now.items() if saved.get(name) != value}
+    named = "; ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in changed.items() if name in _IDENTITY)
+    if named:
+        raise OutputError(
+            f"{folder}: is a checkpoint of another run: {named}. Resume with the settings it was made with."
+        )
+    others = [name for name in changed if name not in _FREE]
+    if others:
+        logger.warning("Resuming with other settings than before: %s.", ", ".join(others))
+
+
 def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> TrainerState:
     """Put weights and optimizer back as :func:`save_checkpoint` found them, and return where the run stood.
 
     Raises:
         OutputError: The folder is not a whole checkpoint of this policy.
     """
+    record = read_record(folder)
     try:
-        record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         policy.load(folder)
         _restore_optimizer(policy, optimizer, load_file(folder / OPTIMIZER_FILE))
         best_file = folder / BEST_FILE

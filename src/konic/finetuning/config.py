@@ -75,7 +75,7 @@ class TrainingConfig(Settings):
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps over which the learning rate rises from zero."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    """The learning rate after warm-up: constant, or falling to zero at the last planned step."""
+    """The learning rate after warm-up: constant, or falling to zero, reached one step after the last planned."""
     missing_eos_penalty: float | None = Field(default=None, ge=0)
     """Subtracted from the score of a response cut off by max_new_tokens (N+)."""
     gradient_checkpointing: bool = False

@@ -95,6 +95,8 @@ class DatasetConfig(Settings):
             raise ValueError(f"split={self.split!r} is not one of the bundled prompts': {', '.join(BUNDLED_SPLITS)}")
         if source is DatasetSource.BUNDLED and self.split == "held_out" and self.held_out:
             raise ValueError("split='held_out' would train on the very prompts that held_out keeps aside")
+        if source in (DatasetSource.LOCAL, DatasetSource.MEMORY) and self.split != "train":
+            raise ValueError(f"split={self.split!r} goes with source=HUGGINGFACE or BUNDLED, not {source.name}")
         if source is not DatasetSource.HUGGINGFACE:
             for name in ("subset", "revision", "token", "streaming"):
                 if getattr(self, name):

@@ -6,7 +6,7 @@ prompts → rollout → rewards → advantages → update → result → callbac
 import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -18,14 +18,17 @@ from konic.finetuning.checkpoint import (
     TrainerState,
     checkpoint_to_resume,
     load_checkpoint,
+    read_record,
+    require_same_run,
     save_checkpoint,
     snapshot,
     weights_of,
+    written_into,
     written_whole,
 )
 from konic.finetuning.config import GenerationConfig, TrainingConfig
 from konic.finetuning.dataset import Prompt, PromptSet, load_prompts, make_prompts
-from konic.finetuning.errors import ConfigError, RewardError, did_you_mean
+from konic.finetuning.errors import ConfigError, OutputError, TrainingError, did_you_mean
 from konic.finetuning.evaluation import evaluate, respond
 from konic.finetuning.interrupts import uninterrupted
 from konic.finetuning.intervals import mean
@@ -62,6 +65,8 @@ class KonicFinetuningEngine:
         device: str = "auto",
         callback: BaseKonicFinetuningCallback | Sequence[BaseKonicFinetuningCallback] | None = None,
     ) -> None:
+        if not isinstance(agent, KonicFinetuningAgent):
+            raise ConfigError(f"KonicFinetuningEngine.from_agent takes a KonicFinetuningAgent, got {agent!r}.")
         self.agent = agent
         self.checkpoint_dir = checkpoint_dir
         self.device = device
@@ -69,7 +74,9 @@ class KonicFinetuningEngine:
         self._built: Learner | None = None
         self._loaded_prompts: PromptSet | None = None
         self._folder: RunFolder | None = None
+        self._folder_named = checkpoint_dir
         self._state = TrainerState()
+        self._weights_are_whole = True
         check_model_kwargs(agent.get_model_kwargs())
         pick_device(device)
 
@@ -107,9 +114,8 @@ class KonicFinetuningEngine:
                 stopped = self._iterate(folder, callbacks, last, save_every)
             except KeyboardInterrupt:
                 stopped = INTERRUPTED
-            except RewardError:
-                if self._state.iteration:
-                    self._save_checkpoint(folder, callbacks, last)
+            except Exception:
+                self._save_what_is_whole(folder, callbacks, last)
                 raise
             return self._finish(folder, callbacks, last, stopped)
 
@@ -124,39 +130,40 @@ class KonicFinetuningEngine:
             stages = StageClock()
 
             batch = self._batch(prompts.batch((iteration - 1) * config.batch_size, config.batch_size))
-            callbacks.on_generation_begin(batch.texts)
+            callbacks.on_generation_begin(list(batch.texts))
 
             key = RandomKey(config.seed, iteration)
             rolled = rollout(learner.policy, batch, generation, learner.special, key, config.micro_batch_size)
             rolled.require_agreement()
             stages.lap("generation")
-            callbacks.on_generation_end(batch.texts, rolled.texts)
+            callbacks.on_generation_end(list(batch.texts), list(rolled.texts))
 
             scores = score(composer, batch.prompts, batch.texts, rolled.texts)
             stages.lap("reward")
-            callbacks.on_reward_computed(scores.rewards, scores.breakdown)
+            callbacks.on_reward_computed(list(scores.rewards), {name: list(v) for name, v in scores.breakdown.items()})
 
             advantages = ppo(rolled, scores, config, self.agent.kl_penalty_weight)
 
             with uninterrupted():
                 if self._is_best(scores, evaluation):
                     state.best_weights = snapshot(learner.policy)
-                schedule = Schedule(state.num_steps, last * config.steps_per_iteration, self._learning_rate)
-                stats = update(learner.policy, learner.optimizer, rolled, advantages, config, schedule)
+                with self._changing_weights():
+                    schedule = Schedule(state.num_steps, last * config.steps_per_iteration, self._learning_rate)
+                    stats = update(learner.policy, learner.optimizer, rolled, advantages, config, schedule)
+                    if iteration == 1:
+                        learner.policy.check_reference()
                 stages.lap("update")
 
                 result = iteration_result(iteration, rolled, scores, stats, stages, evaluation)
                 state.add(result, config.steps_per_iteration, clock.elapsed_seconds)
                 folder.write_iteration(result, rolled, scores)
-                if iteration == 1:
-                    learner.policy.check_reference()
 
                 callbacks.on_iteration_end(result)
                 if save_every and iteration % save_every == 0:
                     self._save_checkpoint(folder, callbacks, last)
 
             stopped = _reason_to_stop(result, callbacks, clock)
-            if stopped:
+            if stopped and iteration < last:
                 return stopped
         return None
 
@@ -197,7 +204,9 @@ class KonicFinetuningEngine:
             path: The folder; what is there already is replaced.
             merge: True writes a full model with the adapter merged in, False the adapter (or the full model).
         """
-        self._write_model(Path(path).expanduser().absolute(), self._result(None, None), merge)
+        folder, result = Path(path).expanduser().absolute(), self._result(None, None)
+        with written_into(folder) as target:
+            self._fill_model(target, result, merge)
 
     @property
     def _training(self) -> TrainingConfig:
@@ -213,8 +222,11 @@ class KonicFinetuningEngine:
 
     @property
     def _learner(self) -> Learner:
+        device = pick_device(self.device)
         if self._built is None:
-            self._built = build_learner(self.agent, pick_device(self.device))
+            self._built = build_learner(self.agent, device)
+        elif self._built.policy.device.type != device.type:
+            raise ConfigError(f"device={self.device!r}: the model is already on {self._built.policy.device}.")
         return self._built
 
     @property
@@ -260,12 +272,27 @@ class KonicFinetuningEngine:
         for name, value in (("max_iterations", max_iterations), ("save_every", save_every)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"train({name}={value!r}): it must be a whole number of at least 1.")
-        _ = self._prompts  # read and checked before the model is loaded
+        prompts = self._prompts
+        if prompts.rows:
+            chat = [] if isinstance(prompts.rows[0].content, str) else ["messages"]
+            self.agent.get_reward_composer().check_columns(dict.fromkeys([*prompts.rows[0].columns, *chat]))
+        if not self._weights_are_whole:
+            raise TrainingError(
+                "An error in an update left this engine's weights between two iterations. Make a new engine; with a "
+                "checkpoint, go on with train(resume_from_checkpoint=...)."
+            )
         checkpoint = checkpoint_to_resume(resume, self.checkpoint_dir)
-        if self._folder is None:
+        record = read_record(checkpoint) if checkpoint is not None else None
+        if self._folder is None or self.checkpoint_dir != self._folder_named:
             given = checkpoint.parent if checkpoint is not None else None
             self._folder = RunFolder.named(self.checkpoint_dir or given, self.agent.get_base_model())
+            self._folder_named = self.checkpoint_dir
         folder = self._folder
+        if checkpoint is not None and checkpoint.parent != folder.path and folder.holds_a_run:
+            raise OutputError(
+                f"{folder.path}: holds another run than the checkpoint {checkpoint}. Name another folder."
+            )
+        is_new = not folder.path.exists()
         folder.prepare(may_hold_a_run=checkpoint is not None or self._state.iteration > 0)
         filters = self._generation.distribution_filters
         if filters:
@@ -274,8 +301,14 @@ class KonicFinetuningEngine:
                 "describe the unfiltered policy.",
                 ", ".join(filters),
             )
-        learner = self._learner
-        if checkpoint is not None:
+        try:
+            learner = self._learner
+        except Exception:
+            if is_new:
+                folder.path.rmdir()
+            raise
+        if checkpoint is not None and record is not None:
+            require_same_run(checkpoint, record["settings"], self._settings(max_iterations))
             self._state = load_checkpoint(checkpoint, learner.policy, learner.optimizer)
             folder.cut_after(self._state.iteration)
         last = max_iterations if checkpoint is not None else self._state.iteration + max_iterations
@@ -292,16 +325,34 @@ class KonicFinetuningEngine:
         save_checkpoint(path, self._learner.policy, self._learner.optimizer, self._state, self._settings(last))
         callbacks.on_checkpoint_saved(str(path), self._state.iteration)
 
+    @contextlib.contextmanager
+    def _changing_weights(self) -> Iterator[None]:
+        """Within it the weights are between two iterations: an error leaves them there, and the engine unusable."""
+        self._weights_are_whole = False
+        yield
+        self._weights_are_whole = True
+
+    def _save_what_is_whole(self, folder: RunFolder, callbacks: Callbacks, last: int) -> None:
+        """After an error: the last whole iteration if the weights are still its own, and the best ones in any case."""
+        if self._state.iteration and self._weights_are_whole:
+            self._save_checkpoint(folder, callbacks, last)
+        if self._state.best_weights is not None:
+            self._write_best(folder, self._result(None, None))
+
+    def _write_best(self, folder: RunFolder, result: FinetuningResult) -> None:
+        if self._state.best_weights is not None:
+            told = replace(result, history=result.history[: result.best_iteration])
+            with weights_of(self._learner.policy, self._state.best_weights):
+                self._write_model(folder.path / "best", told)
+
     def _finish(self, folder: RunFolder, callbacks: Callbacks, last: int, stopped: str | None) -> FinetuningResult:
         """Write the last checkpoint, the final and the best model; then try the held-out prompts once more."""
         final = folder.path / "final"
-        with uninterrupted():
+        with contextlib.suppress(KeyboardInterrupt), uninterrupted():
             self._save_checkpoint(folder, callbacks, last)
             result = self._result(str(final), stopped)
             self._write_model(final, result)
-            if self._state.best_weights is not None:
-                with weights_of(self._learner.policy, self._state.best_weights):
-                    self._write_model(folder.path / "best", result)
+            self._write_best(folder, result)
         if self._prompts.held_out and stopped != INTERRUPTED:
             with contextlib.suppress(KeyboardInterrupt):
                 after = self._evaluate_held_out(folder)
@@ -310,14 +361,17 @@ class KonicFinetuningEngine:
         callbacks.on_train_end(result)
         return result
 
-    def _write_model(self, path: Path, result: FinetuningResult, merge: bool = False) -> None:
-        policy = self._learner.policy
+    def _write_model(self, path: Path, result: FinetuningResult) -> None:
         with written_whole(path) as target:
-            if merge:
-                policy.save_merged(target)
-            else:
-                policy.save_model(target)
-            self._write_card(target, result, merge)
+            self._fill_model(target, result, merge=False)
+
+    def _fill_model(self, folder: Path, result: FinetuningResult, merge: bool) -> None:
+        policy = self._learner.policy
+        if merge:
+            policy.save_merged(folder)
+        else:
+            policy.save_model(folder)
+        self._write_card(folder, result, merge)
 
     def _write_card(self, folder: Path, result: FinetuningResult, merge: bool = False) -> None:
         learner = self._learner

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from konic.finetuning.intervals import mean
+from konic.finetuning.losses import k1
 from konic.finetuning.results import Evaluation, FinetuningIterationResult, mean_of_present
 from konic.finetuning.rewards import Scores
 from konic.finetuning.rollout import Rollout
@@ -85,7 +86,7 @@ def iteration_result(
         update_time_sec=clock.seconds["update"],
         total_time_sec=clock.total,
         kl_per_response=rollout.kl.sum(dim=1).mean().item(),
-        kl_k1=(rollout.log_probs - rollout.ref_log_probs)[mask].mean().item(),
+        kl_k1=k1(rollout.log_probs - rollout.ref_log_probs)[mask].mean().item(),
         entropy=rollout.entropy[mask].mean().item(),
         sampler_gap=rollout.sampler_gap(),
         first_log_ratio=stats.first_log_ratio,

@@ -217,7 +217,8 @@ def quiet_transformers() -> Iterator[None]:
 def _loading_failed(base_model: str, location: str, error: Exception) -> str:
     if not Path(location).exists():
         what = explain_hub_error(error, "model_kwargs={'token': ...}", "base_model='smollm2-135m'")
-        return f"base_model={base_model!r} could not be loaded from the Hub: {what}"
+        hint = did_you_mean(base_model, PACKAGED_MODELS)
+        return f"base_model={base_model!r} is no folder here, and could not be loaded from the Hub: {what}{hint}"
     reason = " ".join(str(error).split())
     reason = reason if len(reason) <= 300 else reason[:300] + " …"
     advice = (

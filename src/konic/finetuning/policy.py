@@ -181,7 +181,11 @@ class Policy:
     def load(self, folder: Path) -> None:
         """Take the weights that :meth:`save` wrote."""
         if self._adapted is not None:
-            peft.set_peft_model_state_dict(self._adapted, load_file(folder / "adapter_model.safetensors"))
+            weights = load_file(folder / "adapter_model.safetensors")
+            own = peft.get_peft_model_state_dict(self._adapted, save_embedding_layers=False)
+            if {name: t.shape for name, t in weights.items()} != {name: t.shape for name, t in own.items()}:
+                raise ValueError("its adapter has other layers or another rank than this run's")
+            peft.set_peft_model_state_dict(self._adapted, weights)
         else:
             with quiet_transformers():
                 source = type(self.language_model.causal_lm).from_pretrained(

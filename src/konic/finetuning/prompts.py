@@ -12,7 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from konic.finetuning.dataset import Prompt
-from konic.finetuning.errors import DatasetError, ModelError
+from konic.finetuning.errors import ConfigError, DatasetError, ModelError
+
+_HALF_A_CHARACTER = "\ufffd"
+"""What is left of a character that a cut went through."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ def make_prompt_batch(
     device: torch.device,
 ) -> PromptBatch:
     """The prompts tokenised, each cut to its last `max_prompt_length` tokens, padded on the left to one length."""
+    if not prompts:
+        raise ConfigError("There are no prompts to respond to.")
     encoded = [encode_prompt(prompt, tokenizer, max_prompt_length) for prompt in prompts]
     length = max(len(ids) for ids, _ in encoded)
     ids = torch.full((len(encoded), length), pad_token_id, dtype=torch.int64)
@@ -79,7 +84,7 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int)
     starts_with_bos = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
     head = ids[:1] if starts_with_bos and max_length > 1 else []
     tail = ids[len(ids) - max_length + len(head) :]
-    return head + tail, tokenizer.decode(tail, skip_special_tokens=True)
+    return head + tail, tokenizer.decode(tail, skip_special_tokens=True).lstrip(_HALF_A_CHARACTER)
 
 
 def _encode_chat(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], str]:
@@ -89,19 +94,19 @@ def _encode_chat(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length:
             "Use a chat model, or prompts that are plain text."
         )
     *before, last = [dict(message) for message in prompt.content if isinstance(message, dict)]
-    text = last["content"]
+    words = tokenizer(last["content"], add_special_tokens=False, verbose=False).input_ids
+    text, dropped = last["content"], 0
     while True:
         ids = _render([*before, {**last, "content": text}], tokenizer)
-        excess = len(ids) - max_length
-        if excess <= 0:
+        if len(ids) <= max_length:
             return ids, text
-        words = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        if not words:
+        if dropped >= len(words):
             raise DatasetError(
                 f"Row {prompt.row}: the messages before the last one take {len(ids)} tokens, over "
                 f"max_prompt_length={max_length}, and only the last is shortened. Raise max_prompt_length."
             )
-        text = tokenizer.decode(words[excess:], skip_special_tokens=False)
+        dropped += len(ids) - max_length
+        text = tokenizer.decode(words[dropped:], skip_special_tokens=False).lstrip(_HALF_A_CHARACTER)
 
 
 def _render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:

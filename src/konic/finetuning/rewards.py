@@ -91,6 +91,8 @@ class Scores:
 class KonicLLMRewardComposer:
     """Subclass it and mark methods with :func:`llm_reward`; their values are weighted and reduced to one reward.
 
+    A method that overrides a reward is one too; `name = None` in a subclass takes it away.
+
     Args:
         reward_models: Objects with a `name` and `score(prompts, responses)`, each with weight 1.
         reward_weights: Weight per reward name; 1 where none is given. A reward that returns a dict gives parts named
@@ -118,6 +120,10 @@ class KonicLLMRewardComposer:
         reducer: Any = None,
         kl_penalty_weight: float | None = None,
     ) -> None:
+        if reward_models is not None and not isinstance(reward_models, Sequence):
+            raise ConfigError(f"reward_models must be a list of reward models, got {reward_models!r}.")
+        if reward_weights is not None and not isinstance(reward_weights, Mapping):
+            raise ConfigError(f"reward_weights must be a dict of numbers by reward name, got {reward_weights!r}.")
         for model in reward_models or ():
             self.add_reward_model(model)
         for name, weight in (reward_weights or {}).items():
@@ -125,9 +131,8 @@ class KonicLLMRewardComposer:
         if reducer is not None:
             self.reducer = reducer
         if kl_penalty_weight is not None:
-            if not _is_finite_number(kl_penalty_weight) or kl_penalty_weight < 0:
-                raise ConfigError(f"kl_penalty_weight must be a number of at least 0, got {kl_penalty_weight!r}.")
-            self.kl_penalty_weight = float(kl_penalty_weight)
+            self.kl_penalty_weight = kl_penalty_weight
+        _check_kl_penalty_weight(self.kl_penalty_weight)
 
     @property
     def reward_names(self) -> list[str]:
@@ -136,7 +141,8 @@ class KonicLLMRewardComposer:
             name: None
             for kind in reversed(type(self).__mro__)
             for name in vars(kind)
-            if getattr(getattr(type(self), name, None), _MARK, False)
+            if callable(getattr(type(self), name, None))
+            and any(_is_marked(vars(other).get(name)) for other in type(self).__mro__)
         }
         return [*methods, *self._reward_models]
 
@@ -208,8 +214,15 @@ class KonicLLMRewardComposer:
                 f"{type(self).__name__} has no rewards. Mark at least one method (self, prompt, response) with "
                 "@llm_reward, or add a reward model."
             )
+        _check_kl_penalty_weight(self.kl_penalty_weight)
         if not callable(getattr(self.reducer, "reduce", None)):
             raise RewardError(f"{type(self).__name__}.reducer has no method reduce(parts): {self.reducer!r}.")
+
+    def check_columns(self, columns: Mapping[str, Any]) -> None:
+        """Raise RewardError where a reward asks for a column that the dataset does not have."""
+        for name in self.reward_names:
+            if name not in self._reward_models:
+                _columns_wanted(name, getattr(self, name), dict.fromkeys(columns, ()))
 
     def _values_of(
         self, name: str, prompts: list[str], responses: list[str], columns: Mapping[str, Sequence[Any]]
@@ -250,6 +263,10 @@ class KonicLLMRewardComposer:
 
     def _weight(self, part: str) -> float:
         return self._reward_weights.get(part, self._reward_weights.get(part.split(".", 1)[0], 1.0))
+
+
+def _is_marked(member: Any) -> bool:
+    return getattr(getattr(member, "__func__", member), _MARK, False)
 
 
 def _columns_wanted(name: str, method: Callable[..., Any], columns: Mapping[str, Sequence[Any]]) -> list[str]:
@@ -304,6 +321,11 @@ def _shortened(text: str) -> str:
     return repr(text) if len(text) <= 200 else repr(text[:200]) + f" … ({len(text)} characters)"
 
 
+def _check_kl_penalty_weight(weight: Any) -> None:
+    if weight is not None and (not _is_finite_number(weight) or weight < 0):
+        raise ConfigError(f"kl_penalty_weight must be a number of at least 0, got {weight!r}.")
+
+
 def _is_finite_number(value: Any) -> bool:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
@@ -317,7 +339,7 @@ def score(
     composer: KonicLLMRewardComposer, prompts: Sequence[Prompt], texts: list[str], responses: list[str]
 ) -> Scores:
     """The rewards of a batch of responses; a row's other columns, and `messages` of a chat, go to whoever asks."""
-    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns if name not in _RESERVED)
+    names = dict.fromkeys(str(name) for prompt in prompts for name in prompt.columns if name not in _RESERVED)
     columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
     if any(not isinstance(prompt.content, str) for prompt in prompts):
         columns["messages"] = [prompt.content if not isinstance(prompt.content, str) else None for prompt in prompts]

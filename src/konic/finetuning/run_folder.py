@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import tempfile
 from datetime import datetime
 from importlib.metadata import version
@@ -109,7 +110,11 @@ class RunFolder:
         )
 
     def cut_after(self, iteration: int) -> None:
-        """Drop the metrics and completions of later iterations, before a resume writes them again."""
+        """Drop what later iterations left, before a resume writes it again."""
+        for checkpoint in self.path.glob("checkpoint-*"):
+            number = checkpoint.name.rpartition("-")[2]
+            if number.isdigit() and int(number) > iteration:
+                shutil.rmtree(checkpoint)
         path = self.path / METRICS_FILE
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -210,7 +215,7 @@ def _source_of(kind: type) -> dict[str, str | None]:
     """Where a class was written, without importing anything: its file, name, and the file's hash."""
     try:
         path = inspect.getsourcefile(kind)
-    except TypeError:  # a class of a notebook or an interactive session
+    except (TypeError, OSError):  # a class of a notebook or an interactive session
         path = None
     readable = path is not None and Path(path).is_file()
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and readable else None

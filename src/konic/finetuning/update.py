@@ -197,11 +197,13 @@ def _learning_rate(schedule: Schedule, index: int, config: TrainingConfig) -> fl
 def _step(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_grad_norm: float) -> Tensor:
     """Take one optimizer step with the accumulated gradients; their norm before clipping."""
     parameters = policy.trainable()
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
     if not norm.isfinite():
-        name = next(n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all())
+        broken = (n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all())
+        name = next(broken, "all weights together")
         optimizer.zero_grad(set_to_none=True)
         raise TrainingError(f"The gradient of {name} is not finite. The step was not taken; lower the learning rate.")
+    torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_grad_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
