@@ -39,7 +39,7 @@ from konic.finetuning.prompts import PromptBatch, make_prompt_batch
 from konic.finetuning.results import Evaluation, FinetuningIterationResult, FinetuningResult
 from konic.finetuning.rewards import Scores, score
 from konic.finetuning.rollout import rollout
-from konic.finetuning.run_folder import RunFolder, model_card
+from konic.finetuning.run_folder import RunFolder
 from konic.finetuning.sampling import RandomKey
 from konic.finetuning.update import Schedule, update
 
@@ -180,16 +180,7 @@ class KonicFinetuningEngine:
         chosen = self._prompts.held_out if prompts is None else self._made(prompts, "evaluate(prompts)")
         if not chosen:
             raise ConfigError("evaluate() has no prompts: give some, or set DatasetConfig(held_out=...).")
-        evaluation = self._evaluation(chosen)
-        return {
-            "prompts": evaluation.prompts,
-            "responses": evaluation.responses,
-            "rewards": evaluation.rewards,
-            "reward_mean": evaluation.reward_mean,
-            "reward_breakdown": evaluation.reward_breakdown,
-            "kl_per_response": evaluation.kl_per_response,
-            "response_lengths": evaluation.response_lengths,
-        }
+        return self._evaluation(chosen).to_dict()
 
     def generate(self, prompts: Sequence[Any]) -> list[str]:
         """A response to every prompt, with the same random numbers every time."""
@@ -206,7 +197,7 @@ class KonicFinetuningEngine:
         """
         folder, result = Path(path).expanduser().absolute(), self._result(None, None)
         with written_into(folder) as target:
-            self._fill_model(target, result, merge)
+            self._learner.write(target, result, self._settings(self._state.iteration), merge)
 
     @property
     def _training(self) -> TrainingConfig:
@@ -269,38 +260,12 @@ class KonicFinetuningEngine:
         self, max_iterations: int, save_every: int | None, resume: bool | str | os.PathLike[str] | None
     ) -> tuple[RunFolder, int]:
         """Check everything cheap first, then load: the run's folder, and its last iteration."""
-        for name, value in (("max_iterations", max_iterations), ("save_every", save_every)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ConfigError(f"train({name}={value!r}): it must be a whole number of at least 1.")
-        prompts = self._prompts
-        if prompts.rows:
-            chat = [] if isinstance(prompts.rows[0].content, str) else ["messages"]
-            self.agent.get_reward_composer().check_columns(dict.fromkeys([*prompts.rows[0].columns, *chat]))
-        if not self._weights_are_whole:
-            raise TrainingError(
-                "An error in an update left this engine's weights between two iterations. Make a new engine; with a "
-                "checkpoint, go on with train(resume_from_checkpoint=...)."
-            )
+        self._check(max_iterations, save_every)
         checkpoint = checkpoint_to_resume(resume, self.checkpoint_dir)
         record = read_record(checkpoint) if checkpoint is not None else None
-        if self._folder is None or self.checkpoint_dir != self._folder_named:
-            given = checkpoint.parent if checkpoint is not None else None
-            self._folder = RunFolder.named(self.checkpoint_dir or given, self.agent.get_base_model())
-            self._folder_named = self.checkpoint_dir
-        folder = self._folder
-        if checkpoint is not None and checkpoint.parent != folder.path and folder.holds_a_run:
-            raise OutputError(
-                f"{folder.path}: holds another run than the checkpoint {checkpoint}. Name another folder."
-            )
+        folder = self._open_folder(checkpoint)
         is_new = not folder.path.exists()
         folder.prepare(may_hold_a_run=checkpoint is not None or self._state.iteration > 0)
-        filters = self._generation.distribution_filters
-        if filters:
-            logger.warning(
-                "Sampling with %s draws from another distribution than the one trained: the ratio and the KL shown "
-                "describe the unfiltered policy.",
-                ", ".join(filters),
-            )
         try:
             learner = self._learner
         except Exception:
@@ -314,6 +279,36 @@ class KonicFinetuningEngine:
         last = max_iterations if checkpoint is not None else self._state.iteration + max_iterations
         folder.write_run(self._settings(last), self.agent.get_reward_composer())
         return folder, last
+
+    def _check(self, max_iterations: int, save_every: int | None) -> None:
+        """Everything that can be known to fail, or to be worth a warning, before the model is loaded."""
+        for name, value in (("max_iterations", max_iterations), ("save_every", save_every)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"train({name}={value!r}): it must be a whole number of at least 1.")
+        if not self._weights_are_whole:
+            raise TrainingError(
+                "An error in an update left this engine's weights between two iterations. Make a new engine; with a "
+                "checkpoint, go on with train(resume_from_checkpoint=...)."
+            )
+        first = self._prompts.rows[0]
+        chat = [] if isinstance(first.content, str) else ["messages"]
+        self.agent.get_reward_composer().check_columns(dict.fromkeys([*first.columns, *chat]))
+        if self._generation.distribution_filters:
+            logger.warning(
+                "Sampling with %s draws from another distribution than the one trained: the ratio and the KL shown "
+                "describe the unfiltered policy.",
+                ", ".join(self._generation.distribution_filters),
+            )
+
+    def _open_folder(self, checkpoint: Path | None) -> RunFolder:
+        """The run's folder: the one named, the checkpoint's, the one in use, or a new one."""
+        if self._folder is None or self.checkpoint_dir != self._folder_named:
+            given = checkpoint.parent if checkpoint is not None else None
+            self._folder = RunFolder.named(self.checkpoint_dir or given, self.agent.get_base_model())
+            self._folder_named = self.checkpoint_dir
+        if checkpoint is not None and checkpoint.parent != self._folder.path and self._folder.holds_a_run:
+            raise OutputError(f"{self._folder.path}: holds another run than {checkpoint}. Name another folder.")
+        return self._folder
 
     def _settings(self, last: int) -> dict[str, Any]:
         """Every setting of the run by name, as plain values; what `on_train_begin` gets and `run.json` keeps."""
@@ -348,36 +343,22 @@ class KonicFinetuningEngine:
     def _finish(self, folder: RunFolder, callbacks: Callbacks, last: int, stopped: str | None) -> FinetuningResult:
         """Write the last checkpoint, the final and the best model; then try the held-out prompts once more."""
         final = folder.path / "final"
+        result = self._result(str(final), stopped)
         with contextlib.suppress(KeyboardInterrupt), uninterrupted():
             self._save_checkpoint(folder, callbacks, last)
-            result = self._result(str(final), stopped)
             self._write_model(final, result)
             self._write_best(folder, result)
         if self._prompts.held_out and stopped != INTERRUPTED:
             with contextlib.suppress(KeyboardInterrupt):
                 after = self._evaluate_held_out(folder)
                 result = replace(result, before=folder.read_evaluation(0), after=after)
-                self._write_card(final, result)
+                self._learner.write_card(final, result, self._settings(last))
         callbacks.on_train_end(result)
         return result
 
     def _write_model(self, path: Path, result: FinetuningResult) -> None:
         with written_whole(path) as target:
-            self._fill_model(target, result, merge=False)
-
-    def _fill_model(self, folder: Path, result: FinetuningResult, merge: bool) -> None:
-        policy = self._learner.policy
-        if merge:
-            policy.save_merged(folder)
-        else:
-            policy.save_model(folder)
-        self._write_card(folder, result, merge)
-
-    def _write_card(self, folder: Path, result: FinetuningResult, merge: bool = False) -> None:
-        learner = self._learner
-        is_adapter = learner.policy.uses_lora and not merge
-        card = model_card(result, self._settings(self._state.iteration), learner.location, is_adapter)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+            self._learner.write(target, result, self._settings(self._state.iteration))
 
     def _result(self, model_path: str | None, stopped: str | None) -> FinetuningResult:
         state, name = self._state, self.agent.get_base_model()

@@ -1,6 +1,8 @@
 """Agent -> Learner: the model loaded, with everything around it that learning needs."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -8,6 +10,8 @@ from konic.finetuning.agent import KonicFinetuningAgent
 from konic.finetuning.errors import ConfigError
 from konic.finetuning.models import load_model
 from konic.finetuning.policy import Policy
+from konic.finetuning.results import FinetuningResult
+from konic.finetuning.run_folder import model_card
 from konic.finetuning.sampling import SpecialTokens, special_tokens
 from konic.finetuning.update import make_optimizer
 
@@ -20,6 +24,19 @@ class Learner:
     optimizer: torch.optim.Optimizer
     special: SpecialTokens
     location: str
+
+    def write(self, folder: Path, result: FinetuningResult, settings: dict[str, Any], merge: bool = False) -> None:
+        """Fill a folder with the model (the adapter, or with `merge` the full one), the tokenizer and a model card."""
+        if merge:
+            self.policy.save_merged(folder)
+        else:
+            self.policy.save_model(folder)
+        self.write_card(folder, result, settings, merge)
+
+    def write_card(self, folder: Path, result: FinetuningResult, settings: dict[str, Any], merge: bool = False) -> None:
+        """Write the README.md of a saved model."""
+        card = model_card(result, settings, self.location, is_adapter=self.policy.uses_lora and not merge)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def build_learner(agent: KonicFinetuningAgent, device: torch.device) -> Learner:

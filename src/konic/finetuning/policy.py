@@ -66,6 +66,12 @@ class Policy:
                 self._adapted = new_adapter(causal_lm, adapter, seed)
         elif lora is not None:
             logger.warning("%s is an adapter and brings its own settings: lora_config is not used.", loaded.name)
+        if self._adapted is None and causal_lm.dtype.itemsize < 4:
+            logger.warning(
+                "Full finetuning in %s: steps smaller than its rounding are lost. Train in float32, or with LoRA, "
+                "whose weights stay in float32.",
+                causal_lm.dtype,
+            )
         switch_off_dropout(causal_lm)
         if gradient_checkpointing:
             causal_lm.activation_checkpointing_enable({"use_reentrant": False})

@@ -106,6 +106,11 @@ class Evaluation:
         """Mean of each reward, before weights, where it did not abstain."""
         return {name: mean_of_present(values) for name, values in self.breakdown.items()}
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `engine.evaluate` returns."""
+        names = ("prompts", "responses", "rewards", "reward_mean", "reward_breakdown")
+        return {name: getattr(self, name) for name in (*names, "kl_per_response", "response_lengths")}
+
 
 @dataclass(frozen=True)
 class FinetuningResult:

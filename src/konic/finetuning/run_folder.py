@@ -159,10 +159,10 @@ class RunFolder:
             raise OutputError(f"{self.path / name}: cannot be written: {error.strerror}.") from None
 
 
-def model_card(result: FinetuningResult, settings: dict[str, Any], base_location: str, uses_lora: bool) -> str:
+def model_card(result: FinetuningResult, settings: dict[str, Any], base_location: str, is_adapter: bool) -> str:
     """The README.md of a saved model: what it is, what it was trained to, how far it went, how to load it."""
     first, last = (result.history[0], result.history[-1]) if result.history else (None, None)
-    header = {"library_name": "peft" if uses_lora else "transformers", "pipeline_tag": "text-generation"}
+    header = {"library_name": "peft" if is_adapter else "transformers", "pipeline_tag": "text-generation"}
     front = [f"{key}: {value}" for key, value in header.items()]
     front += [f"base_model: {json.dumps(base_location)}", "tags: [konic, reinforcement-learning, ppo]"]
     lines = ["---", *front, "---", "", f"# {result.model_name}, finetuned by reinforcement learning", ""]
@@ -186,7 +186,7 @@ def model_card(result: FinetuningResult, settings: dict[str, Any], base_location
         ]
     loading = (
         "from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
-        if uses_lora
+        if is_adapter
         else "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER)"
     )
     lines += [
