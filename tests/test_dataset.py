@@ -405,3 +405,66 @@ def test_a_csv_with_two_columns_of_one_name_is_refused(tmp_path):
     (tmp_path / "p.csv").write_text("prompt,prompt\na,b\n")
     with pytest.raises(DatasetError, match="more than one column is named 'prompt'"):
         load_prompts(DatasetConfig(source="local", name=str(tmp_path / "p.csv")))
+
+
+CHAT = [{"role": "user", "content": "Hello"}]
+
+
+def test_a_system_prompt_goes_before_chats_that_have_none():
+    own = [{"role": "system", "content": "Mine."}, *CHAT]
+    rows = load_prompts(DatasetConfig(prompts=[CHAT, own], system_prompt="Be kind.", shuffle=False)).rows
+    assert rows[0].content == [{"role": "system", "content": "Be kind."}, *CHAT]
+    assert rows[1].content == own
+    assert [row.text for row in rows] == ["Hello", "Hello"]
+    assert CHAT == [{"role": "user", "content": "Hello"}]
+
+
+def test_plain_strings_never_get_a_system_prompt():
+    with pytest.raises(DatasetError, match=r"row 0 \(plain text: system_prompt goes with chat messages"):
+        load_prompts(DatasetConfig(prompts=["Hello"], system_prompt="Be kind."))
+
+
+def test_a_template_makes_text_of_a_rows_columns_and_leaves_them_to_the_rewards(tmp_path):
+    (tmp_path / "r.csv").write_text("title,text\nUp,fine\nDown,dull\n")
+    config = DatasetConfig(name=str(tmp_path / "r.csv"), prompt_template="{title} - Review: {text}", shuffle=False)
+    assert config.source is DatasetSource.LOCAL
+    rows = load_prompts(config).rows
+    assert [row.content for row in rows] == ["Up - Review: fine", "Down - Review: dull"]
+    assert rows[1].columns == {"title": "Down", "text": "dull"}
+
+
+@pytest.mark.parametrize("template", ["no columns", "{}", "{text.__class__}", "{0}", "{text", "{a b}"])
+def test_a_template_must_name_columns(template):
+    with pytest.raises(ConfigError, match="prompt_template="):
+        DatasetConfig(prompts=["x"], prompt_template=template)
+
+
+def test_a_template_and_a_system_prompt_exclude_each_other():
+    with pytest.raises(ConfigError, match="give one"):
+        DatasetConfig(prompts=["x"], prompt_template="{text}", system_prompt="s")
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ({"name": "imdb"}, DatasetSource.HUGGINGFACE),
+        ({"prompts": ["a"]}, DatasetSource.MEMORY),
+        ({}, DatasetSource.BUNDLED),
+        ({"source": "bundled", "name": "x"}, "goes with source=HUGGINGFACE or LOCAL"),
+        ({"source": "huggingface"}, "needs name="),
+        ({"prompts": ["a"], "streaming": True}, "streaming goes with source=HUGGINGFACE"),
+        ({"prompts": ["a"], "subset": "s"}, "subset goes with source=HUGGINGFACE"),
+        ({"prompts": ["a"], "split": "test"}, "split='test' goes with"),
+    ],
+)
+def test_the_source_follows_from_what_is_given_and_nothing_is_ignored(settings, told):
+    if isinstance(told, DatasetSource):
+        assert DatasetConfig(**settings).source is told
+    else:
+        with pytest.raises(ConfigError, match=told):
+            DatasetConfig(**settings)
+
+
+def test_a_token_is_shown_nowhere():
+    config = DatasetConfig(name="imdb", token="hf_secret")
+    assert "hf_secret" not in repr(config)

@@ -74,10 +74,10 @@ def test_later_epochs_see_the_policy_move():
     assert stats.clip_fraction > 0
 
 
-def test_the_gradient_is_that_of_the_loss_written_out_token_by_token(monkeypatch):
+def test_the_gradient_is_that_of_the_loss_written_out_token_by_token(architecture, monkeypatch):
     """One step against an oracle that loops over sequences and tokens without padding, in plain autograd."""
     config = TrainingConfig(batch_size=8, ppo_epochs=1, learning_rate=1e-2, vf_coef=0.3, entropy_coef=0.02)
-    learner = tiny_learner("gpt2", training=config, generation=GENERATION)
+    learner = tiny_learner(architecture, training=config, generation=GENERATION)
     rolled, advantages = roll_and_score(learner, config)
     policy, count, total = learner.policy, int(rolled.response_mask.sum()), 0.0
     for row in range(8):
@@ -97,13 +97,13 @@ def test_the_gradient_is_that_of_the_loss_written_out_token_by_token(monkeypatch
             total = total - torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) + 0.3 * value_term - 0.02 * entropy
     (total / count).backward()
     expected = torch.cat([w.grad.flatten() for w in policy.trainable().values()])
-    ours = gradients("gpt2", monkeypatch, vf_coef=0.3, entropy_coef=0.02)
+    ours = gradients(architecture, monkeypatch, vf_coef=0.3, entropy_coef=0.02)
     assert (ours - expected).norm() / expected.norm() < 1e-9
 
 
-def test_eos_gets_gradient():
+def test_eos_gets_gradient(architecture):
     config = TrainingConfig(batch_size=8, ppo_epochs=1)
-    learner = tiny_learner("gpt2", training=config, generation=GENERATION)
+    learner = tiny_learner(architecture, training=config, generation=GENERATION)
     rolled, advantages = roll_and_score(learner, config)
     last = rolled.response_mask.sum(1) - 1
     only_last = torch.zeros_like(rolled.response_mask).scatter(1, last[:, None], True)
@@ -199,22 +199,22 @@ def test_gradient_checkpointing_saves_bytes_and_changes_no_gradient(architecture
     assert (plain - checkpointed).norm() / plain.norm() < 1e-9
 
 
-def test_large_batches_recompute_their_logits_and_change_no_gradient(monkeypatch):
-    plain = gradients("llama", monkeypatch)
+def test_large_batches_recompute_their_logits_and_change_no_gradient(architecture, monkeypatch):
+    plain = gradients(architecture, monkeypatch)
     monkeypatch.setattr("konic.finetuning.language_model.MAX_KEPT_LOGITS", 0)
-    monkeypatch.setattr("konic.finetuning.language_model.MAX_LOGITS", 259 * 3)
-    chunked = gradients("llama", monkeypatch)
+    monkeypatch.setattr("konic.finetuning.language_model.MAX_LOGITS", 257 * 3)
+    chunked = gradients(architecture, monkeypatch)
     assert (plain - chunked).norm() / plain.norm() < 1e-9
 
 
 @pytest.mark.parametrize("where", ["advantages", "returns"])
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_sample(where):
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_sample(architecture, where):
     def spoil(rolled, advantages):
         getattr(advantages, where)[2, 0] = torch.nan
         return rolled, advantages
 
     config = TrainingConfig(batch_size=8, ppo_epochs=1)
-    learner = tiny_learner("llama", training=config, generation=GENERATION)
+    learner = tiny_learner(architecture, training=config, generation=GENERATION)
     rolled, advantages = spoil(*roll_and_score(learner, config))
     before = [weight.clone() for weight in learner.policy.trainable().values()]
     with pytest.raises(TrainingError, match="loss is not finite for the sample of dataset row 2, prompt 'x'"):
@@ -222,9 +222,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_sample(wh
     assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.trainable().values(), strict=True))
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_step_and_names_the_tensor():
+def test_a_gradient_that_is_not_finite_stops_before_the_step_and_names_the_tensor(architecture):
     config = TrainingConfig(batch_size=8, ppo_epochs=1)
-    learner = tiny_learner("llama", training=config, generation=GENERATION)
+    learner = tiny_learner(architecture, training=config, generation=GENERATION)
     rolled, advantages = roll_and_score(learner, config)
     name, weight = next(iter(learner.policy.trainable().items()))
     weight.register_hook(lambda gradient: gradient * torch.inf)
