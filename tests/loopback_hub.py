@@ -22,6 +22,19 @@ DATE = "2024-01-01T00:00:00.000Z"
 API = re.compile(r"/api/(models|datasets)/(?P<id>.+?)(?:/(?P<verb>revision|tree|paths-info|refs)(?:/(?P<rest>.*))?)?")
 RESOLVE = re.compile(r"/(datasets/)?(?P<id>.+?)/resolve/(?P<revision>refs/\w+/[^/]+|[^/]+)/(?P<path>.+)")
 CACHED = re.compile(r"/api/resolve-cache/(models|datasets)/(?P<id>.+)/(?P<revision>[0-9a-f]{40})/(?P<path>.+)")
+CARD = """---
+configs:
+- config_name: plain_text
+  default: true
+  data_files:
+  - {split: train, path: plain_text/train-*}
+  - {split: test, path: plain_text/test-*}
+- config_name: short
+  data_files:
+  - {split: train, path: short/train-*}
+---
+"""
+"""The README of a dataset with two subsets, one of them with two splits."""
 
 
 class Answer(Exception):

@@ -14,21 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from conftest import byte_tokenizer, tiny_model
-from loopback_hub import MEMBER_TOKEN, LoopbackHub
+from loopback_hub import CARD, MEMBER_TOKEN, LoopbackHub
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "sentiment_rlhf.py"
-CARD = """---
-configs:
-- config_name: plain_text
-  default: true
-  data_files:
-  - {split: train, path: plain_text/train-*}
-  - {split: test, path: plain_text/test-*}
-- config_name: short
-  data_files:
-  - {split: train, path: short/train-*}
----
-"""
 SENTENCES = ("The film was slow at first.", "I loved the music and the light.", "Nobody in it says a true word.",
              "The ending is good, the middle is not.", "My brother slept through half of it.")  # fmt: skip
 START = """

@@ -13,7 +13,7 @@ PACKAGE = Path(konic.__file__).parent
 LAYERS = [
     {"errors"},
     {"config", "hub"},
-    {"advantages", "losses", "intervals", "interrupts"},
+    {"advantages", "losses", "intervals", "interrupts", "reducers"},
     {"results"},
     {"models", "loaders", "callbacks", "adapters"},
     {"dataset"},

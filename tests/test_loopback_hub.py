@@ -10,20 +10,8 @@ import pytest
 import torch
 
 from conftest import byte_tokenizer, tiny_model
-from loopback_hub import MEMBER_TOKEN, OUTSIDER_TOKEN, LoopbackHub
+from loopback_hub import CARD, MEMBER_TOKEN, OUTSIDER_TOKEN, LoopbackHub
 
-CARD = """---
-configs:
-- config_name: plain_text
-  default: true
-  data_files:
-  - {split: train, path: plain_text/train-*}
-  - {split: test, path: plain_text/test-*}
-- config_name: short
-  data_files:
-  - {split: train, path: short/train-*}
----
-"""
 ROWS = {"plain_text/train": 3000, "plain_text/test": 20, "short/train": 5}
 START = """
 import json, time

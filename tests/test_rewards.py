@@ -8,14 +8,8 @@ import torch
 
 from konic.finetuning.dataset import DatasetConfig, make_prompts
 from konic.finetuning.errors import ConfigError, RewardError
-from konic.finetuning.rewards import (
-    KonicLLMRewardComposer,
-    MaxReducer,
-    MeanReducer,
-    WeightedSumReducer,
-    llm_reward,
-    score,
-)
+from konic.finetuning.reducers import MaxReducer, MeanReducer, WeightedSumReducer
+from konic.finetuning.rewards import KonicLLMRewardComposer, llm_reward, score
 
 PROMPTS, RESPONSES = ["p0", "p1", "p2"], ["a", "bb", "cccc"]
 

@@ -19,14 +19,9 @@ from konic.finetuning.errors import (
     RewardError,
     TrainingError,
 )
+from konic.finetuning.reducers import MaxReducer, MeanReducer, WeightedSumReducer
 from konic.finetuning.results import FinetuningIterationResult, FinetuningResult
-from konic.finetuning.rewards import (
-    KonicLLMRewardComposer,
-    MaxReducer,
-    MeanReducer,
-    WeightedSumReducer,
-    llm_reward,
-)
+from konic.finetuning.rewards import KonicLLMRewardComposer, llm_reward
 
 __all__ = [
     "BaseKonicFinetuningCallback",

@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 from konic.finetuning.dataset import Prompt
 from konic.finetuning.errors import ConfigError, RewardError, did_you_mean
+from konic.finetuning.reducers import WeightedSumReducer
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 _MARK = "_konic_is_llm_reward"
@@ -32,37 +33,6 @@ class RewardModel(Protocol):
 
     def score(self, prompts: list[str], responses: list[str]) -> Sequence[float | None]:
         """One number per response, or None to abstain."""
-
-
-class Reducer(Protocol):
-    """Makes one reward of a sample's parts, each already multiplied by its weight."""
-
-    def reduce(self, parts: dict[str, float]) -> float:
-        """The sample's reward; `parts` has at least one."""
-
-
-class WeightedSumReducer:
-    """The sum of the weighted parts."""
-
-    def reduce(self, parts: dict[str, float]) -> float:
-        """The sum of `parts`."""
-        return math.fsum(parts.values())
-
-
-class MeanReducer:
-    """The mean of the weighted parts."""
-
-    def reduce(self, parts: dict[str, float]) -> float:
-        """The mean of `parts`."""
-        return math.fsum(parts.values()) / len(parts)
-
-
-class MaxReducer:
-    """The largest of the weighted parts."""
-
-    def reduce(self, parts: dict[str, float]) -> float:
-        """The largest of `parts`."""
-        return max(parts.values())
 
 
 @dataclass(frozen=True)
