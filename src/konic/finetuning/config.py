@@ -79,7 +79,7 @@ class TrainingConfig(Settings):
     missing_eos_penalty: float | None = Field(default=None, ge=0)
     """Subtracted from the score of a response cut off by max_new_tokens (N+)."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: a fraction of the memory for about a third more time."""
+    """Recompute activations in the backward pass: a fraction of the memory for one more forward pass a step."""
     eval_every: int | None = Field(default=None, ge=1)
     """Evaluate on the held-out prompts every so many iterations, besides before the first and after the last."""
     max_minutes: float | None = Field(default=None, gt=0)
