@@ -7,7 +7,6 @@ import torch
 from conftest import prompt_batch, shake_adapter, tiny_learner
 from konic.finetuning import checkpoint
 from konic.finetuning.checkpoint import (
-    TrainerState,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
@@ -16,6 +15,7 @@ from konic.finetuning.checkpoint import (
     written_whole,
 )
 from konic.finetuning.errors import OutputError
+from konic.finetuning.state import TrainerState
 
 
 def files_of(folder):

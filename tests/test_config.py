@@ -26,6 +26,15 @@ CONTRACT = {
 
 TINY = 1e-12
 BOUNDS = [  # field, the values at the edge that are valid, the ones past it
+    (TrainingConfig, "algorithm", ["ppo", "rloo", "grpo", "dr_grpo", "reinforce++"], ["PPO", "reinforce", None]),
+    (TrainingConfig, "num_generations", [1, 4, None], [0, -1, 1.5]),
+    (TrainingConfig, "kl_placement", ["reward", "loss", None], ["both"]),
+    (TrainingConfig, "kl_target", [TINY, None], [0]),
+    (TrainingConfig, "kl_horizon", [1], [0]),
+    (TrainingConfig, "kl_budget", [TINY, None], [0]),
+    (TrainingConfig, "target_kl", [TINY, None], [0]),
+    (TrainingConfig, "value_warmup_iterations", [0, 3], [-1]),
+    (TrainingConfig, "self_checks", [True, False], ["perhaps", None]),
     (TrainingConfig, "learning_rate", [TINY, None], [0, -1e-5]),
     (TrainingConfig, "batch_size", [1], [0, -4]),
     (TrainingConfig, "gradient_accumulation_steps", [1, 4], [0]),
@@ -251,3 +260,29 @@ def test_target_modules_may_be_a_list():
 def test_end_tokens_must_be_tokens(ids):
     with pytest.raises(ConfigError, match="eos_token_id"):
         GenerationConfig(eos_token_id=ids)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"algorithm": "grpo", "num_generations": 1}, "num_generations must be at least 2"),
+        ({"algorithm": "rloo", "batch_size": 6}, "groups of num_generations=4; nearest valid batch_size: 4 or 8"),
+        ({"batch_size": 6, "num_generations": 4, "num_minibatches": 3}, "num_generations=4; .*batch_size: 12"),
+        ({"batch_size": 8, "num_generations": 4, "num_minibatches": 3}, "num_minibatches=3 .*batch_size: 12"),
+        ({"algorithm": "grpo", "value_warmup_iterations": 1}, "algorithm='grpo' .* no value head learns"),
+        ({"vf_coef": 0, "value_warmup_iterations": 1}, "vf_coef=0.0 no value head learns"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_with_the_way_out(values, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainingConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "group", "prompts"),
+    [({}, 1, 8), ({"algorithm": "reinforce++"}, 1, 8), ({"algorithm": "rloo"}, 4, 2), ({"algorithm": "grpo"}, 4, 2),
+     ({"algorithm": "dr_grpo", "num_generations": 2}, 2, 4), ({"num_generations": 8}, 8, 1)],
+)  # fmt: skip
+def test_the_batch_is_so_many_prompts_with_so_many_responses_each(values, group, prompts):
+    config = TrainingConfig(batch_size=8, **values)
+    assert (config.responses_per_prompt, config.prompts_per_iteration) == (group, prompts)

@@ -102,24 +102,6 @@ def test_reward_rises_and_kl_with_it(model_folders, architecture, lora, tmp_path
     assert kl[-1] > kl[1] >= 0
 
 
-class OneToken(KonicLLMRewardComposer):
-    @llm_reward
-    def right(self, prompt, response):
-        return float(response == "k")
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_bandit_is_solved(model_folders, seed, tmp_path):
-    """One-token answers, one of them rewarded: at least 95 % of the maximum."""
-    dataset = DatasetConfig(prompts=["one", "two"])
-    engine = make_engine(
-        model_folders["llama"], tmp_path, composer=OneToken(), dataset=dataset, generation={"max_new_tokens": 1},
-        batch_size=64, learning_rate=1e-2, ppo_epochs=4, seed=seed, lora=False,
-    )  # fmt: skip
-    result = engine.train(25)
-    assert sum(result.get_reward_curve()[-3:]) / 3 >= 0.95
-
-
 def test_the_kl_penalty_holds_the_policy_back(model_folders, tmp_path):
     paid = {}
     for weight in (0.0, 1.0):

@@ -13,9 +13,9 @@ PACKAGE = Path(konic.__file__).parent
 LAYERS = [
     {"errors"},
     {"config", "hub"},
-    {"advantages", "losses", "intervals", "interrupts", "reducers"},
+    {"advantages", "losses", "intervals", "interrupts", "reducers", "controllers"},
     {"results"},
-    {"models", "loaders", "callbacks", "adapters"},
+    {"models", "loaders", "callbacks", "adapters", "state"},
     {"dataset"},
     {"prompts", "rewards"},
     {"language_model", "agent"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"rollout"},
     {"algorithms", "evaluation", "run_folder"},
     {"update"},
-    {"measures", "learner"},
+    {"measures", "learner", "checks"},
     {"engine"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,19 +1,23 @@
 import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from conftest import prompt_batch, shake_adapter, tiny_learner
-from konic.finetuning.algorithms import Advantages, ppo
+from conftest import loaded_model, prompt_batch, shake_adapter, tiny_learner, tiny_model
+from konic.finetuning.algorithms import advantages_of
 from konic.finetuning.config import GenerationConfig, TrainingConfig
 from konic.finetuning.errors import TrainingError
 from konic.finetuning.language_model import LanguageModel
+from konic.finetuning.learner import Learner
+from konic.finetuning.policy import Policy
 from konic.finetuning.rewards import Scores
 from konic.finetuning.rollout import rollout
-from konic.finetuning.sampling import RandomKey
-from konic.finetuning.update import Schedule, update
+from konic.finetuning.sampling import RandomKey, special_tokens
+from konic.finetuning.update import Schedule, make_optimizer, update
 
-GENERATION = GenerationConfig(max_new_tokens=8, temperature=0.9)
+GENERATION = GenerationConfig(max_new_tokens=8, temperature=0.9, eos_token_id=tuple(range(40)))  # so that lengths vary
 REWARDS = [0.3, -1.0, 2.0, 0.1, 0.7, -0.2, 1.1, 0.0]
 
 
@@ -22,7 +26,7 @@ def roll_and_score(learner, config, rewards=REWARDS, shake=True):
         shake_adapter(learner.policy)
     batch = prompt_batch(learner)
     rolled = rollout(learner.policy, batch, GENERATION, learner.special, RandomKey(3, 1), config.micro_batch_size)
-    return rolled, ppo(rolled, Scores(list(rewards), {}), config, config.kl_penalty_weight)
+    return rolled, advantages_of(rolled, Scores(list(rewards), {}), config, config.kl_penalty_weight)
 
 
 def run_update(architecture="llama", *, lora=True, rewards=REWARDS, shake=True, spoil=None, **settings):
@@ -107,7 +111,7 @@ def test_eos_gets_gradient(architecture):
     rolled, advantages = roll_and_score(learner, config)
     last = rolled.response_mask.sum(1) - 1
     only_last = torch.zeros_like(rolled.response_mask).scatter(1, last[:, None], True)
-    spoiled = Advantages(torch.where(only_last, 1.0, 0.0).double(), advantages.returns, advantages.mask)
+    spoiled = replace(advantages, advantages=torch.where(only_last, 1.0, 0.0).double())
     update(learner.policy, learner.optimizer, rolled, spoiled, config, Schedule(0, 1, 1e-3))
     again = rollout(learner.policy, rolled.batch, GENERATION, learner.special, RandomKey(3, 1))
     assert not torch.equal(again.log_probs, rolled.log_probs)
@@ -121,7 +125,8 @@ def test_garbage_in_the_padding_changes_no_gradient(architecture, monkeypatch):
         object.__setattr__(rolled, "values", values)
         object.__setattr__(rolled, "log_probs", old)
         garbage = advantages.advantages.masked_fill(~advantages.mask, 1e30)
-        return rolled, Advantages(garbage, advantages.returns.masked_fill(~advantages.mask, torch.nan), advantages.mask)
+        returns = advantages.returns.masked_fill(~advantages.mask, torch.nan)
+        return rolled, replace(advantages, advantages=garbage, returns=returns)
 
     clean = gradients(architecture, monkeypatch)
     spoiled = gradients(architecture, monkeypatch, spoil=spoil)
@@ -170,7 +175,7 @@ def test_missing_eos_is_penalised_once():
     learner = tiny_learner("llama", training=config, generation=GENERATION)
     rolled, plain = roll_and_score(learner, config)
     with_penalty = config.model_copy(update={"missing_eos_penalty": 5.0})
-    penalised = ppo(rolled, Scores(REWARDS, {}), with_penalty, 0.0)
+    penalised = advantages_of(rolled, Scores(REWARDS, {}), with_penalty, 0.0)
     difference = (plain.returns - penalised.returns)[:, 0]
     assert torch.allclose(difference, torch.where(rolled.samples.ended, 0.0, 5.0).double())
 
@@ -277,7 +282,7 @@ def test_a_wrong_old_log_prob_is_seen_in_the_first_ratio():
         rolled.log_probs[rolled.response_mask] -= 0.25
         return rolled, advantages
 
-    *_, stats = run_update("llama", spoil=spoil)
+    *_, stats = run_update("llama", spoil=spoil, self_checks=False)
     assert stats.first_log_ratio == pytest.approx(0.25)
     assert stats.approx_kl == pytest.approx(torch.tensor(0.25).exp().item() - 1 - 0.25, rel=1e-6)
     assert stats.clip_fraction == 1.0  # e^0.25 is beyond 1.2
@@ -292,3 +297,126 @@ def test_a_gradient_norm_that_overflows_stops_before_the_step():
     )
     with pytest.raises(TrainingError, match="gradient of all weights together is not finite"):
         update(learner.policy, learner.optimizer, rolled, advantages, config, Schedule(0, 1, 1e-3))
+
+
+@pytest.mark.parametrize("architecture", ["llama"])
+@pytest.mark.parametrize("shift", [2e-3, float("nan")])
+def test_a_first_ratio_that_is_not_one_stops_the_run_before_the_step(architecture, shift):
+    config = TrainingConfig(batch_size=8, ppo_epochs=1)
+    learner = tiny_learner(architecture, training=config, generation=GENERATION)
+    rolled, advantages = roll_and_score(learner, config)
+    rolled.log_probs[rolled.response_mask] += shift
+    before = [weight.clone() for weight in learner.policy.trainable().values()]
+    with pytest.raises(TrainingError, match="differ by up to 0.002 nats" if shift == shift else "loss is not finite"):
+        update(learner.policy, learner.optimizer, rolled, advantages, config, Schedule(0, 1, 1e-3))
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.trainable().values(), strict=True))
+    assert all(weight.grad is None for weight in learner.policy.trainable().values())
+    if shift == shift:
+        half = replace(rolled, in_full_precision=False)
+        update(learner.policy, learner.optimizer, half, advantages, config, Schedule(0, 1, 1e-3))
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_gradient_of_the_kl_in_the_loss_is_that_of_the_divergence_written_out(architecture, lora, monkeypatch):
+    """Policy against reference, both whole and unpadded, one sequence at a time."""
+    settings = {"kl_penalty_weight": 0.5, "kl_placement": "loss", "vf_coef": 0.0, "entropy_coef": 0.0}
+    config = TrainingConfig(batch_size=8, ppo_epochs=1, learning_rate=1e-2, **settings)
+    learner = tiny_learner(architecture, lora=lora, training=config, generation=GENERATION)
+    rolled, advantages = roll_and_score(learner, config)
+    policy, divergence, surrogate = learner.policy, 0.0, 0.0
+    for row in range(8):
+        prompt = rolled.batch.ids[row][rolled.batch.mask[row]]
+        response = rolled.samples.response_ids[row][rolled.response_mask[row]]
+        whole = torch.cat([prompt, response])[None]
+        with torch.no_grad(), policy.reference() as reference:
+            ref = (reference.causal_lm(whole).logits[0] / GENERATION.temperature).log_softmax(-1)
+        own = (policy.language_model.causal_lm(whole).logits[0] / GENERATION.temperature).log_softmax(-1)
+        for t, token in enumerate(response):
+            at = len(prompt) + t - 1
+            divergence = divergence + (own[at].exp() * (own[at] - ref[at])).sum()
+            surrogate = surrogate - (own[at, token] - rolled.log_probs[row, t]).exp() * advantages.advantages[row, t]
+    count = int(rolled.response_mask.sum())
+    ((surrogate + 0.5 * divergence) / count).backward()
+    named = policy.trainable()
+    expected = torch.cat([w.grad.flatten() for name, w in named.items() if not name.startswith("value_head")])
+    ours = gradients(architecture, monkeypatch, lora=lora, **settings)
+    assert (ours - expected).norm() / expected.norm() < 1e-9
+    *_, stats = run_update(architecture, lora=lora, self_checks=True, **settings)
+    assert stats.kl_loss == pytest.approx(divergence.item() / count, rel=1e-9)
+    assert stats.total_loss == pytest.approx(stats.policy_loss + 0.5 * stats.kl_loss)
+
+
+def test_a_kl_in_the_loss_survives_chunks_and_recomputation(architecture, monkeypatch):
+    settings = {"kl_placement": "loss", "kl_penalty_weight": 0.5}
+    plain = gradients(architecture, monkeypatch, **settings)
+    split = gradients(architecture, monkeypatch, gradient_accumulation_steps=4, **settings)
+    monkeypatch.setattr("konic.finetuning.language_model.MAX_KEPT_LOGITS", 0)
+    monkeypatch.setattr("konic.finetuning.language_model.MAX_LOGITS", 257 * 3)
+    chunked = gradients(architecture, monkeypatch, **settings)
+    for other in (split, chunked):
+        assert (plain - other).norm() / plain.norm() < 1e-9
+    without = gradients(architecture, monkeypatch, kl_placement="loss", kl_penalty_weight=0.0)
+    assert (plain - without).norm() / plain.norm() > 1e-3
+
+
+@pytest.mark.parametrize("head", [("lm_head",), ()])
+def test_a_trained_head_is_switched_off_where_the_reference_is_made(head):
+    """With the head among what the adapter saves, the reference has another head than the policy."""
+    import peft
+
+    config = TrainingConfig(batch_size=8, ppo_epochs=1, kl_placement="loss", kl_penalty_weight=0.5)
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=list(head) or None, task_type="CAUSAL_LM")
+    policy = Policy(loaded_model("llama"), adapter)
+    special = special_tokens(GENERATION, policy.language_model, policy.tokenizer)
+    learner = Learner(policy, make_optimizer(policy, config), special, "llama")
+    base = tiny_model("llama")
+    rolled, advantages = roll_and_score(learner, config)
+    row = 3
+    whole = torch.cat([rolled.batch.ids[row][rolled.batch.mask[row]], rolled.samples.response_ids[row]])[None]
+    count = int(rolled.response_mask[row].sum())
+    with torch.no_grad():
+        logits = base(whole).logits[0, -rolled.response_mask.shape[1] - 1 : -1][:count] / GENERATION.temperature
+    truth = logits.log_softmax(-1).gather(-1, rolled.samples.response_ids[row, :count, None])[:, 0]
+    assert torch.allclose(rolled.ref_log_probs[row, :count], truth, atol=1e-9)
+    before = {name: weight.clone() for name, weight in policy.trainable().items()}
+    stats = update(policy, learner.optimizer, rolled, advantages, config, Schedule(0, 1, 1e-3))
+    assert stats.kl_loss == pytest.approx(rolled.kl[rolled.response_mask].mean().item(), rel=1e-9)
+    moved = {name for name, weight in policy.trainable().items() if not torch.equal(weight, before[name])}
+    assert any("lm_head" in name for name in moved) == bool(head)
+
+
+def test_target_kl_leaves_out_the_steps_after_the_policy_has_moved_that_far():
+    *_, free = run_update("llama", ppo_epochs=4, learning_rate=3e-2)
+    assert free.num_steps == 4
+    stopped_learner, *_, stopped = run_update("llama", ppo_epochs=4, learning_rate=3e-2, target_kl=1e-9)
+    assert stopped.num_steps == 1
+    assert stopped.approx_kl == 0.0
+    once_learner, *_ = run_update("llama", ppo_epochs=1, learning_rate=3e-2)
+    same = zip(stopped_learner.policy.trainable().values(), once_learner.policy.trainable().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)
+    assert all(weight.grad is None for weight in stopped_learner.policy.trainable().values())
+    *_, wide = run_update("llama", ppo_epochs=4, learning_rate=3e-2, target_kl=1e9)
+    assert wide == free
+
+
+def test_while_values_warm_up_the_policy_stays_where_it_is(architecture):
+    config = TrainingConfig(batch_size=8, ppo_epochs=4, learning_rate=1e-2, entropy_coef=0.01)
+    learner = tiny_learner(architecture, training=config, generation=GENERATION)
+    rolled, advantages = roll_and_score(learner, config)
+    before = {name: weight.clone() for name, weight in learner.policy.trainable().items()}
+    schedule = Schedule(0, 4, 1e-2, moves_policy=False)
+    stats = update(learner.policy, learner.optimizer, rolled, advantages, config, schedule)
+    moved = {name for name, weight in learner.policy.trainable().items() if not torch.equal(weight, before[name])}
+    assert moved == {"value_head.weight", "value_head.bias"}
+    assert stats.approx_kl == 0.0
+    assert stats.num_steps == 4
+    assert stats.total_loss == pytest.approx(config.vf_coef * stats.value_loss)
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo", "dr_grpo", "reinforce++"])
+def test_algorithms_without_values_leave_the_value_head_alone(algorithm):
+    learner, _, advantages, stats = run_update("llama", algorithm=algorithm, shake=False)
+    assert all((weight == 0).all() for weight in learner.policy.value_head.parameters())
+    assert stats.value_loss == 0.0
+    assert advantages.value_loss_weight == 0.0
+    assert math.isnan(stats.explained_variance)

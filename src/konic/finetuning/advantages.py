@@ -1,6 +1,6 @@
 """Scores and values -> advantages and returns. Pure functions of tensors and floats.
 
-Shapes: B sequences, R response tokens. A mask is True where a token counts.
+Shapes: B sequences, R response tokens; G groups of n responses to one prompt. A mask is True where an entry counts.
 """
 
 import torch
@@ -70,3 +70,39 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
     if counted.numel() < 2 or counted.min() == counted.max():
         return torch.zeros_like(values)  # the mean of equal values is off by rounding, which must not be scaled up
     return torch.where(mask, (values - counted.mean()) / (counted.std() + 1e-8), 0.0)
+
+
+def leave_one_out(scores: Tensor, mask: Tensor) -> Tensor:
+    """Each score less the mean of its group's others, n/(n − 1) · (r − mean); RLOO (arXiv 2402.14740).
+
+    Args:
+        scores: [G, n].
+        mask: [G, n] False where a response has no score: it gets 0 and is left out of the others' mean.
+
+    Returns:
+        [G, n]; exactly 0 in groups whose scores are equal, or that have fewer than two.
+    """
+    num_scores = mask.sum(dim=1, keepdim=True)
+    return group_centred(scores, mask) * num_scores / (num_scores - 1).clamp(min=1)
+
+
+def group_normalised(scores: Tensor, mask: Tensor) -> Tensor:
+    """(r − mean) / (std + 1e-4) within each group, with the unbiased std; GRPO (arXiv 2402.03300, section 4.1).
+
+    Arguments and shapes as in :func:`leave_one_out`.
+    """
+    centred = group_centred(scores, mask)
+    variance = centred.square().sum(dim=1, keepdim=True) / (mask.sum(dim=1, keepdim=True) - 1).clamp(min=1)
+    return centred / (variance.sqrt() + 1e-4)
+
+
+def group_centred(scores: Tensor, mask: Tensor) -> Tensor:
+    """R − mean within each group: GRPO without its division by the std, Dr. GRPO (arXiv 2503.20783).
+
+    Arguments and shapes as in :func:`leave_one_out`.
+    """
+    total = torch.where(mask, scores, 0.0).sum(dim=1, keepdim=True)
+    centred = scores - total / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    highest = torch.where(mask, scores, -torch.inf).amax(dim=1, keepdim=True)
+    lowest = torch.where(mask, scores, torch.inf).amin(dim=1, keepdim=True)
+    return torch.where(mask & (lowest < highest), centred, 0.0)  # the mean of equal scores is off by rounding

@@ -5,13 +5,11 @@ A folder is written beside its place and renamed, so that what bears its name is
 
 import json
 import logging
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,8 @@ from torch import Tensor
 
 from konic.finetuning.errors import ConfigError, OutputError
 from konic.finetuning.policy import Policy
-from konic.finetuning.results import FinetuningIterationResult, selection_reward
+from konic.finetuning.results import FinetuningIterationResult
+from konic.finetuning.state import TrainerState
 
 logger = logging.getLogger(__name__)
 
@@ -30,34 +29,11 @@ STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 BEST_FILE = "best.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-_IDENTITY = ("model_name", "use_lora", "lora_config", "batch_size", "seed", "dataset_config", "generation_config")
+_IDENTITY = (
+    "model_name", "use_lora", "lora_config", "algorithm", "batch_size", "num_generations", "seed", "dataset_config",
+    "generation_config",
+)  # fmt: skip
 _FREE = ("max_iterations", "iterations_done", "max_minutes", "eval_every", "model_kwargs", "device")
-
-
-@dataclass
-class TrainerState:
-    """Where a run stands. Random numbers and the position in the data follow from the iteration."""
-
-    iteration: int = 0
-    """Iterations done."""
-    num_steps: int = 0
-    """Optimizer steps taken, or planned and passed over because no sample had a score."""
-    elapsed_seconds: float = 0.0
-    history: list[FinetuningIterationResult] = field(default_factory=list)
-    best_weights: dict[str, Tensor] | None = field(default=None, repr=False)
-    """What learns, as it was when the best iteration sampled; on the CPU."""
-
-    def is_best(self, reward: float, on_held_out: bool) -> bool:
-        """True where a mean reward, of the held-out prompts or of a batch, is above all before it."""
-        before = (selection_reward(result, on_held_out) for result in self.history)
-        return not math.isnan(reward) and not any(earlier >= reward for earlier in before)
-
-    def add(self, result: FinetuningIterationResult, num_steps: int, elapsed_seconds: float) -> None:
-        """Count an iteration as done."""
-        self.iteration = result.iteration
-        self.num_steps += num_steps
-        self.elapsed_seconds = elapsed_seconds
-        self.history.append(result)
 
 
 @contextmanager

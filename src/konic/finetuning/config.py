@@ -3,6 +3,7 @@
 Defaults come from a paper or from a measurement, named beside them. Derived numbers are properties.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -11,6 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from konic.finetuning.errors import ConfigError, did_you_mean
 
 TokenId = Annotated[int, Field(ge=0)]
+
+AlgorithmName = Literal["ppo", "rloo", "grpo", "dr_grpo", "reinforce++"]
+GROUP_METHODS = ("rloo", "grpo", "dr_grpo")
+"""Algorithms that compare a response with others to the same prompt."""
+DEFAULT_GROUP_SIZE = 4
 
 DEFAULT_LORA_LEARNING_RATE = 1e-3
 DEFAULT_FULL_LEARNING_RATE = 1e-5
@@ -46,6 +52,11 @@ class Settings(BaseModel):
 class TrainingConfig(Settings):
     """How to learn. Sources: N, the 37 details (2023); N+, arXiv 2403.17031; Schulman 2016 (GAE), 2017 (PPO)."""
 
+    algorithm: AlgorithmName = "ppo"
+    """How rewards become advantages: "ppo" with a value head, "reinforce++" without one; "rloo", "grpo" and "dr_grpo"
+    compare the responses to one prompt."""
+    num_generations: int | None = Field(default=None, ge=1)
+    """Responses per prompt; None takes 4 for "rloo", "grpo" and "dr_grpo", and 1 for the others."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak step size of Adam; None takes the measured default of the mode, LoRA or full."""
     batch_size: int = Field(default=4, ge=1)
@@ -57,11 +68,24 @@ class TrainingConfig(Settings):
     num_minibatches: int = Field(default=1, ge=1)
     """Optimizer steps per pass."""
     kl_penalty_weight: float = Field(default=0.05, ge=0)
-    """β, the price of one nat of divergence from the reference, in units of reward."""
+    """β, the price of one nat of divergence from the reference, in units of reward; with kl_target, where it starts."""
+    kl_placement: Literal["reward", "loss"] | None = None
+    """Where the price is paid: "reward" takes β times the sampled token's log-ratio off its reward, "loss" adds β times
+    the exact KL, with its gradient. None takes the algorithm's own: "loss" for "grpo" and "dr_grpo", else "reward"."""
+    kl_target: float | None = Field(default=None, gt=0)
+    """Nats per response that an adaptive β steers to (Ziegler et al. 2019); None keeps β fixed."""
+    kl_horizon: int = Field(default=100, ge=1)
+    """Responses over which the adaptive β changes by a factor of at most e^0.2."""
+    kl_budget: float | None = Field(default=None, gt=0)
+    """Nats per response that the best weights may have paid; a run that goes beyond says so and goes on."""
     clip_ratio: float = Field(default=0.2, gt=0, lt=1)
     """ε of PPO's clipped objective; the value loss is clipped by the same amount."""
+    target_kl: float | None = Field(default=None, gt=0)
+    """Nats per token that one update may move the policy; beyond, its remaining steps are left out."""
     vf_coef: float = Field(default=0.1, ge=0)
     """Weight of the value loss (N)."""
+    value_warmup_iterations: int = Field(default=0, ge=0)
+    """First iterations in which only the value head learns, and the policy stays where it is; "ppo" only."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus."""
     gamma: float = Field(default=1.0, gt=0, le=1)
@@ -84,20 +108,53 @@ class TrainingConfig(Settings):
     """Evaluate on the held-out prompts every so many iterations, besides before the first and after the last."""
     max_minutes: float | None = Field(default=None, gt=0)
     """Stop after the iteration that passes this many minutes."""
+    self_checks: bool = True
+    """Watch every run for what goes wrong unseen: broken invariants stop it, other findings are told once."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds samples, minibatches and adapter weights; the order of prompts is DatasetConfig.shuffle_seed's."""
 
     @model_validator(mode="after")
     def _check_divisions(self) -> Self:
-        steps = self.num_minibatches * self.gradient_accumulation_steps
+        steps, group = self.num_minibatches * self.gradient_accumulation_steps, self.responses_per_prompt
+        unit = math.lcm(steps, group)
+        below = self.batch_size // unit * unit
+        nearest = "nearest valid batch_size: " + " or ".join(str(n) for n in (below, below + unit) if n)
         if self.batch_size % steps:
-            below = self.batch_size // steps * steps
-            nearest = " or ".join(str(n) for n in (below, below + steps) if n)
             raise ValueError(
                 f"batch_size={self.batch_size} cannot be split evenly into num_minibatches={self.num_minibatches} x "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}; nearest valid batch_size: {nearest}"
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}; {nearest}"
+            )
+        if self.batch_size % group:
+            raise ValueError(
+                f"batch_size={self.batch_size} responses cannot be split into groups of num_generations={group}; "
+                f"{nearest}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_algorithm(self) -> Self:
+        if self.algorithm in GROUP_METHODS and self.responses_per_prompt < 2:
+            raise ValueError(
+                f"algorithm={self.algorithm!r} compares the responses to one prompt: num_generations must be at least 2"
+            )
+        if self.value_warmup_iterations and (self.algorithm != "ppo" or self.vf_coef == 0):
+            raise ValueError(
+                f"value_warmup_iterations={self.value_warmup_iterations}, but with algorithm={self.algorithm!r} and "
+                f"vf_coef={self.vf_coef} no value head learns; that takes 'ppo' and vf_coef above 0"
+            )
+        return self
+
+    @property
+    def responses_per_prompt(self) -> int:
+        """n: num_generations, or the algorithm's own."""
+        if self.num_generations is not None:
+            return self.num_generations
+        return DEFAULT_GROUP_SIZE if self.algorithm in GROUP_METHODS else 1
+
+    @property
+    def prompts_per_iteration(self) -> int:
+        """Different prompts in one batch of responses."""
+        return self.batch_size // self.responses_per_prompt
 
     def peak_learning_rate(self, uses_lora: bool) -> float:
         """The learning rate set, or the measured default of the mode."""

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from konic.finetuning.agent import KonicFinetuningAgent
-from konic.finetuning.algorithms import ppo
+from konic.finetuning.algorithms import advantages_of
 from konic.finetuning.callbacks import BaseKonicFinetuningCallback, Callbacks
 from konic.finetuning.checkpoint import (
-    TrainerState,
     checkpoint_to_resume,
     load_checkpoint,
     read_record,
@@ -26,6 +25,7 @@ from konic.finetuning.checkpoint import (
     written_into,
     written_whole,
 )
+from konic.finetuning.checks import new_findings, require_sound_rollout
 from konic.finetuning.config import GenerationConfig, TrainingConfig
 from konic.finetuning.dataset import Prompt, PromptSet, load_prompts, make_prompts
 from konic.finetuning.errors import ConfigError, OutputError, TrainingError, did_you_mean
@@ -36,11 +36,12 @@ from konic.finetuning.learner import Learner, build_learner, pick_device
 from konic.finetuning.measures import RunClock, StageClock, iteration_result
 from konic.finetuning.models import check_model_kwargs
 from konic.finetuning.prompts import PromptBatch, make_prompt_batch
-from konic.finetuning.results import Evaluation, FinetuningIterationResult, FinetuningResult
+from konic.finetuning.results import Evaluation, FinetuningIterationResult, FinetuningResult, Selection
 from konic.finetuning.rewards import Scores, score
-from konic.finetuning.rollout import rollout
+from konic.finetuning.rollout import Rollout, rollout
 from konic.finetuning.run_folder import RunFolder
 from konic.finetuning.sampling import RandomKey
+from konic.finetuning.state import TrainerState
 from konic.finetuning.update import Schedule, update
 
 logger = logging.getLogger(__name__)
@@ -129,12 +130,13 @@ class KonicFinetuningEngine:
             evaluation = self._evaluate_held_out(folder) if self._is_evaluated(iteration) else None
             stages = StageClock()
 
-            batch = self._batch(prompts.batch((iteration - 1) * config.batch_size, config.batch_size))
+            batch = self._batch(prompts, iteration)
             callbacks.on_generation_begin(list(batch.texts))
 
             key = RandomKey(config.seed, iteration)
             rolled = rollout(learner.policy, batch, generation, learner.special, key, config.micro_batch_size)
-            rolled.require_agreement()
+            if config.self_checks:
+                require_sound_rollout(rolled, iteration)
             stages.lap("generation")
             callbacks.on_generation_end(list(batch.texts), list(rolled.texts))
 
@@ -142,19 +144,22 @@ class KonicFinetuningEngine:
             stages.lap("reward")
             callbacks.on_reward_computed(list(scores.rewards), {name: list(v) for name, v in scores.breakdown.items()})
 
-            advantages = ppo(rolled, scores, config, self.agent.kl_penalty_weight)
+            kl_weight = state.kl_penalty_weight(self.agent.kl_penalty_weight, config)
+            advantages = advantages_of(rolled, scores, config, kl_weight)
 
             with uninterrupted():
-                if self._is_best(scores, evaluation):
+                if self._is_best(rolled, scores, evaluation):
                     state.best_weights = snapshot(learner.policy)
                 with self._changing_weights():
-                    schedule = Schedule(state.num_steps, last * config.steps_per_iteration, self._learning_rate)
+                    schedule = self._schedule(iteration, last)
                     stats = update(learner.policy, learner.optimizer, rolled, advantages, config, schedule)
                     if iteration == 1:
                         learner.policy.check_reference()
                 stages.lap("update")
 
-                result = iteration_result(iteration, rolled, scores, stats, stages, evaluation)
+                result = self._checked(
+                    iteration_result(iteration, rolled, scores, advantages, stats, kl_weight, stages, evaluation)
+                )
                 state.add(result, config.steps_per_iteration, clock.elapsed_seconds)
                 folder.write_iteration(result, rolled, scores)
 
@@ -212,6 +217,10 @@ class KonicFinetuningEngine:
         return self._training.peak_learning_rate(uses_lora=self._learner.policy.uses_lora)
 
     @property
+    def _selection(self) -> Selection:
+        return Selection(self._training.eval_every is not None, self._training.kl_budget)
+
+    @property
     def _learner(self) -> Learner:
         device = pick_device(self.device)
         if self._built is None:
@@ -235,11 +244,30 @@ class KonicFinetuningEngine:
         every = self._training.eval_every
         return bool(self._prompts.held_out) and (iteration == 1 or bool(every and (iteration - 1) % every == 0))
 
-    def _is_best(self, scores: Scores, evaluation: Evaluation | None) -> bool:
+    def _is_best(self, rolled: Rollout, scores: Scores, evaluation: Evaluation | None) -> bool:
         """True where the policy that sampled is the best so far: on held-out prompts with eval_every, else by batch."""
-        if self._training.eval_every is None:
-            return self._state.is_best(mean(scores.scored()), on_held_out=False)
-        return evaluation is not None and self._state.is_best(evaluation.reward_mean, on_held_out=True)
+        if not self._selection.on_held_out:
+            reward, kl = mean(scores.scored()), rolled.kl.sum(dim=1).mean().item()
+        elif evaluation is not None:
+            reward, kl = evaluation.reward_mean, mean(evaluation.kl_per_response)
+        else:
+            return False
+        return self._state.is_best(reward, kl, self._selection)
+
+    def _schedule(self, iteration: int, last: int) -> Schedule:
+        config = self._training
+        total = last * config.steps_per_iteration
+        moves_policy = iteration > config.value_warmup_iterations
+        return Schedule(self._state.num_steps, total, self._learning_rate, moves_policy)
+
+    def _checked(self, result: FinetuningIterationResult) -> FinetuningIterationResult:
+        """The result with the names of what it shows for the first time, after telling it."""
+        if not self._training.self_checks:
+            return result
+        findings = new_findings([*self._state.history, result], self._training, self._generation)
+        for message in findings.values():
+            logger.warning("Iteration %d: %s", result.iteration, message)
+        return replace(result, checks=tuple(findings))
 
     def _evaluate_held_out(self, folder: RunFolder) -> Evaluation:
         evaluation = self._evaluation(self._prompts.held_out)
@@ -251,10 +279,13 @@ class KonicFinetuningEngine:
             raise ConfigError(f"{where} takes a list of prompts, got {type(prompts).__name__}.")
         return make_prompts(list(prompts), self.agent.get_dataset_config(), where)
 
-    def _batch(self, prompts: Sequence[Prompt]) -> PromptBatch:
-        learner = self._learner
+    def _batch(self, prompts: PromptSet, iteration: int) -> PromptBatch:
+        """The prompts of an iteration, each as often as it gets responses."""
+        config, learner = self._training, self._learner
+        count, repeats = config.prompts_per_iteration, config.responses_per_prompt
+        chosen = [p for p in prompts.batch((iteration - 1) * count, count) for _ in range(repeats)]
         length = self._generation.max_prompt_length
-        return make_prompt_batch(prompts, learner.policy.tokenizer, length, learner.special.pad, learner.policy.device)
+        return make_prompt_batch(chosen, learner.policy.tokenizer, length, learner.special.pad, learner.policy.device)
 
     def _prepare(
         self, max_iterations: int, save_every: int | None, resume: bool | str | os.PathLike[str] | None
@@ -290,6 +321,8 @@ class KonicFinetuningEngine:
                 "An error in an update left this engine's weights between two iterations. Make a new engine; with a "
                 "checkpoint, go on with train(resume_from_checkpoint=...)."
             )
+        if self._training.kl_target is not None and self.agent.kl_penalty_weight == 0:
+            raise ConfigError("kl_target steers kl_penalty_weight by factors: start it above 0, such as 0.05.")
         first = self._prompts.rows[0]
         chat = [] if isinstance(first.content, str) else ["messages"]
         self.agent.get_reward_composer().check_columns(dict.fromkeys([*first.columns, *chat]))
@@ -362,8 +395,7 @@ class KonicFinetuningEngine:
 
     def _result(self, model_path: str | None, stopped: str | None) -> FinetuningResult:
         state, name = self._state, self.agent.get_base_model()
-        by_held_out = self._training.eval_every is not None
-        return FinetuningResult(name, list(state.history), state.elapsed_seconds, model_path, stopped, by_held_out)
+        return FinetuningResult(name, list(state.history), state.elapsed_seconds, model_path, stopped, self._selection)
 
 
 def _reason_to_stop(result: FinetuningIterationResult, callbacks: Callbacks, clock: RunClock) -> str | None:

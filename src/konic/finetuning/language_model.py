@@ -4,6 +4,7 @@ Shapes: B sequences, T tokens of prompt and response, R response tokens, H hidde
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +13,24 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from konic.finetuning.errors import ModelError
-from konic.finetuning.losses import entropies, token_log_probs
+from konic.finetuning.losses import entropies, exact_kl, token_log_probs
 from konic.finetuning.prompts import position_ids
 
 MAX_LOGITS = 2**24
 """Logits held at once when tokens are scored: 64 MB in fp32, whatever the batch."""
 MAX_KEPT_LOGITS = 2**26
 """Logits kept from a forward pass for its backward pass: 256 MB in fp32; beyond them they are computed twice."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What tokens are worth. Tensors are [B, R], 0 outside the mask."""
+
+    log_probs: Tensor
+    entropy: Tensor | None
+    """Nats; None unless asked for."""
+    kl: Tensor | None
+    """Exact KL from the reference, nats; None without one."""
 
 
 class LanguageModel:
@@ -84,9 +96,16 @@ class LanguageModel:
 
 
 def score_tokens(
-    model: LanguageModel, hidden: Tensor, tokens: Tensor, mask: Tensor, temperature: float, needs_entropy: bool
-) -> tuple[Tensor, ...]:
-    """Log-probs [B, R], and entropies [B, R] if needed, of tokens, 0 outside the mask.
+    model: LanguageModel,
+    hidden: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    temperature: float,
+    *,
+    needs_entropy: bool,
+    reference: tuple[Callable[[Tensor], Tensor], Tensor] | None,
+) -> TokenScores:
+    """What the tokens that count are worth under a model, and how far it is from a reference there.
 
     Memory does not grow with B·R·V: with gradients, a batch of more than 2^26 logits drops each chunk's after the
     forward pass and computes them again in the backward one.
@@ -98,17 +117,27 @@ def score_tokens(
         mask: [B, R]; only these are computed.
         temperature: > 0.
         needs_entropy: False saves three passes over the logits.
+        reference: The reference's function from hidden states to logits, without gradient, and its hidden states
+            [B, R, H] at the same tokens; None where no KL is needed.
     """
     recompute = torch.is_grad_enabled() and int(mask.sum()) * model.vocabulary_size > MAX_KEPT_LOGITS
 
-    def score(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    def score(hidden: Tensor, tokens: Tensor, *ref_hidden: Tensor) -> tuple[Tensor, ...]:
         log_probs, log_softmax = token_log_probs(model.logits(hidden), tokens, temperature)
-        return (log_probs, entropies(log_softmax)) if needs_entropy else (log_probs,)
+        found = [log_probs]
+        if needs_entropy:
+            found.append(entropies(log_softmax))
+        if reference is not None:
+            found.append(exact_kl(log_softmax, (reference[0](ref_hidden[0]) / temperature).log_softmax(dim=-1)))
+        return tuple(found)
 
-    def score_chunk(hidden: Tensor, tokens: Tensor) -> Any:
-        return checkpoint(score, hidden, tokens, use_reentrant=False) if recompute else score(hidden, tokens)
+    def score_chunk(*inputs: Tensor) -> Any:
+        return checkpoint(score, *inputs, use_reentrant=False) if recompute else score(*inputs)
 
-    return map_tokens(score_chunk, mask, model.vocabulary_size, hidden, tokens)
+    inputs = (hidden, tokens) if reference is None else (hidden, tokens, reference[1])
+    log_probs, *rest = map_tokens(score_chunk, mask, model.vocabulary_size, *inputs)
+    entropy = rest.pop(0) if needs_entropy else None
+    return TokenScores(log_probs, entropy, rest.pop() if rest else None)
 
 
 def map_tokens(

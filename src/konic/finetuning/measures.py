@@ -1,12 +1,13 @@
-"""Rollout + Scores + UpdateStats -> FinetuningIterationResult: the numbers of one iteration."""
+"""Rollout + Scores + Advantages + UpdateStats -> FinetuningIterationResult: the numbers of one iteration."""
 
 import math
 import statistics
 import time
 from collections.abc import Sequence
 
+from konic.finetuning.algorithms import Advantages
 from konic.finetuning.intervals import mean
-from konic.finetuning.losses import k1
+from konic.finetuning.losses import k1, k3
 from konic.finetuning.results import Evaluation, FinetuningIterationResult, mean_of_present
 from konic.finetuning.rewards import Scores
 from konic.finetuning.rollout import Rollout
@@ -55,7 +56,9 @@ def iteration_result(
     iteration: int,
     rollout: Rollout,
     scores: Scores,
+    advantages: Advantages,
     stats: UpdateStats,
+    kl_penalty_weight: float,
     clock: StageClock,
     evaluation: Evaluation | None,
 ) -> FinetuningIterationResult:
@@ -63,6 +66,7 @@ def iteration_result(
     mask = rollout.response_mask
     lengths = mask.sum(dim=1).tolist()
     rewards = scores.scored()
+    log_ratios = (rollout.log_probs - rollout.ref_log_probs)[mask]
     return FinetuningIterationResult(
         iteration=iteration,
         reward_mean=mean(rewards),
@@ -86,17 +90,28 @@ def iteration_result(
         update_time_sec=clock.seconds["update"],
         total_time_sec=clock.total,
         kl_per_response=rollout.kl.sum(dim=1).mean().item(),
-        kl_k1=k1(rollout.log_probs - rollout.ref_log_probs)[mask].mean().item(),
+        kl_k1=k1(log_ratios).mean().item(),
+        kl_k3=k3(log_ratios).mean().item(),
+        kl_loss=stats.kl_loss,
+        kl_penalty_weight=kl_penalty_weight,
         entropy=rollout.entropy[mask].mean().item(),
         sampler_gap=rollout.sampler_gap(),
         first_log_ratio=stats.first_log_ratio,
         grad_norm=stats.grad_norm,
+        num_steps=stats.num_steps,
+        no_signal_fraction=_no_signal_fraction(advantages),
         ended_fraction=rollout.samples.ended.double().mean().item(),
         num_samples=len(scores.rewards),
         num_unscored=len(scores.rewards) - len(rewards),
         eval_reward_mean=evaluation.reward_mean if evaluation else math.nan,
         eval_kl_per_response=mean(evaluation.kl_per_response) if evaluation else math.nan,
     )
+
+
+def _no_signal_fraction(advantages: Advantages) -> float:
+    scored = advantages.mask.any(dim=1)
+    silent = scored & ~(advantages.advantages != 0).any(dim=1)
+    return silent.sum().item() / max(1, scored.sum().item())
 
 
 def _std(values: Sequence[float]) -> float:

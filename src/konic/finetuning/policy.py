@@ -9,6 +9,8 @@ from pathlib import Path
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,6 +132,15 @@ class Policy:
         elif self._adapted is not None:
             with self._adapted.disable_adapter():
                 yield self.language_model
+
+    @torch.no_grad()
+    def reference_logits(self, hidden: Tensor) -> Tensor:
+        """The reference's logits [..., V] of its own hidden states [..., H], in fp32 or better."""
+        head = self.language_model.causal_lm.get_output_embeddings()
+        if self._frozen_copy is None and not isinstance(head, BaseTunerLayer | ModulesToSaveWrapper):
+            return self.language_model.logits(hidden)  # one head for both: nothing to switch off
+        with self.reference() as reference:
+            return reference.logits(hidden)
 
     @contextmanager
     def merged(self) -> Iterator[LanguageModel]:

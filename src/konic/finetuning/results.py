@@ -50,6 +50,12 @@ class FinetuningIterationResult:
     """Exact KL summed over each response, mean, nats."""
     kl_k1: float = 0.0
     """Mean of log π − log π_ref of the sampled tokens: unbiased, noisy, of either sign."""
+    kl_k3: float = 0.0
+    """The k3 estimate from the sampled tokens, mean: unbiased, less noisy near 0, never negative."""
+    kl_loss: float = 0.0
+    """Exact KL(π ‖ π_ref) per token at the update's steps, nats; 0 where the penalty is in the reward."""
+    kl_penalty_weight: float = 0.0
+    """β of this iteration; it changes with kl_target."""
     entropy: float = 0.0
     """Of the sampling distribution, nats per token."""
     sampler_gap: float = 0.0
@@ -58,6 +64,10 @@ class FinetuningIterationResult:
     """Largest |log-ratio| before the first optimizer step."""
     grad_norm: float = 0.0
     """Before clipping, mean over optimizer steps."""
+    num_steps: int = 0
+    """Optimizer steps taken: fewer than planned where target_kl stopped the update or no sample had a score."""
+    no_signal_fraction: float = 0.0
+    """Share of the samples with a reward whose every advantage is 0: for group methods, those of equal groups."""
     ended_fraction: float = 0.0
     """Share of responses that ended by themselves rather than at max_new_tokens."""
     num_samples: int = 0
@@ -67,6 +77,8 @@ class FinetuningIterationResult:
     """Of the same policy on the held-out prompts; NaN where it was not evaluated."""
     eval_kl_per_response: float = math.nan
     """Nats, mean over the held-out prompts; NaN where it was not evaluated."""
+    checks: tuple[str, ...] = ()
+    """Names of the self-checks that this iteration was the first to fail."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values; NaN becomes None."""
@@ -77,6 +89,7 @@ class FinetuningIterationResult:
         """The result that :meth:`to_dict` made."""
         floats = {f.name for f in fields(cls) if f.type is float}
         filled: dict[str, Any] = {n: math.nan if v is None and n in floats else v for n, v in values.items()}
+        filled["checks"] = tuple(values.get("checks", ()))
         filled["reward_breakdown"] = {n: math.nan if v is None else v for n, v in values["reward_breakdown"].items()}
         return cls(**filled)
 
@@ -113,6 +126,27 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """How the best iteration is chosen: by the mean reward of its sampling policy, where that kept to its budget."""
+
+    on_held_out: bool = False
+    """On the held-out prompts, with eval_every; else on the iteration's own batch."""
+    kl_budget: float | None = None
+    """Nats per response; a policy that paid more is out."""
+
+    def reward(self, result: FinetuningIterationResult) -> float:
+        """What an iteration is chosen by, NaN where it is out."""
+        if self.on_held_out:
+            return self.allowed(result.eval_reward_mean, result.eval_kl_per_response)
+        return self.allowed(result.reward_mean, result.kl_per_response)
+
+    def allowed(self, reward: float, kl_per_response: float) -> float:
+        """A reward, or NaN where the KL paid for it is beyond the budget."""
+        is_in_budget = self.kl_budget is None or kl_per_response <= self.kl_budget
+        return reward if is_in_budget else math.nan
+
+
+@dataclass(frozen=True)
 class FinetuningResult:
     """A whole run, across resumes."""
 
@@ -123,8 +157,8 @@ class FinetuningResult:
     """The folder of the final model."""
     stopped_because: str | None = None
     """Why it ended before max_iterations, or None."""
-    best_is_on_held_out: bool = False
-    """True where the best iteration is chosen by its held-out reward: with eval_every."""
+    selection: Selection = Selection()
+    """How the best iteration is chosen."""
     before: Evaluation | None = field(default=None, repr=False)
     """The held-out prompts before training; None without any."""
     after: Evaluation | None = field(default=None, repr=False)
@@ -137,11 +171,9 @@ class FinetuningResult:
 
     @property
     def best(self) -> FinetuningIterationResult | None:
-        """The iteration with the highest mean reward, on held-out prompts with eval_every; the first of equals."""
-        scored = [
-            result for result in self.history if not math.isnan(selection_reward(result, self.best_is_on_held_out))
-        ]
-        return max(scored, key=lambda result: selection_reward(result, self.best_is_on_held_out), default=None)
+        """The iteration with the highest reward by `selection`; the first of equals."""
+        allowed = [result for result in self.history if not math.isnan(self.selection.reward(result))]
+        return max(allowed, key=self.selection.reward, default=None)
 
     @property
     def held_out_gain(self) -> Interval | None:
@@ -158,7 +190,7 @@ class FinetuningResult:
     @property
     def best_reward(self) -> float:
         """Its mean reward, on held-out prompts with eval_every; NaN before any iteration."""
-        return selection_reward(self.best, self.best_is_on_held_out) if self.best else math.nan
+        return self.selection.reward(self.best) if self.best else math.nan
 
     @property
     def final_reward_mean(self) -> float:
@@ -214,11 +246,6 @@ class FinetuningResult:
             "stopped_because": self.stopped_because,
         }
         return _json_values(values) | {"history": [result.to_dict() for result in self.history]}
-
-
-def selection_reward(result: FinetuningIterationResult, on_held_out: bool) -> float:
-    """What the best iteration is chosen by: its reward on the held-out prompts, or on its own batch."""
-    return result.eval_reward_mean if on_held_out else result.reward_mean
 
 
 def mean_of_present(values: Sequence[float]) -> float:

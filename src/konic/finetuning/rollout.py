@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 
 from konic.finetuning.config import GenerationConfig
-from konic.finetuning.errors import TrainingError
 from konic.finetuning.language_model import map_tokens
 from konic.finetuning.losses import entropies, exact_kl, token_log_probs
 from konic.finetuning.policy import Policy
 from konic.finetuning.prompts import PromptBatch
 from konic.finetuning.sampling import RandomKey, Samples, SpecialTokens, sample
-
-MAX_SAMPLER_GAP = 1e-3
-"""Mean |Δ log-prob| per token, nats, between sampler and trainer in fp32; rounding stays below a hundredth of it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,9 @@ class Rollout:
     """[B, R] entropy of that distribution, nats."""
     values: Tensor
     """[B, R] the value head's expectation before each token."""
+    ref_hidden: Tensor
+    """[B, R, H] the reference's last hidden states, from which its distributions are made again for a KL in the loss;
+    any value outside `response_mask`."""
 
     @property
     def response_mask(self) -> Tensor:
@@ -60,16 +59,6 @@ class Rollout:
     def mask(self) -> Tensor:
         """[B, P + R] True on tokens of prompts and responses."""
         return torch.cat([self.batch.mask, self.response_mask], dim=1)
-
-    def require_agreement(self) -> None:
-        """Raise TrainingError where what sampled and what trains make different log-probs of the same tokens."""
-        gap = self.sampler_gap()
-        if self.in_full_precision and not gap <= MAX_SAMPLER_GAP:
-            raise TrainingError(
-                f"Sampler and trainer disagree by {gap:.2g} nats per token about the tokens sampled, over "
-                f"{MAX_SAMPLER_GAP:g}: the model reads a cached sequence differently from a whole one. "
-                "Nothing was updated. Try model_kwargs={'attn_implementation': 'eager'}, and please report it."
-            )
 
     def sampler_gap(self) -> float:
         """Mean |Δ log-prob| per token, nats, between what sampled the responses and what trains on them."""
@@ -109,7 +98,7 @@ def rollout(
 
 @torch.no_grad()
 def _score(policy: Policy, batch: PromptBatch, samples: Samples, rows: slice, temperature: float) -> tuple[Tensor, ...]:
-    """Log-probs, reference log-probs, exact KL, entropy and values [b, R] of some rows."""
+    """Log-probs, reference log-probs, exact KL, entropy, values [b, R] and reference hidden states of some rows."""
     tokens, response_mask = samples.response_ids[rows], samples.response_mask[rows]
     ids = torch.cat([batch.ids[rows], tokens], dim=1)
     mask = torch.cat([batch.mask[rows], response_mask], dim=1)
@@ -120,9 +109,8 @@ def _score(policy: Policy, batch: PromptBatch, samples: Samples, rows: slice, te
 
     def score(hidden: Tensor, ref_hidden: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         log_probs, log_softmax = token_log_probs(model.logits(hidden), tokens, temperature)
-        with policy.reference() as reference:
-            ref_log_probs, ref_log_softmax = token_log_probs(reference.logits(ref_hidden), tokens, temperature)
+        ref_log_probs, ref_log_softmax = token_log_probs(policy.reference_logits(ref_hidden), tokens, temperature)
         kl = exact_kl(log_softmax, ref_log_softmax)
         return log_probs, ref_log_probs, kl, entropies(log_softmax), policy.values(hidden)
 
-    return map_tokens(score, response_mask, model.vocabulary_size, hidden, ref_hidden, tokens)
+    return *map_tokens(score, response_mask, model.vocabulary_size, hidden, ref_hidden, tokens), ref_hidden

@@ -5,6 +5,7 @@ Shapes: B sequences, R response tokens; b sequences of one micro-batch.
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +37,7 @@ class UpdateStats:
     entropy_loss: float
     """−entropy, nats: of the policy at each step where entropy_coef > 0, else of the policy that sampled."""
     total_loss: float
-    """policy_loss + vf_coef · value_loss + entropy_coef · entropy_loss."""
+    """policy_loss + vf_coef · value_loss + entropy_coef · entropy_loss + β · kl_loss, of what is learned from."""
     clip_fraction: float
     """Share of tokens whose ratio had left [1 − ε, 1 + ε], over all steps."""
     approx_kl: float
@@ -49,6 +50,14 @@ class UpdateStats:
     """Of the returns by the values before the update; NaN where returns do not vary."""
     first_log_ratio: float
     """Largest |log-ratio| before the first step: 0 where old and new log-probs come from the same shapes."""
+    kl_loss: float
+    """Exact KL(π ‖ π_ref) per token at the update's steps, nats; 0 where the penalty is in the reward."""
+    num_steps: int
+    """Optimizer steps taken: fewer than planned where target_kl stopped the update or no sample had a score."""
+
+
+MAX_FIRST_LOG_RATIO = 1e-3
+"""Largest |log-ratio| before the first step in fp32; rounding stays below a tenth of it."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,8 @@ class Schedule:
     """Optimizer steps planned over the whole run."""
     peak: float
     """The learning rate at the end of warm-up."""
+    moves_policy: bool = True
+    """False while only the value head learns."""
 
 
 def make_optimizer(policy: Policy, config: TrainingConfig) -> torch.optim.AdamW:
@@ -81,34 +92,42 @@ def update(
     A token average is a sum over the whole optimizer step divided by its true token count, whatever the micro-batches.
 
     Raises:
-        TrainingError: A loss or gradient is not finite; the step is not taken.
+        TrainingError: A loss or gradient is not finite, or the log-ratio does not start at 0; the step is not taken.
     """
     steps: list[Tensor] = []
     first_log_ratio = 0.0
     rate = 0.0
-    with policy.training_mode():
+    with policy.training_mode(), _gradients_dropped_after(optimizer):
         for index, rows in enumerate(_minibatches(len(rollout.batch), config, schedule.first_step)):
             num_tokens = int(advantages.mask[rows].sum())
             if num_tokens == 0:
                 continue  # every sample abstained: there is nothing to follow
-            totals, largest = _accumulate(policy, rollout, advantages, rows, num_tokens, config)
-            first_log_ratio = largest if index == 0 else first_log_ratio
+            totals, largest = _accumulate(policy, rollout, advantages, rows, num_tokens, config, schedule.moves_policy)
+            if not steps:
+                first_log_ratio = largest
+                _require_unit_ratio(largest, rollout, config)
+            if config.target_kl is not None and totals[APPROX_KL] > config.target_kl:
+                break
             rate = _learning_rate(schedule, index, config)
             norm = _step(policy, optimizer, rate, config.max_grad_norm)
             steps.append(torch.cat([totals, norm[None].to(totals)]))
-    means = torch.stack(steps).mean(dim=0).tolist() if steps else [0.0] * 6
-    policy_mean, value_mean, entropy_mean, clip_fraction, approx_kl, grad_norm = means
+    means = torch.stack(steps).mean(dim=0).tolist() if steps else [0.0] * 7
+    policy_mean, value_mean, entropy_mean, kl_mean, clip_fraction, approx_kl, grad_norm = means
+    value_part = advantages.value_loss_weight * value_mean
+    policy_part = policy_mean - config.entropy_coef * entropy_mean + advantages.kl_loss_weight * kl_mean
     return UpdateStats(
         policy_loss=policy_mean,
         value_loss=value_mean,
         entropy_loss=-entropy_mean,
-        total_loss=policy_mean + config.vf_coef * value_mean - config.entropy_coef * entropy_mean,
+        total_loss=value_part + (policy_part if schedule.moves_policy else 0.0),
         clip_fraction=clip_fraction,
         approx_kl=approx_kl,
         grad_norm=grad_norm,
         learning_rate=rate,
         explained_variance=_explained_variance(rollout, advantages),
         first_log_ratio=first_log_ratio,
+        kl_loss=kl_mean,
+        num_steps=len(steps),
     )
 
 
@@ -130,6 +149,15 @@ def learning_rate_at(step: int, total_steps: int, peak: float, warmup_steps: int
     return peak * (1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)
 
 
+@contextmanager
+def _gradients_dropped_after(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """On leaving, by an error too, no gradient of a step that was not taken stays behind."""
+    try:
+        yield
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+
+
 def _minibatches(num_rows: int, config: TrainingConfig, first_step: int) -> Iterator[np.ndarray]:
     """The rows of every optimizer step: each epoch is a new permutation, keyed by seed, first step and epoch."""
     for epoch in range(config.ppo_epochs):
@@ -140,6 +168,10 @@ def _minibatches(num_rows: int, config: TrainingConfig, first_step: int) -> Iter
         yield from np.split(generator.permutation(num_rows), config.num_minibatches)
 
 
+APPROX_KL = 5
+"""Where the divergence from the sampling policy stands among the means of a step."""
+
+
 def _accumulate(
     policy: Policy,
     rollout: Rollout,
@@ -147,36 +179,57 @@ def _accumulate(
     rows: np.ndarray,
     num_tokens: int,
     config: TrainingConfig,
+    moves_policy: bool,
 ) -> tuple[Tensor, float]:
-    """Add one optimizer step's gradients; its means [policy, value, entropy, clipped, KL] and largest |log-ratio|."""
-    totals = torch.zeros(5, dtype=torch.float64)
+    """Add one optimizer step's gradients.
+
+    Returns:
+        Its means per token [6]: policy loss, value loss, entropy, exact KL, clipped, approximate KL; and the largest
+        |log-ratio|.
+    """
+    totals = torch.zeros(6, dtype=torch.float64)
     largest = 0.0
     for part in np.split(rows, config.gradient_accumulation_steps):
         chosen = torch.from_numpy(part).to(rollout.ids.device)
         mask = advantages.mask[chosen]
         if not mask.any():
             continue
-        num_response_tokens = mask.shape[1]
-        model = policy.language_model
-        hidden = model.response_hidden(rollout.ids[chosen], rollout.mask[chosen], num_response_tokens)
-        tokens = rollout.samples.response_ids[chosen]
-        needs_entropy = config.entropy_coef > 0
-        log_probs, *scored = score_tokens(model, hidden, tokens, mask, rollout.temperature, needs_entropy)
-        entropy = scored[0] if needs_entropy else rollout.entropy[chosen] * mask
-        ratios = log_ratio(log_probs, rollout.log_probs[chosen], mask)
-        policy_losses = policy_loss(ratios, advantages.advantages[chosen], mask, config.clip_ratio)
-        value_losses = value_loss(
-            policy.values(hidden), rollout.values[chosen], advantages.returns[chosen], mask, config.clip_ratio
-        )
-        losses = policy_losses + config.vf_coef * value_losses - config.entropy_coef * entropy
+        model, num_response_tokens = policy.language_model, mask.shape[1]
+        with torch.set_grad_enabled(moves_policy):
+            hidden = model.response_hidden(rollout.ids[chosen], rollout.mask[chosen], num_response_tokens)
+            scored = score_tokens(
+                model, hidden, rollout.samples.response_ids[chosen], mask, rollout.temperature,
+                needs_entropy=config.entropy_coef > 0,
+                reference=(policy.reference_logits, rollout.ref_hidden[chosen]) if advantages.kl_loss_weight else None,
+            )  # fmt: skip
+            ratios = log_ratio(scored.log_probs, rollout.log_probs[chosen], mask)
+            policy_losses = policy_loss(ratios, advantages.advantages[chosen], mask, config.clip_ratio)
+            entropy = rollout.entropy[chosen] * mask if scored.entropy is None else scored.entropy
+            kl = torch.zeros_like(policy_losses) if scored.kl is None else scored.kl
+            losses = policy_losses - config.entropy_coef * entropy + advantages.kl_loss_weight * kl
+        value_losses = torch.zeros_like(policy_losses)
+        if advantages.value_loss_weight:
+            values, old_values = policy.values(hidden), rollout.values[chosen]
+            value_losses = value_loss(values, old_values, advantages.returns[chosen], mask, config.clip_ratio)
+            losses = losses + advantages.value_loss_weight * value_losses
         _require_finite(losses, mask, rollout, part)
         torch.autograd.backward(losses.sum() / num_tokens)
         with torch.no_grad():
             clipped = clipped_tokens(ratios, mask, config.clip_ratio)
-            parts = (policy_losses, value_losses, entropy, clipped, torch.where(mask, k3(-ratios), 0.0))
+            parts = (policy_losses, value_losses, entropy, kl, clipped, torch.where(mask, k3(-ratios), 0.0))
             totals += torch.stack([tensor.double().sum() for tensor in parts]).cpu()
             largest = max(largest, ratios.abs().max().item())
     return totals / num_tokens, largest
+
+
+def _require_unit_ratio(largest: float, rollout: Rollout, config: TrainingConfig) -> None:
+    if config.self_checks and rollout.in_full_precision and not largest <= MAX_FIRST_LOG_RATIO:
+        raise TrainingError(
+            f"Before the first step the policy is the one that sampled, but its log-probs differ by up to {largest:.2g}"
+            f" nats, over {MAX_FIRST_LOG_RATIO:g}: something in the model changes from one pass to the next, such as "
+            "dropout, a batch norm or random routing. The step was not taken. TrainingConfig(self_checks=False) goes "
+            "on in spite of it."
+        )
 
 
 def _require_finite(losses: Tensor, mask: Tensor, rollout: Rollout, part: np.ndarray) -> None:
@@ -201,7 +254,6 @@ def _step(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_gra
     if not norm.isfinite():
         broken = (n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all())
         name = next(broken, "all weights together")
-        optimizer.zero_grad(set_to_none=True)
         raise TrainingError(f"The gradient of {name} is not finite. The step was not taken; lower the learning rate.")
     torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_grad_norm, norm)
     for group in optimizer.param_groups:

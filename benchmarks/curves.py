@@ -1,0 +1,187 @@
+"""Held-out reward over the KL paid for it, on the demo's task: every algorithm here, and TRL's GRPO, for the same time.
+
+python benchmarks/curves.py run [--peer PYTHON] [--seconds 300] [--seeds 0 1 2] [--only NAME ...]
+python benchmarks/curves.py show
+
+`run` adds a line per evaluation to benchmarks/results/curves.jsonl and leaves out what stands there already, so it can
+be stopped and started again. PYTHON is that of an environment with TRL. Run it on a machine that does nothing else: the
+time is part of the result. `show` writes the tables and the picture that the docs show.
+
+Seconds are those of training alone; every minute of them the policy is tried on the 64 held-out prompts.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from konic.demo import build_agent
+from konic.finetuning import KonicFinetuningAgent, KonicFinetuningCallback, KonicFinetuningEngine
+from konic.finetuning.dataset import load_prompts
+from konic.finetuning.evaluation import evaluate
+from konic.finetuning.intervals import distinct_n, mean
+from konic.finetuning.learner import build_learner
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "curves.jsonl"
+ROUND_SECONDS = 60
+
+OURS = {
+    "konic ppo": {},
+    "konic rloo": {"algorithm": "rloo"},
+    "konic grpo": {"algorithm": "grpo"},
+    "konic dr_grpo": {"algorithm": "dr_grpo"},
+    "konic reinforce++": {"algorithm": "reinforce++"},
+}
+PEER = {
+    f"TRL grpo, {rate:g}, {passes} passes" if passes > 1 else f"TRL grpo, {rate:g}, 1 pass": (rate, passes)
+    for passes in (4, 1)
+    for rate in (1e-3, 5e-4, 3e-4)
+}
+
+
+class StopEveryMinute(KonicFinetuningCallback):
+    """Ends `train` after each minute of training, so that the policy is evaluated, and counts the seconds."""
+
+    def __init__(self):
+        super().__init__(verbose=False)
+        self.seconds, self.until = 0.0, ROUND_SECONDS
+
+    def should_stop_early(self, result):
+        self.seconds += result.total_time_sec
+        return self.seconds >= self.until
+
+
+def agent_of(settings, seed):
+    demo = build_agent()
+    return KonicFinetuningAgent(
+        base_model=demo.get_base_model(),
+        reward_composer=demo.get_reward_composer(),
+        lora_config=demo.get_lora_config(),
+        dataset_config=demo.get_dataset_config(),
+        training_config={**demo.get_training_config().model_dump(), **settings, "seed": seed},
+        generation_config=demo.get_generation_config(),
+    )
+
+
+def point(evaluation, **where):
+    return where | {
+        "reward": evaluation.reward_mean,
+        "parts": evaluation.reward_breakdown,
+        "kl": mean(evaluation.kl_per_response),
+        "tokens": mean(evaluation.response_lengths),
+        "distinct_2": distinct_n(evaluation.responses),
+        "examples": evaluation.responses[:3],
+    }
+
+
+def run_ours(settings, seed, seconds):
+    """Points of one run of ours, the first before training."""
+    clock = StopEveryMinute()
+    with tempfile.TemporaryDirectory() as folder:
+        engine = KonicFinetuningEngine.from_agent(
+            agent_of(settings, seed), checkpoint_dir=f"{folder}/run", callback=clock
+        )
+        while clock.seconds < seconds:
+            result = engine.train(1000)
+            if clock.until == ROUND_SECONDS:
+                yield point(result.before, seconds=0.0, samples=0)
+            yield point(result.after, seconds=clock.seconds, samples=result.total_samples)
+            clock.until += ROUND_SECONDS
+
+
+def run_peer(python, rate, passes, seed, seconds):
+    """Points of one run of TRL's, evaluated by our code on the same prompts with the same random numbers."""
+    agent = agent_of({}, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [python, HERE / "peer_trl.py", folder, "--learning-rate", rate, "--num-iterations", passes]
+        command += ["--seed", seed, "--seconds", seconds]
+        source = {"PYTHONPATH": str(HERE.parent / "src"), "HF_HUB_OFFLINE": "1"}
+        subprocess.run([str(part) for part in command], check=True, capture_output=True, env=os.environ | source)
+        yield from peer_points(Path(folder), agent, seed)
+
+
+def peer_points(folder, agent, seed):
+    steps = json.loads((folder / "steps.json").read_text())
+    learner = build_learner(agent, torch.device("cpu"))
+    prompts = load_prompts(agent.get_dataset_config()).held_out
+    saved = sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    for path in [None, *saved]:
+        if path is not None:
+            set_peft_model_state_dict(learner.policy.model, load_file(path / "adapter_model.safetensors"))
+        composer, generation = agent.get_reward_composer(), agent.get_generation_config()
+        evaluation = evaluate(learner.policy, composer, prompts, generation, learner.special, seed)
+        used = 0.0 if path is None else float(path.name)
+        before, done = 0.0, 0
+        while path is not None and done < len(steps["steps"]) and before < used - 0.5:
+            before, done = before + steps["steps"][done], done + 1
+        # a batch is sampled once for every `num_iterations` steps
+        passes, size = steps["settings"]["num_iterations"], steps["settings"]["batch_size"]
+        yield point(evaluation, seconds=used, samples=-(-done // passes) * size)
+
+
+def machine():
+    cpu = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),  # noqa: SIM115
+        platform.processor(),
+    )
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    return f"{os.cpu_count()} cores of {cpu}; Python {platform.python_version()}, {packages}, TRL 1.16.0"
+
+
+def run(options):
+    RESULTS.parent.mkdir(exist_ok=True)
+    done = {(row["system"], row["seed"]) for row in rows()}
+    systems = {name: lambda seed, s=settings: run_ours(s, seed, options.seconds) for name, settings in OURS.items()}
+    if options.peer:
+        systems |= {
+            name: lambda seed, p=setting: run_peer(options.peer, *p, seed, options.seconds)
+            for name, setting in PEER.items()
+        }
+    for seed in options.seeds:
+        for name, points in systems.items():
+            if (name, seed) in done or (options.only and name not in options.only):
+                continue
+            found = [{"system": name, "seed": seed, "machine": machine()} | row for row in points(seed)]
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in found)
+            last = found[-1]
+            print(f"{name}, seed {seed}: {found[0]['reward']:.3f} -> {last['reward']:.3f} at {last['kl']:.2f} nats, "
+                  f"{last['seconds']:.0f} s, {last['samples']} samples", flush=True)  # fmt: skip
+            gc.collect()
+
+
+def rows():
+    if not RESULTS.exists():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["run", "show"])
+    parser.add_argument("--peer", help="the python of an environment with TRL 1.16")
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", help="names of systems, such as 'konic ppo'")
+    options = parser.parse_args()
+    if options.action == "run":
+        run(options)
+    else:
+        from curves_show import show
+
+        show(rows())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Points of runs -> the tables and the picture of docs/algorithms.md: what curves.py measured."""
+
+import math
+import re
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("agg")
+import matplotlib.pyplot as plt
+
+DOCS = Path(__file__).parent.parent / "docs"
+BUDGETS = (2, 4, 8, 16)
+START, END = "<!-- curves: made by make curves -->", "<!-- end of curves -->"
+
+
+def spread(values):
+    """Mean and standard deviation, as text."""
+    present = [value for value in values if not math.isnan(value)]
+    if not present:
+        return "–"
+    deviation = f" ± {statistics.stdev(present):.2f}" if len(present) > 1 else ""
+    return f"{statistics.mean(present):.2f}{deviation}"
+
+
+def best_within(points, budget):
+    """The highest held-out reward of a run's points that paid at most so many nats per response."""
+    return max((point["reward"] for point in points if point["kl"] <= budget), default=math.nan)
+
+
+def by_system(rows):
+    runs = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        runs[row["system"]][row["seed"]].append(row)
+    return runs
+
+
+def final_table(runs):
+    lines = [
+        "| system | seeds | seconds | samples | reward before | after | nats per response | tokens | distinct-2 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, seeds in runs.items():
+        first, last = [points[0] for points in seeds.values()], [points[-1] for points in seeds.values()]
+        cells = [spread([point["reward"] for point in first])]
+        cells += [spread([point[key] for point in last]) for key in ("reward", "kl", "tokens", "distinct_2")]
+        seconds, samples = (statistics.mean(point[key] for point in last) for key in ("seconds", "samples"))
+        lines.append(f"| {name} | {len(seeds)} | {seconds:.0f} | {samples:.0f} | {' | '.join(cells)} |")
+    return lines
+
+
+def budget_table(runs):
+    lines = [
+        "| system | " + " | ".join(f"at most {budget} nats" for budget in BUDGETS) + " |",
+        "|---|" + "---|" * len(BUDGETS),
+    ]
+    for name, seeds in runs.items():
+        cells = [spread([best_within(points, budget) for points in seeds.values()]) for budget in BUDGETS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def picture(runs, path):
+    """Reward over KL: a line per run, a colour per system; the peer's are grey to black and dashed."""
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    peers = [name for name in runs if name.startswith("TRL")]
+    for name, seeds in runs.items():
+        is_peer = name in peers
+        shade = 0.1 + 0.65 * peers.index(name) / max(1, len(peers) - 1) if is_peer else 0
+        colour = str(shade) if is_peer else f"C{list(runs).index(name)}"
+        for index, points in enumerate(seeds.values()):
+            axis.plot(
+                [point["kl"] for point in points], [point["reward"] for point in points], color=colour, marker=".",
+                linestyle="--" if is_peer else "-", linewidth=1.2, alpha=0.8, label=name if index == 0 else None,
+            )  # fmt: skip
+    axis.set(xlabel="KL paid (nats per response)", ylabel="held-out reward", xlim=(0, None))
+    axis.legend(frameon=False, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def show(rows):
+    """Write the tables between their marks in docs/algorithms.md, and docs/curves.png."""
+    runs = by_system(rows)
+    machines = sorted({row["machine"] for row in rows})
+    text = "\n".join(
+        [START, "", *final_table(runs), "", *budget_table(runs), "", f"Machine: {'; '.join(machines)}.", "", END]
+    )
+    document = DOCS / "algorithms.md"
+    whole = document.read_text(encoding="utf-8")
+    document.write_text(re.sub(f"{START}.*{END}", lambda _: text, whole, flags=re.DOTALL), encoding="utf-8")
+    picture(runs, DOCS / "curves.png")
+    print(text)

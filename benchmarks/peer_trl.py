@@ -1,0 +1,83 @@
+"""TRL's GRPO on the demo's task for some seconds of training; run in an environment that has TRL (see curves.py).
+
+python benchmarks/peer_trl.py OUTPUT --learning-rate 1e-3 --num-iterations 4 --seed 0 --seconds 300 [--batch-size 8]
+
+Same model, adapter, prompts, rewards and sampling as `konic demo`, same price of KL. Leaves an adapter for every minute
+of training in OUTPUT/{seconds}/, the last when time is up, and OUTPUT/steps.json with the seconds of every step.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from konic.demo import build_agent
+from konic.finetuning.dataset import load_prompts
+from konic.finetuning.models import load_model
+
+SAVE_EVERY_SECONDS = 60
+
+
+class Clock(TrainerCallback):
+    """Counts the seconds of steps alone, saves the adapter every minute of them and stops when they are used up."""
+
+    def __init__(self, seconds, output):
+        self.seconds, self.output, self.steps, self.next_save = seconds, output, [], SAVE_EVERY_SECONDS
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.steps.append(time.perf_counter() - self.started)
+        used = sum(self.steps)
+        is_over = used >= self.seconds
+        if is_over or used >= self.next_save:
+            model.save_pretrained(self.output / f"{used:.0f}")
+            self.next_save += SAVE_EVERY_SECONDS
+        control.should_training_stop = control.should_training_stop or is_over
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--num-iterations", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=300)
+    options = parser.parse_args()
+
+    demo = build_agent()
+    composer, generation, lora = demo.get_reward_composer(), demo.get_generation_config(), demo.get_lora_config()
+    prompts = [prompt.text for prompt in load_prompts(demo.get_dataset_config()).rows]
+    clock = Clock(options.seconds, options.output)
+    trainer = GRPOTrainer(
+        model=load_model(demo.get_base_model(), {}, torch.device("cpu")).location,
+        args=GRPOConfig(
+            output_dir=str(options.output / "trl"), learning_rate=options.learning_rate, seed=options.seed,
+            num_iterations=options.num_iterations, per_device_train_batch_size=options.batch_size, num_generations=4,
+            max_completion_length=generation.max_new_tokens, temperature=generation.temperature,
+            beta=demo.kl_penalty_weight, lr_scheduler_type="constant", max_steps=100_000, use_cpu=True, bf16=False,
+            gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=10, disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        reward_funcs=lambda prompts, completions, **_: composer.compose_batch(prompts, completions)[0],
+        peft_config=LoraConfig(
+            r=lora.r, lora_alpha=lora.lora_alpha, target_modules=list(lora.target_modules), task_type="CAUSAL_LM"
+        ),
+        callbacks=[clock],
+    )  # fmt: skip
+    trainer.train()
+    (options.output / "steps.json").write_text(
+        json.dumps({"settings": vars(options), "steps": clock.steps}, default=str)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Rollout, results -> findings: what goes wrong unseen in reinforcement learning, looked for in every run.
+
+A broken invariant stops the run before its step. Anything else is told once, with what it means and what to try, and
+its name is kept in the iteration's `checks`. Two more invariants stand where they are measured: the reference is the
+loaded model (policy.check_reference), and the log-ratio starts at 0 (update).
+"""
+
+from collections.abc import Callable, Sequence
+
+from konic.finetuning.config import GenerationConfig, TrainingConfig
+from konic.finetuning.errors import TrainingError
+from konic.finetuning.intervals import mean
+from konic.finetuning.results import FinetuningIterationResult
+from konic.finetuning.rollout import Rollout
+
+MAX_SAMPLER_GAP = 1e-3
+"""Mean |Δ log-prob| per token, nats, between sampler and trainer in fp32; rounding stays below a hundredth of it."""
+MAX_START_KL = 1e-4
+"""KL per token, nats, of the untrained policy from its reference in fp32; on a CPU it is exactly 0."""
+PATIENCE = 3
+"""Iterations in a row that make a finding of what one batch may show by chance."""
+
+History = Sequence[FinetuningIterationResult]
+Finding = Callable[[History, TrainingConfig, GenerationConfig], str | None]
+
+
+def require_sound_rollout(rollout: Rollout, iteration: int) -> None:
+    """See that sampler and trainer agree about the tokens sampled, and that an untrained policy is its reference.
+
+    Raises:
+        TrainingError: One of them does not hold. Nothing was updated.
+    """
+    if not rollout.in_full_precision:
+        return
+    gap = rollout.sampler_gap()
+    if not gap <= MAX_SAMPLER_GAP:
+        raise TrainingError(
+            f"Sampler and trainer disagree by {gap:.2g} nats per token about the tokens sampled, over "
+            f"{MAX_SAMPLER_GAP:g}: the model reads a cached sequence differently from a whole one. "
+            "Nothing was updated. Try model_kwargs={'attn_implementation': 'eager'}, and please report it."
+        )
+    kl = rollout.kl.max().item()
+    if iteration == 1 and not kl <= MAX_START_KL:
+        raise TrainingError(
+            f"Before any training the policy is {kl:.2g} nats per token from its reference, which is the same model: "
+            "the adapter is not switched off where the reference is computed. Nothing was updated. Try plain LoRA "
+            "(LoraConfig()), and please report it."
+        )
+
+
+def new_findings(history: History, config: TrainingConfig, generation: GenerationConfig) -> dict[str, str]:
+    """What the last iteration of a history shows for the first time: a message by the name of its check."""
+    told = {name for result in history for name in result.checks}
+    found = {name: find(history, config, generation) for name, find in FINDINGS.items() if name not in told}
+    return {name: message for name, message in found.items() if message is not None}
+
+
+def _constant_reward(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    recent = history[-PATIENCE:]
+    if len(recent) < PATIENCE or any(r.num_samples - r.num_unscored < 2 or r.reward_std > 0 for r in recent):
+        return None
+    return (
+        f"Every response of the last {PATIENCE} iterations got the reward {recent[-1].reward_mean:g}: there is nothing "
+        "to learn from. Look at completions/: is the reward what you meant? Rewards that grow by degrees teach sooner "
+        "than rare ones."
+    )
+
+
+def _equal_groups(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    recent = history[-PATIENCE:]
+    if len(recent) < PATIENCE or any(r.no_signal_fraction < 0.9 or r.reward_std == 0 for r in recent):
+        return None
+    return (
+        f"In the last {PATIENCE} iterations nearly every group of responses to one prompt got equal rewards, which "
+        f"teaches {config.algorithm} nothing. Raise num_generations (now {config.responses_per_prompt}) or the "
+        "temperature, or use rewards with more degrees."
+    )
+
+
+def _never_ends(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    num_responses = sum(result.num_samples for result in history)
+    if len(history) < PATIENCE or num_responses < 32 or any(result.ended_fraction > 0 for result in history):
+        return None
+    return (
+        f"None of the first {num_responses} responses has ended by itself: each ran into max_new_tokens="
+        f"{generation.max_new_tokens}. If they should end, raise max_new_tokens, name the model's end token "
+        "(eos_token_id) or strings that end a response (stop), or set missing_eos_penalty."
+    )
+
+
+def _stopped_ending(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    before, recent = history[:-PATIENCE], history[-PATIENCE:]
+    used_to = mean([result.ended_fraction for result in before])
+    by_chance = (1 - used_to) ** sum(result.num_samples for result in recent)
+    if not before or by_chance > 1e-3 or any(result.ended_fraction > 0 for result in recent):
+        return None
+    return (
+        f"Responses used to end by themselves; in the last {PATIENCE} iterations each ran into max_new_tokens="
+        f"{generation.max_new_tokens}. The reward may be paying for length: look at completions/, and set "
+        "missing_eos_penalty or a reward for brevity."
+    )
+
+
+def _empty_responses(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    recent = history[-PATIENCE:]
+    is_short = generation.max_new_tokens > 1 and all(r.response_length_mean <= 1 for r in recent)
+    if len(recent) < PATIENCE or not is_short or any(r.ended_fraction < 1 for r in recent):
+        return None
+    return (
+        f"Every response of the last {PATIENCE} iterations is empty: the policy ends at once. The reward may be paying "
+        "for saying nothing: give an empty response a low reward, or set min_new_tokens."
+    )
+
+
+def _entropy_collapse(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    first, last = history[0].entropy, history[-1].entropy
+    if not last < 0.1 * first:
+        return None
+    return (
+        f"The policy's entropy fell from {first:.2f} to {last:.2f} nats per token: it says nearly the same thing "
+        "whatever it samples, and cannot find anything better. Go back to an earlier checkpoint; lower learning_rate, "
+        "raise kl_penalty_weight, or set entropy_coef (0.01)."
+    )
+
+
+def _beyond_budget(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    paid = history[-1].kl_per_response
+    if config.kl_budget is None or paid <= config.kl_budget:
+        return None
+    return (
+        f"The policy is {paid:.1f} nats per response from its reference, beyond kl_budget={config.kl_budget:g}. The "
+        "run goes on; best/ keeps the best weights within the budget. To stay inside it, set kl_target below it, or "
+        "raise kl_penalty_weight."
+    )
+
+
+FINDINGS: dict[str, Finding] = {
+    "constant_reward": _constant_reward,
+    "equal_groups": _equal_groups,
+    "never_ends": _never_ends,
+    "stopped_ending": _stopped_ending,
+    "empty_responses": _empty_responses,
+    "entropy_collapse": _entropy_collapse,
+    "beyond_budget": _beyond_budget,
+}

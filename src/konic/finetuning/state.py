@@ -1,0 +1,45 @@
+"""Where a run stands, and what the next iteration takes from it: β, its place in the schedule, the best so far."""
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from konic.finetuning.config import TrainingConfig
+from konic.finetuning.controllers import adapted_kl_weight
+from konic.finetuning.results import FinetuningIterationResult, Selection
+
+
+@dataclass
+class TrainerState:
+    """Everything of a run but its weights. Random numbers and the position in the data follow from the iteration."""
+
+    iteration: int = 0
+    """Iterations done."""
+    num_steps: int = 0
+    """Optimizer steps planned so far, those passed over among them: where the schedule of learning rates stands."""
+    elapsed_seconds: float = 0.0
+    history: list[FinetuningIterationResult] = field(default_factory=list)
+    best_weights: dict[str, Tensor] | None = field(default=None, repr=False)
+    """What learns, as it was when the best iteration sampled; on the CPU."""
+
+    def is_best(self, reward: float, kl_per_response: float, selection: Selection) -> bool:
+        """True where a policy's mean reward is within the KL budget and above those of all before it."""
+        reward = selection.allowed(reward, kl_per_response)
+        before = (selection.reward(result) for result in self.history)
+        return not math.isnan(reward) and not any(earlier >= reward for earlier in before)
+
+    def kl_penalty_weight(self, start: float, config: TrainingConfig) -> float:
+        """β of the next iteration: as it was set, or steered to kl_target by the KL of the one before."""
+        if config.kl_target is None or not self.history:
+            return start
+        last = self.history[-1]
+        paid, size = last.kl_per_response, config.batch_size
+        return adapted_kl_weight(last.kl_penalty_weight, paid, config.kl_target, size, config.kl_horizon)
+
+    def add(self, result: FinetuningIterationResult, num_steps: int, elapsed_seconds: float) -> None:
+        """Count an iteration as done."""
+        self.iteration = result.iteration
+        self.num_steps += num_steps
+        self.elapsed_seconds = elapsed_seconds
+        self.history.append(result)

@@ -1,0 +1,60 @@
+"""Where a run stands: the best so far under a budget, and the price of KL from the last iteration."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from konic.finetuning.config import TrainingConfig
+from konic.finetuning.results import FinetuningResult, Selection
+from konic.finetuning.state import TrainerState
+from test_checks import iteration
+
+NAN = math.nan
+
+
+def test_without_a_target_the_weight_stays_as_it_was_set():
+    state = TrainerState(history=[replace(iteration(), kl_penalty_weight=0.3, kl_per_response=99.0)])
+    assert state.kl_penalty_weight(0.05, TrainingConfig()) == 0.05
+
+
+def test_with_a_target_the_weight_follows_the_last_iteration():
+    config = TrainingConfig(batch_size=16, kl_target=4.0, kl_horizon=100)
+    assert TrainerState().kl_penalty_weight(0.05, config) == 0.05
+    last = replace(iteration(), kl_penalty_weight=0.3, kl_per_response=99.0)
+    state = TrainerState(history=[replace(iteration(), kl_penalty_weight=9.0), last])
+    assert state.kl_penalty_weight(0.05, config) == pytest.approx(0.3 * (1 + 0.2 * 16 / 100))
+
+
+HISTORY = [
+    replace(iteration(iteration=number, reward_mean=reward, kl_per_response=kl), eval_reward_mean=held_out,
+            eval_kl_per_response=kl)
+    for number, reward, kl, held_out in [(1, 0.1, 0.0, 0.5), (2, 0.9, 4.0, NAN), (3, 1.5, 6.0, 0.4), (4, 0.9, 5.0, 0.8)]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("selection", "number", "reward"),
+    [
+        (Selection(), 3, 1.5),
+        (Selection(kl_budget=5.0), 2, 0.9),  # the first of equals; the budget itself is within it
+        (Selection(kl_budget=3.0), 1, 0.1),
+        (Selection(on_held_out=True), 4, 0.8),
+        (Selection(on_held_out=True, kl_budget=4.5), 1, 0.5),
+    ],
+)
+def test_the_best_iteration_is_the_highest_reward_within_the_budget(selection, number, reward):
+    result = FinetuningResult("m", HISTORY, 1.0, None, selection=selection)
+    assert (result.best_iteration, result.best_reward) == (number, reward)
+    kept = None
+    for done, now in enumerate(HISTORY):  # what the run does as it goes: keep the weights if the policy is the best yet
+        state = TrainerState(history=HISTORY[:done])
+        reward_now = now.eval_reward_mean if selection.on_held_out else now.reward_mean
+        if state.is_best(reward_now, now.kl_per_response, selection):
+            kept = now.iteration
+    assert kept == number
+
+
+def test_nothing_is_best_where_nothing_has_a_reward():
+    assert not TrainerState().is_best(NAN, 0.0, Selection())
+    assert FinetuningResult("m", [replace(iteration(), reward_mean=NAN)], 1.0, None).best_iteration == 0
