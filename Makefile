@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test check format clean parity curves mutation
 
 setup: $(READY)
 
@@ -29,6 +29,36 @@ check: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+# Long ones, outside CI; their results are committed. Peers get environments of their own.
+PEERS := .peers
+TRL_1 := $(PEERS)/trl-1.16
+TRL_0 := $(PEERS)/trl-0.26
+PEER_PIP = $(dir $@)bin/python -m pip --disable-pip-version-check -q
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+$(TRL_1)/.ready: benchmarks/parity/requirements-trl-1.16.txt constraints.txt
+	@$(PYTHON) -m venv $(dir $@)
+	@$(PEER_PIP) install -c constraints.txt $(INDEX) -r $< -e .
+	@touch $@
+
+$(TRL_0)/.ready: benchmarks/parity/requirements-trl-0.26.txt
+	@$(PYTHON) -m venv $(dir $@)
+	@$(PEER_PIP) install $(INDEX) -r $<
+	@touch $@
+
+parity: $(READY) $(TRL_1)/.ready $(TRL_0)/.ready
+	@$(BIN)/python benchmarks/parity/run.py --trl116 $(TRL_1)/bin/python --trl026 $(TRL_0)/bin/python \
+		--output benchmarks/results/parity.md
+
+curves: $(READY) $(TRL_1)/.ready
+	@$(BIN)/python benchmarks/curves.py run --peer $(TRL_1)/bin/python
+	@$(BIN)/python benchmarks/curves.py show
+
+mutation: $(READY)
+	@$(PIP) install --upgrade --target $(PEERS)/mutmut mutmut==3.8.1
+	@PYTHONPATH=$(PEERS)/mutmut OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run > $(PEERS)/mutmut.log
+	@PYTHONPATH=$(PEERS)/mutmut $(BIN)/python benchmarks/mutation.py benchmarks/results/mutation.md
 
 format: $(READY)
 	@$(BIN)/ruff format .

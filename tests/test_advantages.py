@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from konic.finetuning.advantages import gae, token_rewards, whiten
+from konic.finetuning.advantages import gae, group_centred, group_normalised, leave_one_out, token_rewards, whiten
 
 GARBAGE = (math.nan, math.inf, -math.inf, 1e30, -7.0)
 EIGHTHS = st.integers(-32, 32).map(lambda n: n / 8)  # sums and differences of these are exact
@@ -189,3 +189,66 @@ def test_values_that_differ_little_still_whiten():
 def test_fewer_than_two_values_whiten_to_zero(num_counted):
     mask = torch.arange(4)[None] < num_counted
     assert whiten(with_garbage(torch.full((1, 4), 5.0), mask), mask).tolist() == [[0.0] * 4]
+
+
+GROUPS = [[0.0, 1.0, 5.0], [2.0, 2.0, 2.0]]
+
+
+def test_group_relative_scores_worked_by_hand():
+    scores, every = tensor(GROUPS), torch.ones(2, 3, dtype=torch.bool)
+    assert group_centred(scores, every).tolist() == [[-2.0, -1.0, 3.0], [0.0] * 3]
+    assert leave_one_out(scores, every).tolist() == [[-3.0, -1.5, 4.5], [0.0] * 3]
+    spread = math.sqrt((4 + 1 + 9) / 2) + 1e-4
+    assert group_normalised(scores, every)[0].tolist() == pytest.approx([-2 / spread, -1 / spread, 3 / spread])
+    assert leave_one_out(tensor([[1.0, 4.0]]), every[:1, :2]).tolist() == [[-3.0, 3.0]]
+    pair = group_normalised(tensor([[1.0, 4.0]]), every[:1, :2])[0].tolist()
+    assert pair == pytest.approx([-1.5 / (math.sqrt(4.5) + 1e-4), 1.5 / (math.sqrt(4.5) + 1e-4)])
+
+
+def test_a_missing_score_is_no_member_of_its_group():
+    scores = tensor([[0.0, 1.0, 99.0, 5.0]])
+    mask = torch.tensor([[True, True, False, True]])
+    assert group_centred(scores, mask).tolist() == [[-2.0, -1.0, 0.0, 3.0]]
+    assert leave_one_out(scores, mask).tolist() == [[-3.0, -1.5, 0.0, 4.5]]
+    garbage = scores.masked_fill(~mask, torch.nan)
+    for function in (group_centred, leave_one_out, group_normalised):
+        assert torch.equal(function(scores, mask), function(garbage, mask))
+
+
+@given(st.lists(st.lists(st.tuples(EIGHTHS, st.booleans()), min_size=5, max_size=5), min_size=1, max_size=3))
+def test_group_relative_scores_follow_their_papers(groups):
+    scores = tensor([[score for score, _ in group] for group in groups])
+    mask = torch.tensor([[present for _, present in group] for group in groups])
+    found = [function(scores, mask).tolist() for function in (leave_one_out, group_normalised, group_centred)]
+    for index, group in enumerate(groups):
+        present = [score for score, is_present in group if is_present]
+        for position, (score, is_present) in enumerate(group):
+            expected = [0.0, 0.0, 0.0]
+            if is_present and len(present) > 1:
+                others = [s for at, (s, there) in enumerate(group) if there and at != position]
+                centred = score - statistics.mean(present)
+                spread = statistics.stdev(present) + 1e-4
+                expected = [score - statistics.mean(others), centred / spread, centred]
+            assert [rows[index][position] for rows in found] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.1, 1.1, -3.3, 1e6 / 3, 1e-9])
+@pytest.mark.parametrize("count", [2, 3, 5, 6, 7, 10])
+def test_equal_groups_give_exactly_zero_although_their_mean_is_rounded(value, count, dtype):
+    """Beside a group that does vary, and with one score missing from the equal one."""
+    scores = torch.full((2, count + 1), value, dtype=dtype)
+    scores[1] = torch.arange(count + 1)
+    mask = torch.ones(2, count + 1, dtype=torch.bool)
+    mask[0, 1] = False
+    for function in (leave_one_out, group_normalised, group_centred):
+        found = function(scores, mask)
+        assert (found[0] == 0).all()
+        assert (found[1] != 0).any()
+
+
+@pytest.mark.parametrize("num_scores", [0, 1])
+def test_groups_of_fewer_than_two_scores_give_zero(num_scores):
+    scores, mask = tensor([[1.5, 2.5, 3.5]]), torch.arange(3)[None] < num_scores
+    for function in (leave_one_out, group_normalised, group_centred):
+        assert function(scores, mask).tolist() == [[0.0] * 3]

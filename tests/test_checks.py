@@ -36,7 +36,8 @@ CASES = {
     "never_ends": (PPO, [iteration(ended_fraction=0.0)] * 4),
     "stopped_ending": (PPO, [*HEALTHY, *[iteration(ended_fraction=0.0)] * 3]),
     "empty_responses": (PPO, [*HEALTHY, *[iteration(response_length_mean=1.0, ended_fraction=1.0)] * 3]),
-    "entropy_collapse": (PPO, [*HEALTHY, iteration(entropy=0.19)]),
+    "entropy_collapse": (PPO, [*HEALTHY, *[iteration(entropy=0.19)] * 3]),
+    "no_rewards": (PPO, [*HEALTHY, *[iteration(num_unscored=8, reward_std=0.0)] * 3]),
     "beyond_budget": (BUDGET, [*HEALTHY, iteration(kl_per_response=5.1)]),
 }
 SAID = {
@@ -46,6 +47,7 @@ SAID = {
     "stopped_ending": "used to end by themselves",
     "empty_responses": "is empty: the policy ends at once",
     "entropy_collapse": r"fell from 2\.00 to 0\.19 nats per token",
+    "no_rewards": "Every reward abstained from every response of the last 3 iterations: nothing was learned",
     "beyond_budget": r"is 5\.1 nats per response from its reference, beyond kl_budget=5",
 }
 
@@ -69,6 +71,9 @@ def test_responses_that_used_to_end_are_missed_once_chance_is_out_of_the_questio
     for rate, count in ((0.26, 1), (0.25, 0)):
         history = [iteration(ended_fraction=rate), *[iteration(ended_fraction=0.0)] * 3]
         assert len(new_findings(history, PPO, GenerationConfig())) == count
+    small = [iteration(ended_fraction=0.25, num_samples=4), *[iteration(ended_fraction=0.0, num_samples=4)] * 7]
+    assert "stopped_ending" in new_findings(small, PPO, GenerationConfig())
+    assert "stopped_ending" not in new_findings(small[:-1], PPO, GenerationConfig())
 
 
 @pytest.mark.parametrize("config", [PPO, GROUPS, BUDGET])
@@ -88,7 +93,8 @@ def test_a_healthy_run_is_left_alone(config, length):
         ([iteration(ended_fraction=0.25), *[iteration(ended_fraction=0.0)] * 3], PPO),  # 0.75^24 is above 1e-3
         ([iteration(ended_fraction=0.0, num_samples=10)] * 3, PPO),
         ([iteration(ended_fraction=0.0, num_samples=64)] * 2, PPO),
-        ([*HEALTHY, iteration(entropy=0.2)], PPO),
+        ([*HEALTHY, *[iteration(entropy=0.19)] * 2, iteration(entropy=0.2)], PPO),
+        ([*HEALTHY, *[iteration(num_unscored=8)] * 2, iteration(num_unscored=7)], PPO),
         ([iteration(entropy=0.0)] * 3, PPO),
         ([*HEALTHY, iteration(kl_per_response=5.0)], BUDGET),
         ([*HEALTHY, iteration(kl_per_response=1e9)], PPO),
@@ -102,6 +108,8 @@ def test_just_short_of_a_finding_nothing_is_said(history, config):
 
 def test_one_token_responses_are_not_called_empty():
     history = [iteration(response_length_mean=1.0, ended_fraction=1.0)] * 3
+    assert new_findings(history, PPO, GenerationConfig(max_new_tokens=1)) == {}
+    history = [iteration(response_length_mean=1.0, ended_fraction=0.0)] * 4
     assert new_findings(history, PPO, GenerationConfig(max_new_tokens=1)) == {}
 
 

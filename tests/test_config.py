@@ -270,6 +270,7 @@ def test_end_tokens_must_be_tokens(ids):
         ({"batch_size": 6, "num_generations": 4, "num_minibatches": 3}, "num_generations=4; .*batch_size: 12"),
         ({"batch_size": 8, "num_generations": 4, "num_minibatches": 3}, "num_minibatches=3 .*batch_size: 12"),
         ({"algorithm": "grpo", "value_warmup_iterations": 1}, "algorithm='grpo' .* no value head learns"),
+        ({"kl_target": 6.0, "kl_budget": 5.0}, "kl_target=6.0 steers beyond kl_budget=5.0"),
         ({"vf_coef": 0, "value_warmup_iterations": 1}, "vf_coef=0.0 no value head learns"),
     ],
 )

@@ -133,6 +133,25 @@ def test_vocabulary_masked_out_with_minus_infinity_makes_no_nan(dtype):
     assert logits.grad[0, [1, 3]].tolist() == [0, 0]
 
 
+def test_log_probs_are_of_the_last_dimension_whatever_is_before_it():
+    logits, tokens = random(3, 4, 5), torch.arange(12).view(3, 4) % 5
+    log_probs, log_softmax = token_log_probs(logits, tokens, 0.7)
+    assert (log_probs.shape, log_softmax.shape) == ((3, 4), (3, 4, 5))
+    assert log_probs[2, 1].item() == pytest.approx(plain_log_softmax(logits[2, 1].tolist(), 0.7)[tokens[2, 1]])
+
+
+def test_entropy_and_kl_are_of_the_last_dimension_whatever_is_before_it():
+    p, q = (values.log_softmax(-1) for values in (random(3, 4, 5), random(3, 4, 5, seed=1)))
+    for function, inputs in ((entropies, (p,)), (exact_kl, (p, q))):
+        whole = function(*inputs)
+        assert whole.shape == (3, 4)
+        for row in range(3):
+            for column in range(4):
+                one = function(*(distribution[row, column] for distribution in inputs))
+                assert one.shape == ()
+                assert whole[row, column].item() == pytest.approx(one.item(), rel=1e-12)
+
+
 def test_exact_kl_from_a_reference_that_excludes_a_likely_token_is_huge_and_not_nan():
     kl = exact_kl(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 0.0]]).log())
     assert kl.item() > 1e30
@@ -219,6 +238,20 @@ def test_log_ratio_is_the_difference_clamped_and_zero_outside_the_mask():
     assert log_ratio(new, old, mask).tolist() == [[0.5, -20.0, 20.0, 0.0, 0.0]]
 
 
+@given(st.lists(st.tuples(st.floats(-60, 0), st.floats(-60, 0), st.booleans()), min_size=1, max_size=6))
+def test_log_ratio_follows_the_definition(pairs):
+    new, old = (tensor([pair[side] for pair in pairs]) for side in (0, 1))
+    found = log_ratio(new, old, torch.tensor([counts for *_, counts in pairs])).tolist()
+    expected = [max(-20.0, min(20.0, a - b)) if counts else 0.0 for a, b, counts in pairs]
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+@given(st.floats(-3, 3), st.floats(0.05, 0.5), st.booleans())
+def test_clipped_tokens_follow_the_definition(log_rho, clip, counts):
+    found = clipped_tokens(tensor([[log_rho]]), torch.tensor([[counts]]), clip).item()
+    assert found == (counts and not 1 - clip <= math.exp(log_rho) <= 1 + clip)
+
+
 def test_log_ratio_of_equal_log_probs_is_exactly_zero():
     log_probs = random(4, 6, seed=9).float()
     assert not log_ratio(log_probs, log_probs.clone(), torch.ones(4, 6, dtype=torch.bool)).any()
@@ -297,6 +330,8 @@ def test_clipped_tokens_are_those_past_the_range_on_either_side():
     log_ratios = tensor([[0.0, math.log(1.19), math.log(1.21), math.log(0.81), math.log(0.79), 3.0]])
     mask = torch.tensor([[True, True, True, True, True, False]])
     assert clipped_tokens(log_ratios, mask, 0.2).tolist() == [[False, False, True, False, True, False]]
+    edge = torch.zeros(1, 2)
+    assert not clipped_tokens(edge, edge == 0, 0.0).any(), "on the edge is within"
 
 
 # --- the value loss ---

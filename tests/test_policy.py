@@ -170,7 +170,9 @@ def test_scored_log_probs_are_the_models_own_without_padding(architecture):
     hidden = model.response_hidden(
         torch.cat([batch.ids, responses], 1), torch.cat([batch.mask, response_mask], 1), responses.shape[1]
     )
-    log_probs, entropy = score_tokens(model, hidden, responses, response_mask, 0.7, True)
+    scored = score_tokens(model, hidden, responses, response_mask, 0.7, needs_entropy=True, reference=None)
+    log_probs, entropy = scored.log_probs, scored.entropy
+    assert scored.kl is None
     truth_model = tiny_model(architecture)
     for row in range(len(batch)):
         length = int(response_mask[row].sum())

@@ -114,3 +114,9 @@ def test_positions_are_passed_where_gpt2_needs_them(monkeypatch):
     logits = learner.policy.language_model.logits(hidden) / GENERATION.temperature
     wrong = logits.log_softmax(-1).gather(-1, rolled.samples.response_ids[..., None]).squeeze(-1)
     assert (wrong - rolled.log_probs)[rolled.response_mask].abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("dtype", "is_full"), [(torch.bfloat16, False), (torch.float32, True), (torch.float64, True)])
+def test_half_precision_is_told_apart(dtype, is_full):
+    learner = tiny_learner("llama", dtype=dtype)
+    assert roll(learner).in_full_precision == is_full

@@ -32,6 +32,13 @@ def test_warm_up_rises_in_equal_parts_to_the_peak_and_never_takes_a_step_of_zero
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_run_of_one_step_takes_it_at_the_peak(schedule):
+    rates = [learning_rate_at(step, 1, 8.0, 0, schedule) for step in range(3)]
+    assert rates == pytest.approx([8.0, 0.0, 0.0], abs=1e-12)
+    assert learning_rate_at(5, 5, 8.0, 5, schedule) == 8.0, "nothing is left to fall over"
+
+
 def test_the_fall_begins_after_warm_up():
     assert learning_rate_at(6, 8, 1.0, 4, "linear") == 0.5
     assert learning_rate_at(6, 8, 1.0, 4, "cosine") == pytest.approx(0.5, abs=1e-12)

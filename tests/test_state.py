@@ -26,6 +26,14 @@ def test_with_a_target_the_weight_follows_the_last_iteration():
     assert state.kl_penalty_weight(0.05, config) == pytest.approx(0.3 * (1 + 0.2 * 16 / 100))
 
 
+def test_the_weight_waits_while_values_warm_up_and_starts_again_from_zero():
+    config = TrainingConfig(batch_size=16, kl_target=4.0, value_warmup_iterations=2)
+    still = [replace(iteration(), iteration=n, kl_penalty_weight=0.05, kl_per_response=0.0) for n in (1, 2)]
+    assert TrainerState(history=still).kl_penalty_weight(0.05, config) == 0.05
+    free = TrainerState(history=[replace(iteration(), kl_penalty_weight=0.0, kl_per_response=9.0)])
+    assert free.kl_penalty_weight(0.05, TrainingConfig(kl_target=4.0)) == 0.05
+
+
 HISTORY = [
     replace(iteration(iteration=number, reward_mean=reward, kl_per_response=kl), eval_reward_mean=held_out,
             eval_kl_per_response=kl)

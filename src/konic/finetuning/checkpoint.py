@@ -31,7 +31,7 @@ BEST_FILE = "best.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _IDENTITY = (
     "model_name", "use_lora", "lora_config", "algorithm", "batch_size", "num_generations", "seed", "dataset_config",
-    "generation_config",
+    "generation_config", "selection",
 )  # fmt: skip
 _FREE = ("max_iterations", "iterations_done", "max_minutes", "eval_every", "model_kwargs", "device")
 

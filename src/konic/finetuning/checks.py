@@ -37,7 +37,8 @@ def require_sound_rollout(rollout: Rollout, iteration: int) -> None:
         raise TrainingError(
             f"Sampler and trainer disagree by {gap:.2g} nats per token about the tokens sampled, over "
             f"{MAX_SAMPLER_GAP:g}: the model reads a cached sequence differently from a whole one. "
-            "Nothing was updated. Try model_kwargs={'attn_implementation': 'eager'}, and please report it."
+            "Nothing was updated. Try model_kwargs={'attn_implementation': 'eager'}; on a GPU, full fp32 products "
+            "(torch.set_float32_matmul_precision('highest')). TrainingConfig(self_checks=False) goes on in spite of it."
         )
     kl = rollout.kl.max().item()
     if iteration == 1 and not kl <= MAX_START_KL:
@@ -79,6 +80,8 @@ def _equal_groups(history: History, config: TrainingConfig, generation: Generati
 
 def _never_ends(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
     num_responses = sum(result.num_samples for result in history)
+    if generation.max_new_tokens == 1:
+        return None  # one token is all there is to say
     if len(history) < PATIENCE or num_responses < 32 or any(result.ended_fraction > 0 for result in history):
         return None
     return (
@@ -89,13 +92,16 @@ def _never_ends(history: History, config: TrainingConfig, generation: Generation
 
 
 def _stopped_ending(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
-    before, recent = history[:-PATIENCE], history[-PATIENCE:]
+    num_before = max((index for index, result in enumerate(history, 1) if result.ended_fraction > 0), default=0)
+    before, recent = history[:num_before], history[num_before:]
+    if not before or len(recent) < PATIENCE:
+        return None
     used_to = mean([result.ended_fraction for result in before])
     by_chance = (1 - used_to) ** sum(result.num_samples for result in recent)
-    if not before or by_chance > 1e-3 or any(result.ended_fraction > 0 for result in recent):
+    if by_chance > 1e-3:
         return None
     return (
-        f"Responses used to end by themselves; in the last {PATIENCE} iterations each ran into max_new_tokens="
+        f"Responses used to end by themselves; in the last {len(recent)} iterations each ran into max_new_tokens="
         f"{generation.max_new_tokens}. The reward may be paying for length: look at completions/, and set "
         "missing_eos_penalty or a reward for brevity."
     )
@@ -113,13 +119,13 @@ def _empty_responses(history: History, config: TrainingConfig, generation: Gener
 
 
 def _entropy_collapse(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
-    first, last = history[0].entropy, history[-1].entropy
-    if not last < 0.1 * first:
+    first, recent = history[0].entropy, history[-PATIENCE:]
+    if any(result.entropy >= 0.1 * first for result in recent):
         return None
     return (
-        f"The policy's entropy fell from {first:.2f} to {last:.2f} nats per token: it says nearly the same thing "
-        "whatever it samples, and cannot find anything better. Go back to an earlier checkpoint; lower learning_rate, "
-        "raise kl_penalty_weight, or set entropy_coef (0.01)."
+        f"The policy's entropy fell from {first:.2f} to {recent[-1].entropy:.2f} nats per token: it says nearly the "
+        "same thing whatever it samples, and cannot find anything better. Go back to an earlier checkpoint; lower "
+        "learning_rate, raise kl_penalty_weight, or set entropy_coef (0.01)."
     )
 
 
@@ -134,7 +140,18 @@ def _beyond_budget(history: History, config: TrainingConfig, generation: Generat
     )
 
 
+def _no_rewards(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    recent = history[-PATIENCE:]
+    if len(recent) < PATIENCE or any(r.num_unscored < r.num_samples for r in recent):
+        return None
+    return (
+        f"Every reward abstained from every response of the last {PATIENCE} iterations: nothing was learned. A reward "
+        "abstains by returning None; is it asking for a column or a format that the responses do not have?"
+    )
+
+
 FINDINGS: dict[str, Finding] = {
+    "no_rewards": _no_rewards,
     "constant_reward": _constant_reward,
     "equal_groups": _equal_groups,
     "never_ends": _never_ends,

@@ -75,7 +75,7 @@ class TrainingConfig(Settings):
     kl_target: float | None = Field(default=None, gt=0)
     """Nats per response that an adaptive β steers to (Ziegler et al. 2019); None keeps β fixed."""
     kl_horizon: int = Field(default=100, ge=1)
-    """Responses over which the adaptive β changes by a factor of at most e^0.2."""
+    """Responses over which the adaptive β changes by a fifth at most."""
     kl_budget: float | None = Field(default=None, gt=0)
     """Nats per response that the best weights may have paid; a run that goes beyond says so and goes on."""
     clip_ratio: float = Field(default=0.2, gt=0, lt=1)
@@ -137,6 +137,8 @@ class TrainingConfig(Settings):
             raise ValueError(
                 f"algorithm={self.algorithm!r} compares the responses to one prompt: num_generations must be at least 2"
             )
+        if self.kl_target is not None and self.kl_budget is not None and self.kl_target > self.kl_budget:
+            raise ValueError(f"kl_target={self.kl_target} steers beyond kl_budget={self.kl_budget}; set it below")
         if self.value_warmup_iterations and (self.algorithm != "ppo" or self.vf_coef == 0):
             raise ValueError(
                 f"value_warmup_iterations={self.value_warmup_iterations}, but with algorithm={self.algorithm!r} and "

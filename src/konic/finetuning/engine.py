@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -345,7 +345,11 @@ class KonicFinetuningEngine:
 
     def _settings(self, last: int) -> dict[str, Any]:
         """Every setting of the run by name, as plain values; what `on_train_begin` gets and `run.json` keeps."""
-        counts = {"max_iterations": last, "iterations_done": self._state.iteration}
+        counts = {
+            "max_iterations": last,
+            "iterations_done": self._state.iteration,
+            "selection": asdict(self._selection),
+        }
         return self.agent.settings(uses_lora=self._learner.policy.uses_lora) | counts
 
     def _save_checkpoint(self, folder: RunFolder, callbacks: Callbacks, last: int) -> None:
@@ -355,9 +359,16 @@ class KonicFinetuningEngine:
 
     @contextlib.contextmanager
     def _changing_weights(self) -> Iterator[None]:
-        """Within it the weights are between two iterations: an error leaves them there, and the engine unusable."""
-        self._weights_are_whole = False
-        yield
+        """From its first optimizer step on the weights are between two iterations; an error then spoils the engine."""
+
+        def first_step(*_: Any) -> None:
+            self._weights_are_whole = False
+
+        hook = self._learner.optimizer.register_step_pre_hook(first_step)
+        try:
+            yield
+        finally:
+            hook.remove()
         self._weights_are_whole = True
 
     def _save_what_is_whole(self, folder: RunFolder, callbacks: Callbacks, last: int) -> None:

@@ -37,10 +37,11 @@ def evaluate(
     seed: int,
 ) -> Evaluation:
     """Sample a response to every prompt, as :func:`respond` does, and score it."""
-    parts = list(respond(policy, prompts, generation, special, seed))
-    texts = [text for part in parts for text in part.batch.texts]
-    responses = [text for part in parts for text in part.texts]
+    texts, responses, kls, lengths = [], [], [], []
+    for part in respond(policy, prompts, generation, special, seed):
+        texts += part.batch.texts
+        responses += part.texts
+        kls += part.kl.sum(dim=1).tolist()
+        lengths += part.response_mask.sum(dim=1).tolist()
     scores = score(composer, prompts, texts, responses)
-    kls = [kl for part in parts for kl in part.kl.sum(dim=1).tolist()]
-    lengths = [length for part in parts for length in part.response_mask.sum(dim=1).tolist()]
     return Evaluation(texts, responses, scores.rewards, scores.breakdown, kls, lengths)

@@ -120,7 +120,9 @@ def score_tokens(
         reference: The reference's function from hidden states to logits, without gradient, and its hidden states
             [B, R, H] at the same tokens; None where no KL is needed.
     """
-    recompute = torch.is_grad_enabled() and int(mask.sum()) * model.vocabulary_size > MAX_KEPT_LOGITS
+    tensors_kept = 1 if reference is None else 3  # of the size of the logits, for the backward pass
+    num_kept = tensors_kept * int(mask.sum()) * model.vocabulary_size
+    recompute = torch.is_grad_enabled() and num_kept > MAX_KEPT_LOGITS
 
     def score(hidden: Tensor, tokens: Tensor, *ref_hidden: Tensor) -> tuple[Tensor, ...]:
         log_probs, log_softmax = token_log_probs(model.logits(hidden), tokens, temperature)

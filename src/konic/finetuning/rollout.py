@@ -96,16 +96,12 @@ def rollout(
     return Rollout(batch, samples, generation.temperature, in_full_precision, *tensors)
 
 
-@torch.no_grad()
 def _score(policy: Policy, batch: PromptBatch, samples: Samples, rows: slice, temperature: float) -> tuple[Tensor, ...]:
     """Log-probs, reference log-probs, exact KL, entropy, values [b, R] and reference hidden states of some rows."""
     tokens, response_mask = samples.response_ids[rows], samples.response_mask[rows]
     ids = torch.cat([batch.ids[rows], tokens], dim=1)
     mask = torch.cat([batch.mask[rows], response_mask], dim=1)
     model = policy.language_model
-    hidden = model.response_hidden(ids, mask, tokens.shape[1])
-    with policy.reference() as reference:
-        ref_hidden = reference.response_hidden(ids, mask, tokens.shape[1])
 
     def score(hidden: Tensor, ref_hidden: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         log_probs, log_softmax = token_log_probs(model.logits(hidden), tokens, temperature)
@@ -113,4 +109,9 @@ def _score(policy: Policy, batch: PromptBatch, samples: Samples, rows: slice, te
         kl = exact_kl(log_softmax, ref_log_softmax)
         return log_probs, ref_log_probs, kl, entropies(log_softmax), policy.values(hidden)
 
-    return *map_tokens(score, response_mask, model.vocabulary_size, hidden, ref_hidden, tokens), ref_hidden
+    with torch.no_grad():
+        hidden = model.response_hidden(ids, mask, tokens.shape[1])
+        with policy.reference() as reference:
+            ref_hidden = reference.response_hidden(ids, mask, tokens.shape[1])
+        scored = map_tokens(score, response_mask, model.vocabulary_size, hidden, ref_hidden, tokens)
+    return *scored, ref_hidden

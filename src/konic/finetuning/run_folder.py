@@ -161,12 +161,13 @@ class RunFolder:
 
 def model_card(result: FinetuningResult, settings: dict[str, Any], base_location: str, is_adapter: bool) -> str:
     """The README.md of a saved model: what it is, what it was trained to, how far it went, how to load it."""
+    algorithm = settings["algorithm"]
     first, last = (result.history[0], result.history[-1]) if result.history else (None, None)
     header = {"library_name": "peft" if is_adapter else "transformers", "pipeline_tag": "text-generation"}
     front = [f"{key}: {value}" for key, value in header.items()]
-    front += [f"base_model: {json.dumps(base_location)}", "tags: [konic, reinforcement-learning, ppo]"]
+    front += [f"base_model: {json.dumps(base_location)}", f"tags: [konic, reinforcement-learning, {algorithm}]"]
     lines = ["---", *front, "---", "", f"# {result.model_name}, finetuned by reinforcement learning", ""]
-    lines += [f"Trained with konic {version('konic')} by PPO for {result.total_iterations} iterations", ""]
+    lines += [f"Trained with konic {version('konic')} by {algorithm} for {result.total_iterations} iterations", ""]
     if first and last:
         lines += ["| | first iteration | last iteration |", "|---|---|---|"]
         lines += [f"| reward | {first.reward_mean:.4f} | {last.reward_mean:.4f} |"]

@@ -31,9 +31,10 @@ class TrainerState:
 
     def kl_penalty_weight(self, start: float, config: TrainingConfig) -> float:
         """β of the next iteration: as it was set, or steered to kl_target by the KL of the one before."""
-        if config.kl_target is None or not self.history:
+        moved = [result for result in self.history if result.iteration > config.value_warmup_iterations]
+        if config.kl_target is None or not moved or moved[-1].kl_penalty_weight == 0:
             return start
-        last = self.history[-1]
+        last = moved[-1]
         paid, size = last.kl_per_response, config.batch_size
         return adapted_kl_weight(last.kl_penalty_weight, paid, config.kl_target, size, config.kl_horizon)
 

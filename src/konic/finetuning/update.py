@@ -56,6 +56,10 @@ class UpdateStats:
     """Optimizer steps taken: fewer than planned where target_kl stopped the update or no sample had a score."""
 
 
+STEP_MEANS = (
+    "policy_loss", "value_loss", "entropy_loss", "kl_loss", "clip_fraction", "approx_kl", "grad_norm",
+)  # fmt: skip
+"""What is averaged over an update's optimizer steps; all but the last are means over each step's tokens."""
 MAX_FIRST_LOG_RATIO = 1e-3
 """Largest |log-ratio| before the first step in fp32; rounding stays below a tenth of it."""
 
@@ -94,7 +98,7 @@ def update(
     Raises:
         TrainingError: A loss or gradient is not finite, or the log-ratio does not start at 0; the step is not taken.
     """
-    steps: list[Tensor] = []
+    steps: list[dict[str, float]] = []
     first_log_ratio = 0.0
     rate = 0.0
     with policy.training_mode(), _gradients_dropped_after(optimizer):
@@ -102,31 +106,25 @@ def update(
             num_tokens = int(advantages.mask[rows].sum())
             if num_tokens == 0:
                 continue  # every sample abstained: there is nothing to follow
-            totals, largest = _accumulate(policy, rollout, advantages, rows, num_tokens, config, schedule.moves_policy)
+            means, largest = _accumulate(policy, rollout, advantages, rows, num_tokens, config, schedule.moves_policy)
             if not steps:
                 first_log_ratio = largest
                 _require_unit_ratio(largest, rollout, config)
-            if config.target_kl is not None and totals[APPROX_KL] > config.target_kl:
+            if config.target_kl is not None and means["approx_kl"] > config.target_kl:
                 break
             rate = _learning_rate(schedule, index, config)
             norm = _step(policy, optimizer, rate, config.max_grad_norm)
-            steps.append(torch.cat([totals, norm[None].to(totals)]))
-    means = torch.stack(steps).mean(dim=0).tolist() if steps else [0.0] * 7
-    policy_mean, value_mean, entropy_mean, kl_mean, clip_fraction, approx_kl, grad_norm = means
-    value_part = advantages.value_loss_weight * value_mean
-    policy_part = policy_mean - config.entropy_coef * entropy_mean + advantages.kl_loss_weight * kl_mean
+            steps.append(means | {"grad_norm": norm})
+    mean = {name: sum(step[name] for step in steps) / len(steps) if steps else 0.0 for name in STEP_MEANS}
+    policy_part = mean["policy_loss"] + config.entropy_coef * mean["entropy_loss"]
+    policy_part += advantages.kl_loss_weight * mean["kl_loss"]
+    value_part = advantages.value_loss_weight * mean["value_loss"]
     return UpdateStats(
-        policy_loss=policy_mean,
-        value_loss=value_mean,
-        entropy_loss=-entropy_mean,
+        **mean,
         total_loss=value_part + (policy_part if schedule.moves_policy else 0.0),
-        clip_fraction=clip_fraction,
-        approx_kl=approx_kl,
-        grad_norm=grad_norm,
         learning_rate=rate,
         explained_variance=_explained_variance(rollout, advantages),
         first_log_ratio=first_log_ratio,
-        kl_loss=kl_mean,
         num_steps=len(steps),
     )
 
@@ -168,10 +166,6 @@ def _minibatches(num_rows: int, config: TrainingConfig, first_step: int) -> Iter
         yield from np.split(generator.permutation(num_rows), config.num_minibatches)
 
 
-APPROX_KL = 5
-"""Where the divergence from the sampling policy stands among the means of a step."""
-
-
 def _accumulate(
     policy: Policy,
     rollout: Rollout,
@@ -180,14 +174,9 @@ def _accumulate(
     num_tokens: int,
     config: TrainingConfig,
     moves_policy: bool,
-) -> tuple[Tensor, float]:
-    """Add one optimizer step's gradients.
-
-    Returns:
-        Its means per token [6]: policy loss, value loss, entropy, exact KL, clipped, approximate KL; and the largest
-        |log-ratio|.
-    """
-    totals = torch.zeros(6, dtype=torch.float64)
+) -> tuple[dict[str, float], float]:
+    """Add one optimizer step's gradients; its means per token by name (STEP_MEANS), and the largest |log-ratio|."""
+    totals = torch.zeros(len(STEP_MEANS) - 1, dtype=torch.float64)
     largest = 0.0
     for part in np.split(rows, config.gradient_accumulation_steps):
         chosen = torch.from_numpy(part).to(rollout.ids.device)
@@ -216,10 +205,10 @@ def _accumulate(
         torch.autograd.backward(losses.sum() / num_tokens)
         with torch.no_grad():
             clipped = clipped_tokens(ratios, mask, config.clip_ratio)
-            parts = (policy_losses, value_losses, entropy, kl, clipped, torch.where(mask, k3(-ratios), 0.0))
+            parts = (policy_losses, value_losses, -entropy, kl, clipped, torch.where(mask, k3(-ratios), 0.0))
             totals += torch.stack([tensor.double().sum() for tensor in parts]).cpu()
             largest = max(largest, ratios.abs().max().item())
-    return totals / num_tokens, largest
+    return dict(zip(STEP_MEANS, (totals / num_tokens).tolist(), strict=False)), largest
 
 
 def _require_unit_ratio(largest: float, rollout: Rollout, config: TrainingConfig) -> None:
@@ -247,7 +236,7 @@ def _learning_rate(schedule: Schedule, index: int, config: TrainingConfig) -> fl
     return learning_rate_at(step, schedule.total_steps, schedule.peak, config.warmup_steps, config.lr_scheduler)
 
 
-def _step(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_grad_norm: float) -> Tensor:
+def _step(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_grad_norm: float) -> float:
     """Take one optimizer step with the accumulated gradients; their norm before clipping."""
     parameters = policy.trainable()
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
@@ -260,7 +249,7 @@ def _step(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_gra
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm.detach()
+    return norm.item()
 
 
 def _explained_variance(rollout: Rollout, advantages: Advantages) -> float:
