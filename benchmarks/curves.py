@@ -62,14 +62,15 @@ class StopEveryMinute(KonicFinetuningCallback):
         return self.seconds >= self.until
 
 
-def agent_of(settings, seed):
+def agent_of(settings, seed=0, full=False):
+    """The demo's agent with other training settings; `full` trains every weight."""
     demo = build_agent()
     return KonicFinetuningAgent(
         base_model=demo.get_base_model(),
         reward_composer=demo.get_reward_composer(),
-        lora_config=demo.get_lora_config(),
+        lora_config=None if full else demo.get_lora_config(),
         dataset_config=demo.get_dataset_config(),
-        training_config={**demo.get_training_config().model_dump(), **settings, "seed": seed},
+        training_config={**demo.get_training_config().model_dump(), "seed": seed, **settings},
         generation_config=demo.get_generation_config(),
     )
 

@@ -9,8 +9,8 @@ import argparse
 import json
 import tempfile
 
-from konic.demo import build_agent
-from konic.finetuning import KonicFinetuningAgent, KonicFinetuningCallback, KonicFinetuningEngine
+from curves import agent_of
+from konic.finetuning import KonicFinetuningCallback, KonicFinetuningEngine
 from konic.finetuning.intervals import distinct_n, mean
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -20,15 +20,7 @@ parser.add_argument("settings", nargs="*", help="name=value")
 options = parser.parse_args()
 settings = {name: json.loads(value) for name, value in (setting.split("=", 1) for setting in options.settings)}
 
-demo = build_agent(options.minutes)
-agent = KonicFinetuningAgent(
-    base_model=demo.get_base_model(),
-    reward_composer=demo.get_reward_composer(),
-    lora_config=None if options.full else demo.get_lora_config(),
-    dataset_config=demo.get_dataset_config(),
-    training_config={**demo.get_training_config().model_dump(), **settings},
-    generation_config=demo.get_generation_config(),
-)
+agent = agent_of({"max_minutes": options.minutes} | settings, full=options.full)
 with tempfile.TemporaryDirectory() as folder:
     quiet = KonicFinetuningCallback(verbose=False)
     engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=f"{folder}/run", callback=quiet)

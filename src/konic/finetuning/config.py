@@ -75,7 +75,7 @@ class TrainingConfig(Settings):
     kl_target: float | None = Field(default=None, gt=0)
     """Nats per response that an adaptive β steers to (Ziegler et al. 2019); None keeps β fixed."""
     kl_horizon: int = Field(default=100, ge=1)
-    """Responses over which the adaptive β changes by a fifth at most."""
+    """Responses over which the adaptive β changes by about a fifth at most."""
     kl_budget: float | None = Field(default=None, gt=0)
     """Nats per response that the best weights may have paid; a run that goes beyond says so and goes on."""
     clip_ratio: float = Field(default=0.2, gt=0, lt=1)

@@ -11,7 +11,7 @@ def adapted_kl_weight(
         kl_per_response: Nats, its mean over the batch.
         target: Nats > 0.
         num_responses: n, in the batch; more than `horizon` count as `horizon`, so that β stays positive.
-        horizon: Responses over which β changes by a fifth at most.
+        horizon: Responses over which β changes by about a fifth at most.
     """
     error = min(0.2, max(-0.2, kl_per_response / target - 1))
     return kl_penalty_weight * (1 + error * min(1.0, num_responses / horizon))
