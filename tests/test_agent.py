@@ -48,6 +48,8 @@ def test_only_the_model_and_the_rewards_are_required():
 def test_a_peft_lora_config_is_taken_and_prompt_learning_is_not():
     given = peft.LoraConfig(r=2, target_modules=["c_attn"])
     assert KonicFinetuningAgent("gpt2", Rewards(), given).get_lora_config() is given
+    with pytest.raises(ConfigError, match="init_lora_weights=False starts from a random change"):
+        KonicFinetuningAgent("gpt2", Rewards(), peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
     with pytest.raises(ConfigError, match=r"PromptTuningConfig is not supported.*Use LoraConfig\(r=8"):
         KonicFinetuningAgent("gpt2", Rewards(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     with pytest.raises(ConfigError, match="lora_config must be a LoraConfig"):

@@ -10,9 +10,9 @@ import torch
 from conftest import prompt_batch, shake_adapter, tiny_learner
 from konic.finetuning.algorithms import ALGORITHMS, advantages_of
 from konic.finetuning.config import GROUP_METHODS, GenerationConfig, TrainingConfig
-from konic.finetuning.rewards import Scores
 from konic.finetuning.rollout import rollout
 from konic.finetuning.sampling import RandomKey
+from konic.finetuning.scoring import Scores
 
 NAN = math.nan
 SCORES = [0.3, -1.0, 2.0, 0.1, 0.7, -0.2, 1.1, 0.0]

@@ -15,6 +15,7 @@ from konic.finetuning.checkpoint import (
     written_whole,
 )
 from konic.finetuning.errors import OutputError
+from konic.finetuning.moments import RunningMoments
 from konic.finetuning.state import TrainerState
 
 
@@ -72,7 +73,8 @@ def test_a_checkpoint_brings_back_every_bit(architecture, lora, tmp_path):
         sum((weight * scale).square().sum() for weight in learner.policy.trainable().values()).backward()
         learner.optimizer.step()
         learner.optimizer.zero_grad()
-    state = TrainerState(7, 28, 1.5, [], snapshot(learner.policy))
+    moments = {"kind": RunningMoments().after([0.1, 0.2, 1 / 3]), "other.part": RunningMoments()}
+    state = TrainerState(7, 28, 1.5, [], snapshot(learner.policy), moments)
     save_checkpoint(tmp_path / "checkpoint-7", learner.policy, learner.optimizer, state, {"a": 1})
 
     fresh = tiny_learner(architecture, lora=lora)

@@ -34,6 +34,10 @@ BOUNDS = [  # field, the values at the edge that are valid, the ones past it
     (TrainingConfig, "kl_budget", [TINY, None], [0]),
     (TrainingConfig, "target_kl", [TINY, None], [0]),
     (TrainingConfig, "value_warmup_iterations", [0, 3], [-1]),
+    (TrainingConfig, "on_reward_error", ["raise", "skip"], ["ignore", None]),
+    (TrainingConfig, "max_error_rate", [0, 1], [-TINY, 1.001]),
+    (TrainingConfig, "reward_workers", [0, 4], [-1, 1.5]),
+    (TrainingConfig, "reward_timeout_seconds", [TINY, None], [0]),
     (TrainingConfig, "self_checks", [True, False], ["perhaps", None]),
     (TrainingConfig, "learning_rate", [TINY, None], [0, -1e-5]),
     (TrainingConfig, "batch_size", [1], [0, -4]),
@@ -96,6 +100,7 @@ def test_every_field_has_its_bounds_tested(kind):
 @pytest.mark.parametrize(("kind", "field", "value"), VALID)
 def test_a_value_at_the_edge_is_taken(kind, field, value):
     companions = {"batch_size": 8} if field in ("num_minibatches", "gradient_accumulation_steps") else {}
+    companions |= {"reward_workers": 1} if field == "reward_timeout_seconds" else {}
     assert getattr(kind(**companions, **{field: value}), field) == value
 
 

@@ -13,19 +13,19 @@ PACKAGE = Path(konic.__file__).parent
 LAYERS = [
     {"errors"},
     {"config", "hub"},
-    {"advantages", "losses", "intervals", "interrupts", "reducers", "controllers"},
-    {"results"},
+    {"advantages", "losses", "intervals", "interrupts", "reducers", "controllers", "moments", "reward_calls"},
+    {"results", "rewards"},
     {"models", "loaders", "callbacks", "adapters", "state"},
     {"dataset"},
-    {"prompts", "rewards"},
-    {"language_model", "agent"},
-    {"policy"},
+    {"prompts", "agent", "reward_pool"},
+    {"language_model", "scoring", "reward_texts"},
+    {"policy", "reward_model"},
     {"sampling", "checkpoint"},
-    {"rollout"},
+    {"rollout", "reward_training"},
     {"algorithms", "evaluation", "run_folder"},
     {"update"},
     {"measures", "learner", "checks"},
-    {"engine"},
+    {"engine", "reward_trial"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -11,9 +11,9 @@ from konic.finetuning.dataset import DatasetConfig, make_prompts
 from konic.finetuning.measures import RunClock, StageClock, iteration_result
 from konic.finetuning.prompts import PromptBatch
 from konic.finetuning.results import Evaluation
-from konic.finetuning.rewards import Scores
 from konic.finetuning.rollout import Rollout
 from konic.finetuning.sampling import Samples
+from konic.finetuning.scoring import Scores
 from konic.finetuning.update import UpdateStats
 
 NAN = math.nan

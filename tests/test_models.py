@@ -54,7 +54,7 @@ def test_a_folder_without_a_model_is_said(tmp_path):
 def test_a_broken_model_folder_is_one_error(tmp_path, model_folders):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ModelError, match=r"could not be loaded: .*\n.*whole causal language model"):
+    with pytest.raises(ModelError, match=r"could not be loaded: .*\n.*whole model of the right kind"):
         load_model(str(tmp_path), {}, CPU)
 
 

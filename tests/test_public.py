@@ -7,9 +7,9 @@ import konic.finetuning as public
 
 NAMES = """
 BaseKonicFinetuningCallback ConfigError DatasetConfig DatasetError DatasetSource FinetuningIterationResult
-FinetuningResult GenerationConfig KonicError KonicFinetuningAgent KonicFinetuningCallback KonicFinetuningEngine
-KonicLLMRewardComposer LoraConfig MaxReducer MeanReducer ModelError OutputError RewardError TrainingConfig
-TrainingError WeightedSumReducer llm_reward
+FinetuningResult GenerationConfig HuggingFaceRewardModel KonicError KonicFinetuningAgent KonicFinetuningCallback
+KonicFinetuningEngine KonicLLMRewardComposer LoraConfig MaxReducer MeanReducer ModelError OutputError RewardError
+TrainingConfig TrainingError WeightedSumReducer llm_reward
 """.split()
 
 RESULT_FIELDS = """
@@ -55,7 +55,7 @@ def test_signatures_are_the_contracts():
         "verbose": True,
     }
     composer = inspect.signature(public.KonicLLMRewardComposer.__init__).parameters
-    assert list(composer)[1:] == ["reward_models", "reward_weights", "reducer", "kl_penalty_weight"]
+    assert list(composer)[1:] == ["reward_models", "reward_weights", "reducer", "kl_penalty_weight", "reward_functions"]
     agent = inspect.signature(public.KonicFinetuningAgent.__init__).parameters
     expected = "base_model reward_composer lora_config dataset_config training_config generation_config model_kwargs"
     assert list(agent)[1:] == expected.split()

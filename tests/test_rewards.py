@@ -6,12 +6,19 @@ import numpy as np
 import pytest
 import torch
 
+from konic.finetuning.config import TrainingConfig
 from konic.finetuning.dataset import DatasetConfig, make_prompts
 from konic.finetuning.errors import ConfigError, RewardError
 from konic.finetuning.reducers import MaxReducer, MeanReducer, WeightedSumReducer
-from konic.finetuning.rewards import KonicLLMRewardComposer, llm_reward, score
+from konic.finetuning.rewards import KonicLLMRewardComposer, llm_reward
+from konic.finetuning.scoring import Scorer
 
 PROMPTS, RESPONSES = ["p0", "p1", "p2"], ["a", "bb", "cccc"]
+
+
+def score(composer, prompts, texts, responses):
+    with Scorer(composer, TrainingConfig()) as scorer:
+        return scorer.score(prompts, texts, responses)
 
 
 class Length(KonicLLMRewardComposer):

@@ -13,9 +13,9 @@ from konic.finetuning.errors import TrainingError
 from konic.finetuning.language_model import LanguageModel
 from konic.finetuning.learner import Learner
 from konic.finetuning.policy import Policy
-from konic.finetuning.rewards import Scores
 from konic.finetuning.rollout import rollout
 from konic.finetuning.sampling import RandomKey, special_tokens
+from konic.finetuning.scoring import Scores
 from konic.finetuning.update import Schedule, _minibatches, make_optimizer, update
 
 GENERATION = GenerationConfig(max_new_tokens=8, temperature=0.9, eos_token_id=tuple(range(40)))  # so that lengths vary

@@ -6,6 +6,8 @@ import typer
 
 from konic import __version__
 from konic.cli.demo import demo
+from konic.cli.reward_model import reward_model
+from konic.cli.rewards import rewards
 from konic.cli.train import train
 
 app = typer.Typer(
@@ -18,6 +20,8 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(train)
+app.command()(rewards)
+app.add_typer(reward_model, name="reward-model")
 
 
 @app.callback(invoke_without_command=True)

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from konic.finetuning import ConfigError, KonicError, KonicFinetuningAgent
+from konic.finetuning import ConfigError, KonicError, KonicFinetuningAgent, KonicLLMRewardComposer
 
 
 def load_agent(script: Path) -> KonicFinetuningAgent:
@@ -18,7 +18,10 @@ def load_agent(script: Path) -> KonicFinetuningAgent:
     """
     if not script.is_file():
         raise ConfigError(f"{script}: there is no such file.")
-    module = _import(script)
+    return _agent_of(script, _import(script))
+
+
+def _agent_of(script: Path, module: Any) -> KonicFinetuningAgent:
     agent: Any = getattr(module, "agent", None)
     if agent is None:
         build = getattr(module, "build_agent", None)
@@ -33,6 +36,24 @@ def load_agent(script: Path) -> KonicFinetuningAgent:
     if not isinstance(agent, KonicFinetuningAgent):
         raise ConfigError(f"{script}: its agent is a {type(agent).__name__}, not a KonicFinetuningAgent.")
     return agent
+
+
+def load_composer(script: Path) -> KonicLLMRewardComposer:
+    """The composer of a script's agent, else its module-level composer, else one of its only composer class."""
+    if not script.is_file():
+        raise ConfigError(f"{script}: there is no such file.")
+    module = _import(script)
+    if hasattr(module, "agent") or hasattr(module, "build_agent"):
+        return _agent_of(script, module).get_reward_composer()
+    own = {id(value): value for value in vars(module).values()}.values()
+    found = [value for value in own if isinstance(value, KonicLLMRewardComposer)]
+    kinds = [kind for kind in own if isinstance(kind, type) and kind.__module__ == module.__name__]
+    if not found:
+        found = [_call(script, kind) for kind in kinds if issubclass(kind, KonicLLMRewardComposer)]
+    if len(found) != 1:
+        raise ConfigError(f"{script}: defines {len(found) or 'no'} composers and no agent; name one `agent`'s.")
+    found[0].check()
+    return found[0]
 
 
 def _import(script: Path) -> Any:

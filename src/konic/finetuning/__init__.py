@@ -5,11 +5,13 @@ The modules in the order the data flows: `agent` and `config` say what to train;
 `update` (`losses`), `measures`, `results`, `callbacks`, `checkpoint` and `run_folder`. `engine` holds the loop.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from konic.finetuning.agent import KonicFinetuningAgent
 from konic.finetuning.callbacks import BaseKonicFinetuningCallback, KonicFinetuningCallback
 from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
 from konic.finetuning.dataset import DatasetConfig, DatasetSource
-from konic.finetuning.engine import KonicFinetuningEngine
 from konic.finetuning.errors import (
     ConfigError,
     DatasetError,
@@ -23,6 +25,10 @@ from konic.finetuning.reducers import MaxReducer, MeanReducer, WeightedSumReduce
 from konic.finetuning.results import FinetuningIterationResult, FinetuningResult
 from konic.finetuning.rewards import KonicLLMRewardComposer, llm_reward
 
+if TYPE_CHECKING:
+    from konic.finetuning.engine import KonicFinetuningEngine
+    from konic.finetuning.reward_model import HuggingFaceRewardModel
+
 __all__ = [
     "BaseKonicFinetuningCallback",
     "ConfigError",
@@ -32,6 +38,7 @@ __all__ = [
     "FinetuningIterationResult",
     "FinetuningResult",
     "GenerationConfig",
+    "HuggingFaceRewardModel",
     "KonicError",
     "KonicFinetuningAgent",
     "KonicFinetuningCallback",
@@ -48,3 +55,12 @@ __all__ = [
     "WeightedSumReducer",
     "llm_reward",
 ]
+
+_LOADS_TORCH = {"HuggingFaceRewardModel": "reward_model", "KonicFinetuningEngine": "engine"}
+
+
+def __getattr__(name: str) -> Any:
+    """What loads torch is imported when it is first asked for: worker processes never ask."""
+    if name not in _LOADS_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LOADS_TORCH[name]}"), name)

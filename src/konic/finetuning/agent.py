@@ -115,6 +115,11 @@ def _lora_config(value: Any) -> Any:
     import peft
 
     if isinstance(value, peft.LoraConfig):
+        if value.init_lora_weights is False:
+            raise ConfigError(
+                "lora_config: init_lora_weights=False starts from a random change of the model: the reference would "
+                "be another model than the one that samples. Leave it True."
+            )
         return value
     if isinstance(value, peft.PeftConfig):
         raise ConfigError(

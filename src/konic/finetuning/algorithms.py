@@ -16,8 +16,8 @@ from torch import Tensor
 
 from konic.finetuning.advantages import gae, group_centred, group_normalised, leave_one_out, token_rewards, whiten
 from konic.finetuning.config import TrainingConfig
-from konic.finetuning.rewards import Scores
 from konic.finetuning.rollout import Rollout
+from konic.finetuning.scoring import Scores
 
 
 @dataclass(frozen=True)

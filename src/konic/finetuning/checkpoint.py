@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from konic.finetuning.errors import ConfigError, OutputError
+from konic.finetuning.moments import RunningMoments
 from konic.finetuning.policy import Policy
 from konic.finetuning.results import FinetuningIterationResult
 from konic.finetuning.state import TrainerState
@@ -33,7 +35,11 @@ _IDENTITY = (
     "model_name", "use_lora", "lora_config", "algorithm", "batch_size", "num_generations", "seed", "dataset_config",
     "generation_config", "selection",
 )  # fmt: skip
-_FREE = ("max_iterations", "iterations_done", "max_minutes", "eval_every", "model_kwargs", "device")
+_RECORDED = ("iteration", "num_steps", "elapsed_seconds", "reward_moments", "settings", "history")
+_FREE = (
+    "max_iterations", "iterations_done", "max_minutes", "eval_every", "model_kwargs", "device", "on_reward_error",
+    "max_error_rate", "reward_workers", "reward_timeout_seconds",
+)  # fmt: skip
 
 
 @contextmanager
@@ -101,6 +107,7 @@ def save_checkpoint(
             "iteration": state.iteration,
             "num_steps": state.num_steps,
             "elapsed_seconds": state.elapsed_seconds,
+            "reward_moments": {name: asdict(moments) for name, moments in state.reward_moments.items()},
             "settings": settings,
             "history": [result.to_dict() for result in state.history],
         }
@@ -115,7 +122,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        return {name: record[name] for name in ("iteration", "num_steps", "elapsed_seconds", "settings", "history")}
+        return {name: record[name] for name in _RECORDED}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(
             f"{folder}: is not a whole checkpoint: {type(error).__name__}: {error}. Give another one."
@@ -155,6 +162,7 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
             iteration=record["iteration"],
             num_steps=record["num_steps"],
             elapsed_seconds=record["elapsed_seconds"],
+            reward_moments={name: RunningMoments(**values) for name, values in record["reward_moments"].items()},
             history=[FinetuningIterationResult.from_dict(values) for values in record["history"]],
             best_weights=load_file(best_file) if best_file.is_file() else None,
         )

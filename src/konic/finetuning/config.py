@@ -108,6 +108,14 @@ class TrainingConfig(Settings):
     """Evaluate on the held-out prompts every so many iterations, besides before the first and after the last."""
     max_minutes: float | None = Field(default=None, gt=0)
     """Stop after the iteration that passes this many minutes."""
+    on_reward_error: Literal["raise", "skip"] = "raise"
+    """What a reward's error on a response does: "raise" stops the run, "skip" leaves the response out and counts it."""
+    max_error_rate: float = Field(default=0.1, ge=0, le=1)
+    """With "skip", the share of the last 100 responses that may fail; beyond, the run stops."""
+    reward_workers: int = Field(default=0, ge=0)
+    """Processes that call reward methods and functions; 0 calls them in the run's own. Reward models stay in it."""
+    reward_timeout_seconds: float | None = Field(default=None, gt=0)
+    """Seconds that a worker may take over one response, or over a batch method's batch; then it is killed."""
     self_checks: bool = True
     """Watch every run for what goes wrong unseen: broken invariants stop it, other findings are told once."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -143,6 +151,11 @@ class TrainingConfig(Settings):
             raise ValueError(
                 f"value_warmup_iterations={self.value_warmup_iterations}, but with algorithm={self.algorithm!r} and "
                 f"vf_coef={self.vf_coef} no value head learns; that takes 'ppo' and vf_coef above 0"
+            )
+        if self.reward_timeout_seconds is not None and not self.reward_workers:
+            raise ValueError(
+                f"reward_timeout_seconds={self.reward_timeout_seconds:g} needs reward_workers, such as 2: only a "
+                "process of its own can be stopped"
             )
         return self
 

@@ -32,15 +32,15 @@ from konic.finetuning.errors import ConfigError, OutputError, TrainingError, did
 from konic.finetuning.evaluation import evaluate, respond
 from konic.finetuning.interrupts import uninterrupted
 from konic.finetuning.intervals import mean
-from konic.finetuning.learner import Learner, build_learner, pick_device
+from konic.finetuning.learner import Learner, build_learner
 from konic.finetuning.measures import RunClock, StageClock, iteration_result
-from konic.finetuning.models import check_model_kwargs
+from konic.finetuning.models import check_model_kwargs, pick_device
 from konic.finetuning.prompts import PromptBatch, make_prompt_batch
 from konic.finetuning.results import Evaluation, FinetuningIterationResult, FinetuningResult, Selection
-from konic.finetuning.rewards import Scores, score
-from konic.finetuning.rollout import Rollout, rollout
+from konic.finetuning.rollout import Rollout, rollout, with_values_at
 from konic.finetuning.run_folder import RunFolder
 from konic.finetuning.sampling import RandomKey
+from konic.finetuning.scoring import Scorer, Scores, require_errors_within, rescored
 from konic.finetuning.state import TrainerState
 from konic.finetuning.update import Schedule, update
 
@@ -77,6 +77,7 @@ class KonicFinetuningEngine:
         self._folder: RunFolder | None = None
         self._folder_named = checkpoint_dir
         self._state = TrainerState()
+        self._scorer = Scorer(agent.get_reward_composer(), agent.get_training_config())
         self._weights_are_whole = True
         check_model_kwargs(agent.get_model_kwargs())
         pick_device(device)
@@ -108,21 +109,22 @@ class KonicFinetuningEngine:
             KonicError: Something the user can mend; up to the last whole iteration nothing is lost.
         """
         callbacks = Callbacks(self.callback)
-        folder, last = self._prepare(max_iterations, save_every, resume_from_checkpoint)
-        callbacks.on_train_begin(self._settings(last))
-        with callbacks.told_of_errors():
-            try:
-                stopped = self._iterate(folder, callbacks, last, save_every)
-            except KeyboardInterrupt:
-                stopped = INTERRUPTED
-            except Exception:
-                self._save_what_is_whole(folder, callbacks, last)
-                raise
-            return self._finish(folder, callbacks, last, stopped)
+        with self._scorer:
+            folder, last = self._prepare(max_iterations, save_every, resume_from_checkpoint)
+            callbacks.on_train_begin(self._settings(last))
+            with callbacks.told_of_errors():
+                try:
+                    stopped = self._iterate(folder, callbacks, last, save_every)
+                except KeyboardInterrupt:
+                    stopped = INTERRUPTED
+                except Exception:
+                    self._save_what_is_whole(folder, callbacks, last)
+                    raise
+                return self._finish(folder, callbacks, last, stopped)
 
     def _iterate(self, folder: RunFolder, callbacks: Callbacks, last: int, save_every: int | None) -> str | None:
         """The loop, up to iteration `last`; why it ended before, or None."""
-        config, generation, composer = self._training, self._generation, self.agent.get_reward_composer()
+        config, generation = self._training, self._generation
         learner, prompts, state = self._learner, self._prompts, self._state
         clock = RunClock(state.elapsed_seconds, config.max_minutes)
         for iteration in range(state.iteration + 1, last + 1):
@@ -140,10 +142,13 @@ class KonicFinetuningEngine:
             stages.lap("generation")
             callbacks.on_generation_end(list(batch.texts), list(rolled.texts))
 
-            scores = score(composer, batch.prompts, batch.texts, rolled.texts)
+            scores = self._scorer.score(batch.prompts, batch.texts, rolled.texts, state.reward_moments, learns=True)
+            require_errors_within(state.history, scores, config)
             stages.lap("reward")
             callbacks.on_reward_computed(list(scores.rewards), {name: list(v) for name, v in scores.breakdown.items()})
 
+            if iteration == 1 and scores.scored():
+                rolled = with_values_at(learner.policy, rolled, mean(scores.scored()))
             kl_weight = state.kl_penalty_weight(self.agent.kl_penalty_weight, config)
             advantages = advantages_of(rolled, scores, config, kl_weight)
 
@@ -160,7 +165,7 @@ class KonicFinetuningEngine:
                 result = self._checked(
                     iteration_result(iteration, rolled, scores, advantages, stats, kl_weight, stages, evaluation)
                 )
-                state.add(result, config.steps_per_iteration, clock.elapsed_seconds)
+                state.add(result, config.steps_per_iteration, clock.elapsed_seconds, scores.moments)
                 folder.write_iteration(result, rolled, scores)
 
                 callbacks.on_iteration_end(result)
@@ -185,7 +190,8 @@ class KonicFinetuningEngine:
         chosen = self._prompts.held_out if prompts is None else self._made(prompts, "evaluate(prompts)")
         if not chosen:
             raise ConfigError("evaluate() has no prompts: give some, or set DatasetConfig(held_out=...).")
-        return self._evaluation(chosen).to_dict()
+        with self._scorer:
+            return self._evaluation(chosen).to_dict()
 
     def generate(self, prompts: Sequence[Any]) -> list[str]:
         """A response to every prompt, with the same random numbers every time."""
@@ -236,8 +242,8 @@ class KonicFinetuningEngine:
         return self._loaded_prompts
 
     def _evaluation(self, prompts: Sequence[Prompt]) -> Evaluation:
-        composer, learner, seed = self.agent.get_reward_composer(), self._learner, self._training.seed
-        return evaluate(learner.policy, composer, prompts, self._generation, learner.special, seed)
+        learner, seed, moments = self._learner, self._training.seed, self._state.reward_moments
+        return evaluate(learner.policy, self._scorer, prompts, self._generation, learner.special, seed, moments)
 
     def _is_evaluated(self, iteration: int) -> bool:
         """True where the policy that samples an iteration is tried on the held-out prompts first."""
@@ -395,7 +401,10 @@ class KonicFinetuningEngine:
         if self._prompts.held_out and stopped != INTERRUPTED:
             with contextlib.suppress(KeyboardInterrupt):
                 after = self._evaluate_held_out(folder)
-                result = replace(result, before=folder.read_evaluation(0), after=after)
+                before = rescored(
+                    folder.read_evaluation(0), self.agent.get_reward_composer(), self._state.reward_moments
+                )
+                result = replace(result, before=before, after=after)
                 self._learner.write_card(final, result, self._settings(last))
         callbacks.on_train_end(result)
         return result

@@ -50,3 +50,13 @@ def distinct_n(responses: Sequence[str], n: int = 2) -> float:
         for start in range(len(words) - n + 1)
     ]
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def proportion(successes: int, total: int) -> Interval:
+    """A share with Wilson's 95 % interval (Wilson, JASA 22, 1927)."""
+    if total == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    z, share = 1.959963984540054, successes / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))

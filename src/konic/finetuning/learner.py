@@ -54,21 +54,3 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device) -> Learner:
     special = special_tokens(generation, policy.language_model, policy.tokenizer)
     policy.check_reference()
     return Learner(policy, make_optimizer(policy, config), special, loaded.location)
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device that a name stands for; "auto" is CUDA where there is one, else the CPU.
-
-    Raises:
-        ConfigError: No such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError):
-        raise ConfigError(
-            f"device={name!r} is not there. Torch sees {torch.cuda.device_count()} CUDA devices; 'cpu' always works."
-        ) from None
-    return device

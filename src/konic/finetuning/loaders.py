@@ -25,8 +25,10 @@ def read_bundled(split: str) -> list[Any]:
     return [{"prompt": line} for line in text.splitlines()]
 
 
-def read_local(name: str, prompt_column: str) -> list[Any]:
+def read_local(name: str, *text_columns: str) -> list[Any]:
     """The rows of a csv, json, jsonl, parquet or txt file, or of a folder that holds one kind of them.
+
+    A csv says nothing of types: its `text_columns` are text whatever they look like.
 
     Raises:
         DatasetError: Nothing there, several kinds, or a file that cannot be read as what its name says.
@@ -43,7 +45,7 @@ def read_local(name: str, prompt_column: str) -> list[Any]:
         )
     suffix = suffixes.pop()
     try:
-        return [row for file in paths for row in _READERS[suffix](file, prompt_column)]
+        return [row for file in paths for row in _READERS[suffix](file, text_columns)]
     except (OSError, ValueError, UnicodeError) as error:
         raise DatasetError(f"Dataset {name!r} cannot be read as {suffix[1:]}: {error}") from None
 
@@ -109,11 +111,11 @@ def _canonical_id(name: str, token: str | None) -> str:
     return name
 
 
-def _read_csv(path: Path, prompt_column: str) -> list[Any]:
+def _read_csv(path: Path, text_columns: tuple[str, ...]) -> list[Any]:
     table = pyarrow.csv.read_csv(
         path,
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types={prompt_column: pyarrow.string()}),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(text_columns, pyarrow.string())),
     )
     repeated = {name for name in table.column_names if table.column_names.count(name) > 1}
     if repeated:
@@ -121,14 +123,14 @@ def _read_csv(path: Path, prompt_column: str) -> list[Any]:
     return table.to_pylist()
 
 
-def _read_json(path: Path, prompt_column: str) -> list[Any]:
+def _read_json(path: Path, text_columns: tuple[str, ...]) -> list[Any]:
     rows = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(rows, list):
         raise ValueError(f"the top level is a {type(rows).__name__}, not a list of rows")
     return rows
 
 
-def _read_jsonl(path: Path, prompt_column: str) -> list[Any]:
+def _read_jsonl(path: Path, text_columns: tuple[str, ...]) -> list[Any]:
     rows = []
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
@@ -139,12 +141,12 @@ def _read_jsonl(path: Path, prompt_column: str) -> list[Any]:
     return rows
 
 
-def _read_parquet(path: Path, prompt_column: str) -> list[Any]:
+def _read_parquet(path: Path, text_columns: tuple[str, ...]) -> list[Any]:
     return pyarrow.parquet.read_table(path).to_pylist()
 
 
-def _read_txt(path: Path, prompt_column: str) -> list[Any]:
-    names = {"text"} | ({"prompt"} & {prompt_column})  # `prompt` is what a config that names no column asks for
+def _read_txt(path: Path, text_columns: tuple[str, ...]) -> list[Any]:
+    names = {"text"} | ({"prompt"} & set(text_columns))  # `prompt` is what a config that names no column asks for
     return [dict.fromkeys(names, line) for line in _lines(path)]
 
 
@@ -154,7 +156,7 @@ def _lines(path: Path) -> list[str]:
     return text.split("\n") if text else []
 
 
-_READERS: dict[str, Callable[[Path, str], list[Any]]] = {
+_READERS: dict[str, Callable[[Path, tuple[str, ...]], list[Any]]] = {
     ".csv": _read_csv,
     ".json": _read_json,
     ".jsonl": _read_jsonl,

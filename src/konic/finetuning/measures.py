@@ -9,8 +9,8 @@ from konic.finetuning.algorithms import Advantages
 from konic.finetuning.intervals import mean
 from konic.finetuning.losses import k1, k3
 from konic.finetuning.results import Evaluation, FinetuningIterationResult, mean_of_present
-from konic.finetuning.rewards import Scores
 from konic.finetuning.rollout import Rollout
+from konic.finetuning.scoring import Scores
 from konic.finetuning.update import UpdateStats
 
 
@@ -103,6 +103,7 @@ def iteration_result(
         ended_fraction=rollout.samples.ended.double().mean().item(),
         num_samples=len(scores.rewards),
         num_unscored=len(scores.rewards) - len(rewards),
+        num_reward_errors=scores.num_faults,
         eval_reward_mean=evaluation.reward_mean if evaluation else math.nan,
         eval_kl_per_response=mean(evaluation.kl_per_response) if evaluation else math.nan,
     )

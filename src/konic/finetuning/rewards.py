@@ -1,29 +1,68 @@
-"""(prompts, responses, columns) -> Scores: the user's reward methods and models, weighted and reduced to one number."""
+"""The user's rewards: marked methods, functions and models, weighted and reduced to one number per response."""
 
-import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar, overload
 
-from konic.finetuning.dataset import Prompt
 from konic.finetuning.errors import ConfigError, RewardError, did_you_mean
+from konic.finetuning.moments import RunningMoments
 from konic.finetuning.reducers import WeightedSumReducer
+from konic.finetuning.reward_calls import (
+    Fault,
+    NotANumberError,
+    Outcome,
+    Parts,
+    Reward,
+    call_reward,
+    columns_wanted,
+    number,
+    sample_text,
+    shape_of,
+)
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-_MARK = "_konic_is_llm_reward"
-_RESERVED = ("self", "prompt", "prompts", "response", "responses")
+_MARK = "_konic_llm_reward"
 
 
-def llm_reward(method: Method) -> Method:
-    """Marks a composer's method `(self, prompt: str, response: str)` as a reward.
+@dataclass(frozen=True)
+class _Mark:
+    batch: bool
+    normalize: bool
+    clip: tuple[float, float] | None
+
+
+@overload
+def llm_reward(method: Method) -> Method: ...
+@overload
+def llm_reward(
+    *, batch: bool = False, normalize: bool = False, clip: tuple[float, float] | None = None
+) -> Callable[[Method], Method]: ...
+def llm_reward(
+    method: Any = None, *, batch: bool = False, normalize: bool = False, clip: tuple[float, float] | None = None
+) -> Any:
+    """Marks a composer's method `(self, prompt: str, response: str)` as a reward; it may be `async`.
 
     It returns a number, a dict of named numbers, or None to abstain. Further parameters are filled with the dataset's
-    columns of the same names.
+    columns of the same names, and `messages` with the chat that a prompt came from.
+
+    Args:
+        method: The method, where the mark is used without brackets.
+        batch: The method is `(self, prompts, responses)` and returns a list with a value per response.
+        normalize: In training, count each value in standard deviations from the running mean of its part.
+        clip: The lowest and the highest value that count, after normalising.
+
+    Raises:
+        ConfigError: Bounds in the wrong order.
     """
-    setattr(method, _MARK, True)
-    return method
+    mark = _Mark(batch, normalize, _checked_clip(clip))
+
+    def marked(function: Any) -> Any:
+        setattr(function, _MARK, mark)
+        return function
+
+    return marked if method is None else marked(method)
 
 
 class RewardModel(Protocol):
@@ -32,30 +71,7 @@ class RewardModel(Protocol):
     name: str
 
     def score(self, prompts: list[str], responses: list[str]) -> Sequence[float | None]:
-        """One number per response, or None to abstain."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The rewards of a batch of B responses."""
-
-    rewards: list[float]
-    """[B] each sample's reward; NaN where every part abstained."""
-    breakdown: dict[str, list[float]]
-    """Each part's own values [B], before weights; NaN where it abstained."""
-
-    @property
-    def has_score(self) -> list[bool]:
-        """[B] False where every part abstained."""
-        return [not math.isnan(reward) for reward in self.rewards]
-
-    def filled(self) -> list[float]:
-        """[B] the rewards, 0 where there is none."""
-        return [0.0 if math.isnan(reward) else reward for reward in self.rewards]
-
-    def scored(self) -> list[float]:
-        """The rewards of the samples that have one."""
-        return [reward for reward in self.rewards if not math.isnan(reward)]
+        """One number per response, or None to abstain; further parameters are filled with the dataset's columns."""
 
 
 class KonicLLMRewardComposer:
@@ -69,17 +85,18 @@ class KonicLLMRewardComposer:
             `reward.key`, which may have weights of their own.
         reducer: A class or instance with `reduce(dict[str, float]) -> float`; the class attribute where None.
         kl_penalty_weight: Wins over TrainingConfig's, where given.
+        reward_functions: Plain functions, as :meth:`add_reward_function` takes them.
     """
 
     reducer: Any = WeightedSumReducer
     kl_penalty_weight: float | None = None
-    _reward_models: dict[str, RewardModel]
+    _added: dict[str, Reward]
     _reward_weights: dict[str, float]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """State is made here, so that a subclass whose `__init__` forgets `super().__init__()` works."""
         self = super().__new__(cls)
-        self._reward_models = {}
+        self._added = {}
         self._reward_weights = {}
         return self
 
@@ -89,11 +106,15 @@ class KonicLLMRewardComposer:
         reward_weights: Mapping[str, float] | None = None,
         reducer: Any = None,
         kl_penalty_weight: float | None = None,
+        reward_functions: Sequence[Callable[..., Any]] | None = None,
     ) -> None:
-        if reward_models is not None and not isinstance(reward_models, Sequence):
-            raise ConfigError(f"reward_models must be a list of reward models, got {reward_models!r}.")
+        for option, given in (("reward_models", reward_models), ("reward_functions", reward_functions)):
+            if given is not None and not isinstance(given, Sequence):
+                raise ConfigError(f"{option} must be a list, got {given!r}.")
         if reward_weights is not None and not isinstance(reward_weights, Mapping):
             raise ConfigError(f"reward_weights must be a dict of numbers by reward name, got {reward_weights!r}.")
+        for function in reward_functions or ():
+            self.add_reward_function(function)
         for model in reward_models or ():
             self.add_reward_model(model)
         for name, weight in (reward_weights or {}).items():
@@ -106,29 +127,50 @@ class KonicLLMRewardComposer:
 
     @property
     def reward_names(self) -> list[str]:
-        """The marked methods in the order they were written, then the reward models."""
-        methods = {
-            name: None
-            for kind in reversed(type(self).__mro__)
-            for name in vars(kind)
-            if callable(getattr(type(self), name, None))
-            and any(_is_marked(vars(other).get(name)) for other in type(self).__mro__)
-        }
-        return [*methods, *self._reward_models]
+        """The marked methods in the order they were written, then what was added."""
+        return [reward.name for reward in rewards_of(self)]
 
     def add_reward_model(self, model: RewardModel, weight: float = 1.0) -> Self:
-        """Add a reward model under its name.
+        """Add a reward model under its name. One whose `normalize` is true is normalised, as a marked method may be.
 
         Raises:
             ConfigError: The object cannot score, or its name is taken.
         """
         name = getattr(model, "name", None)
         if not isinstance(name, str) or not callable(getattr(model, "score", None)):
-            raise ConfigError(f"A reward model needs a name and a method score(prompts, responses); got {model!r}.")
-        if name in self.reward_names:
-            raise ConfigError(f"There are two rewards named {name!r}. Give one of them another name.")
-        self._reward_models[name] = model
-        return self.set_reward_weight(name, weight)
+            advice = " Plain functions go to add_reward_function." if callable(model) else ""
+            raise ConfigError(
+                f"A reward model needs a name and a method score(prompts, responses); got {model!r}.{advice}"
+            )
+        normalize = getattr(model, "normalize", False) is True
+        return self._add(Reward(name, model.score, "batch", is_model=True, normalize=normalize), weight)
+
+    def add_reward_function(
+        self,
+        function: Callable[..., Any],
+        weight: float = 1.0,
+        name: str | None = None,
+        normalize: bool = False,
+        clip: tuple[float, float] | None = None,
+    ) -> Self:
+        """Add a plain function, `async` or not, under its own name or another.
+
+        Its parameters say what it takes: `(prompt, response)`, `(prompts, responses)` for a whole batch, or TRL's
+        `(prompts, completions, **columns)`, which may leave out the prompts.
+
+        Raises:
+            ConfigError: Its name is taken, or it has none.
+            RewardError: It takes something else.
+        """
+        if not callable(function) or isinstance(function, type):
+            raise ConfigError(f"A reward function must be a function, got {function!r}.")
+        name = name or getattr(function, "__name__", None)
+        if not name or name == "<lambda>":
+            raise ConfigError(
+                f"The reward function {function!r} has no name: give add_reward_function(..., name='...')."
+            )
+        clip = _checked_clip(clip)
+        return self._add(Reward(name, function, shape_of(function), normalize=normalize, clip=clip), weight)
 
     def set_reward_weight(self, name: str, weight: float) -> Self:
         """Set the factor that a reward, or one part `reward.key` of it, is multiplied by.
@@ -137,7 +179,7 @@ class KonicLLMRewardComposer:
             ConfigError: There is no such reward, or the weight is not a finite number.
         """
         known = self.reward_names
-        if name not in known and name.split(".", 1)[0] not in known:
+        if not any(name == reward or name.startswith(f"{reward}.") for reward in known):
             raise ConfigError(
                 f"reward_weights: there is no reward {name!r}.{did_you_mean(name, known)} "
                 f"The rewards of {type(self).__name__}: {', '.join(known) or 'none'}."
@@ -156,6 +198,8 @@ class KonicLLMRewardComposer:
     ) -> tuple[list[float], dict[str, list[float]]]:
         """The rewards of a batch, and each part's own values before weights; NaN where a part, or all, abstained.
 
+        Values are clipped where a reward has bounds; they are normalised in training only, which has a running mean.
+
         Args:
             prompts: [B].
             responses: [B].
@@ -164,25 +208,21 @@ class KonicLLMRewardComposer:
         Raises:
             RewardError: A reward raised, or returned something that is not a number.
         """
-        samples: list[dict[str, float]] = [{} for _ in prompts]
-        for name in self.reward_names:
-            values = self._values_of(name, list(prompts), list(responses), columns)
-            for parts, value in zip(samples, values, strict=True):
-                parts.update(value)
-        names = dict.fromkeys(name for parts in samples for name in parts)
-        breakdown = {name: [parts.get(name, math.nan) for parts in samples] for name in names}
-        rewards = [
-            self._reduce(parts, prompt, response)
-            for parts, prompt, response in zip(samples, prompts, responses, strict=True)
-        ]
-        return rewards, breakdown
+        texts = list(prompts), list(responses)
+        for name, values in {"responses": responses, **columns}.items():
+            if len(values) != len(prompts):
+                raise RewardError(f"compose_batch: {len(prompts)} prompts, but {len(values)} {name}.")
+        called = (call_reward(reward, *texts, columns) for reward in rewards_of(self))
+        samples = merged([require_no_fault(outcomes, *texts) for outcomes in called], len(texts[0]))
+        rewards = [total_of(self, *sample) for sample in zip(samples, *texts, strict=True)]
+        return rewards, breakdown_of(samples)
 
     def check(self) -> None:
         """Raise RewardError where there is nothing to score with, or a reducer that cannot reduce."""
         if not self.reward_names:
             raise RewardError(
                 f"{type(self).__name__} has no rewards. Mark at least one method (self, prompt, response) with "
-                "@llm_reward, or add a reward model."
+                "@llm_reward, or add a reward model or function."
             )
         _check_kl_penalty_weight(self.kl_penalty_weight)
         if not callable(getattr(self.reducer, "reduce", None)):
@@ -190,105 +230,126 @@ class KonicLLMRewardComposer:
 
     def check_columns(self, columns: Mapping[str, Any]) -> None:
         """Raise RewardError where a reward asks for a column that the dataset does not have."""
-        for name in self.reward_names:
-            if name not in self._reward_models:
-                _columns_wanted(name, getattr(self, name), dict.fromkeys(columns, ()))
+        for reward in rewards_of(self):
+            columns_wanted(reward, columns)
 
-    def _values_of(
-        self, name: str, prompts: list[str], responses: list[str], columns: Mapping[str, Sequence[Any]]
-    ) -> list[dict[str, float]]:
-        """Each sample's parts from one reward; none where it abstains."""
-        if name in self._reward_models:
-            try:
-                returned = list(self._reward_models[name].score(prompts, responses))
-            except Exception as error:
-                raise RewardError(f"Reward model {name!r} raised {type(error).__name__}: {error}") from error
-            if len(returned) != len(prompts):
-                raise RewardError(
-                    f"Reward model {name!r} returned {len(returned)} values for {len(prompts)} responses."
-                )
-        else:
-            method = getattr(self, name)
-            wanted = _columns_wanted(name, method, columns)
-            returned = []
-            for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-                try:
-                    returned.append(method(prompt, response, **{column: columns[column][index] for column in wanted}))
-                except Exception as error:
-                    told = f"Reward {name!r} raised {type(error).__name__}: {error}"
-                    raise RewardError(told + _sample(prompt, response)) from error
-        return [_parts(name, *row) for row in zip(returned, prompts, responses, strict=True)]
-
-    def _reduce(self, parts: dict[str, float], prompt: str, response: str) -> float:
-        if not parts:
-            return math.nan
-        weighted = {name: self._weight(name) * value for name, value in parts.items()}
-        reducer = self.reducer() if isinstance(self.reducer, type) else self.reducer
-        who = f"Reducer {type(reducer).__name__!r}"
+    def _add(self, reward: Reward, weight: float) -> Self:
+        if reward.name in self.reward_names:
+            raise ConfigError(f"There are two rewards named {reward.name!r}. Give one of them another name.")
+        self._added[reward.name] = reward
         try:
-            reduced = reducer.reduce(weighted)
-        except Exception as error:
-            raise RewardError(f"{who} raised {type(error).__name__}: {error}" + _sample(prompt, response)) from error
-        return _number(who, reduced, prompt, response)
-
-    def _weight(self, part: str) -> float:
-        return self._reward_weights.get(part, self._reward_weights.get(part.split(".", 1)[0], 1.0))
+            return self.set_reward_weight(reward.name, weight)
+        except ConfigError:
+            del self._added[reward.name]
+            raise
 
 
-def _is_marked(member: Any) -> bool:
-    return getattr(getattr(member, "__func__", member), _MARK, False)
+def rewards_of(composer: KonicLLMRewardComposer) -> list[Reward]:
+    """The marked methods in the order they were written, then the functions and models in the order they were added."""
+    kinds = type(composer).__mro__
+    names = dict.fromkeys(name for kind in reversed(kinds) for name in vars(kind))
+    marks = {name: next((mark for kind in kinds if (mark := _mark_of(vars(kind).get(name)))), None) for name in names}
+    methods = [
+        Reward(name, getattr(composer, name), "batch" if mark.batch else "sample", False, mark.normalize, mark.clip)
+        for name, mark in marks.items()
+        if mark is not None and callable(getattr(type(composer), name, None))
+    ]
+    return [*methods, *composer._added.values()]
 
 
-def _columns_wanted(name: str, method: Callable[..., Any], columns: Mapping[str, Sequence[Any]]) -> list[str]:
-    """The dataset columns that a reward's parameters, after prompt and response, ask for."""
-    wanted = []
-    for parameter in list(inspect.signature(method).parameters.values())[2:]:
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            return list(columns)
-        if parameter.name in columns:
-            wanted.append(parameter.name)
-        elif parameter.default is inspect.Parameter.empty and parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
-            raise RewardError(
-                f"Reward {name!r} asks for the column {parameter.name!r}, which the dataset does not have."
-                f"{did_you_mean(parameter.name, columns)} Its other columns: {', '.join(columns) or 'none'}."
-            )
-    return wanted
+def without_models(composer: KonicLLMRewardComposer) -> KonicLLMRewardComposer:
+    """A copy with the marked methods and functions alone: what a worker process gets."""
+    copied: KonicLLMRewardComposer = object.__new__(type(composer))
+    copied.__dict__.update(composer.__dict__)
+    copied._added = {name: reward for name, reward in composer._added.items() if not reward.is_model}
+    copied._reward_weights = dict(composer._reward_weights)
+    return copied
 
 
-def _parts(name: str, value: Any, prompt: str, response: str) -> dict[str, float]:
-    if value is None:
-        return {}
-    if isinstance(value, Mapping):
-        named = {f"{name}.{key}": part for key, part in value.items() if part is not None}
-        return {key: _number(f"Reward {key!r}", part, prompt, response) for key, part in named.items()}
-    return {name: _number(f"Reward {name!r}", value, prompt, response)}
+def total_of(
+    composer: KonicLLMRewardComposer,
+    parts: Parts,
+    prompt: str,
+    response: str,
+    moments: Mapping[str, RunningMoments] | None = None,
+) -> float:
+    """The reward of a sample's parts: each normalised, clipped and weighted, then reduced; NaN of none.
 
-
-def _number(who: str, value: Any, prompt: str, response: str) -> float:
-    """A reward as a float; scalars of numpy and torch, and booleans, count as what they stand for."""
-    number = value
-    if callable(getattr(value, "item", None)):
-        try:
-            number = value.item()
-        except (ValueError, RuntimeError):  # an array of several numbers
-            number = value
-    if not isinstance(number, numbers.Real):
-        raise RewardError(f"{who} returned {value!r}, not a number." + _sample(prompt, response))
+    Raises:
+        RewardError: The reducer raised, or returned something that is not a number.
+    """
+    if not parts:
+        return math.nan
+    weighted = weighted_parts(composer, parts, moments)
+    reducer = composer.reducer() if isinstance(composer.reducer, type) else composer.reducer
+    who = f"Reducer {type(reducer).__name__!r}"
     try:
-        number = float(number)
-    except OverflowError:  # an integer past the range of floats
-        number = math.inf
-    if not math.isfinite(number):
-        raise RewardError(f"{who} returned {value!r}, not a finite number." + _sample(prompt, response))
-    return number
+        return number(reducer.reduce(weighted))
+    except NotANumberError as error:
+        raise RewardError(f"{who} {error}" + sample_text(prompt, response)) from None
+    except Exception as error:
+        raise RewardError(f"{who} raised {type(error).__name__}: {error}" + sample_text(prompt, response)) from error
 
 
-def _sample(prompt: str, response: str) -> str:
-    return f"\n  prompt:   {_shortened(prompt)}\n  response: {_shortened(response)}"
+def weighted_parts(
+    composer: KonicLLMRewardComposer, parts: Parts, moments: Mapping[str, RunningMoments] | None = None
+) -> Parts:
+    """What the reducer gets: each part normalised, clipped and multiplied by its weight."""
+    weights, weighted = composer._reward_weights, {}
+    for part, reward in owners_of(composer, parts).items():
+        value = parts[part]
+        if reward.normalize:
+            value = (moments or {}).get(part, RunningMoments()).normalised(value)
+        if reward.clip is not None:
+            value = min(max(value, reward.clip[0]), reward.clip[1])
+        weighted[part] = weights.get(part, weights.get(reward.name, 1.0)) * value
+    return weighted
 
 
-def _shortened(text: str) -> str:
-    return repr(text) if len(text) <= 200 else repr(text[:200]) + f" … ({len(text)} characters)"
+def owners_of(composer: KonicLLMRewardComposer, parts: Iterable[str]) -> dict[str, Reward]:
+    """The reward that each part came from: the one of its own name, or of the name before `.key`, if any."""
+    rewards = {reward.name: reward for reward in rewards_of(composer)}
+    before_key = {part: [name for name in rewards if part == name or part.startswith(f"{name}.")] for part in parts}
+    return {part: rewards[max(names, key=len)] for part, names in before_key.items() if names}
+
+
+def require_no_fault(outcomes: Iterable[Outcome], prompts: Sequence[str], responses: Sequence[str]) -> list[Parts]:
+    """The outcomes of a batch; the first fault among them is raised."""
+    parts: list[Parts] = []
+    for outcome, prompt, response in zip(outcomes, prompts, responses, strict=True):
+        if isinstance(outcome, Fault):
+            raise outcome.error(prompt, response)
+        parts.append(outcome)
+    return parts
+
+
+def merged(outcomes: Sequence[Sequence[Outcome]], count: int) -> list[Parts]:
+    """Each sample's parts from all rewards; a fault gives none."""
+    samples: list[Parts] = [{} for _ in range(count)]
+    for of_one_reward in outcomes:
+        for parts, outcome in zip(samples, of_one_reward, strict=True):
+            if not isinstance(outcome, Fault):
+                parts.update(outcome)
+    return samples
+
+
+def breakdown_of(samples: Sequence[Parts]) -> dict[str, list[float]]:
+    """Each part's values over the samples; NaN where there is none."""
+    names = dict.fromkeys(name for parts in samples for name in parts)
+    return {name: [parts.get(name, math.nan) for parts in samples] for name in names}
+
+
+def _mark_of(member: Any) -> _Mark | None:
+    return getattr(member, _MARK, None) or getattr(getattr(member, "__func__", None), _MARK, None)
+
+
+def _checked_clip(clip: Any) -> tuple[float, float] | None:
+    if clip is None:
+        return None
+    is_pair = isinstance(clip, Sequence) and len(clip) == 2 and all(_is_finite_number(bound) for bound in clip)
+    if not is_pair or clip[0] >= clip[1]:
+        raise ConfigError(f"clip must be a lower and a higher bound, such as (-1.0, 1.0); got {clip!r}.")
+    return float(clip[0]), float(clip[1])
 
 
 def _check_kl_penalty_weight(weight: Any) -> None:
@@ -303,14 +364,3 @@ def _is_finite_number(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
-
-
-def score(
-    composer: KonicLLMRewardComposer, prompts: Sequence[Prompt], texts: list[str], responses: list[str]
-) -> Scores:
-    """The rewards of a batch of responses; a row's other columns, and `messages` of a chat, go to whoever asks."""
-    names = dict.fromkeys(str(name) for prompt in prompts for name in prompt.columns if name not in _RESERVED)
-    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-    if any(not isinstance(prompt.content, str) for prompt in prompts):
-        columns["messages"] = [prompt.content if not isinstance(prompt.content, str) else None for prompt in prompts]
-    return Scores(*composer.compose_batch(texts, responses, **columns))

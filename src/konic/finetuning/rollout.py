@@ -3,7 +3,7 @@
 Shapes: B sequences, P prompt tokens, R response tokens. A mask is True where a token counts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -94,6 +94,17 @@ def rollout(
     in_full_precision = policy.language_model.causal_lm.dtype.itemsize >= 4
     tensors = (torch.cat(part) for part in zip(*parts, strict=True))
     return Rollout(batch, samples, generation.temperature, in_full_precision, *tensors)
+
+
+def with_values_at(policy: Policy, rollout: Rollout, mean: float) -> Rollout:
+    """Let a value head that knows nothing yet expect the first batch's mean score, and the rollout's values with it.
+
+    From 0 it would take the clipped value loss several iterations to get there, in which advantages tell late tokens
+    from early ones rather than good responses from bad. (N normalises rewards to mean 0 first, to the same end.)
+    """
+    with torch.no_grad():
+        policy.value_head.bias.add_(mean)
+    return replace(rollout, values=torch.where(rollout.response_mask, rollout.values + mean, 0.0))
 
 
 def _score(policy: Policy, batch: PromptBatch, samples: Samples, rows: slice, temperature: float) -> tuple[Tensor, ...]:

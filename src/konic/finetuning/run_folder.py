@@ -18,8 +18,8 @@ import pyarrow.parquet
 
 from konic.finetuning.errors import OutputError
 from konic.finetuning.results import Evaluation, FinetuningIterationResult, FinetuningResult
-from konic.finetuning.rewards import Scores
 from konic.finetuning.rollout import Rollout
+from konic.finetuning.scoring import Scores
 
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
@@ -135,6 +135,7 @@ class RunFolder:
             "reward": _nulls(scores.rewards),
             "kl": rollout.kl.sum(dim=1).tolist(),
             "ended": rollout.samples.ended.tolist(),
+            "error": [f"{fault.who} {fault.what}" if fault else None for fault in scores.faults or [None] * len(mask)],
             "token_ids": [ids[keep].tolist() for ids, keep in zip(rollout.samples.response_ids, mask, strict=True)],
         }
         columns |= {f"{_PART}{name}": _nulls(values) for name, values in scores.breakdown.items()}

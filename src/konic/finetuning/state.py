@@ -7,6 +7,7 @@ from torch import Tensor
 
 from konic.finetuning.config import TrainingConfig
 from konic.finetuning.controllers import adapted_kl_weight
+from konic.finetuning.moments import RunningMoments
 from konic.finetuning.results import FinetuningIterationResult, Selection
 
 
@@ -22,6 +23,8 @@ class TrainerState:
     history: list[FinetuningIterationResult] = field(default_factory=list)
     best_weights: dict[str, Tensor] | None = field(default=None, repr=False)
     """What learns, as it was when the best iteration sampled; on the CPU."""
+    reward_moments: dict[str, RunningMoments] = field(default_factory=dict)
+    """Of every part of the rewards that is normalised, over all samples so far."""
 
     def is_best(self, reward: float, kl_per_response: float, selection: Selection) -> bool:
         """True where a policy's mean reward is within the KL budget and above those of all before it."""
@@ -38,9 +41,16 @@ class TrainerState:
         paid, size = last.kl_per_response, config.batch_size
         return adapted_kl_weight(last.kl_penalty_weight, paid, config.kl_target, size, config.kl_horizon)
 
-    def add(self, result: FinetuningIterationResult, num_steps: int, elapsed_seconds: float) -> None:
+    def add(
+        self,
+        result: FinetuningIterationResult,
+        num_steps: int,
+        elapsed_seconds: float,
+        reward_moments: dict[str, RunningMoments],
+    ) -> None:
         """Count an iteration as done."""
         self.iteration = result.iteration
         self.num_steps += num_steps
         self.elapsed_seconds = elapsed_seconds
         self.history.append(result)
+        self.reward_moments = reward_moments

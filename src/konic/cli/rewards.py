@@ -1,0 +1,104 @@
+"""`konic rewards SCRIPT`: the rewards of a script, tried on responses without training."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from konic.finetuning.reward_trial import ComposerTrial
+
+
+def rewards(
+    script: Annotated[Path, typer.Argument(help="A Python file with an `agent`, a `build_agent()` or a composer.")],
+    texts: Annotated[
+        str | None, typer.Option(help="A csv, json, jsonl or parquet file with columns `prompt` and `response`.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Without --texts: responses to sample from the base model.", min=1)] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Try the rewards that SCRIPT defines, on given texts or on fresh samples of its base model.
+
+    Shows what each reward does, what moves the total, and what could go wrong, before any time is spent on training.
+    With --texts a composer is enough; samples need an agent, which names a model.
+
+    Examples: konic rewards my_rewards.py
+              konic rewards my_rewards.py --texts responses.jsonl
+    """
+    typer.echo(f"Loading {script} ...", err=True)
+    from konic.cli.scripts import load_agent, load_composer
+    from konic.finetuning.reward_trial import read_responses, sample_responses, try_rewards
+
+    if texts is not None:
+        composer, tried = load_composer(script), read_responses(texts)
+    else:
+        agent = load_agent(script)
+        typer.echo(f"Sampling {samples} responses of {agent.get_base_model()} ...", err=True)
+        composer, tried = agent.get_reward_composer(), sample_responses(agent, samples, device)
+    show(try_rewards(composer, *tried))
+
+
+def show(trial: "ComposerTrial") -> None:
+    """Print a trial: what the rewards give, how their calls went, what they make of the probes, and the warnings."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from konic.finetuning.results import printable
+    from konic.finetuning.reward_trial import PROBES
+
+    console = Console(highlight=False, width=None if typer.get_text_stream("stdout").isatty() else 100)
+    rows = [*trial.parts, trial.total]
+    failed = {reward.name: len(reward.faults) for reward in trial.rewards}
+    faults: dict[str, Any] = {reward.name: reward.probe_faults for reward in trial.rewards}
+    values = {
+        part.name: [
+            *(_number(value) for value in (part.mean, part.std, part.low, part.high)),
+            "" if part is trial.total or math.isnan(part.share_of_variance) else f"{part.share_of_variance:.0%}",
+            "" if math.isnan(part.length_correlation) else f"{part.length_correlation:+.2f}",
+            "" if part is trial.total else str(part.num_none - failed[part.reward]),
+        ]
+        for part in rows
+    }
+    headings = ("mean", "spread", "lowest", "highest", "moves total", "r(length)", "None")
+    console.print(_table(f"Rewards on {trial.num_responses} responses", headings, values, trial.total.name))
+    calls = {
+        reward.name: [
+            f"{reward.milliseconds:.2f}",
+            str(failed[reward.name]),
+            "yes" if reward.is_deterministic else "NO",
+        ]
+        for reward in trial.rewards
+    }
+    console.print(_table("Calls", ("ms each", "errors", "same again"), calls))
+    probes = {
+        part.name: [
+            "error" if probe in faults.get(part.reward, ()) else _number(part.probes[probe]) for probe in PROBES
+        ]
+        for part in rows
+    }
+    console.print(_table("Responses to be wary of", tuple(PROBES), probes, trial.total.name))
+    for warning in trial.warnings:
+        console.print(Text(f"! {printable(warning)}", style="yellow"))
+    if not trial.warnings:
+        console.print("Nothing stands out.")
+
+
+def _table(title: str, headings: tuple[str, ...], rows: dict[str, list[str]], bold: str | None = None) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from konic.finetuning.results import printable
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
+    table.add_column("", overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, cells in rows.items():
+        table.add_row(Text(printable(name)), *cells, style="bold" if name == bold else None)
+    return table
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3f}"

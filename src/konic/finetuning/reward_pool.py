@@ -1,0 +1,275 @@
+"""Rewards called in worker processes that can be killed; same outcomes as in this process, in the same order.
+
+The pool is pebble's. A worker gets the composer's methods and functions by value (cloudpickle): it neither imports the
+user's script nor is forked from a process in which torch has threads.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import sysconfig
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache
+from multiprocessing import connection, spawn
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import ModuleType
+from typing import Any
+
+import cloudpickle
+import pebble
+
+from konic.finetuning.errors import RewardError
+from konic.finetuning.reward_calls import Columns, Fault, Outcome, Reward, call_reward, columns_wanted, took_too_long
+from konic.finetuning.rewards import KonicLLMRewardComposer, rewards_of, without_models
+
+RESTARTS = 3
+"""Times that a pool which broke down is made anew for one call."""
+CALLS_PER_WORKER = 10_000
+"""After these a worker is replaced, so that what a reward leaks stays bounded."""
+START_SECONDS = 120.0
+_GRACE_SECONDS = 0.5
+"""An async reward is stopped by its own loop; where that is blocked, its process is killed this much later."""
+
+
+class RewardPool:
+    """Worker processes that score by a composer's methods and functions; started on first use.
+
+    Args:
+        composer: Whose rewards; its reward models are left out.
+        workers: Processes.
+        timeout: Seconds that one call may take, of a sample or of a whole batch; None sets no bound.
+    """
+
+    def __init__(self, composer: KonicLLMRewardComposer, workers: int, timeout: float | None) -> None:
+        self._composer = composer
+        self._workers = workers
+        self.timeout = timeout
+        self._pool: pebble.ProcessPool | None = None
+
+    def start(self) -> None:
+        """Start the workers, without waiting for them.
+
+        Raises:
+            RewardError: The composer cannot be sent to a worker.
+        """
+        if self._pool is not None and not self._pool.active:  # its workers were killed between two calls
+            self.close()
+        if self._pool is None:
+            self._pool = pebble.ProcessPool(
+                max_workers=self._workers,
+                max_tasks=CALLS_PER_WORKER,
+                initializer=_begin_worker,
+                initargs=(_pickled(self._composer),),
+                context=_Context(),
+            )
+            self._loaded = self._pool.schedule(_load_error, timeout=START_SECONDS)
+
+    def submit(
+        self, rewards: Sequence[Reward], prompts: list[str], responses: list[str], columns: Columns
+    ) -> dict[str, Iterator[Outcome]]:
+        """Start calling rewards on a batch; of each, by name, its outcomes in the samples' order as they come.
+
+        Raises:
+            RewardError: The composer cannot be sent to a worker, or not be loaded there.
+        """
+        self.start()
+        problem = self._loaded.result()
+        if problem:
+            raise RewardError(f"reward_workers: the rewards cannot be loaded in a worker process: {problem}")
+        calls = {reward.name: self._calls_of(reward, prompts, responses, columns) for reward in rewards}
+        return {name: (outcome for call in parts for outcome in call.outcomes()) for name, parts in calls.items()}
+
+    def close(self) -> None:
+        """End all workers, whatever they are doing."""
+        if self._pool is not None:
+            self._pool.stop()  # type: ignore[no-untyped-call]
+            self._pool.join()
+            self._pool = None
+
+    def schedule(self, reward: Reward, *values: Any) -> tuple[pebble.ProcessPool, pebble.ProcessFuture[list[Outcome]]]:
+        """The pool, and what a call in it will return."""
+        self.start()
+        assert self._pool is not None  # noqa: S101
+        limit = self.timeout + _GRACE_SECONDS if self.timeout and reward.is_async else self.timeout
+        return self._pool, self._pool.schedule(_call, args=(reward.name, *values, self.timeout), timeout=limit)
+
+    def replace(self, broken: pebble.ProcessPool) -> None:
+        """Make the pool anew, unless another call has done so."""
+        if self._pool is broken:
+            self.close()
+
+    def _calls_of(self, reward: Reward, prompts: list[str], responses: list[str], columns: Columns) -> list["_Call"]:
+        names = [*columns_wanted(reward, columns), *(["messages"] if reward.shape == "completions" else [])]
+        sent = {name: list(columns[name]) for name in names if name in columns}
+        size = 1
+        if reward.shape != "sample":
+            size = len(prompts)
+        elif reward.is_async:  # awaited together
+            size = -(-len(prompts) // self._workers)
+        return _Call(self, reward, prompts, responses, sent).split(size)
+
+
+class _Call:
+    """One reward called in a worker, on one sample or on a batch."""
+
+    def __init__(
+        self,
+        pool: RewardPool,
+        reward: Reward,
+        prompts: list[str],
+        responses: list[str],
+        columns: Columns,
+    ) -> None:
+        self._owner, self._reward = pool, reward
+        self._values = (prompts, responses, columns)
+
+    def split(self, size: int) -> list["_Call"]:
+        """Calls of so many samples each, started."""
+        prompts, responses, columns = self._values
+        parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        calls = [
+            _Call(self._owner, self._reward, prompts[part], responses[part], {n: v[part] for n, v in columns.items()})
+            for part in parts
+        ]
+        for call in calls:
+            call.start()
+        return calls
+
+    def start(self) -> None:
+        """Put it into the workers' queue."""
+        self._pool, self._future = self._owner.schedule(self._reward, *self._values)
+
+    def outcomes(self) -> list[Outcome]:
+        """What came of it, per sample; a fault where the worker hung or died."""
+        for _ in range(RESTARTS):
+            try:
+                return self._future.result()
+            except BrokenProcessPool:  # a worker died between two calls
+                self._owner.replace(self._pool)
+                self.start()
+            except TimeoutError:
+                return self._failed(took_too_long(self._reward, self._owner.timeout))
+            except pebble.ProcessExpired as error:
+                return self._failed(Fault(self._reward.who, f"ended its worker process (exit code {error.exitcode})."))
+            except Exception as error:  # what it is called with cannot be pickled
+                told = f"cannot be called in a worker process: {type(error).__name__}: {error}"
+                return self._failed(Fault(self._reward.who, told))
+        return self._failed(Fault(self._reward.who, f"lost its worker process {RESTARTS} times."))
+
+    def _failed(self, fault: Fault) -> list[Outcome]:
+        """The fault for every sample; samples that shared a call are called again, each alone."""
+        prompts = self._values[0]
+        if self._reward.shape == "sample" and len(prompts) > 1:
+            return [outcome for call in self.split(1) for outcome in call.outcomes()]
+        return [fault] * len(prompts)
+
+
+class _Process(SpawnProcess):
+    """A fresh Python that leaves the user's script alone, and that is killed rather than asked to end."""
+
+    def terminate(self) -> None:
+        """Kill it: what hangs in C code, or ignores SIGTERM, would not hear anything else."""
+        self.kill()
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:  # noqa: N802
+        with _main_left_alone():
+            return SpawnProcess._Popen(process_obj)
+
+
+class _Context(SpawnContext):
+    Process = _Process
+
+
+_spawning = threading.Lock()
+
+
+@contextlib.contextmanager
+def _main_left_alone() -> Iterator[None]:
+    """Within it, a process that this thread spawns is not told where the user's script is."""
+    thread = threading.get_ident()
+    with _spawning:
+        told = spawn.get_preparation_data
+
+        def without_main(name: str) -> dict[str, Any]:
+            data = told(name)
+            if threading.get_ident() == thread:
+                data = {key: value for key, value in data.items() if not key.startswith("init_main")}
+            return data
+
+        spawn.get_preparation_data = without_main
+        try:
+            yield
+        finally:
+            spawn.get_preparation_data = told
+
+
+def _pickled(composer: KonicLLMRewardComposer) -> bytes:
+    """The composer without its models, with the code of the user's own modules in it."""
+    bare = without_models(composer)
+    functions = [reward.call for reward in rewards_of(bare)]
+    names = {getattr(thing, "__module__", None) for thing in (*type(bare).__mro__, *functions)}
+    modules = [sys.modules[name] for name in names if name in sys.modules and _is_the_users(sys.modules[name])]
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return cloudpickle.dumps(bare)
+    except Exception as error:
+        raise RewardError(
+            f"reward_workers: {type(composer).__name__} cannot be sent to worker processes: {type(error).__name__}: "
+            f"{error}. Leave out what its methods or attributes hold open (a lock, a file, a connection) and open it "
+            "inside the reward, or set reward_workers=0."
+        ) from error
+    finally:
+        for module in modules:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _is_the_users(module: ModuleType) -> bool:
+    """True of a script or module that is neither installed nor a part of konic: a worker need not find it."""
+    file = getattr(module, "__file__", None)
+    if module.__name__ == "__main__" or module.__name__.split(".")[0] == "konic" or file is None:
+        return False
+    installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return not any(os.path.abspath(file).startswith(folder + os.sep) for folder in installed)
+
+
+# In the worker
+
+
+_pickle = b""
+
+
+def _begin_worker(pickled: bytes) -> None:
+    global _pickle
+    _pickle = pickled
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+@cache
+def _rewards() -> dict[str, Reward]:
+    return {reward.name: reward for reward in rewards_of(cloudpickle.loads(_pickle))}
+
+
+def _load_error() -> str | None:
+    try:
+        _rewards()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _call(
+    name: str, prompts: list[str], responses: list[str], columns: Columns, timeout: float | None
+) -> list[Outcome]:
+    return list(call_reward(_rewards()[name], prompts, responses, columns, timeout))

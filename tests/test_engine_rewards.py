@@ -1,0 +1,168 @@
+"""Rewards inside a run: faults skipped or raised, workers, normalisation across checkpoints, hangs that end."""
+
+import math
+import time
+
+import psutil
+import pyarrow.parquet
+import pytest
+
+from konic.finetuning import (
+    DatasetConfig,
+    KonicFinetuningEngine,
+    KonicLLMRewardComposer,
+    RewardError,
+    TrainingConfig,
+    llm_reward,
+)
+from test_engine import LetterRewards, Silent, make_agent, make_engine, metrics, same_tensors, weights
+
+
+class Sometimes(KonicLLMRewardComposer):
+    """Fails on the rows it is told to."""
+
+    def __init__(self, fails, how="raise"):
+        self.fails, self.how = fails, how
+
+    @llm_reward
+    def kind(self, prompt, response, row):
+        if row in self.fails:
+            if self.how == "hang":
+                time.sleep(60)
+            if self.how == "nan":
+                return math.nan
+            raise ValueError("not today")
+        return sum(char.isalpha() for char in response)
+
+
+ROWS = [{"prompt": f"a review of {row}", "row": row} for row in range(8)]
+
+
+def engine_of(folder, run, composer, **training):
+    agent = make_agent(folder, composer=composer, dataset=DatasetConfig(prompts=ROWS), **training)
+    return KonicFinetuningEngine.from_agent(agent, checkpoint_dir=run, callback=Silent(), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [("raise", "raised ValueError: not today"), ("nan", "returned nan, not a finite number."), ("hang", "took longer")],
+)
+def test_a_skipped_fault_costs_its_sample_alone_and_is_counted(model_folders, how, told, tmp_path):
+    workers = {"reward_workers": 2, "reward_timeout_seconds": 0.5} if how == "hang" else {}
+    engine = engine_of(model_folders["llama"], tmp_path, Sometimes({3}, how), on_reward_error="skip", **workers)
+    result = engine.train(2)
+    assert [one.num_reward_errors for one in result.history] == [1, 1]
+    assert [one.num_unscored for one in result.history] == [1, 1]
+    assert [row["num_reward_errors"] for row in metrics(tmp_path)] == [1, 1]
+    rows = pyarrow.parquet.read_table(tmp_path / "completions" / "000001.parquet").to_pylist()
+    assert [(row["reward"] is None, row["error"] is not None) for row in rows] == [(r["row"] == 3,) * 2 for r in rows]
+    assert next(row["error"] for row in rows if row["row"] == 3).startswith(f"Reward 'kind' {told}")
+
+
+def test_too_many_faults_stop_the_run_with_the_last_one_and_what_was_done_is_kept(model_folders, tmp_path):
+    engine = engine_of(
+        model_folders["llama"], tmp_path, Sometimes({1, 2, 3, 4}), on_reward_error="skip", max_error_rate=0.1
+    )
+    with pytest.raises(RewardError, match=r"(?s)failed on 12 of the last 24 responses.*0\.1 of 100.*not today"):
+        engine.train(5)
+    assert len(metrics(tmp_path)) == 2
+    assert (tmp_path / "checkpoint-2").is_dir()
+
+
+def test_the_budget_for_faults_counts_those_before_a_resume(model_folders, tmp_path):
+    settings = {"on_reward_error": "skip", "max_error_rate": 0.1}
+    engine_of(model_folders["llama"], tmp_path, Sometimes({1, 2, 3, 4}), **settings).train(2)
+    with pytest.raises(RewardError, match="12 of the last 24"):
+        engine_of(model_folders["llama"], tmp_path, Sometimes({1, 2, 3, 4}), **settings).train(
+            4, resume_from_checkpoint=True
+        )
+
+
+def test_a_batch_without_any_score_moves_nothing_and_the_run_goes_on(model_folders, tmp_path):
+    engine = engine_of(
+        model_folders["llama"], tmp_path, Sometimes(set(range(8))), on_reward_error="skip", max_error_rate=1.0
+    )
+    result = engine.train(2)
+    assert [(one.num_reward_errors, one.num_steps) for one in result.history] == [(8, 0), (8, 0)]
+    assert all(math.isnan(one.reward_mean) for one in result.history)
+
+
+def test_a_run_with_workers_is_the_run_without(model_folders, tmp_path):
+    for name, workers in (("serial", 0), ("pool", 2)):
+        make_engine(model_folders["llama"], tmp_path / name, reward_workers=workers).train(2)
+    same_tensors(weights(tmp_path / "serial" / "final"), weights(tmp_path / "pool" / "final"))
+    assert metrics(tmp_path / "serial") == metrics(tmp_path / "pool")
+    assert not [child for child in psutil.Process().children() if "resource_tracker" not in str(child.cmdline())]
+
+
+def test_no_worker_outlives_a_run_that_fails(model_folders, tmp_path):
+    with pytest.raises(RewardError, match="not today"):
+        engine_of(model_folders["llama"], tmp_path, Sometimes({0}), reward_workers=2).train(1)
+    assert not [child for child in psutil.Process().children() if "resource_tracker" not in str(child.cmdline())]
+
+
+class Normalised(LetterRewards):
+    @llm_reward(normalize=True, clip=(-2, 2))
+    def letters(self, prompt, response):
+        return 100 * sum(char.isalpha() for char in response)
+
+
+def test_running_moments_are_part_of_a_resume_bit_for_bit(model_folders, tmp_path):
+    whole = make_engine(model_folders["llama"], tmp_path / "whole", composer=Normalised())
+    whole.train(4)
+    make_engine(model_folders["llama"], tmp_path / "parts", composer=Normalised()).train(2)
+    resumed = make_engine(model_folders["llama"], tmp_path / "parts", composer=Normalised())
+    resumed.train(4, resume_from_checkpoint=True)
+    same_tensors(weights(tmp_path / "whole" / "final"), weights(tmp_path / "parts" / "final"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+
+
+def test_before_and_after_are_compared_on_one_scale(model_folders, tmp_path):
+    result = make_engine(model_folders["llama"], tmp_path, composer=Normalised()).train(3)
+    raw = [100 * sum(char.isalpha() for char in response) for response in result.before.responses]
+    assert result.before.breakdown["letters"] == raw
+    brief = result.before.breakdown["brief"]
+    # before training the scale is the batch's own, so that evaluations during the run compare with this one
+    assert abs(result.history[0].eval_reward_mean - sum(brief) / len(brief)) < 1
+    normal = [reward - part for reward, part in zip(result.before.rewards, brief, strict=True)]
+    assert all(-2 <= value <= 2 for value in normal)
+    assert sorted(range(len(raw)), key=raw.__getitem__) == sorted(range(len(raw)), key=normal.__getitem__) or len(
+        set(normal)
+    ) < len(normal)
+
+
+def test_a_model_scores_beside_methods_in_a_run(model_folders, tmp_path):
+    class Model:
+        name = "judge"
+        normalize = True
+
+        def score(self, prompts, responses):
+            return [float(len(response)) for response in responses]
+
+    composer = LetterRewards([Model()], {"judge": 0.5})
+    result = make_engine(model_folders["llama"], tmp_path, composer=composer).train(2)
+    assert {"letters", "brief", "judge"} == result.history[-1].reward_breakdown.keys()
+
+
+def test_evaluate_and_generate_leave_no_worker(model_folders, tmp_path):
+    engine = make_engine(model_folders["llama"], tmp_path, reward_workers=1)
+    assert engine.evaluate(["ab", "cd"])["rewards"] == engine.evaluate(["ab", "cd"])["rewards"]
+    assert not [child for child in psutil.Process().children() if "resource_tracker" not in str(child.cmdline())]
+
+
+def test_the_settings_for_rewards_may_change_on_resume(model_folders, tmp_path, caplog):
+    make_engine(model_folders["llama"], tmp_path).train(1)
+    make_engine(model_folders["llama"], tmp_path, reward_workers=1, on_reward_error="skip").train(
+        2, resume_from_checkpoint=True
+    )
+    assert "other settings" not in caplog.text
+    assert TrainingConfig().on_reward_error == "raise"
+
+
+def test_the_value_head_starts_at_the_first_batchs_mean_score(model_folders, tmp_path):
+    from safetensors.torch import load_file
+
+    result = make_engine(model_folders["llama"], tmp_path, learning_rate=1e-9).train(1)
+    head = load_file(tmp_path / "checkpoint-1" / "value_head.safetensors")
+    assert head["bias"].item() == pytest.approx(result.history[0].reward_mean, abs=1e-6)
+    assert head["weight"].abs().max() < 1e-6
