@@ -29,7 +29,8 @@ LABEL ?= label
 OUTPUT ?= reward-model
 reward-model: $(READY)
 	@$(BIN)/konic reward-model train $(DATA) --text $(TEXT) --label $(LABEL) --base all-minilm-l6-v2 \
-		--output $(OUTPUT) $(if $(TEST),--test $(TEST) --test-text $(TEST_TEXT) --test-label $(TEST_LABEL))
+		--output $(OUTPUT) $(if $(TEST),--test $(TEST)) \
+		$(if $(TEST_TEXT),--test-text $(TEST_TEXT)) $(if $(TEST_LABEL),--test-label $(TEST_LABEL))
 
 test: $(READY)
 	@$(BIN)/python -m pytest

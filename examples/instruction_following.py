@@ -7,6 +7,7 @@ scale change two names: BASE_MODEL to "Qwen/Qwen2.5-7B-Instruct" and REWARD_MODE
 "Skywork/Skywork-Reward-V2-Qwen3-0.6B".
 """
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -40,9 +41,9 @@ class InstructionRewards(KonicLLMRewardComposer):
 
     @llm_reward
     def measured(self, prompt: str, response: str) -> float:
-        """1 for up to 60 words, falling to 0 at 120; too short an answer is no answer."""
+        """1 for up to 30 words, falling to 0 at 60; too short an answer is no answer."""
         count = len(response.split())
-        return 0.0 if count < 5 else min(1.0, max(0.0, (120 - count) / 60))
+        return 0.0 if count < 5 else min(1.0, max(0.0, (60 - count) / 30))
 
 
 class StopWhenGoodEnough(KonicFinetuningCallback):
@@ -54,10 +55,9 @@ class StopWhenGoodEnough(KonicFinetuningCallback):
 
     def should_stop_early(self, result: FinetuningIterationResult) -> bool:
         """True ends the run; its best model on the held-out prompts is in best/ all the same."""
-        if result.eval_reward_mean == result.eval_reward_mean:  # this iteration was evaluated
+        if not math.isnan(result.eval_reward_mean):  # this iteration was evaluated
             self.rewards.append(result.eval_reward_mean)
-        best = max(self.rewards)
-        is_stale = len(self.rewards) > self.patience and best not in self.rewards[-self.patience :]
+        is_stale = len(self.rewards) > self.patience and max(self.rewards) not in self.rewards[-self.patience :]
         return is_stale or result.kl_per_response > self.max_kl
 
 
@@ -83,15 +83,15 @@ def build_agent() -> KonicFinetuningAgent:
         reward_composer=InstructionRewards(
             reward_models=[reward_model()], reward_weights={"helpful": 1.0, "on_topic": 1.0, "finished": 0.5}
         ),
-        lora_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+        lora_config=LoraConfig(r=16, lora_alpha=32),
         dataset_config=DatasetConfig(
             prompts=[[{"role": "user", "content": instruction}] for instruction in instructions], held_out=40
         ),
         training_config=TrainingConfig(
-            batch_size=16, ppo_epochs=1, num_minibatches=2, learning_rate=5e-4, eval_every=5, kl_budget=10.0,
+            batch_size=16, ppo_epochs=1, num_minibatches=2, eval_every=4, kl_budget=10.0,
             max_minutes=8, on_reward_error="skip", reward_workers=1, reward_timeout_seconds=10,
         ),
-        generation_config=GenerationConfig(max_new_tokens=96, max_prompt_length=96, temperature=0.7),
+        generation_config=GenerationConfig(max_new_tokens=64, max_prompt_length=96, temperature=0.7),
     )  # fmt: skip
 
 
@@ -101,8 +101,10 @@ def _words(text: str) -> set[str]:
 
 def main() -> None:
     """Train, and show what changed on instructions that were held out."""
-    callback = StopWhenGoodEnough(patience=2, max_kl=12.0)
+    callback = StopWhenGoodEnough(patience=3, max_kl=12.0)
     result = KonicFinetuningEngine.from_agent(build_agent(), callback=callback).train(max_iterations=30)
+    if result.before is None or result.after is None:  # ended by Ctrl-C
+        return
     for index in range(3):
         print(f"\n{result.before.prompts[index]}")
         print(f"  before ({result.before.rewards[index]:+.2f}): {' '.join(result.before.responses[index].split())}")

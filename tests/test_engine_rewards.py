@@ -1,6 +1,7 @@
 """Rewards inside a run: faults skipped or raised, workers, normalisation across checkpoints, hangs that end."""
 
 import math
+import statistics
 import time
 
 import psutil
@@ -15,6 +16,7 @@ from konic.finetuning import (
     TrainingConfig,
     llm_reward,
 )
+from konic.finetuning.dataset import load_prompts
 from test_engine import LetterRewards, Silent, make_agent, make_engine, metrics, same_tensors, weights
 
 
@@ -117,18 +119,33 @@ def test_running_moments_are_part_of_a_resume_bit_for_bit(model_folders, tmp_pat
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
 
 
-def test_before_and_after_are_compared_on_one_scale(model_folders, tmp_path):
-    result = make_engine(model_folders["llama"], tmp_path, composer=Normalised()).train(3)
+def test_evaluations_are_on_the_scale_of_the_first(model_folders, tmp_path):
+    result = make_engine(model_folders["llama"], tmp_path, composer=Normalised(), eval_every=1).train(3)
     raw = [100 * sum(char.isalpha() for char in response) for response in result.before.responses]
     assert result.before.breakdown["letters"] == raw
-    brief = result.before.breakdown["brief"]
-    # before training the scale is the batch's own, so that evaluations during the run compare with this one
-    assert abs(result.history[0].eval_reward_mean - sum(brief) / len(brief)) < 1
-    normal = [reward - part for reward, part in zip(result.before.rewards, brief, strict=True)]
-    assert all(-2 <= value <= 2 for value in normal)
-    assert sorted(range(len(raw)), key=raw.__getitem__) == sorted(range(len(raw)), key=normal.__getitem__) or len(
-        set(normal)
-    ) < len(normal)
+    centre, spread = statistics.mean(raw), statistics.stdev(raw)
+    for evaluation in (result.before, result.after):
+        brief = evaluation.breakdown["brief"]
+        normal = [max(-2.0, min(2.0, (value - centre) / spread)) for value in evaluation.breakdown["letters"]]
+        assert evaluation.rewards == pytest.approx([a + b for a, b in zip(normal, brief, strict=True)])
+    assert result.history[0].eval_reward_mean == result.before.reward_mean
+
+
+def test_faults_on_the_held_out_prompts_are_kept_and_bounded(model_folders, tmp_path):
+    rows = [{"prompt": f"a review of {row}", "row": row} for row in range(24)]
+    held_out = [prompt.row for prompt in load_prompts(DatasetConfig(prompts=rows, held_out=12)).held_out]
+
+    def engine(run, fails):
+        agent = make_agent(
+            model_folders["llama"], composer=Sometimes(fails), dataset=DatasetConfig(prompts=rows, held_out=12),
+            on_reward_error="skip",
+        )  # fmt: skip
+        return KonicFinetuningEngine.from_agent(agent, checkpoint_dir=run, callback=Silent(), device="cpu")
+
+    result = engine(tmp_path / "few", set(held_out[:2])).train(1)
+    assert [error is not None for error in result.before.errors] == [True, True, *[False] * 10]
+    with pytest.raises(RewardError, match="12 of the last 12"):
+        engine(tmp_path / "all", set(held_out)).train(1)
 
 
 def test_a_model_scores_beside_methods_in_a_run(model_folders, tmp_path):

@@ -602,3 +602,53 @@ def test_a_copy_calls_its_own_methods():
 def test_without_any_models_a_copy_has_the_same_rewards():
     composer = Length(reward_functions=[vowels, lengths])
     assert without_models(composer).reward_names == composer.reward_names == ["length", "vowels", "lengths"]
+
+
+def by_response(response):
+    return len(response)
+
+
+def other_way_round(response, prompt):
+    return 10 * len(prompt) + len(response)
+
+
+def with_a_column_first(response, answer):
+    return float(answer == response)
+
+
+def by_name_only(*, prompt, response):
+    return 10 * len(prompt) + len(response)
+
+
+def whole_batch(responses, answer):
+    return [float(one == other) for one, other in zip(responses, answer, strict=True)]
+
+
+def of_prompts(prompts, **columns):
+    assert columns["completions"] == ["bb", "c"]
+    return [len(prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (by_response, [2, 1]),
+        (other_way_round, [12, 21]),
+        (with_a_column_first, [0, 1]),
+        (by_name_only, [12, 21]),
+        (whole_batch, [0, 1]),
+        (of_prompts, [1, 2]),
+    ],
+)
+def test_texts_go_to_the_parameters_of_their_names_in_any_order(function, expected):
+    composer = KonicLLMRewardComposer(reward_functions=[function])
+    rewards, _ = composer.compose_batch(["p", "pp"], ["bb", "c"], answer=["x", "c"])
+    assert rewards == expected
+
+
+def test_a_mark_on_a_plain_function_counts():
+    @llm_reward(batch=True, clip=(0, 1))
+    def many(questions, answers):
+        return [len(answer) for answer in answers]
+
+    assert KonicLLMRewardComposer(reward_functions=[many]).compose_batch(["p"] * 2, ["", "long"])[0] == [0, 1]

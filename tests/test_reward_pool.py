@@ -272,3 +272,48 @@ def test_memory_and_files_stay_where_they_are_over_many_batches():
     assert sizes[-1][1] == sizes[0][1]
     assert sizes[-1][0] < 1.05 * sizes[0][0]
     assert sizes[-1][2] < 1.05 * sizes[0][2]
+
+
+class SlowToLoad(KonicLLMRewardComposer):
+    def __setstate__(self, state):
+        time.sleep(1.5)
+        self.__dict__.update(state)
+
+    @llm_reward
+    def kind(self, prompt, response):
+        if response == "hang":
+            time.sleep(100)
+        return 1
+
+
+def test_loading_the_rewards_counts_against_no_sample():
+    config = TrainingConfig(reward_workers=2, reward_timeout_seconds=0.5, on_reward_error="skip")
+    with Scorer(SlowToLoad(), config) as scorer:
+        prompts = [Prompt(row, "p") for row in range(12)]
+        scores = scorer.score(prompts, ["p"] * 12, ["a", "hang", *["a"] * 10])
+    assert [bool(fault) for fault in scores.faults] == [False, True, *[False] * 10]
+
+
+class Starting(KonicLLMRewardComposer):
+    @llm_reward
+    def kind(self, prompt, response):
+        subprocess.run(["sleep", "31.4159"], check=False)
+
+
+def test_what_a_hanging_reward_has_started_ends_with_it():
+    config = TrainingConfig(reward_workers=1, reward_timeout_seconds=0.5, on_reward_error="skip")
+    with Scorer(Starting(), config) as scorer:
+        assert scorer.score([Prompt(0, "p")], ["p"], ["a"]).num_faults == 1
+    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "31.4159"]]
+
+
+class WrongLength(KonicLLMRewardComposer):
+    @llm_reward(batch=True)
+    def kind(self, prompts, responses):
+        return [1.0]
+
+
+def test_a_batch_of_the_wrong_length_is_a_fault_of_every_sample_here_and_in_workers():
+    serial, pool = (scored(WrongLength(), ["a", "b"], workers, on_reward_error="skip") for workers in (0, 1))
+    assert repr(pool) == repr(serial)
+    assert [fault.what for fault in pool.faults] == ["returned 1 values for 2 responses."] * 2

@@ -358,7 +358,7 @@ def test_a_reward_with_the_wrong_parameters_is_told():
         def lacking(self, prompt):
             return 1.0
 
-    with pytest.raises(RewardError, match="'lacking' raised TypeError"):
+    with pytest.raises(RewardError, match="'lacking' takes no response"):
         Lacking().compose("p", "r")
 
 

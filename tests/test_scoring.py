@@ -5,7 +5,6 @@ import logging
 import math
 import statistics
 import time
-from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -20,7 +19,7 @@ from konic.finetuning.moments import RunningMoments
 from konic.finetuning.results import Evaluation, FinetuningIterationResult
 from konic.finetuning.reward_calls import RESERVED, Fault
 from konic.finetuning.rewards import KonicLLMRewardComposer, llm_reward
-from konic.finetuning.scoring import Scorer, Scores, columns_of, require_errors_within, rescored
+from konic.finetuning.scoring import Scorer, Scores, columns_of, moments_of, require_errors_within
 
 LOGGER = "konic.finetuning.scoring"
 SKIP = {"on_reward_error": "skip"}
@@ -384,7 +383,7 @@ def test_without_learning_moments_are_used_and_left_as_they_are():
 @pytest.mark.parametrize("moments", [None, {}])
 def test_before_any_moments_a_batch_is_normalised_by_its_own_which_are_not_kept(moments):
     scores = scored(Scaled(), ["a", "bbb", "raise", "none", "cccccc"], moments, **SKIP)
-    expected = [normalised(value, [1, 3, 5, 6]) for value in (1, 3, 6)]
+    expected = [normalised(value, [1, 3, 6]) for value in (1, 3, 6)]
     assert same(scores.rewards, [10 + expected[0], 10 + expected[1], math.nan, 10, 10 + expected[2]])
     assert scores.moments == {}
     assert same(scored(Scaled(), ["abc"], moments).rewards, [10]), "a single value has no spread"
@@ -398,10 +397,10 @@ def test_learning_leaves_the_moments_before_alone():
     assert after == {"size": RunningMoments().after([2.0, 4.0, 1.0, 3.0]), "gone": RunningMoments(3, 1.0, 1.0)}
 
 
-def test_a_faulty_samples_other_parts_count_and_what_abstained_does_not():
+def test_neither_a_faulty_samples_other_parts_count_nor_what_abstained():
     scores = scored(Scaled(), ["a", "raise", "none", "bbb"], {}, learns=True, **SKIP)
-    assert scores.moments == {"size": RunningMoments().after([1.0, 5.0, 3.0])}
-    seen = [1, 5, 3]
+    assert scores.moments == {"size": RunningMoments().after([1.0, 3.0])}
+    seen = [1, 3]
     assert same(scores.rewards, [10 + normalised(1, seen), math.nan, 10, 10 + normalised(3, seen)])
 
 
@@ -448,38 +447,17 @@ def evaluation_of(composer, responses, moments):
     return Evaluation(prompts, list(responses), scores.rewards, scores.breakdown, kls, lengths)
 
 
-EARLIER = {"size": RunningMoments().after([1.0, 2.0, 4.0])}
-LATER = {"size": RunningMoments().after([1.0, 2.0, 4.0, 10.0, 30.0])}
+def test_an_evaluations_own_moments_leave_out_samples_without_a_reward():
+    before = evaluation_of(Scaled(), ["a", "raise", "none", "bbbbb"], None)
+    assert moments_of(Scaled(), before) == {"size": RunningMoments().after([1.0, 5.0])}
+    again = evaluation_of(Scaled(), ["a", "raise", "none", "bbbbb"], moments_of(Scaled(), before))
+    assert same(again.rewards, before.rewards), "an evaluation without moments is on its own scale"
+    assert moments_of(Scaled(), None) == {}
 
 
-def test_an_earlier_evaluation_gets_the_scale_of_later_moments_and_keeps_the_rest():
-    responses = ["a", "raise", "none", "bbbbb"]
-    before = evaluation_of(Scaled(), responses, EARLIER)
-    kept = list(before.rewards)
-    after = rescored(before, Scaled(), LATER)
-    seen = [1, 2, 4, 10, 30]
-    assert same(after.rewards, [10 + normalised(1, seen), math.nan, 10, 10 + normalised(5, seen)])
-    assert repr(after.rewards) == repr(scored(Scaled(), responses, LATER, **SKIP).rewards)
-    assert replace(after, rewards=before.rewards) == before, "nothing but the rewards changes"
-    assert same(before.rewards, kept) and not same(before.rewards, after.rewards)
-
-
-def test_a_sample_without_a_reward_stays_without_one_though_it_has_parts():
-    before = Evaluation(["p", "p"], ["a", "b"], [math.nan, 3.0], {"size": [1.0, 1.0]}, [0.0] * 2, [1, 1])
-    assert same(rescored(before, Scaled(), LATER).rewards, [math.nan, normalised(1, [1, 2, 4, 10, 30])])
-
-
-def test_the_parts_of_a_dict_are_rescored_apart():
-    before = evaluation_of(Keyed(), ["none", "ae"], None)
-    moments = {"style.size": RunningMoments().after([0.0, 2.0]), "style.vowels": RunningMoments().after([1.0, 5.0])}
-    expected = [normalised(4, [0, 2]), normalised(2, [0, 2]) + normalised(2, [1, 5])]
-    assert same(rescored(before, Keyed(), moments).rewards, expected)
-
-
-def test_without_moments_or_an_evaluation_there_is_nothing_to_rescore():
-    before = evaluation_of(Scaled(), ["a", "bbb"], None)
-    assert rescored(before, Scaled(), {}) is before
-    assert rescored(None, Scaled(), LATER) is None
+def test_a_part_that_no_reward_has_any_longer_has_no_moments():
+    before = Evaluation(["p"], ["a"], [1.0], {"gone": [1.0], "size": [2.0]}, [0.0], [1])
+    assert moments_of(Scaled(), before) == {"size": RunningMoments().after([2.0])}
 
 
 # --- how many may fail ---
@@ -614,13 +592,11 @@ def test_a_slow_reward_is_named_while_it_runs_with_the_responses_place(place, wa
     assert [(record.name, record.levelno) for record in caplog.records] == [(LOGGER, logging.WARNING)]
 
 
-def test_each_slow_reward_is_named_once(watched, caplog):
-    wait, _ = watched
-
+def test_each_slow_reward_is_named_once_a_batch(watched, caplog):
     class Slow(KonicLLMRewardComposer):
         @llm_reward
         def first(self, prompt, response):
-            wait(lambda: len(caplog.messages) == 1)
+            time.sleep(0.25)
             return 1
 
         @llm_reward
@@ -629,12 +605,21 @@ def test_each_slow_reward_is_named_once(watched, caplog):
             return 1
 
     with Scorer(Slow(), TrainingConfig()) as scorer:
-        for _ in range(2):  # the second time both are as slow and nothing more is said
+        for _ in range(2):
             score_by(scorer, ["a"])
-            assert [message.split("'")[1] for message in caplog.messages] == ["first", "second"]
-    with Scorer(Slow(), TrainingConfig()) as scorer:
+    assert [message.split("'")[1] for message in caplog.messages] == ["first", "second"] * 2
+
+
+def test_a_slow_worker_is_named_too(watched, caplog):
+    class Slow(KonicLLMRewardComposer):
+        @llm_reward
+        def slow(self, prompt, response):
+            time.sleep(0.4)
+            return 1
+
+    with Scorer(Slow(), TrainingConfig(reward_workers=1)) as scorer:
         score_by(scorer, ["a"])
-    assert len(caplog.messages) == 4, "another run names them anew"
+    assert "'slow' has been running" in caplog.text
 
 
 def test_a_slow_batch_reward_is_told_with_its_number_of_responses(watched, caplog):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from konic.finetuning.agent import KonicFinetuningAgent
-from konic.finetuning.algorithms import advantages_of
+from konic.finetuning.algorithms import ALGORITHMS, advantages_of
 from konic.finetuning.callbacks import BaseKonicFinetuningCallback, Callbacks
 from konic.finetuning.checkpoint import (
     checkpoint_to_resume,
@@ -35,12 +35,13 @@ from konic.finetuning.intervals import mean
 from konic.finetuning.learner import Learner, build_learner
 from konic.finetuning.measures import RunClock, StageClock, iteration_result
 from konic.finetuning.models import check_model_kwargs, pick_device
+from konic.finetuning.moments import RunningMoments
 from konic.finetuning.prompts import PromptBatch, make_prompt_batch
 from konic.finetuning.results import Evaluation, FinetuningIterationResult, FinetuningResult, Selection
-from konic.finetuning.rollout import Rollout, rollout, with_values_at
+from konic.finetuning.rollout import Rollout, rollout, with_values_shifted
 from konic.finetuning.run_folder import RunFolder
 from konic.finetuning.sampling import RandomKey
-from konic.finetuning.scoring import Scorer, Scores, require_errors_within, rescored
+from konic.finetuning.scoring import Scorer, Scores, moments_of
 from konic.finetuning.state import TrainerState
 from konic.finetuning.update import Schedule, update
 
@@ -143,12 +144,12 @@ class KonicFinetuningEngine:
             callbacks.on_generation_end(list(batch.texts), list(rolled.texts))
 
             scores = self._scorer.score(batch.prompts, batch.texts, rolled.texts, state.reward_moments, learns=True)
-            require_errors_within(state.history, scores, config)
+            self._scorer.require_few_faults(state.history, scores)
             stages.lap("reward")
             callbacks.on_reward_computed(list(scores.rewards), {name: list(v) for name, v in scores.breakdown.items()})
 
-            if iteration == 1 and scores.scored():
-                rolled = with_values_at(learner.policy, rolled, mean(scores.scored()))
+            shift = self._shift_of_values(scores)
+            rolled = with_values_shifted(rolled, shift)
             kl_weight = state.kl_penalty_weight(self.agent.kl_penalty_weight, config)
             advantages = advantages_of(rolled, scores, config, kl_weight)
 
@@ -156,6 +157,7 @@ class KonicFinetuningEngine:
                 if self._is_best(rolled, scores, evaluation):
                     state.best_weights = snapshot(learner.policy)
                 with self._changing_weights():
+                    learner.policy.shift_values(shift)
                     schedule = self._schedule(iteration, last)
                     stats = update(learner.policy, learner.optimizer, rolled, advantages, config, schedule)
                     if iteration == 1:
@@ -191,7 +193,7 @@ class KonicFinetuningEngine:
         if not chosen:
             raise ConfigError("evaluate() has no prompts: give some, or set DatasetConfig(held_out=...).")
         with self._scorer:
-            return self._evaluation(chosen).to_dict()
+            return self._evaluation(chosen, self._state.reward_moments).to_dict()
 
     def generate(self, prompts: Sequence[Any]) -> list[str]:
         """A response to every prompt, with the same random numbers every time."""
@@ -222,6 +224,13 @@ class KonicFinetuningEngine:
     def _learning_rate(self) -> float:
         return self._training.peak_learning_rate(uses_lora=self._learner.policy.uses_lora)
 
+    def _shift_of_values(self, scores: Scores) -> float:
+        """What the value head lacks of the mean score, at the first batch that has one."""
+        seen = any(result.num_unscored < result.num_samples for result in self._state.history)
+        if seen or not scores.scored() or not ALGORITHMS[self._training.algorithm].learns_values:
+            return 0.0
+        return mean(scores.scored()) - self._learner.policy.value_head.bias.item()
+
     @property
     def _selection(self) -> Selection:
         return Selection(self._training.eval_every is not None, self._training.kl_budget)
@@ -241,8 +250,8 @@ class KonicFinetuningEngine:
             self._loaded_prompts = load_prompts(self.agent.get_dataset_config())
         return self._loaded_prompts
 
-    def _evaluation(self, prompts: Sequence[Prompt]) -> Evaluation:
-        learner, seed, moments = self._learner, self._training.seed, self._state.reward_moments
+    def _evaluation(self, prompts: Sequence[Prompt], moments: Mapping[str, RunningMoments]) -> Evaluation:
+        learner, seed = self._learner, self._training.seed
         return evaluate(learner.policy, self._scorer, prompts, self._generation, learner.special, seed, moments)
 
     def _is_evaluated(self, iteration: int) -> bool:
@@ -276,7 +285,9 @@ class KonicFinetuningEngine:
         return replace(result, checks=tuple(findings))
 
     def _evaluate_held_out(self, folder: RunFolder) -> Evaluation:
-        evaluation = self._evaluation(self._prompts.held_out)
+        """The held-out prompts tried; normalised rewards are on the scale of the first time, so that all compare."""
+        moments = moments_of(self.agent.get_reward_composer(), folder.read_evaluation(0))
+        evaluation = self._evaluation(self._prompts.held_out, moments)
         folder.write_evaluation(self._state.iteration, evaluation)
         return evaluation
 
@@ -401,10 +412,7 @@ class KonicFinetuningEngine:
         if self._prompts.held_out and stopped != INTERRUPTED:
             with contextlib.suppress(KeyboardInterrupt):
                 after = self._evaluate_held_out(folder)
-                before = rescored(
-                    folder.read_evaluation(0), self.agent.get_reward_composer(), self._state.reward_moments
-                )
-                result = replace(result, before=before, after=after)
+                result = replace(result, before=folder.read_evaluation(0), after=after)
                 self._learner.write_card(final, result, self._settings(last))
         callbacks.on_train_end(result)
         return result

@@ -46,4 +46,5 @@ def evaluate(
         kls += part.kl.sum(dim=1).tolist()
         lengths += part.response_mask.sum(dim=1).tolist()
     scores = scorer.score(prompts, texts, responses, moments)
-    return Evaluation(texts, responses, scores.rewards, scores.breakdown, kls, lengths)
+    scorer.require_few_faults([], scores)
+    return Evaluation(texts, responses, scores.rewards, scores.breakdown, kls, lengths, scores.errors)

@@ -109,6 +109,11 @@ class Policy:
         """The value [...] of each hidden state [..., H]."""
         return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
 
+    def shift_values(self, shift: float) -> None:
+        """Raise every value by a constant."""
+        with torch.no_grad():
+            self.value_head.bias.add_(shift)
+
     @contextmanager
     def training_mode(self) -> Iterator[None]:
         """Within it gradient checkpointing works, if it is on: `transformers` does it in train mode only."""

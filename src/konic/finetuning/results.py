@@ -110,6 +110,8 @@ class Evaluation:
     """[N] exact KL from the reference, summed over the response, nats."""
     response_lengths: list[int]
     """[N] tokens, the end-of-sequence token counted."""
+    errors: list[str | None] = field(default_factory=list)
+    """[N] what failed on each response, in a line."""
 
     @property
     def reward_mean(self) -> float:

@@ -22,6 +22,11 @@ Parts = dict[str, float]
 Columns = Mapping[str, Sequence[Any]]
 """The dataset's other columns, a value per sample each."""
 
+_TEXTS = {
+    "sample": ("prompt", "response"),
+    "batch": ("prompts", "responses"),
+    "completions": ("prompts", "completions"),
+}
 RESERVED = ("self", "prompt", "prompts", "response", "responses", "completions")
 """Names of parameters that no column fills."""
 _MAX_TRACEBACK = 4000
@@ -93,8 +98,8 @@ class NotANumberError(ValueError):
 def shape_of(function: Callable[..., Any]) -> Literal["sample", "batch", "completions"]:
     """How a plain function wants to be called, by its parameters' names.
 
-    `completions` makes it TRL's `(prompts, completions, **columns)`; `prompts` or `responses` one of a whole batch;
-    else it is one of `(prompt, response)`.
+    `completions`, or `prompts` and `**columns` alone, make it TRL's `(prompts, completions, **columns)`; `prompts` or
+    `responses` one of a whole batch; else it is one of `(prompt, response)`.
 
     Raises:
         RewardError: It takes neither.
@@ -103,17 +108,47 @@ def shape_of(function: Callable[..., Any]) -> Literal["sample", "batch", "comple
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
         parameters = {}  # type: ignore[assignment]
-    if "completions" in parameters:
+    kinds = {parameter.kind for parameter in parameters.values()}
+    takes_all = inspect.Parameter.VAR_KEYWORD in kinds and "responses" not in parameters
+    if "completions" in parameters or ("prompts" in parameters and takes_all):
         return "completions"
     if "prompts" in parameters or "responses" in parameters:
         return "batch"
     places = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(places) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+    if len(places) < 2 and "response" not in parameters and inspect.Parameter.VAR_POSITIONAL not in kinds:
         raise RewardError(
             f"A reward function takes (prompt, response), (prompts, responses) or TRL's (prompts, completions, "
             f"**columns); {getattr(function, '__name__', function)!r} takes ({', '.join(parameters)})."
         )
     return "sample"
+
+
+def text_names(reward: Reward, columns: Mapping[str, Any]) -> tuple[str | None, str | None] | None:
+    """The parameters that take the prompt and the response, whatever their order; None where both are taken by place.
+
+    One that is named alone leaves the other to the first parameter that no column fills.
+
+    Raises:
+        RewardError: There is no parameter for the response.
+    """
+    parameters = inspect.signature(reward.call).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    prompt, response = _TEXTS[reward.shape]
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    if reward.shape == "completions":
+        return (prompt if takes_all or prompt in names else None), (
+            response if takes_all or response in names else None
+        )
+    if response in names and prompt in names:
+        return prompt, response
+    if response in names:
+        return (names[0] if names.index(response) == 1 and names[0] not in columns else None), response
+    if prompt in names:
+        others = [name for name in names if name != prompt and name not in columns]
+        if not others:
+            raise RewardError(f"{reward.who} takes no response: its parameters are {', '.join(names)}.")
+        return prompt, others[0]
+    return None
 
 
 def columns_wanted(reward: Reward, columns: Mapping[str, Any]) -> list[str]:
@@ -123,11 +158,12 @@ def columns_wanted(reward: Reward, columns: Mapping[str, Any]) -> list[str]:
         RewardError: It asks for one that the dataset does not have.
     """
     parameters = list(inspect.signature(reward.call).parameters.values())
-    if reward.shape == "completions":
-        rest = [parameter for parameter in parameters if parameter.name not in ("prompts", "completions")]
+    taken = text_names(reward, columns)
+    if taken is None:
+        places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:2]
+        rest = [parameter for parameter in parameters if parameter not in places]
     else:
-        rest = [parameter for parameter in parameters[2:] if parameter.name not in RESERVED]
-        rest += [parameter for parameter in parameters[:2] if parameter.kind is inspect.Parameter.VAR_KEYWORD]
+        rest = [parameter for parameter in parameters if parameter.name not in taken]
     wanted = []
     for parameter in rest:
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -153,24 +189,35 @@ def call_reward(
     if reward.shape != "sample":
         yield from _call_with_batch(reward, prompts, responses, columns, wanted)
         return
+    names = text_names(reward, columns)
     calls = [
-        (prompt, response, {name: columns[name][index] for name in wanted})
+        _arguments(names, prompt, response, {name: columns[name][index] for name in wanted})
         for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
     ]
     if reward.is_async:
         yield from _call_together(reward, calls, timeout)
         return
-    for prompt, response, row in calls:
-        yield _outcome(reward, lambda p=prompt, r=response, row=row: _finished(reward.call(p, r, **row)))  # type: ignore[misc]
+    for places, named in calls:
+        yield _outcome(reward, lambda places=places, named=named: _finished(reward.call(*places, **named)))  # type: ignore[misc]
 
 
-def _call_together(
-    reward: Reward, calls: list[tuple[str, str, dict[str, Any]]], timeout: float | None
-) -> Iterator[Outcome]:
-    async def one(prompt: str, response: str, row: dict[str, Any]) -> Any:
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _arguments(
+    names: tuple[str | None, str | None] | None, prompt: Any, response: Any, columns: dict[str, Any]
+) -> Arguments:
+    """What a reward is called with: texts by name or by place, and columns by name."""
+    if names is None:
+        return (prompt, response), columns
+    return (), {name: text for name, text in zip(names, (prompt, response), strict=True) if name} | columns
+
+
+def _call_together(reward: Reward, calls: list[Arguments], timeout: float | None) -> Iterator[Outcome]:
+    async def one(places: tuple[Any, ...], named: dict[str, Any]) -> Any:
         try:
             async with asyncio.timeout(timeout) as bound:
-                return await reward.call(prompt, response, **row)
+                return await reward.call(*places, **named)
         except TimeoutError as error:
             return took_too_long(reward, timeout) if bound.expired() else _fault(reward, error)
         except (SystemExit, KeyboardInterrupt) as error:  # they would end the loop
@@ -193,17 +240,11 @@ def _call_with_batch(
 ) -> list[Outcome]:
     extra = {name: list(columns[name]) for name in wanted}
     try:
+        texts: tuple[list[Any], list[Any]] = list(prompts), list(responses)
         if reward.shape == "completions":
             texts = _as_trl_passes_them(prompts, responses, columns.get("messages"))
-            accepted = inspect.signature(reward.call).parameters
-            takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
-            given = {name: value for name, value in texts.items() if takes_all or name in accepted}
-            returned = _finished(reward.call(**given, **extra))
-        elif "responses" in (names := [*inspect.signature(reward.call).parameters]) and names[1:2] != ["responses"]:
-            texts = {"prompts": list(prompts), "responses": list(responses)}
-            returned = _finished(reward.call(**{name: texts[name] for name in texts if name in names}, **extra))
-        else:
-            returned = _finished(reward.call(list(prompts), list(responses), **extra))
+        places, named = _arguments(text_names(reward, columns), *texts, extra)
+        returned = _finished(reward.call(*places, **named))
         values = _listed(returned, len(prompts))
     except NotANumberError as error:
         return [Fault(reward.who, str(error))] * len(prompts)
@@ -212,12 +253,13 @@ def _call_with_batch(
     return [_outcome(reward, lambda v=value: v) for value in values]  # type: ignore[misc]
 
 
-def _as_trl_passes_them(prompts: list[str], responses: list[str], messages: Sequence[Any] | None) -> dict[str, Any]:
+def _as_trl_passes_them(
+    prompts: list[str], responses: list[str], messages: Sequence[Any] | None
+) -> tuple[list[Any], list[Any]]:
     """Plain texts; where the prompts are chats, their messages and one assistant message each."""
     if messages is None or any(chat is None for chat in messages):
-        return {"prompts": list(prompts), "completions": list(responses)}
-    completions = [[{"role": "assistant", "content": response}] for response in responses]
-    return {"prompts": [list(chat) for chat in messages], "completions": completions}
+        return list(prompts), list(responses)
+    return [list(chat) for chat in messages], [[{"role": "assistant", "content": text}] for text in responses]
 
 
 def _listed(returned: Any, count: int) -> list[Any]:

@@ -5,14 +5,16 @@ user's script nor is forked from a process in which torch has threads.
 """
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 import sysconfig
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
-from functools import cache
 from multiprocessing import connection, spawn
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import ModuleType
@@ -76,7 +78,10 @@ class RewardPool:
             RewardError: The composer cannot be sent to a worker, or not be loaded there.
         """
         self.start()
-        problem = self._loaded.result()
+        try:
+            problem = self._loaded.result(timeout=START_SECONDS)
+        except (TimeoutError, pebble.ProcessExpired, BrokenProcessPool) as error:
+            problem = f"{type(error).__name__}: {error}"
         if problem:
             raise RewardError(f"reward_workers: the rewards cannot be loaded in a worker process: {problem}")
         calls = {reward.name: self._calls_of(reward, prompts, responses, columns) for reward in rewards}
@@ -91,10 +96,18 @@ class RewardPool:
 
     def schedule(self, reward: Reward, *values: Any) -> tuple[pebble.ProcessPool, pebble.ProcessFuture[list[Outcome]]]:
         """The pool, and what a call in it will return."""
-        self.start()
-        assert self._pool is not None  # noqa: S101
         limit = self.timeout + _GRACE_SECONDS if self.timeout and reward.is_async else self.timeout
-        return self._pool, self._pool.schedule(_call, args=(reward.name, *values, self.timeout), timeout=limit)
+        for _ in range(RESTARTS):
+            self.start()
+            assert self._pool is not None  # noqa: S101
+            with contextlib.suppress(RuntimeError):  # it broke down since it was looked at
+                future = self._pool.schedule(_call, args=(reward.name, *values, self.timeout), timeout=limit)
+                return self._pool, future
+        raise RewardError(f"reward_workers: the worker processes ended {RESTARTS} times before any call.")
+
+    def is_current(self, pool: pebble.ProcessPool) -> bool:
+        """True where what was given to a pool will be answered."""
+        return self._pool is pool and pool.active
 
     def replace(self, broken: pebble.ProcessPool) -> None:
         """Make the pool anew, unless another call has done so."""
@@ -146,6 +159,9 @@ class _Call:
         """What came of it, per sample; a fault where the worker hung or died."""
         for _ in range(RESTARTS):
             try:
+                while not wait([self._future], timeout=1.0).done:
+                    if not self._owner.is_current(self._pool):
+                        raise BrokenProcessPool
                 return self._future.result()
             except BrokenProcessPool:  # a worker died between two calls
                 self._owner.replace(self._pool)
@@ -171,7 +187,9 @@ class _Process(SpawnProcess):
     """A fresh Python that leaves the user's script alone, and that is killed rather than asked to end."""
 
     def terminate(self) -> None:
-        """Kill it: what hangs in C code, or ignores SIGTERM, would not hear anything else."""
+        """Kill it and what it started: a reward that hangs in C code or ignores SIGTERM hears nothing else."""
+        with contextlib.suppress(ProcessLookupError, PermissionError, AttributeError):
+            os.killpg(self.pid or 0, signal.SIGKILL)
         self.kill()
 
     @staticmethod
@@ -240,36 +258,39 @@ def _is_the_users(module: ModuleType) -> bool:
 # In the worker
 
 
-_pickle = b""
+_PR_SET_PDEATHSIG = 1
+_rewards: dict[str, Reward] = {}
+_problem: str | None = None
 
 
 def _begin_worker(pickled: bytes) -> None:
-    global _pickle
-    _pickle = pickled
+    """Load the rewards, before any call's time is taken; leave a session and a death tied to the parent's."""
+    global _problem
+    if hasattr(os, "setsid"):
+        os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if sys.platform == "linux":  # where the thread cannot run, because a reward hangs in C code
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        _rewards.update({reward.name: reward for reward in rewards_of(cloudpickle.loads(pickled))})
+    except Exception as error:
+        _problem = f"{type(error).__name__}: {error}"
 
 
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
+        if hasattr(os, "killpg"):
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
 
-@cache
-def _rewards() -> dict[str, Reward]:
-    return {reward.name: reward for reward in rewards_of(cloudpickle.loads(_pickle))}
-
-
 def _load_error() -> str | None:
-    try:
-        _rewards()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+    return _problem
 
 
 def _call(
     name: str, prompts: list[str], responses: list[str], columns: Columns, timeout: float | None
 ) -> list[Outcome]:
-    return list(call_reward(_rewards()[name], prompts, responses, columns, timeout))
+    return list(call_reward(_rewards[name], prompts, responses, columns, timeout))

@@ -25,7 +25,7 @@ from konic.finetuning.rewards import (
     total_of,
     weighted_parts,
 )
-from konic.finetuning.scoring import columns_of, moments_after
+from konic.finetuning.scoring import columns_of, moments_after, named_if_slow
 
 PROBES = {
     "empty": "",
@@ -223,7 +223,8 @@ class _Tried:
 
 def _tried(reward: Reward, texts: list[str], responses: list[str], columns: Columns) -> _Tried:
     started = time.perf_counter()
-    outcomes = list(call_reward(reward, texts, responses, columns))
+    with named_if_slow(reward, len(responses)):
+        outcomes = list(call_reward(reward, texts, responses, columns))
     milliseconds = 1000 * (time.perf_counter() - started) / len(responses)
     turned = {name: values[::-1] for name, values in columns.items()}
     again = list(call_reward(reward, texts[::-1], responses[::-1], turned))[::-1]
@@ -235,8 +236,16 @@ def _tried(reward: Reward, texts: list[str], responses: list[str], columns: Colu
     ]
     faults = [outcome for outcome in outcomes if isinstance(outcome, Fault)]
     probe_faults = {name: fault for name, fault in zip(PROBES, probed, strict=True) if isinstance(fault, Fault)}
-    trial = RewardTrial(reward.name, milliseconds, faults, again == outcomes, probe_faults)
+    is_deterministic = all(map(_same, outcomes, again))
+    trial = RewardTrial(reward.name, milliseconds, faults, is_deterministic, probe_faults)
     return _Tried(trial, outcomes, probed)
+
+
+def _same(one: Outcome, other: Outcome) -> bool:
+    """True of equal outcomes, but for what rounding does to a model's score in another batch."""
+    if isinstance(one, Fault) or isinstance(other, Fault) or one.keys() != other.keys():
+        return one == other
+    return all(math.isclose(value, other[part], rel_tol=1e-4, abs_tol=1e-6) for part, value in one.items())
 
 
 def _totals(

@@ -169,8 +169,10 @@ class KonicLLMRewardComposer:
             raise ConfigError(
                 f"The reward function {function!r} has no name: give add_reward_function(..., name='...')."
             )
-        clip = _checked_clip(clip)
-        return self._add(Reward(name, function, shape_of(function), normalize=normalize, clip=clip), weight)
+        mark = _mark_of(function) or _Mark(False, False, None)
+        clip = _checked_clip(clip) or mark.clip
+        shape = "batch" if mark.batch and shape_of(function) == "sample" else shape_of(function)
+        return self._add(Reward(name, function, shape, normalize=normalize or mark.normalize, clip=clip), weight)
 
     def set_reward_weight(self, name: str, weight: float) -> Self:
         """Set the factor that a reward, or one part `reward.key` of it, is multiplied by.
@@ -263,6 +265,7 @@ def without_models(composer: KonicLLMRewardComposer) -> KonicLLMRewardComposer:
     copied.__dict__.update(composer.__dict__)
     copied._added = {name: reward for name, reward in composer._added.items() if not reward.is_model}
     copied._reward_weights = dict(composer._reward_weights)
+    copied.__dict__.pop("reducer", None)  # it stays with the weights
     return copied
 
 

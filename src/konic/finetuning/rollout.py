@@ -96,15 +96,14 @@ def rollout(
     return Rollout(batch, samples, generation.temperature, in_full_precision, *tensors)
 
 
-def with_values_at(policy: Policy, rollout: Rollout, mean: float) -> Rollout:
-    """Let a value head that knows nothing yet expect the first batch's mean score, and the rollout's values with it.
+def with_values_shifted(rollout: Rollout, shift: float) -> Rollout:
+    """The rollout as a value head whose bias is higher by `shift` would have valued it.
 
-    From 0 it would take the clipped value loss several iterations to get there, in which advantages tell late tokens
-    from early ones rather than good responses from bad. (N normalises rewards to mean 0 first, to the same end.)
+    A value head that knows nothing starts at the first batch's mean score. From 0 it would take the clipped value loss
+    several iterations to get there, in which advantages tell late tokens from early ones rather than good responses
+    from bad. (N normalises rewards to mean 0 before training, to the same end.)
     """
-    with torch.no_grad():
-        policy.value_head.bias.add_(mean)
-    return replace(rollout, values=torch.where(rollout.response_mask, rollout.values + mean, 0.0))
+    return replace(rollout, values=torch.where(rollout.response_mask, rollout.values + shift, 0.0))
 
 
 def _score(policy: Policy, batch: PromptBatch, samples: Samples, rows: slice, temperature: float) -> tuple[Tensor, ...]:

@@ -88,12 +88,13 @@ class RunFolder:
 
     def write_evaluation(self, iterations_done: int, evaluation: Evaluation) -> None:
         """Write what a policy made of the held-out prompts, named by the iterations it had learned from."""
-        columns: dict[str, list[Any]] = {
+        columns: dict[str, Any] = {
             "prompt": evaluation.prompts,
             "response": evaluation.responses,
             "reward": _nulls(evaluation.rewards),
             "kl": evaluation.kl_per_response,
             "length": evaluation.response_lengths,
+            "error": pyarrow.array(evaluation.errors or [None] * len(evaluation.prompts), pyarrow.string()),
         }
         columns |= {f"{_PART}{name}": _nulls(values) for name, values in evaluation.breakdown.items()}
         self._write_table("evaluations", iterations_done, columns)
@@ -106,7 +107,13 @@ class RunFolder:
         table = pyarrow.parquet.read_table(path).to_pydict()
         breakdown = {name.removeprefix(_PART): _nans(table[name]) for name in table if name.startswith(_PART)}
         return Evaluation(
-            table["prompt"], table["response"], _nans(table["reward"]), breakdown, table["kl"], table["length"]
+            table["prompt"],
+            table["response"],
+            _nans(table["reward"]),
+            breakdown,
+            table["kl"],
+            table["length"],
+            table["error"],
         )
 
     def cut_after(self, iteration: int) -> None:
@@ -127,7 +134,7 @@ class RunFolder:
 
     def _write_completions(self, iteration: int, rollout: Rollout, scores: Scores) -> None:
         mask = rollout.response_mask
-        columns: dict[str, list[Any]] = {
+        columns: dict[str, Any] = {
             "iteration": [iteration] * len(mask),
             "row": [prompt.row for prompt in rollout.batch.prompts],
             "prompt": rollout.batch.texts,
@@ -135,13 +142,13 @@ class RunFolder:
             "reward": _nulls(scores.rewards),
             "kl": rollout.kl.sum(dim=1).tolist(),
             "ended": rollout.samples.ended.tolist(),
-            "error": [f"{fault.who} {fault.what}" if fault else None for fault in scores.faults or [None] * len(mask)],
+            "error": pyarrow.array(scores.errors, pyarrow.string()),
             "token_ids": [ids[keep].tolist() for ids, keep in zip(rollout.samples.response_ids, mask, strict=True)],
         }
         columns |= {f"{_PART}{name}": _nulls(values) for name, values in scores.breakdown.items()}
         self._write_table("completions", iteration, columns)
 
-    def _write_table(self, folder_name: str, number: int, columns: dict[str, list[Any]]) -> None:
+    def _write_table(self, folder_name: str, number: int, columns: dict[str, Any]) -> None:
         folder = self.path / folder_name
         beside = folder / f".{number:06d}"
         try:

@@ -5,7 +5,7 @@ import logging
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from konic.finetuning.config import TrainingConfig
@@ -56,6 +56,11 @@ class Scores:
         """Samples on which a reward failed."""
         return sum(fault is not None for fault in self.faults)
 
+    @property
+    def errors(self) -> list[str | None]:
+        """[B] what failed on each sample, in a line."""
+        return [f"{fault.who} {fault.what}" if fault else None for fault in self.faults or [None] * len(self.rewards)]
+
     def filled(self) -> list[float]:
         """[B] the rewards, 0 where there is none."""
         return [0.0 if math.isnan(reward) else reward for reward in self.rewards]
@@ -72,7 +77,6 @@ class Scorer:
         self._composer = composer
         self._config = config
         self._pool = RewardPool(composer, config.reward_workers, config.reward_timeout_seconds)
-        self._slow: set[str] = set()
         self._shown: dict[tuple[str, str], int] = {}
 
     def __enter__(self) -> Self:
@@ -82,6 +86,10 @@ class Scorer:
 
     def __exit__(self, *_: Any) -> None:
         self._pool.close()
+
+    def require_few_faults(self, history: Sequence[FinetuningIterationResult], scores: Scores) -> None:
+        """Raise RewardError where rewards have failed on more responses than max_error_rate allows."""
+        require_errors_within(history, scores, self._config)
 
     def score(
         self,
@@ -106,7 +114,8 @@ class Scorer:
         outcomes = self._outcomes(texts, responses, columns_of(prompts))
         samples, faults = merged(outcomes, len(texts)), _first_faults(outcomes, len(texts))
         given = dict(moments or {})
-        known = moments_after(self._composer, given if learns else {}, samples)
+        counted = [parts for parts, fault in zip(samples, faults, strict=True) if not fault]
+        known = moments_after(self._composer, given if learns else {}, counted)
         known |= {} if learns else given
         rewards = [
             math.nan if fault else total_of(self._composer, parts, text, response, known)
@@ -119,11 +128,13 @@ class Scorer:
         rewards = rewards_of(self._composer)
         isolated = [reward for reward in rewards if self._config.reward_workers and not reward.is_model]
         coming = self._pool.submit(isolated, texts, responses, columns) if isolated else {}
-        coming |= {r.name: self._called_here(r, texts, responses, columns) for r in rewards if r.name not in coming}
-        found = {}
+        coming |= {r.name: call_reward(r, texts, responses, columns) for r in rewards if r.name not in coming}
+        by_name, found = {reward.name: reward for reward in rewards}, {}
         for name, outcomes in coming.items():
-            with contextlib.closing(outcomes):  # type: ignore[type-var]
-                found[name] = [*self._accepted(outcomes, texts, responses)]
+            with contextlib.closing(outcomes), named_if_slow(by_name[name], len(texts)) as done:  # type: ignore[type-var]
+                for outcome in self._accepted(outcomes, texts, responses):
+                    done.append(outcome)
+            found[name] = done
         return [found[reward.name] for reward in rewards]
 
     def _accepted(self, outcomes: Iterator[Outcome], texts: list[str], responses: list[str]) -> Iterator[Outcome]:
@@ -135,39 +146,6 @@ class Scorer:
                 self._show(outcome, text, response)
             yield outcome
 
-    def _called_here(
-        self, reward: Reward, texts: list[str], responses: list[str], columns: Columns
-    ) -> Iterator[Outcome]:
-        with self._named_if_slow(reward, len(texts)) as done:
-            for outcome in call_reward(reward, texts, responses, columns):
-                done.append(outcome)
-                yield outcome
-
-    @contextlib.contextmanager
-    def _named_if_slow(self, reward: Reward, count: int) -> Iterator[list[Outcome]]:
-        done: list[Outcome] = []
-
-        def tell() -> None:
-            where = f"response {len(done) + 1} of {count}" if reward.shape == "sample" else f"{count} responses at once"
-            advice = (
-                ""
-                if reward.is_model
-                else (
-                    " A reward that hangs can be stopped: TrainingConfig(reward_workers=2, reward_timeout_seconds=10)."
-                )
-            )
-            logger.warning("%s has been running for %.0f s (%s).%s", reward.who, SLOW_SECONDS, where, advice)
-            self._slow.add(reward.name)
-
-        timer = threading.Timer(SLOW_SECONDS, tell)
-        timer.daemon = True
-        if reward.name not in self._slow:
-            timer.start()
-        try:
-            yield done
-        finally:
-            timer.cancel()
-
     def _show(self, fault: Fault, text: str, response: str) -> None:
         """Tell a fault that is skipped, the first few of a kind."""
         kind = fault.who, fault.what.split(":" if fault.what.startswith("raised ") else " ", 1)[0]
@@ -175,6 +153,27 @@ class Scorer:
         if self._shown[kind] <= _FAULTS_SHOWN:
             last = " Further ones like it are only counted." if self._shown[kind] == _FAULTS_SHOWN else ""
             logger.warning("Skipped a response: %s%s", fault.error(text, response), last)
+
+
+@contextlib.contextmanager
+def named_if_slow(reward: Reward, count: int) -> Iterator[list[Outcome]]:
+    """Within it a reward that takes over 30 s is named on screen, with the response it is at, after those done."""
+    done: list[Outcome] = []
+
+    def tell() -> None:
+        alone = reward.shape == "sample" and not reward.is_async
+        where = f"response {len(done) + 1} of {count}" if alone else f"{count} responses at once"
+        advice = "A reward that hangs can be stopped: TrainingConfig(reward_workers=2, reward_timeout_seconds=10)."
+        told = "" if reward.is_model else f" {advice}"
+        logger.warning("%s has been running for %.0f s (%s).%s", reward.who, SLOW_SECONDS, where, told)
+
+    timer = threading.Timer(SLOW_SECONDS, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield done
+    finally:
+        timer.cancel()
 
 
 def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
@@ -199,22 +198,16 @@ def moments_after(
     return after
 
 
-def rescored(
-    evaluation: Evaluation | None, composer: KonicLLMRewardComposer, moments: Mapping[str, RunningMoments]
-) -> Evaluation | None:
-    """An earlier evaluation with its rewards on the scale of these moments, so that it compares with one of now."""
-    if evaluation is None or not moments:
-        return evaluation
+def moments_of(composer: KonicLLMRewardComposer, evaluation: Evaluation | None) -> dict[str, RunningMoments]:
+    """The moments of an evaluation's own values, by which later ones are put on its scale; none without any."""
+    if evaluation is None:
+        return {}
     samples = [
         {name: values[row] for name, values in evaluation.breakdown.items() if not math.isnan(values[row])}
-        for row in range(len(evaluation.rewards))
+        for row, reward in enumerate(evaluation.rewards)
+        if not math.isnan(reward)
     ]
-    texts = zip(samples, evaluation.prompts, evaluation.responses, evaluation.rewards, strict=True)
-    rewards = [
-        math.nan if math.isnan(reward) else total_of(composer, parts, prompt, response, moments)
-        for parts, prompt, response, reward in texts
-    ]
-    return replace(evaluation, rewards=rewards)
+    return moments_after(composer, {}, samples)
 
 
 def require_errors_within(history: Sequence[FinetuningIterationResult], scores: Scores, config: TrainingConfig) -> None:
