@@ -162,7 +162,8 @@ def try_rewards(
     tried = [_tried(reward, texts, responses, columns) for reward in rewards_of(composer)]
     samples = merged([one.outcomes for one in tried], len(texts))
     probed = merged([one.probed for one in tried], len(PROBES))
-    moments = moments_after(composer, {}, samples)
+    failed = {row for one in tried for row, outcome in enumerate(one.outcomes) if isinstance(outcome, Fault)}
+    moments = moments_after(composer, {}, [parts for row, parts in enumerate(samples) if row not in failed])
     totals = _totals(composer, moments, [one.outcomes for one in tried], texts, responses)
     on_probes = _totals(composer, moments, [one.probed for one in tried], texts[:1] * len(PROBES), [*PROBES.values()])
     weighted = [weighted_parts(composer, parts, moments) for parts in samples]
@@ -269,7 +270,7 @@ def _part(
     present = [(value, length) for value, length in zip(values, lengths, strict=True) if not math.isnan(value)]
     known = [value for value, _ in present] or [math.nan]
     scale = max(map(abs, known)) or 1.0
-    spread = scale * statistics.stdev([value / scale for value in known]) if len(known) > 1 else 0.0 * scale
+    spread = scale * statistics.stdev([value / scale for value in known]) if len(known) > 1 else 0.0 * known[0]
     by_length = correlation(known, [length for _, length in present]) if len(present) > 1 else math.nan
     missing = len(values) - len(present)
     centre = scale * fmean([value / scale for value in known])
