@@ -14,7 +14,6 @@ from konic.finetuning.evaluation import respond
 from konic.finetuning.learner import build_learner
 from konic.finetuning.loaders import read_local
 from konic.finetuning.models import pick_device
-from konic.finetuning.moments import RunningMoments
 from konic.finetuning.reward_calls import Columns, Fault, Outcome, Reward, call_reward
 from konic.finetuning.rewards import (
     KonicLLMRewardComposer,
@@ -22,10 +21,9 @@ from konic.finetuning.rewards import (
     merged,
     owners_of,
     rewards_of,
-    total_of,
     weighted_parts,
 )
-from konic.finetuning.scoring import columns_of, moments_after, named_if_slow
+from konic.finetuning.scoring import columns_of, first_faults, moments_after, named_if_slow, totals_of
 
 PROBES = {
     "empty": "",
@@ -160,12 +158,12 @@ def try_rewards(
     """
     columns = columns_of(prompts)
     tried = [_tried(reward, texts, responses, columns) for reward in rewards_of(composer)]
-    samples = merged([one.outcomes for one in tried], len(texts))
-    probed = merged([one.probed for one in tried], len(PROBES))
-    failed = {row for one in tried for row, outcome in enumerate(one.outcomes) if isinstance(outcome, Fault)}
-    moments = moments_after(composer, {}, [parts for row, parts in enumerate(samples) if row not in failed])
-    totals = _totals(composer, moments, [one.outcomes for one in tried], texts, responses)
-    on_probes = _totals(composer, moments, [one.probed for one in tried], texts[:1] * len(PROBES), [*PROBES.values()])
+    outcomes, on_probes = [one.outcomes for one in tried], [one.probed for one in tried]
+    samples, probed = merged(outcomes, len(texts)), merged(on_probes, len(PROBES))
+    faults, probe_faults = first_faults(outcomes, len(texts)), first_faults(on_probes, len(PROBES))
+    moments = moments_after(composer, {}, [parts for parts, fault in zip(samples, faults, strict=True) if not fault])
+    totals = totals_of(composer, samples, faults, texts, responses, moments)
+    probe_totals = totals_of(composer, probed, probe_faults, texts[:1] * len(PROBES), [*PROBES.values()], moments)
     weighted = [weighted_parts(composer, parts, moments) for parts in samples]
     lengths = [float(len(response)) for response in responses]
     owners = owners_of(composer, breakdown_of(samples))
@@ -176,7 +174,7 @@ def try_rewards(
             values = [sample.get(name, math.nan) for sample in samples]
             on_probe = {probe: sample.get(name, math.nan) for probe, sample in zip(PROBES, probed, strict=True)}
             parts.append(_part(name, one.trial.name, values, _share(moved, totals), lengths, on_probe))
-    total = _part("total", "", totals, 1.0, lengths, dict(zip(PROBES, on_probes, strict=True)))
+    total = _part("total", "", totals, 1.0, lengths, dict(zip(PROBES, probe_totals, strict=True)))
     return ComposerTrial(len(responses), total, parts, [one.trial for one in tried])
 
 
@@ -247,21 +245,6 @@ def _same(one: Outcome, other: Outcome) -> bool:
     if isinstance(one, Fault) or isinstance(other, Fault) or one.keys() != other.keys():
         return one == other
     return all(math.isclose(value, other[part], rel_tol=1e-4, abs_tol=1e-6) for part, value in one.items())
-
-
-def _totals(
-    composer: KonicLLMRewardComposer,
-    moments: Mapping[str, RunningMoments],
-    outcomes: list[list[Outcome]],
-    texts: list[str],
-    responses: list[str],
-) -> list[float]:
-    """The reward of each sample as training takes it: NaN where a reward failed."""
-    failed = [any(isinstance(of_one[row], Fault) for of_one in outcomes) for row in range(len(texts))]
-    return [
-        math.nan if fault else total_of(composer, parts, text, response, moments)
-        for parts, text, response, fault in zip(merged(outcomes, len(texts)), texts, responses, failed, strict=True)
-    ]
 
 
 def _part(

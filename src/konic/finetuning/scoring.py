@@ -112,15 +112,12 @@ class Scorer:
             RewardError: A reward failed on a sample and on_reward_error is "raise", or a reducer failed.
         """
         outcomes = self._outcomes(texts, responses, columns_of(prompts))
-        samples, faults = merged(outcomes, len(texts)), _first_faults(outcomes, len(texts))
+        samples, faults = merged(outcomes, len(texts)), first_faults(outcomes, len(texts))
         given = dict(moments or {})
         counted = [parts for parts, fault in zip(samples, faults, strict=True) if not fault]
         known = moments_after(self._composer, given if learns else {}, counted)
         known |= {} if learns else given
-        rewards = [
-            math.nan if fault else total_of(self._composer, parts, text, response, known)
-            for parts, fault, text, response in zip(samples, faults, texts, responses, strict=True)
-        ]
+        rewards = totals_of(self._composer, samples, faults, texts, responses, known)
         return Scores(rewards, breakdown_of(samples), faults, known if learns else given)
 
     def _outcomes(self, texts: list[str], responses: list[str], columns: Columns) -> list[list[Outcome]]:
@@ -233,7 +230,23 @@ def require_errors_within(history: Sequence[FinetuningIterationResult], scores: 
         )
 
 
-def _first_faults(outcomes: Sequence[Sequence[Outcome]], count: int) -> list[Fault | None]:
+def totals_of(
+    composer: KonicLLMRewardComposer,
+    samples: Sequence[Parts],
+    faults: Sequence[Fault | None],
+    texts: Sequence[str],
+    responses: Sequence[str],
+    moments: Mapping[str, RunningMoments],
+) -> list[float]:
+    """The reward of each sample; NaN where a reward failed."""
+    return [
+        math.nan if fault else total_of(composer, parts, text, response, moments)
+        for parts, fault, text, response in zip(samples, faults, texts, responses, strict=True)
+    ]
+
+
+def first_faults(outcomes: Sequence[Sequence[Outcome]], count: int) -> list[Fault | None]:
+    """What failed first on each sample, over all rewards."""
     return [
         next((of_one[index] for of_one in outcomes if isinstance(of_one[index], Fault)), None)  # type: ignore[misc]
         for index in range(count)
