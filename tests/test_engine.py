@@ -98,7 +98,7 @@ def test_reward_rises_and_kl_with_it(model_folders, architecture, lora, tmp_path
     result = engine.train(20)
     curve, kl = result.get_reward_curve(), result.get_kl_curve()
     assert sum(curve[-5:]) / 5 > sum(curve[:3]) / 3 + 0.03
-    assert kl[0] == 0.0
+    assert kl[0] < 1e-7
     assert kl[-1] > kl[1] >= 0
 
 
@@ -296,7 +296,7 @@ def test_hooks_come_in_order_with_what_they_promise(model_folders, tmp_path):
 
 
 def test_a_callback_stops_early(model_folders, tmp_path):
-    callback = KonicFinetuningCallback(verbose=False, early_stop_kl_threshold=1e-9, early_stop_patience=2)
+    callback = KonicFinetuningCallback(verbose=False, early_stop_kl_threshold=1e-7, early_stop_patience=2)
     result = make_engine(model_folders["llama"], tmp_path, callback=callback).train(10)
     assert result.total_iterations == 3  # iteration 1 samples from the reference itself
     assert "callback" in result.stopped_because
@@ -392,7 +392,7 @@ def test_evaluate_is_the_same_every_time_and_does_not_train(model_folders, tmp_p
     assert first == engine.evaluate(list(PROMPTS))
     assert first["prompts"] == list(PROMPTS)
     assert first["reward_mean"] == pytest.approx(sum(first["rewards"]) / 8)
-    assert first["kl_per_response"] == [0.0] * 8
+    assert max(first["kl_per_response"]) < 1e-6
     assert engine.generate(list(PROMPTS)) == first["responses"]
     assert len(engine.evaluate()["prompts"]) == 2  # the held-out ones
     with_evaluation = engine.train(2)
@@ -497,7 +497,7 @@ def test_training_goes_on_from_an_adapter_and_is_held_to_where_it_started(model_
     second = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=tmp_path / "second", callback=Silent())
     assert second.generate(list(PROMPTS)) == first.generate(list(PROMPTS))
     result = second.train(3)
-    assert result.get_kl_curve()[0] == 0.0  # the reference is the adapter as it was loaded, not its base
+    assert result.get_kl_curve()[0] < 1e-7  # the reference is the adapter as it was loaded, not its base
     assert result.get_kl_curve()[2] > 0
     assert result.history[0].sampler_gap < 1e-5
     config = json.loads((tmp_path / "second" / "final" / "adapter_config.json").read_text())
@@ -543,7 +543,7 @@ def test_held_out_prompts_are_evaluated_before_during_and_after(model_folders, t
     evaluated = [row.iteration for row in result.history if not math.isnan(row.eval_reward_mean)]
     assert evaluated == [1, 3, 5]
     assert result.history[0].eval_reward_mean == before["reward_mean"]
-    assert result.history[0].eval_kl_per_response == 0.0
+    assert result.history[0].eval_kl_per_response < 1e-6
     trained_on = {row["prompt"] for rows in completions(tmp_path / "run") for row in rows}
     assert not trained_on & set(held_out)
     files = sorted(path.stem for path in (tmp_path / "run" / "evaluations").iterdir())

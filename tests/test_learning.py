@@ -130,8 +130,8 @@ def test_a_finding_is_told_once_and_kept_across_a_resume(model_folders, tmp_path
 def test_values_warm_up_before_the_policy_moves(model_folders, tmp_path):
     engine = make_engine(model_folders["llama"], tmp_path, value_warmup_iterations=3, batch_size=16)
     history = engine.train(5).history
-    assert [result.kl_divergence for result in history[:4]] == [0.0] * 4
-    assert history[4].kl_divergence > 0.0
+    assert max(result.kl_divergence for result in history[:4]) < 1e-7
+    assert history[4].kl_divergence > 1e-5
     assert all(math.isfinite(result.explained_variance) for result in history)
 
 

@@ -17,7 +17,7 @@ from konic.finetuning.scoring import Scores
 from konic.finetuning.update import UpdateStats
 
 NAN = math.nan
-STATS = UpdateStats(-0.1, 0.2, -0.3, 0.4, 0.05, 0.06, 0.7, 1e-3, 0.08, 0.0, 0.09, 4)
+STATS = UpdateStats(-0.1, 0.2, -0.3, 0.4, 0.05, 0.06, 0.7, 1e-3, 0.08, 0.0, 0.003, 0.09, 4)
 
 
 def hand_made():
@@ -28,7 +28,8 @@ def hand_made():
     ids = torch.ones(2, 1, dtype=torch.int64)
     batch = PromptBatch(prompts, ["a", "b"], ids, ids.bool(), [0, 0])
     sampled = torch.tensor([[-1.0, 0, 0], [-2.0, -3.0, -4.0]], dtype=torch.float64)
-    samples = Samples(torch.ones(2, 3, dtype=torch.int64), mask, sampled, torch.tensor([True, False]), ["x", "yyy"])
+    ids, ended = torch.ones(2, 3, dtype=torch.int64), torch.tensor([True, False])
+    samples = Samples(ids, mask, sampled, torch.zeros(2, 3, 4), ended, ["x", "yyy"])
     return Rollout(
         batch, samples, temperature=1.0, in_full_precision=True,
         log_probs=sampled + torch.tensor([[0.004, 0, 0], [0.0, -0.008, 0.0]]),
@@ -63,7 +64,7 @@ def test_token_averages_are_over_tokens_and_response_sums_over_responses():
     assert (result.kl_loss, result.kl_penalty_weight, result.num_steps) == (0.09, 0.07, 4)
     assert result.no_signal_fraction == 0.5
     assert result.entropy == pytest.approx(8 / 4)
-    assert result.sampler_gap == pytest.approx((0.004 + 0.008) / 4)
+    assert result.sampler_gap == 0.003
     assert (result.response_length_mean, result.response_length_std) == (2.0, pytest.approx(math.sqrt(2)))
     assert (result.reward_mean, result.reward_std) == (2.5, pytest.approx(math.sqrt(4.5)))
     assert (result.reward_min, result.reward_max, result.ended_fraction) == (1.0, 4.0, 0.5)

@@ -50,16 +50,23 @@ def test_every_number_equals_the_unpadded_truth(architecture, lora):
     assert rolled.kl.max() > 1e-3
 
 
-def test_kl_is_exactly_zero_before_the_adapter_has_learned(architecture):
+def test_kl_is_zero_before_the_adapter_has_learned(architecture):
+    """Up to the rounding between a cached sequence, which the policy sampled, and a whole one."""
     rolled = roll(tiny_learner(architecture))
-    assert rolled.kl.abs().max() == 0
-    assert torch.equal(rolled.log_probs, rolled.ref_log_probs)
+    assert rolled.kl.max() < 1e-12
+    assert (rolled.log_probs - rolled.ref_log_probs).abs().max() < 1e-9
 
 
 def test_sampler_and_trainer_agree(architecture):
     learner = tiny_learner(architecture)
     shake_adapter(learner.policy)
-    assert roll(learner).sampler_gap() < 1e-9
+    rolled = roll(learner)
+    model, num_response_tokens = learner.policy.language_model, rolled.response_mask.shape[1]
+    with torch.no_grad():
+        logits = model.logits(model.response_hidden(rolled.ids, rolled.mask, num_response_tokens))
+    whole = (logits / GENERATION.temperature).log_softmax(-1).gather(-1, rolled.samples.response_ids[..., None])
+    for sampled in (rolled.samples.log_probs, rolled.log_probs):
+        assert (sampled - whole.squeeze(-1))[rolled.response_mask].abs().max() < 1e-9
 
 
 def test_numbers_do_not_move_when_batch_mates_get_longer(architecture):

@@ -1,8 +1,9 @@
 """Reinforcement-learning finetuning with your own rewards.
 
 The modules in the order the data flows: `agent` and `config` say what to train; `models`, `policy`, `dataset` and
-`prompts` load it; then, iteration after iteration, `rollout` (`sampling`), `rewards`, `algorithms` (`advantages`),
-`update` (`losses`), `measures`, `results`, `callbacks`, `checkpoint` and `run_folder`. `engine` holds the loop.
+`prompts` load it; then, iteration after iteration, `rollout` (`sampling`, `decoding`), `rewards`, `algorithms`
+(`advantages`), `update` (`losses`), `measures`, `results`, `callbacks`, `checkpoint` and `run_folder`. `engine` holds
+the loop.
 """
 
 from importlib import import_module

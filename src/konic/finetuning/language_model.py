@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -16,10 +17,10 @@ from konic.finetuning.errors import ModelError
 from konic.finetuning.losses import entropies, exact_kl, token_log_probs
 from konic.finetuning.prompts import position_ids
 
-MAX_LOGITS = 2**24
-"""Logits held at once when tokens are scored: 64 MB in fp32, whatever the batch."""
+MAX_LOGITS = 2**23
+"""Logits in one tensor when tokens are scored, whatever the batch: 32 MB in fp32, which glibc frees at once."""
 MAX_KEPT_LOGITS = 2**26
-"""Logits kept from a forward pass for its backward pass: 256 MB in fp32; beyond them they are computed twice."""
+"""Logits kept for the backward pass where the head learns: 256 MB in fp32; beyond them they are computed twice."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,16 @@ class LanguageModel:
         """V: the width of the head, which may be above the tokenizer's count."""
         return self.causal_lm.get_output_embeddings().weight.shape[0]
 
+    @property
+    def is_plain(self) -> bool:
+        """True where logits are a plain layer of the hidden states and nothing more."""
+        return type(self.causal_lm.get_output_embeddings()) is nn.Linear and self.scale == 1.0 and self.softcap is None
+
+    @property
+    def head_learns(self) -> bool:
+        """True where the weights that make logits of hidden states are trained too."""
+        return any(weight.requires_grad for weight in self.causal_lm.get_output_embeddings().parameters())
+
     def decode(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None) -> Tensor:
         """Last hidden states [B, T, H] of the given tokens; a cache holds the keys of those before and takes theirs.
 
@@ -66,13 +77,23 @@ class LanguageModel:
         return output.last_hidden_state
 
     def response_hidden(self, ids: Tensor, mask: Tensor, num_response_tokens: int) -> Tensor:
-        """The hidden states [B, R, H] from which each of the last R tokens is predicted."""
-        hidden = self.decode(ids, mask, position_ids(mask))
-        return hidden[:, -num_response_tokens - 1 : -1]
+        """The hidden states [B, R, H] from which each of the last R tokens is predicted.
+
+        What is padding in every row is not computed; on the right it is 0.
+        """
+        columns = mask.any(dim=0).nonzero().squeeze(-1)
+        first, end = int(columns[0]), int(columns[-1]) + 1
+        unused = ids.shape[1] - end
+        mask = mask[:, first:end]
+        hidden = self.decode(ids[:, first:end], mask, position_ids(mask))
+        return functional.pad(hidden[:, unused - num_response_tokens - 1 : -1], (0, 0, 0, unused))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., H], in fp32 or better."""
-        logits = self.causal_lm.get_output_embeddings()(hidden)
+        return self.finished_logits(self.causal_lm.get_output_embeddings()(hidden))
+
+    def finished_logits(self, logits: Tensor) -> Tensor:
+        """The model's logits from what its head alone gives."""
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         if self.scale != 1.0:
@@ -107,8 +128,8 @@ def score_tokens(
 ) -> TokenScores:
     """What the tokens that count are worth under a model, and how far it is from a reference there.
 
-    Memory does not grow with B·R·V: with gradients, a batch of more than 2^26 logits drops each chunk's after the
-    forward pass and computes them again in the backward one.
+    Memory does not grow with B·R·V: every chunk's logits are dropped before the next chunk's are made. Only where the
+    head learns are up to 2^26 logits kept for the backward pass.
 
     Args:
         model: Its head makes the logits.
@@ -120,9 +141,8 @@ def score_tokens(
         reference: The reference's function from hidden states to logits, without gradient, and its hidden states
             [B, R, H] at the same tokens; None where no KL is needed.
     """
-    tensors_kept = 1 if reference is None else 3  # of the size of the logits, for the backward pass
-    num_kept = tensors_kept * int(mask.sum()) * model.vocabulary_size
-    recompute = torch.is_grad_enabled() and num_kept > MAX_KEPT_LOGITS
+    tensors_kept = 1 if reference is None else 3  # of the size of the logits
+    is_much = tensors_kept * int(mask.sum()) * model.vocabulary_size > MAX_KEPT_LOGITS
 
     def score(hidden: Tensor, tokens: Tensor, *ref_hidden: Tensor) -> tuple[Tensor, ...]:
         log_probs, log_softmax = token_log_probs(model.logits(hidden), tokens, temperature)
@@ -133,8 +153,18 @@ def score_tokens(
             found.append(exact_kl(log_softmax, (reference[0](ref_hidden[0]) / temperature).log_softmax(dim=-1)))
         return tuple(found)
 
-    def score_chunk(*inputs: Tensor) -> Any:
-        return checkpoint(score, *inputs, use_reentrant=False) if recompute else score(*inputs)
+    head = model.causal_lm.get_output_embeddings()
+    only_log_probs = reference is None and not needs_entropy and model.is_plain
+
+    def score_chunk(hidden: Tensor, *others: Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return score(hidden, *others)
+        if only_log_probs and not model.head_learns:
+            found = _TokenLogProbs.apply(hidden, head.weight, head.bias, *others, temperature)  # type: ignore[no-untyped-call]
+            return (found,)
+        if not model.head_learns:
+            return _PerToken.apply(score, hidden, *others)  # type: ignore[no-untyped-call]
+        return checkpoint(score, hidden, *others, use_reentrant=False) if is_much else score(hidden, *others)
 
     inputs = (hidden, tokens) if reference is None else (hidden, tokens, reference[1])
     log_probs, *rest = map_tokens(score_chunk, mask, model.vocabulary_size, *inputs)
@@ -142,10 +172,59 @@ def score_tokens(
     return TokenScores(log_probs, entropy, rest.pop() if rest else None)
 
 
+class _TokenLogProbs(torch.autograd.Function):
+    """log softmax(logits / T)[token] of hidden states [n, H] by a plain head, with its gradient formed at once.
+
+    ∂ log π(token) / ∂ hidden = (onehot − π) W / T, from one tensor [n, V] that becomes logits, then π, then onehot − π.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float
+    ) -> Tensor:
+        logits = functional.linear(hidden, weight, bias)
+        logits = logits if logits.dtype.itemsize >= 4 else logits.float()
+        log_softmax = torch.log_softmax(logits.div_(temperature), dim=-1, out=logits)
+        log_probs = log_softmax.gather(-1, tokens[:, None])
+        minus_gradient = log_softmax.exp_().scatter_add_(-1, tokens[:, None], torch.full_like(log_probs, -1.0))
+        ctx.save_for_backward((minus_gradient.to(weight.dtype) @ weight).mul_(-1.0 / temperature))
+        return log_probs.squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *scales: Tensor) -> Any:
+        (own,) = ctx.saved_tensors
+        return (scales[0][:, None] * own).to(own.dtype), None, None, None, None
+
+
+class _PerToken(torch.autograd.Function):
+    """A function of hidden states [n, H], token by token, that keeps its gradient [n, H] instead of logits [n, V].
+
+    As each result belongs to one token alone, the gradient of a result's sum holds every token's own, which the
+    backward pass only scales: nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., tuple[Tensor, ...]], hidden: Tensor, *others: Tensor) -> Any:
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            results = function(leaf, *others)
+            gradients = [
+                torch.autograd.grad(result.sum(), leaf, retain_graph=index + 1 < len(results))[0]
+                for index, result in enumerate(results)
+            ]
+        ctx.save_for_backward(*gradients)
+        return tuple(result.detach() for result in results)
+
+    @staticmethod
+    def backward(ctx: Any, *scales: Tensor) -> Any:
+        gradient = sum(scale[:, None] * own for scale, own in zip(scales, ctx.saved_tensors, strict=True))
+        return None, gradient, *[None] * (len(ctx.needs_input_grad) - 2)
+
+
 def map_tokens(
     function: Callable[..., tuple[Tensor, ...]], mask: Tensor, vocabulary: int, *inputs: Tensor
 ) -> tuple[Tensor, ...]:
-    """`function` over the tokens that count, in chunks of at most 2^24 logits; results [B, R] are 0 outside the mask.
+    """`function` over the tokens that count, in chunks of at most 2^23 logits; results [B, R] are 0 outside the mask.
 
     Args:
         function: Takes the chunk's part [n, ...] of every input, returns tensors [n].
@@ -153,8 +232,8 @@ def map_tokens(
         vocabulary: V, which sets the chunk's length.
         inputs: [B, R, ...] each.
     """
-    counted = [tensor[mask] for tensor in inputs]
-    size = max(1, MAX_LOGITS // vocabulary)
+    counted = [tensor.flatten(0, 1) if mask.all() else tensor[mask] for tensor in inputs]
+    size = -(-MAX_LOGITS // vocabulary)
     chunks = [
         function(*(tensor[start : start + size] for tensor in counted)) for start in range(0, len(counted[0]), size)
     ]

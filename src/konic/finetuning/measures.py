@@ -95,7 +95,7 @@ def iteration_result(
         kl_loss=stats.kl_loss,
         kl_penalty_weight=kl_penalty_weight,
         entropy=rollout.entropy[mask].mean().item(),
-        sampler_gap=rollout.sampler_gap(),
+        sampler_gap=stats.sampler_gap,
         first_log_ratio=stats.first_log_ratio,
         grad_norm=stats.grad_norm,
         num_steps=stats.num_steps,

@@ -25,6 +25,7 @@ from konic.finetuning.adapters import (
     peft_config,
     switch_off_dropout,
 )
+from konic.finetuning.allocator import memory_first
 from konic.finetuning.config import LoraConfig
 from konic.finetuning.errors import TrainingError
 from konic.finetuning.language_model import LanguageModel
@@ -119,7 +120,8 @@ class Policy:
         """Within it gradient checkpointing works, if it is on: `transformers` does it in train mode only."""
         self.language_model.causal_lm.train(self._gradient_checkpointing)
         try:
-            yield
+            with memory_first(self._gradient_checkpointing):
+                yield
         finally:
             self.language_model.causal_lm.eval()
 

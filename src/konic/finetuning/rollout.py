@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from konic.finetuning.config import GenerationConfig
-from konic.finetuning.language_model import map_tokens
+from konic.finetuning.grouping import groups_of_like_length
+from konic.finetuning.language_model import LanguageModel, map_tokens
 from konic.finetuning.losses import entropies, exact_kl, token_log_probs
 from konic.finetuning.policy import Policy
 from konic.finetuning.prompts import PromptBatch
@@ -27,7 +28,7 @@ class Rollout:
     in_full_precision: bool
     """False where the model computes in 16 bits, so that rounding alone moves log-probs by more."""
     log_probs: Tensor
-    """[B, R] log π(token), computed the way the update computes it: the ratio's denominator."""
+    """[B, R] log π(token) by what sampled it, or in 16 bits by what is trained: the ratio's denominator."""
     ref_log_probs: Tensor
     """[B, R] log π_ref(token)."""
     kl: Tensor
@@ -60,11 +61,6 @@ class Rollout:
         """[B, P + R] True on tokens of prompts and responses."""
         return torch.cat([self.batch.mask, self.response_mask], dim=1)
 
-    def sampler_gap(self) -> float:
-        """Mean |Δ log-prob| per token, nats, between what sampled the responses and what trains on them."""
-        gaps = (self.samples.log_probs - self.log_probs).abs()[self.response_mask]
-        return gaps.mean().item()
-
 
 def rollout(
     policy: Policy,
@@ -86,13 +82,11 @@ def rollout(
     """
     with policy.merged() as model:
         samples = sample(model, policy.tokenizer, batch, generation, special, key)
-    size = micro_batch_size or len(batch)
-    parts = [
-        _score(policy, batch, samples, slice(start, start + size), generation.temperature)
-        for start in range(0, len(batch), size)
-    ]
     in_full_precision = policy.language_model.causal_lm.dtype.itemsize >= 4
-    tensors = (torch.cat(part) for part in zip(*parts, strict=True))
+    hidden = samples.hidden if in_full_precision else _whole(policy.language_model, batch, samples, micro_batch_size)
+    with policy.reference() as reference:
+        ref_hidden = _whole(reference, batch, samples, micro_batch_size)
+    tensors = *_score(policy, samples, hidden, ref_hidden, generation.temperature), ref_hidden
     return Rollout(batch, samples, generation.temperature, in_full_precision, *tensors)
 
 
@@ -106,11 +100,22 @@ def with_values_shifted(rollout: Rollout, shift: float) -> Rollout:
     return replace(rollout, values=torch.where(rollout.response_mask, rollout.values + shift, 0.0))
 
 
-def _score(policy: Policy, batch: PromptBatch, samples: Samples, rows: slice, temperature: float) -> tuple[Tensor, ...]:
-    """Log-probs, reference log-probs, exact KL, entropy, values [b, R] and reference hidden states of some rows."""
-    tokens, response_mask = samples.response_ids[rows], samples.response_mask[rows]
-    ids = torch.cat([batch.ids[rows], tokens], dim=1)
-    mask = torch.cat([batch.mask[rows], response_mask], dim=1)
+@torch.no_grad()
+def _whole(model: LanguageModel, batch: PromptBatch, samples: Samples, micro_batch_size: int | None) -> Tensor:
+    """The hidden states [B, R, H] before every response token, from whole sequences rather than a cache."""
+    hidden = torch.zeros_like(samples.hidden)
+    ids = torch.cat([batch.ids, samples.response_ids], dim=1)
+    mask = torch.cat([batch.mask, samples.response_mask], dim=1)
+    for rows in groups_of_like_length(batch.mask, samples.response_mask, micro_batch_size):
+        hidden[rows] = model.response_hidden(ids[rows], mask[rows], hidden.shape[1])
+    return hidden
+
+
+@torch.no_grad()
+def _score(
+    policy: Policy, samples: Samples, hidden: Tensor, ref_hidden: Tensor, temperature: float
+) -> tuple[Tensor, ...]:
+    """Log-probs, reference log-probs, exact KL, entropy and values [B, R] of the tokens sampled."""
     model = policy.language_model
 
     def score(hidden: Tensor, ref_hidden: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -119,9 +124,4 @@ def _score(policy: Policy, batch: PromptBatch, samples: Samples, rows: slice, te
         kl = exact_kl(log_softmax, ref_log_softmax)
         return log_probs, ref_log_probs, kl, entropies(log_softmax), policy.values(hidden)
 
-    with torch.no_grad():
-        hidden = model.response_hidden(ids, mask, tokens.shape[1])
-        with policy.reference() as reference:
-            ref_hidden = reference.response_hidden(ids, mask, tokens.shape[1])
-        scored = map_tokens(score, response_mask, model.vocabulary_size, hidden, ref_hidden, tokens)
-    return *scored, ref_hidden
+    return map_tokens(score, samples.response_mask, model.vocabulary_size, hidden, ref_hidden, samples.response_ids)

@@ -9,12 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWarper
+from transformers import PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWarper
 
 from konic.finetuning.config import GenerationConfig
+from konic.finetuning.decoding import decoding
 from konic.finetuning.errors import ConfigError
 from konic.finetuning.language_model import LanguageModel
-from konic.finetuning.prompts import PromptBatch, position_ids
+from konic.finetuning.prompts import PromptBatch
+
+MAX_SHARE_TO_SHRINK = 0.75
+"""Rows that ended leave the batch when at most this share of it goes on: leaving copies the keys of those that stay."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Samples:
     """[B, R] True on response tokens, the end-of-sequence token among them."""
     log_probs: Tensor
     """[B, R] log-probs of the tokens under softmax(logits / temperature), before any filter; 0 outside the mask."""
+    hidden: Tensor
+    """[B, R, H] the hidden states from which each token was drawn; 0 outside the mask."""
     ended: Tensor
     """[B] True where the response ended by itself: by an end-of-sequence token or a stop string."""
     texts: list[str]
@@ -116,50 +122,77 @@ def sample(
     random = torch.from_numpy(np.stack(numbers)).to(device)
     eos = torch.tensor(special.eos, dtype=torch.int64, device=device)
     choose = _chooser(generation, eos, batch)
-    cache = DynamicCache(config=model.causal_lm.config)
-    mask, positions = batch.mask, position_ids(batch.mask)
-    hidden = model.decode(batch.ids, mask, positions, cache)[:, -1]
-    running = torch.ones(num_rows, dtype=torch.bool, device=device)
-    ended = torch.zeros_like(running)
-    tokens, masks, log_probs = [], [], []
-    for step in range(generation.max_new_tokens):
-        logits = model.logits(hidden)
-        chosen = torch.where(running, choose(logits, step, random[:, step]), special.pad)
-        scaled = logits / generation.temperature
-        log_prob = scaled.gather(-1, chosen[:, None]).squeeze(-1) - scaled.logsumexp(dim=-1)
-        tokens.append(chosen)
-        masks.append(running)
-        log_probs.append(torch.where(running, log_prob, 0.0))
-        ended = ended | (running & torch.isin(chosen, eos))
-        if generation.stop:
-            ended = ended | (running & _hit_stop(tokens, masks, tokenizer, generation.stop))
-        running = ~ended
-        if not running.any() or step + 1 == generation.max_new_tokens:
-            break
-        mask = torch.cat([mask, running[:, None]], dim=1)
-        positions = positions[:, -1:] + 1
-        hidden = model.decode(chosen[:, None], mask, positions, cache)[:, -1]
-    response_ids, response_mask = torch.stack(tokens, dim=1), torch.stack(masks, dim=1)
+    with decoding(model, num_rows, generation.max_new_tokens) as decoder:
+        prompts, of_rows = _distinct(batch)
+        hidden = decoder.prefill(batch.ids[prompts], batch.mask[prompts])
+        if len(prompts) < num_rows:
+            decoder.select(of_rows)
+            hidden = hidden[of_rows]
+        shape = num_rows, generation.max_new_tokens
+        ids = torch.full(shape, special.pad, device=device)
+        mask = torch.zeros(shape, dtype=torch.bool, device=device)
+        log_probs = torch.zeros(shape, dtype=decoder.logits(hidden).dtype, device=device)
+        kept = hidden.new_zeros(*shape, hidden.shape[-1])
+        ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        rows = torch.arange(num_rows, device=device)  # those that the decoder still goes on with
+        running = torch.ones_like(ended)
+        for step in range(generation.max_new_tokens):
+            logits = decoder.logits(hidden)
+            chosen = torch.where(running, choose(logits, step, random[rows, step], rows), special.pad)
+            scaled = logits / generation.temperature
+            log_prob = scaled.gather(-1, chosen[:, None]).squeeze(-1) - scaled.logsumexp(dim=-1)
+            ids[rows, step], mask[rows, step] = chosen, running
+            log_probs[rows, step] = torch.where(running, log_prob, 0.0)
+            kept[rows, step] = torch.where(running[:, None], hidden, 0.0)
+            done = torch.isin(chosen, eos)
+            if generation.stop:
+                done = done | _hit_stop(ids[rows, : step + 1], mask[rows, : step + 1], tokenizer, generation.stop)
+            ended[rows] |= running & done
+            running = running & ~done
+            num_running = int(running.sum())
+            if num_running == 0 or step + 1 == generation.max_new_tokens:
+                break
+            if num_running <= MAX_SHARE_TO_SHRINK * len(rows):
+                left = running.nonzero().squeeze(-1)
+                decoder.select(left)
+                rows, chosen, running = rows[left], chosen[left], running[left]
+            hidden = decoder.step(chosen, running)
+    used = step + 1
+    ids, mask = ids[:, :used], mask[:, :used]
     texts = [
-        _text(ids[counted].tolist(), tokenizer, special.eos, generation.stop)
-        for ids, counted in zip(response_ids, response_mask, strict=True)
+        _text(row[counted].tolist(), tokenizer, special.eos, generation.stop)
+        for row, counted in zip(ids, mask, strict=True)
     ]
-    return Samples(response_ids, response_mask, torch.stack(log_probs, dim=1), ended, texts)
+    return Samples(ids, mask, log_probs[:, :used], kept[:, :used], ended, texts)
 
 
-def _chooser(generation: GenerationConfig, eos: Tensor, batch: PromptBatch) -> Callable[[Tensor, int, Tensor], Tensor]:
-    """A function (logits [B, V], step, uniform [B]) -> tokens [B] that applies the config's filters in HF's order."""
+def _distinct(batch: PromptBatch) -> tuple[Tensor, Tensor]:
+    """The rows that hold each different prompt first [n], and which of those each row [B] stands for."""
+    firsts: dict[tuple[int, ...], int] = {}
+    rows = [tuple(ids[counted].tolist()) for ids, counted in zip(batch.ids, batch.mask, strict=True)]
+    of_rows = [firsts.setdefault(row, len(firsts)) for row in rows]
+    prompts = [of_rows.index(index) for index in range(len(firsts))]
+    return torch.tensor(prompts, device=batch.ids.device), torch.tensor(of_rows, device=batch.ids.device)
+
+
+def _chooser(
+    generation: GenerationConfig, eos: Tensor, batch: PromptBatch
+) -> Callable[[Tensor, int, Tensor, Tensor], Tensor]:
+    """A function (logits [n, V], step, uniform [n], rows [n] of the batch) -> tokens [n].
+
+    It applies the config's filters in the order of `transformers`.
+    """
     top_k = TopKLogitsWarper(generation.top_k) if generation.top_k else None
     top_p = TopPLogitsWarper(generation.top_p) if generation.top_p < 1 else None
     seen: Tensor | None = None
 
-    def choose(logits: Tensor, step: int, uniform: Tensor) -> Tensor:
+    def choose(logits: Tensor, step: int, uniform: Tensor, rows: Tensor) -> Tensor:
         nonlocal seen
         if generation.repetition_penalty != 1.0:
             if seen is None:
                 seen = _prompt_tokens(batch, logits.shape[-1])
             penalty = generation.repetition_penalty
-            logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+            logits = torch.where(seen[rows], torch.where(logits > 0, logits / penalty, logits * penalty), logits)
         if step + 1 < generation.min_new_tokens:
             logits = logits.index_fill(-1, eos, -torch.inf)
         logits = logits / generation.temperature
@@ -167,7 +200,7 @@ def _chooser(generation: GenerationConfig, eos: Tensor, batch: PromptBatch) -> C
             logits = logits if warp is None else warp(batch.ids, logits)
         chosen = draw(logits, uniform) if generation.do_sample else logits.argmax(dim=-1)
         if seen is not None:
-            seen = seen.scatter(-1, chosen[:, None], True)
+            seen[rows, chosen] = True
         return chosen
 
     return choose
@@ -179,13 +212,10 @@ def _prompt_tokens(batch: PromptBatch, vocabulary: int) -> Tensor:
     return counts.scatter_add(1, batch.ids, batch.mask.long()) > 0
 
 
-def _hit_stop(
-    tokens: list[Tensor], masks: list[Tensor], tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]
-) -> Tensor:
-    """[B] True where the response so far holds a stop string."""
-    ids, counted = torch.stack(tokens, dim=1), torch.stack(masks, dim=1)
+def _hit_stop(ids: Tensor, mask: Tensor, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> Tensor:
+    """[n] True where the response so far [n, R] holds a stop string."""
     texts = [
-        tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in zip(ids, counted, strict=True)
+        tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in zip(ids, mask, strict=True)
     ]
     return torch.tensor([any(string in text for string in stop) for text in texts], device=ids.device)
 

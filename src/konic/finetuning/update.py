@@ -15,6 +15,7 @@ from torch import Tensor
 from konic.finetuning.algorithms import Advantages
 from konic.finetuning.config import TrainingConfig
 from konic.finetuning.errors import TrainingError
+from konic.finetuning.grouping import groups_of_like_length
 from konic.finetuning.language_model import score_tokens
 from konic.finetuning.losses import (
     clipped_tokens,
@@ -49,7 +50,9 @@ class UpdateStats:
     explained_variance: float
     """Of the returns by the values before the update; NaN where returns do not vary."""
     first_log_ratio: float
-    """Largest |log-ratio| before the first step: 0 where old and new log-probs come from the same shapes."""
+    """Largest |log-ratio| before the first step, over its tokens: rounding, as the policy is the one that sampled."""
+    sampler_gap: float
+    """Mean |Δ log-prob| there per token, nats, between what sampled the responses and what trains on them."""
     kl_loss: float
     """Exact KL(π ‖ π_ref) per token at the update's steps, nats; 0 where the penalty is in the reward."""
     num_steps: int
@@ -60,8 +63,10 @@ STEP_MEANS = (
     "policy_loss", "value_loss", "entropy_loss", "kl_loss", "clip_fraction", "approx_kl", "grad_norm",
 )  # fmt: skip
 """What is averaged over an update's optimizer steps; all but the last are means over each step's tokens."""
-MAX_FIRST_LOG_RATIO = 1e-3
-"""Largest |log-ratio| before the first step in fp32; rounding stays below a tenth of it."""
+MAX_SAMPLER_GAP = 1e-3
+"""Mean |Δ log-prob| per token, nats, between sampler and trainer in fp32; rounding stays below a hundredth of it."""
+MAX_FIRST_LOG_RATIO = 1e-2
+"""Largest |log-ratio| before the first step in fp32; rounding stays below a hundredth of it."""
 
 
 @dataclass(frozen=True)
@@ -96,20 +101,20 @@ def update(
     A token average is a sum over the whole optimizer step divided by its true token count, whatever the micro-batches.
 
     Raises:
-        TrainingError: A loss or gradient is not finite, or the log-ratio does not start at 0; the step is not taken.
+        TrainingError: A loss or gradient is not finite, or the policy is not the one that sampled; no step is taken.
     """
     steps: list[dict[str, float]] = []
-    first_log_ratio = 0.0
-    rate = 0.0
+    first_log_ratio = sampler_gap = rate = 0.0
     with policy.training_mode(), _gradients_dropped_after(optimizer):
         for index, rows in enumerate(_minibatches(len(rollout.batch), config, schedule.first_step)):
             num_tokens = int(advantages.mask[rows].sum())
             if num_tokens == 0:
                 continue  # every sample abstained: there is nothing to follow
             means, largest = _accumulate(policy, rollout, advantages, rows, num_tokens, config, schedule.moves_policy)
+            gap = means.pop("sampler_gap")
             if not steps:
-                first_log_ratio = largest
-                _require_unit_ratio(largest, rollout, config)
+                first_log_ratio, sampler_gap = largest, gap
+                _require_same_policy(gap, largest, rollout, config)
             if config.target_kl is not None and means["approx_kl"] > config.target_kl:
                 break
             rate = _learning_rate(schedule, index, config)
@@ -125,6 +130,7 @@ def update(
         learning_rate=rate,
         explained_variance=_explained_variance(rollout, advantages),
         first_log_ratio=first_log_ratio,
+        sampler_gap=sampler_gap,
         num_steps=len(steps),
     )
 
@@ -175,11 +181,17 @@ def _accumulate(
     config: TrainingConfig,
     moves_policy: bool,
 ) -> tuple[dict[str, float], float]:
-    """Add one optimizer step's gradients; its means per token by name (STEP_MEANS), and the largest |log-ratio|."""
-    totals = torch.zeros(len(STEP_MEANS) - 1, dtype=torch.float64)
+    """Add one optimizer step's gradients; its means per token by name, and the largest |log-ratio|.
+
+    The names are those of STEP_MEANS that are sums over tokens, and sampler_gap.
+    """
+    names = (*STEP_MEANS[:-1], "sampler_gap")
+    totals = torch.zeros(len(names), dtype=torch.float64)
     largest = 0.0
-    for part in np.split(rows, config.gradient_accumulation_steps):
-        chosen = torch.from_numpy(part).to(rollout.ids.device)
+    of_step = torch.from_numpy(rows).to(rollout.ids.device)
+    prompt_mask, response_mask = rollout.batch.mask[of_step], rollout.response_mask[of_step]
+    for group in groups_of_like_length(prompt_mask, response_mask, config.micro_batch_size):
+        chosen = of_step[group]
         mask = advantages.mask[chosen]
         if not mask.any():
             continue
@@ -201,30 +213,35 @@ def _accumulate(
             values, old_values = policy.values(hidden), rollout.values[chosen]
             value_losses = value_loss(values, old_values, advantages.returns[chosen], mask, config.clip_ratio)
             losses = losses + advantages.value_loss_weight * value_losses
-        _require_finite(losses, mask, rollout, part)
+        _require_finite(losses, mask, rollout, chosen)
         torch.autograd.backward(losses.sum() / num_tokens)
         with torch.no_grad():
             clipped = clipped_tokens(ratios, mask, config.clip_ratio)
-            parts = (policy_losses, value_losses, -entropy, kl, clipped, torch.where(mask, k3(-ratios), 0.0))
+            gaps = torch.where(mask, scored.log_probs - rollout.samples.log_probs[chosen], 0.0).abs()
+            parts = (policy_losses, value_losses, -entropy, kl, clipped, torch.where(mask, k3(-ratios), 0.0), gaps)
             totals += torch.stack([tensor.double().sum() for tensor in parts]).cpu()
             largest = max(largest, ratios.abs().max().item())
-    return dict(zip(STEP_MEANS, (totals / num_tokens).tolist(), strict=False)), largest
+    return dict(zip(names, (totals / num_tokens).tolist(), strict=True)), largest
 
 
-def _require_unit_ratio(largest: float, rollout: Rollout, config: TrainingConfig) -> None:
-    if config.self_checks and rollout.in_full_precision and not largest <= MAX_FIRST_LOG_RATIO:
+def _require_same_policy(gap: float, largest: float, rollout: Rollout, config: TrainingConfig) -> None:
+    agrees = gap <= MAX_SAMPLER_GAP and largest <= MAX_FIRST_LOG_RATIO
+    if config.self_checks and rollout.in_full_precision and not agrees:
         raise TrainingError(
-            f"Before the first step the policy is the one that sampled, but its log-probs differ by up to {largest:.2g}"
-            f" nats, over {MAX_FIRST_LOG_RATIO:g}: something in the model changes from one pass to the next, such as "
-            "dropout, a batch norm or random routing. The step was not taken. TrainingConfig(self_checks=False) goes "
-            "on in spite of it."
+            "Before the first step the policy is the one that sampled, but sampler and trainer disagree about the "
+            f"tokens sampled by {gap:.2g} nats per token and up to {largest:.2g}, over {MAX_SAMPLER_GAP:g} and "
+            f"{MAX_FIRST_LOG_RATIO:g}. Either the model reads a cached sequence differently from a whole one (try "
+            "model_kwargs={'attn_implementation': 'eager'}; on a GPU, full fp32 products: "
+            "torch.set_float32_matmul_precision('highest')), or something in it changes from one pass to the next, "
+            "such as dropout, a batch norm or random routing. The step was not taken. "
+            "TrainingConfig(self_checks=False) goes on in spite of it."
         )
 
 
-def _require_finite(losses: Tensor, mask: Tensor, rollout: Rollout, part: np.ndarray) -> None:
+def _require_finite(losses: Tensor, mask: Tensor, rollout: Rollout, rows: Tensor) -> None:
     bad = (mask & ~losses.isfinite()).any(dim=1).nonzero()
     if len(bad):
-        prompt = rollout.batch.prompts[int(part[int(bad[0])])]
+        prompt = rollout.batch.prompts[int(rows[int(bad[0])])]
         raise TrainingError(
             f"The loss is not finite for the sample of dataset row {prompt.row}, prompt {prompt.text[:100]!r}. "
             "The step was not taken. Usual causes: too high a learning rate, half precision, or damaged weights."

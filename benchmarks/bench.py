@@ -1,0 +1,192 @@
+"""How long and how much memory the same work takes here and in a peer: both in turn (A B A B ...), in one run.
+
+python benchmarks/bench.py run [--trl116 PYTHON] [--trl026 PYTHON] [--rounds 5] [--only NAME ...]
+python benchmarks/bench.py show
+
+Every system is a process of its own (benchmarks/speed/) that does one step when it is its turn. The first step of each
+is left out. `run` writes benchmarks/results/bench.json, `show` the tables of benchmarks/results/bench.md that the docs
+show. Run it on a machine that does nothing else.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from konic.finetuning.models import load_model, quiet_transformers
+
+HERE = Path(__file__).parent
+SPEED = HERE / "speed"
+RESULTS = HERE / "results" / "bench.json"
+TOKENS = 48
+PROMPTS = (
+    "The second act loses its nerve, and yet the lead",
+    "I took my father to see this western on a wet Tuesday and",
+    "Nobody in the courtroom scenes ever raises a voice, which",
+    "Shot mostly at dusk, this small drama about two sisters",
+    "There is a ghost in the film, though the script keeps",
+    "The director's third feature is a comedy about",
+    "What the trailer does not tell you is that the hero",
+    "Half an hour into this thriller, the train",
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One piece of work, done by ours and by a peer."""
+
+    name: str
+    ours: tuple[str, ...]
+    peer: tuple[str, ...]
+    peer_name: str
+    peer_python: str
+    prompts: tuple[str, ...] = PROMPTS
+    model: str = "smollm2"
+
+
+COMPARISONS = (
+    Comparison("PPO iteration, 4 epochs", ("ours.py", "ppo"), ("trl_ppo.py", "4"), "TRL 0.26.2 PPO", "trl026"),
+    Comparison(
+        "GRPO iteration, 1 pass", ("ours.py", "grpo"), ("trl_grpo.py", "1"), "TRL 1.16.0 GRPO", "trl116", PROMPTS[:2]
+    ),
+    Comparison("sampling, Llama shape", ("ours.py", "sample"), ("generate.py",), "transformers generate", "here"),
+    Comparison(
+        "sampling, GPT-2 shape", ("ours.py", "sample"), ("generate.py",), "transformers generate", "here", model="gpt2"
+    ),
+    Comparison("sampling, any model", ("ours.py", "sample-general"), ("generate.py",), "transformers generate", "here"),
+)
+
+
+class Process:
+    """A system that waits for its turn."""
+
+    def __init__(self, python, script, arguments, log):
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(SPEED)}
+        command = [python, str(SPEED / script), *map(str, arguments)]
+        self.log = log
+        self.child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True, env=environment
+        )
+        self._answer()
+
+    def step(self):
+        """Seconds of one step."""
+        time.sleep(0.5)  # the other one's threads come to rest
+        self.child.stdin.write("go\n")
+        self.child.stdin.flush()
+        return self._answer()["seconds"]
+
+    def end(self):
+        """Its peak memory, MB."""
+        self.child.stdin.close()
+        answer = self._answer()
+        self.child.wait()
+        return answer["peak_mb"]
+
+    def _answer(self):
+        line = "-"
+        while line and not line.startswith("{"):  # libraries print too
+            line = self.child.stdout.readline()
+        if not line:
+            sys.exit(f"{self.child.args} ended:\n{self.log.read_text()[-3000:]}")
+        return json.loads(line)
+
+
+def compare(comparison, pythons, models, rounds, folder):
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(comparison.prompts))
+    model = models[comparison.model]
+    script, *what = comparison.ours
+    ours = Process(sys.executable, script, [model, prompts, *what, TOKENS, folder], folder / "ours.log")
+    script, *what = comparison.peer
+    last = ["float32"] if script == "generate.py" else [folder / "peer"]
+    peer_arguments = [model, prompts, *what, TOKENS, *last]
+    peer = Process(pythons[comparison.peer_python], script, peer_arguments, folder / "peer.log")
+    for process in (ours, peer):
+        process.step()
+    seconds = [(ours.step(), peer.step()) for _ in range(rounds)]
+    return {
+        "name": comparison.name,
+        "peer": comparison.peer_name,
+        "ours_seconds": [ours for ours, _ in seconds],
+        "peer_seconds": [peer for _, peer in seconds],
+        "ours_peak_mb": ours.end(),
+        "peer_peak_mb": peer.end(),
+    }
+
+
+def make_models(folder):
+    """The real model as a folder of safetensors, and a random one of GPT-2's size with the same tokenizer."""
+    loaded = load_model("smollm2-135m", {}, torch.device("cpu"))
+    models = {"smollm2": loaded.model}
+    models["gpt2"] = GPT2LMHeadModel(
+        GPT2Config(vocab_size=loaded.model.config.vocab_size, bos_token_id=0, eos_token_id=0)
+    )
+    for name, model in models.items():
+        with quiet_transformers():
+            model.save_pretrained(folder / name)
+            loaded.tokenizer.save_pretrained(folder / name)
+        config = folder / name / "tokenizer_config.json"
+        # the name that transformers 4 and 5 both know
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return {name: folder / name for name in models}
+
+
+def machine():
+    name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))  # noqa: SIM115
+    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "peft"))
+    return f"{os.cpu_count()} cores of {name}; Python {platform.python_version()}, {packages}"
+
+
+def run(options):
+    pythons = {"trl026": options.trl026, "trl116": options.trl116, "here": sys.executable}
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        models = make_models(folder)
+        for comparison in COMPARISONS:
+            if options.only and comparison.name not in options.only:
+                continue
+            (work := folder / comparison.name.replace(" ", "-")).mkdir()
+            row = compare(comparison, pythons, models, options.rounds, work)
+            found[comparison.name] = row | {"machine": machine()}
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+            print(line_of(row), flush=True)
+
+
+def line_of(row):
+    ours, peer = statistics.median(row["ours_seconds"]), statistics.median(row["peer_seconds"])
+    ratios = [a / b for a, b in zip(row["ours_seconds"], row["peer_seconds"], strict=True)]
+    memory = row["ours_peak_mb"] / row["peer_peak_mb"]
+    return (
+        f"| {row['name']} | {row['peer']} | {ours:.2f} s | {peer:.2f} s | **{statistics.median(ratios):.2f}** "
+        f"({min(ratios):.2f}–{max(ratios):.2f}) | {row['ours_peak_mb']:.0f} MB | {row['peer_peak_mb']:.0f} MB | "
+        f"{memory:.2f} |"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "show"))
+    parser.add_argument("--trl116", default=".peers/trl-1.16/bin/python")
+    parser.add_argument("--trl026", default=".peers/trl-0.26/bin/python")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*")
+    options = parser.parse_args()
+    if options.command == "run":
+        run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Time and memory per response token as batches, responses and prompts grow: is there a cliff?
+
+python benchmarks/growth.py writes benchmarks/results/growth.md and docs/growth.png
+
+SmolLM2-135M with LoRA r=8 on q_proj and v_proj, made-up tokens, one pass; each size by itself, all else small.
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "speed"))
+from measured import made_up_batch, measured
+from turns import THREADS
+
+from bench import machine
+from konic.finetuning.algorithms import Advantages
+from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
+from konic.finetuning.models import load_model
+from konic.finetuning.policy import Policy
+from konic.finetuning.rollout import rollout
+from konic.finetuning.sampling import RandomKey, SpecialTokens, sample
+from konic.finetuning.update import Schedule, make_optimizer, update
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parent.parent
+BATCH, RESPONSE, PROMPT = 8, 32, 16
+SIZES = {
+    "batch": [(size, RESPONSE, PROMPT) for size in (4, 8, 16, 32, 64)],
+    "response tokens": [(BATCH, size, PROMPT) for size in (32, 64, 128, 256, 512)],
+    "prompt tokens": [(BATCH, RESPONSE, size) for size in (8, 32, 128, 256, 512)],
+}
+STAGES = ("sampling", "scoring", "update")
+
+
+def measure(policy, batch_size, num_tokens, prompt_length):
+    """Seconds of sampling, scoring and update, and megabytes that each adds."""
+    generation = GenerationConfig(max_new_tokens=num_tokens, min_new_tokens=num_tokens, temperature=1.0)
+    batch, special, key = made_up_batch(batch_size, prompt_length), SpecialTokens((0,), 0), RandomKey(0, 1)
+    with measured() as sampling, policy.merged() as merged:
+        sample(merged, policy.tokenizer, batch, generation, special, key)
+    with measured() as both:
+        rolled = rollout(policy, batch, generation, special, key)
+    config = TrainingConfig(batch_size=batch_size, ppo_epochs=1, num_minibatches=1)
+    optimizer = make_optimizer(policy, config)
+    zeros = torch.zeros_like(rolled.log_probs)
+    advantages = Advantages(torch.randn_like(zeros), zeros, rolled.response_mask, 0.1, 0.0)
+    with measured() as updating:
+        update(policy, optimizer, rolled, advantages, config, Schedule(0, 1, 0.0))
+    seconds = sampling.seconds, max(0.0, both.seconds - sampling.seconds), updating.seconds
+    return seconds, (sampling.added_mb, both.added_mb, updating.added_mb)
+
+
+def main():
+    torch.set_num_threads(THREADS)
+    loaded = load_model("smollm2-135m", {}, torch.device("cpu"))
+    policy = Policy(loaded, LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj")))
+    measure(policy, 4, 8, 8)
+    lines = [
+        f"SmolLM2-135M in fp32, LoRA r=8, one pass; {machine()}; `python benchmarks/growth.py`. Milliseconds are per "
+        "response token, megabytes what is added at the peak.",
+        "",
+        "| batch | response | prompt | sampling, ms | scoring, ms | update, ms | sampling, MB | update, MB | "
+        "update, MB per 1,000 tokens |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
+    for axis, (name, sizes) in zip(axes, SIZES.items(), strict=True):
+        drawn = []
+        for batch_size, num_tokens, prompt_length in sizes:
+            seconds, added = measure(policy, batch_size, num_tokens, prompt_length)
+            count = batch_size * num_tokens
+            per_token = [1000 * value / count for value in seconds]
+            all_tokens = batch_size * (num_tokens + prompt_length)
+            cells = [batch_size, num_tokens, prompt_length, *(f"{value:.2f}" for value in per_token)]
+            cells += [f"{added[0]:.0f}", f"{added[2]:.0f}", f"{1000 * added[2] / all_tokens:.0f}"]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+            print(lines[-1], flush=True)
+            drawn.append([1000 * value / all_tokens for value in seconds])
+        of_name = [dict(zip(("batch", "response tokens", "prompt tokens"), size, strict=True))[name] for size in sizes]
+        for stage, values in zip(STAGES, zip(*drawn, strict=True), strict=True):
+            axis.plot(of_name, values, marker="o", label=stage)
+        axis.set(xscale="log", yscale="log", xlabel=name, xticks=of_name, xticklabels=of_name)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("ms per token of prompt and response")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "growth.png", dpi=110)
+    (ROOT / "benchmarks" / "results" / "growth.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Ours, a step per turn: python ours.py MODEL PROMPTS WHAT TOKENS OUTPUT
+
+WHAT is ppo (4 epochs), grpo (1 pass, groups of 4), sample (responses alone, from the policy with its adapter), or
+sample-general: the same by the way that any model takes.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from turns import THREADS, turns
+
+from konic.finetuning import (
+    DatasetConfig,
+    GenerationConfig,
+    KonicFinetuningAgent,
+    KonicFinetuningCallback,
+    KonicFinetuningEngine,
+    KonicLLMRewardComposer,
+    LoraConfig,
+    TrainingConfig,
+    decoding,
+)
+from konic.finetuning.dataset import make_prompts
+from konic.finetuning.learner import build_learner
+from konic.finetuning.prompts import make_prompt_batch
+from konic.finetuning.sampling import RandomKey, sample
+
+model, prompts_file, what, tokens, output = sys.argv[1:]
+torch.set_num_threads(THREADS)
+prompts = Path(prompts_file).read_text().splitlines()
+turn = turns()
+
+
+def distinct_characters(prompt: str, response: str) -> float:
+    return float(len(set(response)))
+
+
+class Turns(KonicFinetuningCallback):
+    """Waits for its turn before the first iteration and after every one."""
+
+    def __init__(self):
+        super().__init__(verbose=False)
+
+    def on_train_begin(self, config):
+        next(turn)
+
+    def should_stop_early(self, result):
+        return next(turn, "over") == "over"
+
+
+targets = ("q_proj", "v_proj") if "gpt2" not in model else ("c_attn",)
+agent = KonicFinetuningAgent(
+    base_model=model,
+    reward_composer=KonicLLMRewardComposer().add_reward_function(distinct_characters),
+    lora_config=LoraConfig(r=8, lora_alpha=16, target_modules=targets),
+    dataset_config=DatasetConfig(prompts=tuple(prompts)),
+    training_config=TrainingConfig(
+        algorithm="grpo" if what == "grpo" else "ppo",
+        batch_size=8,
+        ppo_epochs=4 if what == "ppo" else 1,
+        num_minibatches=1,
+        learning_rate=1e-4,
+        num_generations=4 if what == "grpo" else None,
+    ),
+    generation_config=GenerationConfig(max_new_tokens=int(tokens), min_new_tokens=int(tokens), temperature=1.0),
+)
+if what == "sample-general":
+    decoding.fused_transformer = lambda *_: None
+if what.startswith("sample"):
+    learner = build_learner(agent, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    made = make_prompts(prompts, agent.get_dataset_config(), "bench")
+    policy = learner.policy
+    batch = make_prompt_batch(made, policy.tokenizer, 512, learner.special.pad, policy.device)
+    for index, _ in enumerate(turn):
+        with policy.merged() as merged:
+            samples = sample(
+                merged, policy.tokenizer, batch, agent.get_generation_config(), learner.special, RandomKey(0, index)
+            )
+        assert samples.response_mask.all()
+else:
+    KonicFinetuningEngine.from_agent(agent, checkpoint_dir=f"{output}/run", callback=Turns()).train(100_000)

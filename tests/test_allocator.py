@@ -1,0 +1,61 @@
+import ctypes
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from konic.finetuning import allocator
+from konic.finetuning.allocator import memory_first, return_freed_memory
+
+
+def c_library(monkeypatch, name="posix", **functions):
+    monkeypatch.setattr(allocator, "os", SimpleNamespace(name=name))
+    monkeypatch.setattr(allocator, "ctypes", SimpleNamespace(CDLL=lambda _: SimpleNamespace(**functions)))
+
+
+def test_freed_memory_is_returned_where_the_library_can(monkeypatch):
+    return_freed_memory()
+    calls = []
+    c_library(monkeypatch, malloc_trim=calls.append)
+    return_freed_memory()
+    assert calls == [0]
+    c_library(monkeypatch)
+    return_freed_memory()
+    c_library(monkeypatch, name="nt", malloc_trim=calls.append)
+    return_freed_memory()
+    assert calls == [0]
+
+
+def test_the_threshold_is_lowered_within_and_put_back_after_an_error_too(monkeypatch):
+    calls = []
+    c_library(monkeypatch, malloc_trim=lambda _: calls.append("trim"), mallopt=lambda *option: calls.append(option))
+    with pytest.raises(KeyError), memory_first(True):
+        {}["within"]
+    assert calls == [(-3, 2**20), (-3, 2**25), "trim"]
+    calls.clear()
+    with memory_first(False):
+        pass
+    assert calls == []
+
+
+def test_another_library_with_a_mallopt_of_its_own_is_left_alone(monkeypatch):
+    calls = []
+    c_library(monkeypatch, mallopt=lambda *option: calls.append(option))
+    with memory_first(True):
+        pass
+    assert calls == []
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+def test_freed_tensors_between_kept_ones_go_back_to_the_system():
+    def resident_mb():
+        return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    with memory_first(True):
+        before, kept = resident_mb(), []
+        for _ in range(40):
+            freed = torch.ones(2**20)  # 4 MB
+            kept.append(torch.ones(2**8))
+            del freed
+        assert resident_mb() - before < 20
