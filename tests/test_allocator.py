@@ -1,5 +1,6 @@
 import ctypes
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -50,12 +51,13 @@ def test_another_library_with_a_mallopt_of_its_own_is_left_alone(monkeypatch):
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
 def test_freed_tensors_between_kept_ones_go_back_to_the_system():
     def resident_mb():
-        return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
     with memory_first(True):
-        before, kept = resident_mb(), []
-        for _ in range(40):
-            freed = torch.ones(2**20)  # 4 MB
-            kept.append(torch.ones(2**8))
-            del freed
+        before = resident_mb()
+        large_and_small = [(torch.ones(2**20), torch.ones(2**8)) for _ in range(40)]  # 4 MB and 1 kB in turn
+        assert resident_mb() - before > 150
+        kept = [small for _, small in large_and_small]
+        del large_and_small
         assert resident_mb() - before < 20
+    assert len(kept) == 40
