@@ -25,7 +25,10 @@ class Decoder(Protocol):
         """Take the prompts [B, P], padded on the left; the last hidden state [B, H] of each."""
 
     def step(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        """Take one more token of each row [B], and whether it counts [B]; the hidden states [B, H]."""
+        """Take one more token of each row [B], and whether it counts [B]; the hidden states [B, H].
+
+        Those of a row whose token does not count mean nothing, nor do any that follow.
+        """
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows [n] of the ones so far, in this order; a row may be named more than once."""
@@ -46,8 +49,10 @@ def decoding(model: LanguageModel, num_rows: int, num_tokens: int) -> Iterator[D
         if transformer is not None:
             decoder = FusedDecoder(model, transformer, num_tokens)
             del transformer
-            yield decoder
-            decoder.close()
+            try:
+                yield decoder
+            finally:
+                decoder.close()
         else:
             with packed_layers(model.causal_lm, packed_for):
                 yield GeneralDecoder(model)

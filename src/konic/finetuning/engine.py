@@ -130,7 +130,7 @@ class KonicFinetuningEngine:
         clock = RunClock(state.elapsed_seconds, config.max_minutes)
         for iteration in range(state.iteration + 1, last + 1):
             callbacks.on_iteration_begin(iteration)
-            evaluation = self._evaluate_held_out(folder) if self._is_evaluated(iteration) else None
+            evaluation = self._evaluate_held_out(folder, state.iteration) if self._is_evaluated(iteration) else None
             stages = StageClock()
 
             batch = self._batch(prompts, iteration)
@@ -193,13 +193,13 @@ class KonicFinetuningEngine:
         if not chosen:
             raise ConfigError("evaluate() has no prompts: give some, or set DatasetConfig(held_out=...).")
         with self._scorer:
-            return self._evaluation(chosen, self._state.reward_moments).to_dict()
+            return self._evaluation(chosen, self._state.reward_moments, self._state.num_steps == 0).to_dict()
 
     def generate(self, prompts: Sequence[Any]) -> list[str]:
         """A response to every prompt, with the same random numbers every time."""
         made, learner = self._made(prompts, "generate(prompts)"), self._learner
-        rolled = respond(learner.policy, made, self._generation, learner.special, self._training.seed)
-        return [text for part in rolled for text in part.texts]
+        answered = respond(learner.policy, made, self._generation, learner.special, self._training.seed)
+        return [text for _, samples in answered for text in samples.texts]
 
     def save_pretrained(self, path: str | os.PathLike[str], merge: bool = False) -> None:
         """Write the model, tokenizer and a model card into a folder that PEFT and `transformers` load.
@@ -250,14 +250,18 @@ class KonicFinetuningEngine:
             self._loaded_prompts = load_prompts(self.agent.get_dataset_config())
         return self._loaded_prompts
 
-    def _evaluation(self, prompts: Sequence[Prompt], moments: Mapping[str, RunningMoments]) -> Evaluation:
+    def _evaluation(
+        self, prompts: Sequence[Prompt], moments: Mapping[str, RunningMoments], untrained: bool
+    ) -> Evaluation:
         learner, seed = self._learner, self._training.seed
-        return evaluate(learner.policy, self._scorer, prompts, self._generation, learner.special, seed, moments)
+        return evaluate(
+            learner.policy, self._scorer, prompts, self._generation, learner.special, seed, moments, untrained
+        )
 
     def _is_evaluated(self, iteration: int) -> bool:
         """True where the policy that samples an iteration is tried on the held-out prompts first."""
         every = self._training.eval_every
-        return bool(self._prompts.held_out) and (iteration == 1 or bool(every and (iteration - 1) % every == 0))
+        return bool(self._prompts.held_out and every and (iteration - 1) % every == 0)
 
     def _is_best(self, rolled: Rollout, scores: Scores, evaluation: Evaluation | None) -> bool:
         """True where the policy that sampled is the best so far: on held-out prompts with eval_every, else by batch."""
@@ -284,11 +288,14 @@ class KonicFinetuningEngine:
             logger.warning("Iteration %d: %s", result.iteration, message)
         return replace(result, checks=tuple(findings))
 
-    def _evaluate_held_out(self, folder: RunFolder) -> Evaluation:
-        """The held-out prompts tried; normalised rewards are on the scale of the first time, so that all compare."""
+    def _evaluate_held_out(self, folder: RunFolder, iterations_done: int) -> Evaluation:
+        """The held-out prompts tried; normalised rewards are on the scale of the first time, so that all compare.
+
+        After 0 iterations the policy is its reference, so that this can be done at any time.
+        """
         moments = moments_of(self.agent.get_reward_composer(), folder.read_evaluation(0))
-        evaluation = self._evaluation(self._prompts.held_out, moments)
-        folder.write_evaluation(self._state.iteration, evaluation)
+        evaluation = self._evaluation(self._prompts.held_out, moments, untrained=iterations_done == 0)
+        folder.write_evaluation(iterations_done, evaluation)
         return evaluation
 
     def _made(self, prompts: Sequence[Any], where: str) -> list[Prompt]:
@@ -411,8 +418,9 @@ class KonicFinetuningEngine:
             self._write_best(folder, result)
         if self._prompts.held_out and stopped != INTERRUPTED:
             with contextlib.suppress(KeyboardInterrupt):
-                after = self._evaluate_held_out(folder)
-                result = replace(result, before=folder.read_evaluation(0), after=after)
+                before = folder.read_evaluation(0) or self._evaluate_held_out(folder, 0)
+                after = self._evaluate_held_out(folder, self._state.iteration)
+                result = replace(result, before=before, after=after)
                 self._learner.write_card(final, result, self._settings(last))
         callbacks.on_train_end(result)
         return result

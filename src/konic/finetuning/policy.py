@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import peft
@@ -150,23 +150,27 @@ class Policy:
             return reference.logits(hidden)
 
     @contextmanager
-    def merged(self) -> Iterator[LanguageModel]:
+    def merged(self, reference: bool = False) -> Iterator[LanguageModel]:
         """The policy with each adapter merged into a copy of its layer, for sampling: fewer, larger products.
 
         The layers themselves are put aside and back, never merged and unmerged: rounding would move the reference.
+        `reference` gives the reference instead, with its layers as plain.
         """
-        originals = []
-        for parent in list(self.language_model.causal_lm.modules()):
-            for name, layer in list(parent.named_children()):
-                if isinstance(layer, LoraLayer) and can_merge(layer):
-                    originals.append((parent, name, layer))
-        try:
-            for parent, name, layer in originals:
-                setattr(parent, name, merged_layer(layer))
-            yield self.language_model
-        finally:
-            for parent, name, layer in originals:
-                setattr(parent, name, layer)
+        with self.reference() if reference else nullcontext(self.language_model) as model:
+            originals = [
+                (parent, name, layer)
+                for parent in model.causal_lm.modules()
+                for name, layer in parent.named_children()
+                if isinstance(layer, LoraLayer) and can_merge(layer)
+            ]
+            try:
+                for parent, name, layer in originals:
+                    plain = layer.get_base_layer() if layer.disable_adapters else merged_layer(layer)
+                    setattr(parent, name, plain)
+                yield model
+            finally:
+                for parent, name, layer in originals:
+                    setattr(parent, name, layer)
 
     def check_reference(self) -> None:
         """Raise TrainingError if the reference is no longer the model that was loaded."""

@@ -206,10 +206,10 @@ def sample_responses(
     responses: list[str] = []
     for again, start in enumerate(range(0, count, size)):  # every pass through the rows with random numbers of its own
         chosen = dataset.batch(start, min(size, count - start))
-        for part in respond(learner.policy, chosen, generation, learner.special, seed + again):
-            prompts += part.batch.prompts
-            texts += part.batch.texts
-            responses += part.texts
+        for batch, samples in respond(learner.policy, chosen, generation, learner.special, seed + again):
+            prompts += batch.prompts
+            texts += batch.texts
+            responses += samples.texts
     return prompts, texts, responses
 
 

@@ -82,12 +82,19 @@ def rollout(
     """
     with policy.merged() as model:
         samples = sample(model, policy.tokenizer, batch, generation, special, key)
+    return scored(policy, batch, samples, generation.temperature, micro_batch_size)
+
+
+def scored(
+    policy: Policy, batch: PromptBatch, samples: Samples, temperature: float, micro_batch_size: int | None = None
+) -> Rollout:
+    """What policy and reference make of responses that the policy has just sampled."""
     in_full_precision = policy.language_model.causal_lm.dtype.itemsize >= 4
     hidden = samples.hidden if in_full_precision else _whole(policy.language_model, batch, samples, micro_batch_size)
     with policy.reference() as reference:
         ref_hidden = _whole(reference, batch, samples, micro_batch_size)
-    tensors = *_score(policy, samples, hidden, ref_hidden, generation.temperature), ref_hidden
-    return Rollout(batch, samples, generation.temperature, in_full_precision, *tensors)
+    tensors = *_score(policy, samples, hidden, ref_hidden, temperature), ref_hidden
+    return Rollout(batch, samples, temperature, in_full_precision, *tensors)
 
 
 def with_values_shifted(rollout: Rollout, shift: float) -> Rollout:
