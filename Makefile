@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup demo reward-model test check format clean parity curves mutation
+.PHONY: setup demo reward-model test check format clean parity curves mutation bench
 
 setup: $(READY)
 
@@ -65,6 +65,11 @@ parity: $(READY) $(TRL_1)/.ready $(TRL_0)/.ready
 curves: $(READY) $(TRL_1)/.ready
 	@$(BIN)/python benchmarks/curves.py run --peer $(TRL_1)/bin/python
 	@$(BIN)/python benchmarks/curves.py show
+
+bench: $(READY) $(TRL_1)/.ready $(TRL_0)/.ready
+	@$(BIN)/python benchmarks/bench.py run --trl116 $(TRL_1)/bin/python --trl026 $(TRL_0)/bin/python
+	@$(BIN)/python benchmarks/memory.py
+	@$(BIN)/python benchmarks/growth.py
 
 mutation: $(READY)
 	@$(PIP) install --upgrade --target $(PEERS)/mutmut mutmut==3.8.1

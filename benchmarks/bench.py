@@ -160,9 +160,13 @@ def run(options):
                 continue
             (work := folder / comparison.name.replace(" ", "-")).mkdir()
             row = compare(comparison, pythons, models, options.rounds, work)
-            found[comparison.name] = row | {"machine": machine()}
+            found[comparison.name] = row | {"machine": machine(), "day": time.strftime("%Y-%m-%d")}
             RESULTS.write_text(json.dumps(found, indent=1) + "\n")
             print(line_of(row), flush=True)
+        if not options.only:
+            found["floor"] = floor(options.rounds)
+            found["first line"] = [seconds_to_first_line(folder / f"demo-{index}") for index in range(3)]
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def line_of(row):
@@ -176,6 +180,75 @@ def line_of(row):
     )
 
 
+def floor(rounds):
+    """Milliseconds of a decode step of 8 that only reads SmolLM2's weights, or only multiplies, at measured rates."""
+    weights = torch.randn(134_515_008)
+    square = torch.randn(2048, 2048)
+    for work in (weights.sum, lambda: square @ square):
+        work()
+    read = statistics.median(_seconds(weights.sum) for _ in range(rounds))
+    multiply = statistics.median(_seconds(lambda: square @ square) for _ in range(rounds))
+    rate = 2 * 2048**3 / multiply
+    return {
+        "bandwidth_gb": weights.numel() * 4 / read / 1e9,
+        "gflops": rate / 1e9,
+        "read_ms": 1000 * read,
+        "multiply_ms": 1000 * 2 * 8 * weights.numel() / rate,
+    }
+
+
+def _seconds(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def seconds_to_first_line(folder):
+    """From starting `konic demo` to the line of its first iteration; the model is in the cache already."""
+    start = time.perf_counter()
+    command = [str(Path(sys.executable).with_name("konic")), "demo", "--output", str(folder)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in child.stdout:
+        if line.startswith("[Iter"):
+            break
+    seconds = time.perf_counter() - start
+    child.kill()
+    child.wait()
+    return seconds
+
+
+def show(found):
+    """What the docs show."""
+    rows = [row for name, row in found.items() if name not in ("floor", "first line")]
+    base = found["floor"]
+    lines = [
+        f"{rows[0]['machine']}, {rows[0]['day']}; `make bench`. SmolLM2-135M in fp32 with LoRA r=8 on q_proj and "
+        f"v_proj, 8 responses of {TOKENS} tokens; the GPT-2 shape is a random model of its size. Medians of "
+        f"{len(rows[0]['ours_seconds'])} turns each, in one run; ratios are of turns that follow each other, with "
+        "their range.",
+        "",
+        "| | peer | konic | peer | ratio | konic, peak | peer, peak | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+        *map(line_of, rows),
+        "",
+        f"A decode step of 8 that only reads the weights once would take {base['read_ms']:.0f} ms here "
+        f"({base['bandwidth_gb']:.0f} GB/s), one that only multiplies {base['multiply_ms']:.0f} ms "
+        f"({base['gflops']:.0f} GFLOP/s). Ours take {_step(found, 'Llama'):.0f} ms (Llama shape), "
+        f"{_step(found, 'any'):.0f} ms (any model, the same weights) and {_step(found, 'GPT-2'):.0f} ms (GPT-2 "
+        "shape), prompts, packing and drawing included.",
+        "",
+        "`konic demo`, the model in the cache: "
+        f"{statistics.median(found['first line']):.1f} s from its start to the first iteration's line "
+        f"(of {', '.join(f'{seconds:.1f}' for seconds in found['first line'])}).",
+    ]
+    (RESULTS.parent / "bench.md").write_text("\n".join(lines) + "\n")
+
+
+def _step(found, name):
+    row = next(row for key, row in found.items() if key.startswith("sampling") and name in key)
+    return 1000 * statistics.median(row["ours_seconds"]) / TOKENS
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "show"))
@@ -186,6 +259,7 @@ def main():
     options = parser.parse_args()
     if options.command == "run":
         run(options)
+    show(json.loads(RESULTS.read_text()))
 
 
 if __name__ == "__main__":

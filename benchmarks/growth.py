@@ -1,6 +1,6 @@
 """Time and memory per response token as batches, responses and prompts grow: is there a cliff?
 
-python benchmarks/growth.py writes benchmarks/results/growth.md and docs/growth.png
+python benchmarks/growth.py writes benchmarks/results/growth.md and docs/growth.png; `draw` the picture alone
 
 SmolLM2-135M with LoRA r=8 on q_proj and v_proj, made-up tokens, one pass; each size by itself, all else small.
 """
@@ -28,6 +28,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "growth.md"
 BATCH, RESPONSE, PROMPT = 8, 32, 16
 SIZES = {
     "batch": [(size, RESPONSE, PROMPT) for size in (4, 8, 16, 32, 64)],
@@ -68,31 +69,41 @@ def main():
         "update, MB per 1,000 tokens |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
-    for axis, (name, sizes) in zip(axes, SIZES.items(), strict=True):
-        drawn = []
+    for sizes in SIZES.values():
         for batch_size, num_tokens, prompt_length in sizes:
             seconds, added = measure(policy, batch_size, num_tokens, prompt_length)
-            count = batch_size * num_tokens
-            per_token = [1000 * value / count for value in seconds]
-            all_tokens = batch_size * (num_tokens + prompt_length)
-            cells = [batch_size, num_tokens, prompt_length, *(f"{value:.2f}" for value in per_token)]
-            cells += [f"{added[0]:.0f}", f"{added[2]:.0f}", f"{1000 * added[2] / all_tokens:.0f}"]
+            cells = [batch_size, num_tokens, prompt_length]
+            cells += [f"{1000 * value / (batch_size * num_tokens):.2f}" for value in seconds]
+            per_token = 1000 * added[2] / (batch_size * (num_tokens + prompt_length))
+            cells += [f"{added[0]:.0f}", f"{added[2]:.0f}", f"{per_token:.0f}"]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
             print(lines[-1], flush=True)
-            drawn.append([1000 * value / all_tokens for value in seconds])
-        of_name = [dict(zip(("batch", "response tokens", "prompt tokens"), size, strict=True))[name] for size in sizes]
-        for stage, values in zip(STAGES, zip(*drawn, strict=True), strict=True):
-            axis.plot(of_name, values, marker="o", label=stage)
-        axis.set(xscale="log", yscale="log", xlabel=name, xticks=of_name, xticklabels=of_name)
+    RESULTS.write_text("\n".join(lines) + "\n")
+
+
+def draw():
+    """A picture of the table, per token of prompt and response."""
+    table = [line.strip("| ").split(" | ") for line in RESULTS.read_text().splitlines()[4:]]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
+    for axis, (place, (name, sizes)) in zip(axes, enumerate(SIZES.items()), strict=True):
+        rows, table = table[: len(sizes)], table[len(sizes) :]
+        shares = [int(tokens) / (int(tokens) + int(prompt)) for _, tokens, prompt, *_ in rows]
+        drawn = [int(row[place]) for row in rows]
+        for column, stage in enumerate(STAGES, start=3):
+            values = [float(row[column]) * share for row, share in zip(rows, shares, strict=True)]
+            axis.plot(drawn, values, marker="o", label=stage)
+        axis.set(xscale="log", yscale="log", xlabel=name, ylim=(1, 10))
+        axis.set_xticks(drawn, labels=drawn)
+        axis.set_yticks([1, 2, 5, 10], labels=[1, 2, 5, 10])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("ms per token of prompt and response")
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "growth.png", dpi=110)
-    (ROOT / "benchmarks" / "results" / "growth.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] != ["draw"]:
+        main()
+    draw()

@@ -7,7 +7,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from conftest import PROMPTS, byte_tokenizer, prompt_batch, shake_adapter, tiny_learner, tiny_model
 from konic.finetuning import sampling
 from konic.finetuning.config import GenerationConfig
-from konic.finetuning.decoding import FusedDecoder, GeneralDecoder, decoding
+from konic.finetuning.decoding import FusedDecoder, GeneralDecoder, GraphedDecoder, decoding
 from konic.finetuning.fused import fused_transformer
 from konic.finetuning.language_model import LanguageModel
 from konic.finetuning.packing import PackedLinear
@@ -39,7 +39,7 @@ def decoder_of(kind, model, num_tokens=STEPS):
         return GeneralDecoder(model)
     transformer = fused_transformer(model, None)
     assert transformer is not None
-    return FusedDecoder(model, transformer, num_tokens)
+    return (GraphedDecoder if kind == "graphed" else FusedDecoder)(model, transformer, num_tokens)
 
 
 def padded_prompts(lengths=LENGTHS):
@@ -70,7 +70,15 @@ def of_whole_passes(model, ids, mask, tokens):
 
 decoders = pytest.mark.parametrize(
     "kind, name",
-    [("general", "gpt2"), ("general", "llama"), ("general", "gpt_neox"), ("fused", "gpt2"), ("fused", "llama")],
+    [
+        ("general", "gpt2"),
+        ("general", "llama"),
+        ("general", "gpt_neox"),
+        ("fused", "gpt2"),
+        ("fused", "llama"),
+        ("graphed", "gpt2"),
+        ("graphed", "llama"),
+    ],
 )
 
 
@@ -390,3 +398,14 @@ def test_a_model_of_another_type_is_sampled_from_alike(monkeypatch):
         length = len(tokens_of(apart, 0))
         assert tokens_of(together, row) == tokens_of(apart, 0)
         assert (together.hidden[row, :length] - apart.hidden[0]).abs().max() < 1e-9
+
+
+def test_responses_are_the_same_however_seldom_the_ended_rows_are_looked_for(architecture, monkeypatch):
+    learner = learner_of(architecture)
+    generation = OFTEN_ENDED.model_copy(update={"max_new_tokens": 60})
+    often = sampled(learner, generation)
+    monkeypatch.setattr(sampling, "LOOK_EVERY", {"cpu": 7})
+    monkeypatch.setattr("konic.finetuning.decoding.FusedDecoder", GraphedDecoder)
+    seldom = sampled(learner, generation)
+    assert often.response_mask.shape[1] < 60
+    assert_same(seldom, often)

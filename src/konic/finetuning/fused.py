@@ -58,7 +58,15 @@ class Transformer:
         shape = (len(self.blocks), 2, num_rows, self.num_kv_heads, num_tokens, self.head_size)
         return self.like.new_empty(shape)
 
-    def __call__(self, ids: Tensor, positions: Tensor, cache: Tensor, length: int, mask: Tensor | None) -> Tensor:
+    def __call__(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        cache: Tensor,
+        length: int,
+        mask: Tensor | None,
+        slot: Tensor | None = None,
+    ) -> Tensor:
         """Last hidden states [B, T, H].
 
         Args:
@@ -67,6 +75,8 @@ class Transformer:
             cache: From :meth:`new_cache`; it holds the S − T tokens before and takes these.
             length: S.
             mask: [B, 1, T, S], bool or added to the scores; None where nothing but the order hides a token.
+            slot: [1] where in the cache one token's keys and values go, for a step whose numbers are all in tensors;
+                the last of S if None.
         """
         num_rows, num_tokens = ids.shape
         x = self.embed(ids, positions).reshape(num_rows * num_tokens, -1)
@@ -77,13 +87,19 @@ class Transformer:
         for block, kept in zip(self.blocks, cache, strict=True):
             joined = block.queries_keys_values(block.attention_norm(x))
             joined = joined.view(num_rows, num_tokens, self.num_heads + 2 * self.num_kv_heads, self.head_size)
-            attended = self._attention(joined, kept, length, mask, rotation)
+            attended = self._attention(joined, kept, length, mask, slot, rotation)
             x = block.attention_output(attended.reshape(num_rows * num_tokens, -1), add=x)
             x = block.down(block.activation(block.up(block.mlp_norm(x))), add=x)
         return self.norm(x).view(num_rows, num_tokens, -1)
 
     def _attention(
-        self, joined: Tensor, kept: Tensor, length: int, mask: Tensor | None, rotation: tuple[Tensor, Tensor] | None
+        self,
+        joined: Tensor,
+        kept: Tensor,
+        length: int,
+        mask: Tensor | None,
+        slot: Tensor | None,
+        rotation: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """What every token [B, T, N, D] reads, from its queries, keys and values side by side [B, T, N + 2K, D]."""
         num_rows, num_tokens = joined.shape[:2]
@@ -91,8 +107,11 @@ class Transformer:
         if rotation is not None:
             heads = _rotated(heads, *rotation)
         queries, keys = torch.split(heads, [self.num_heads, self.num_kv_heads], dim=2)
-        kept[0, :, :, length - num_tokens : length] = keys.transpose(1, 2)
-        kept[1, :, :, length - num_tokens : length] = values.transpose(1, 2)
+        for part, new in zip(kept, (keys.transpose(1, 2), values.transpose(1, 2)), strict=True):
+            if slot is None:
+                part[:, :, length - num_tokens : length] = new
+            else:
+                part.index_copy_(2, slot, new)
         all_keys, all_values = kept[:, :, :, :length].unbind()
         if num_tokens == 1:  # the queries that share keys stand as if they were tokens of one head
             grouped = queries.reshape(num_rows, self.num_kv_heads, -1, self.head_size)

@@ -3,7 +3,7 @@
 Shapes: B sequences, T tokens of prompt and response, R response tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,17 +154,18 @@ def score_tokens(
         return tuple(found)
 
     head = model.causal_lm.get_output_embeddings()
-    only_log_probs = reference is None and not needs_entropy and model.is_plain
+    closed_form = not needs_entropy and model.is_plain
 
-    def score_chunk(hidden: Tensor, *others: Tensor) -> Any:
+    def score_chunk(hidden: Tensor, tokens: Tensor, *ref_hidden: Tensor) -> Any:
         if not torch.is_grad_enabled():
-            return score(hidden, *others)
-        if only_log_probs and not model.head_learns:
-            found = _TokenLogProbs.apply(hidden, head.weight, head.bias, *others, temperature)  # type: ignore[no-untyped-call]
-            return (found,)
-        if not model.head_learns:
-            return _PerToken.apply(score, hidden, *others)  # type: ignore[no-untyped-call]
-        return checkpoint(score, hidden, *others, use_reentrant=False) if is_much else score(hidden, *others)
+            return score(hidden, tokens, *ref_hidden)
+        if model.head_learns:
+            inputs = hidden, tokens, *ref_hidden
+            return checkpoint(score, *inputs, use_reentrant=False) if is_much else score(*inputs)
+        if not closed_form:
+            return _PerToken.apply(score, hidden, tokens, *ref_hidden)  # type: ignore[no-untyped-call]
+        ref = None if reference is None else (reference[0](ref_hidden[0]) / temperature).log_softmax(dim=-1)
+        return _LogProbs.apply(hidden, head.weight, head.bias, tokens, temperature, ref)  # type: ignore[no-untyped-call]
 
     inputs = (hidden, tokens) if reference is None else (hidden, tokens, reference[1])
     log_probs, *rest = map_tokens(score_chunk, mask, model.vocabulary_size, *inputs)
@@ -172,28 +173,43 @@ def score_tokens(
     return TokenScores(log_probs, entropy, rest.pop() if rest else None)
 
 
-class _TokenLogProbs(torch.autograd.Function):
-    """log softmax(logits / T)[token] of hidden states [n, H] by a plain head, with its gradient formed at once.
+class _LogProbs(torch.autograd.Function):
+    """log π(token) of hidden states [n, H] under a plain head, and KL(π ‖ π_ref) if asked, with their gradients.
 
-    ∂ log π(token) / ∂ hidden = (onehot − π) W / T, from one tensor [n, V] that becomes logits, then π, then onehot − π.
+    With logits = hidden Wᵀ + b and π = softmax(logits / T):
+    ∂ log π(token) / ∂ hidden = (onehot − π) W / T, and ∂ KL / ∂ hidden = π (log π − log π_ref − KL) W / T, which is
+    exactly 0 where π is exactly π_ref.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float
-    ) -> Tensor:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        temperature: float,
+        ref_log_softmax: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         logits = functional.linear(hidden, weight, bias)
         logits = logits if logits.dtype.itemsize >= 4 else logits.float()
         log_softmax = torch.log_softmax(logits.div_(temperature), dim=-1, out=logits)
         log_probs = log_softmax.gather(-1, tokens[:, None])
-        minus_gradient = log_softmax.exp_().scatter_add_(-1, tokens[:, None], torch.full_like(log_probs, -1.0))
-        ctx.save_for_backward((minus_gradient.to(weight.dtype) @ weight).mul_(-1.0 / temperature))
-        return log_probs.squeeze(-1)
+        probabilities = log_softmax.exp() if ref_log_softmax is not None else log_softmax.exp_()
+        results, gradients = [log_probs.squeeze(-1)], []
+        if ref_log_softmax is not None:
+            terms = log_softmax.sub_(ref_log_softmax).mul_(probabilities)
+            kl = terms.sum(dim=-1, keepdim=True)
+            results.append(kl.squeeze(-1).clamp(min=0.0))
+            gradients.append(terms.addcmul_(probabilities, kl, value=-1.0).to(weight.dtype) @ weight)
+        minus_gradient = probabilities.scatter_add_(-1, tokens[:, None], torch.full_like(log_probs, -1.0))
+        gradients.insert(0, (minus_gradient.to(weight.dtype) @ weight).neg_())
+        ctx.save_for_backward(*(gradient.div_(temperature) for gradient in gradients))
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *scales: Tensor) -> Any:
-        (own,) = ctx.saved_tensors
-        return (scales[0][:, None] * own).to(own.dtype), None, None, None, None
+        return _scaled(scales, ctx.saved_tensors), None, None, None, None, None
 
 
 class _PerToken(torch.autograd.Function):
@@ -217,8 +233,15 @@ class _PerToken(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *scales: Tensor) -> Any:
-        gradient = sum(scale[:, None] * own for scale, own in zip(scales, ctx.saved_tensors, strict=True))
-        return None, gradient, *[None] * (len(ctx.needs_input_grad) - 2)
+        return None, _scaled(scales, ctx.saved_tensors), *[None] * (len(ctx.needs_input_grad) - 2)
+
+
+def _scaled(scales: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """Σ scale · gradient [n, H] of several results [n]."""
+    total = scales[0][:, None] * gradients[0]
+    for scale, gradient in zip(scales[1:], gradients[1:], strict=True):
+        total = total + scale[:, None] * gradient
+    return total.to(gradients[0].dtype)
 
 
 def map_tokens(

@@ -1,0 +1,79 @@
+"""Where one PPO iteration's time goes: seconds of its stages, and of the operations that take most.
+
+python benchmarks/profile_iteration.py   (with PYTHONPATH at another checkout's src, that one's)
+
+SmolLM2-135M in fp32, LoRA r=8 on q_proj and v_proj, 8 responses of 48 tokens, 4 epochs, as in `make bench`.
+"""
+
+import statistics
+import time
+from itertools import pairwise
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from konic.finetuning.algorithms import Advantages
+from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
+from konic.finetuning.dataset import DatasetConfig, make_prompts
+from konic.finetuning.models import load_model
+from konic.finetuning.policy import Policy
+from konic.finetuning.prompts import make_prompt_batch
+from konic.finetuning.rollout import rollout
+from konic.finetuning.sampling import RandomKey, SpecialTokens, sample
+from konic.finetuning.update import Schedule, make_optimizer, update
+
+PROMPTS = (
+    "The second act loses its nerve, and yet the lead",
+    "I took my father to see this western on a wet Tuesday and",
+    "Nobody in the courtroom scenes ever raises a voice, which",
+    "Shot mostly at dusk, this small drama about two sisters",
+    "There is a ghost in the film, though the script keeps",
+    "The director's third feature is a comedy about",
+    "What the trailer does not tell you is that the hero",
+    "Half an hour into this thriller, the train",
+)
+
+torch.set_num_threads(2)
+generation = GenerationConfig(max_new_tokens=48, min_new_tokens=48, temperature=1.0)
+config = TrainingConfig(batch_size=8, ppo_epochs=4, num_minibatches=1)
+lora = LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj"))
+policy = Policy(load_model("smollm2-135m", {}, torch.device("cpu")), lora)
+special, key = SpecialTokens((0,), 0), RandomKey(0, 1)
+prompts = make_prompts(list(PROMPTS), DatasetConfig(), "profile")
+batch = make_prompt_batch(prompts, policy.tokenizer, 64, special.pad, policy.device)
+
+
+def sampled():
+    with policy.merged() as model:
+        sample(model, policy.tokenizer, batch, generation, special, key)
+
+
+def updated(rolled, optimizer):
+    zeros = torch.zeros_like(rolled.log_probs)
+    advantages = Advantages(torch.randn_like(zeros), zeros, rolled.response_mask, 0.1, 0.0)
+    update(policy, optimizer, rolled, advantages, config, Schedule(0, 4, 0.0))
+
+
+def iteration():
+    clock = [time.perf_counter()]
+    sampled()
+    clock.append(time.perf_counter())
+    rolled = rollout(policy, batch, generation, special, key)
+    clock.append(time.perf_counter())
+    updated(rolled, make_optimizer(policy, config))
+    clock.append(time.perf_counter())
+    sampling, both, updating = (end - start for start, end in pairwise(clock))
+    return sampling, both - sampling, updating
+
+
+iteration()
+stages = [statistics.median(values) for values in zip(*(iteration() for _ in range(5)), strict=True)]
+print(", ".join(f"{name} {value:.2f} s" for name, value in zip(("sampling", "scoring", "update"), stages, strict=True)))
+with profile(activities=[ProfilerActivity.CPU]) as profiled:
+    rolled = rollout(policy, batch, generation, special, key)
+    updated(rolled, make_optimizer(policy, config))
+operations = sorted(profiled.key_averages(), key=lambda entry: -entry.self_cpu_time_total)
+total = sum(entry.self_cpu_time_total for entry in operations)
+for entry in operations[:8]:
+    share = entry.self_cpu_time_total / total
+    print(f"| `{entry.key}` | {entry.self_cpu_time_total / 1e6:.2f} s | {share:.0%} | {entry.count:,} |")
