@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench import PROMPTS
 from konic.finetuning.algorithms import Advantages
 from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
 from konic.finetuning.dataset import DatasetConfig, make_prompts
@@ -21,17 +22,6 @@ from konic.finetuning.prompts import make_prompt_batch
 from konic.finetuning.rollout import rollout
 from konic.finetuning.sampling import RandomKey, SpecialTokens, sample
 from konic.finetuning.update import Schedule, make_optimizer, update
-
-PROMPTS = (
-    "The second act loses its nerve, and yet the lead",
-    "I took my father to see this western on a wet Tuesday and",
-    "Nobody in the courtroom scenes ever raises a voice, which",
-    "Shot mostly at dusk, this small drama about two sisters",
-    "There is a ghost in the film, though the script keeps",
-    "The director's third feature is a comedy about",
-    "What the trailer does not tell you is that the hero",
-    "Half an hour into this thriller, the train",
-)
 
 torch.set_num_threads(2)
 generation = GenerationConfig(max_new_tokens=48, min_new_tokens=48, temperature=1.0)

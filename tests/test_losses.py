@@ -10,11 +10,13 @@ from konic.finetuning.advantages import token_rewards
 from konic.finetuning.losses import (
     clipped_tokens,
     entropies,
+    entropy_and_kl_,
     exact_kl,
     explained_variance,
     k1,
     k3,
     log_ratio,
+    log_softmax_,
     policy_loss,
     token_log_probs,
     value_loss,
@@ -107,6 +109,25 @@ def test_exact_kl_follows_the_definition_and_is_never_negative(logits):
     got = exact_kl(*(tensor([row]).log_softmax(-1) for row in logits)).item()
     assert got >= 0
     assert got == pytest.approx(plain_kl(*logits), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_entropy_and_kl_in_place_are_the_plain_ones(dtype, temperature):
+    logits, ref_logits = random(6, 40, seed=1, scale=4.0).to(dtype), random(6, 40, seed=2, scale=4.0).to(dtype)
+    logits[0, 3] = ref_logits[0, 3] = ref_logits[1, 5] = -math.inf
+    ref_logits[2] = logits[2]
+    plain = [(given / temperature).log_softmax(dim=-1) for given in (logits, ref_logits)]
+    expected = entropies(plain[0]), exact_kl(*plain)
+    kept = logits.data_ptr()
+    over = log_softmax_(logits, temperature)
+    torch.testing.assert_close(over, plain[0], rtol=0, atol=0)
+    assert over.data_ptr() == kept
+    entropy, kl = entropy_and_kl_(over, log_softmax_(ref_logits, temperature))
+    torch.testing.assert_close(entropy, expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(kl, expected[1], rtol=1e-6, atol=1e-7)
+    assert kl[1] > 1e3
+    assert kl[2] == 0.0
 
 
 def test_exact_kl_of_nearly_equal_distributions_is_not_negative_in_single_precision():

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from konic.finetuning.errors import ModelError
-from konic.finetuning.losses import entropies, exact_kl, token_log_probs
+from konic.finetuning.losses import entropies, exact_kl, log_softmax_, token_log_probs
 from konic.finetuning.prompts import position_ids
 
 MAX_LOGITS = 2**23
@@ -137,12 +137,12 @@ def score_tokens(
         tokens: [B, R] ids.
         mask: [B, R]; only these are computed.
         temperature: > 0.
-        needs_entropy: False saves three passes over the logits.
+        needs_entropy: False leaves it out, and lets a plain head's gradients be formed without autograd.
         reference: The reference's function from hidden states to logits, without gradient, and its hidden states
             [B, R, H] at the same tokens; None where no KL is needed.
     """
     tensors_kept = 1 if reference is None else 3  # of the size of the logits
-    is_much = tensors_kept * int(mask.sum()) * model.vocabulary_size > MAX_KEPT_LOGITS
+    is_much = model.head_learns and tensors_kept * int(mask.sum()) * model.vocabulary_size > MAX_KEPT_LOGITS
 
     def score(hidden: Tensor, tokens: Tensor, *ref_hidden: Tensor) -> tuple[Tensor, ...]:
         log_probs, log_softmax = token_log_probs(model.logits(hidden), tokens, temperature)
@@ -164,7 +164,7 @@ def score_tokens(
             return checkpoint(score, *inputs, use_reentrant=False) if is_much else score(*inputs)
         if not closed_form:
             return _PerToken.apply(score, hidden, tokens, *ref_hidden)  # type: ignore[no-untyped-call]
-        ref = None if reference is None else (reference[0](ref_hidden[0]) / temperature).log_softmax(dim=-1)
+        ref = None if reference is None else log_softmax_(reference[0](ref_hidden[0]), temperature)
         return _LogProbs.apply(hidden, head.weight, head.bias, tokens, temperature, ref)  # type: ignore[no-untyped-call]
 
     inputs = (hidden, tokens) if reference is None else (hidden, tokens, reference[1])
@@ -193,7 +193,7 @@ class _LogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         logits = functional.linear(hidden, weight, bias)
         logits = logits if logits.dtype.itemsize >= 4 else logits.float()
-        log_softmax = torch.log_softmax(logits.div_(temperature), dim=-1, out=logits)
+        log_softmax = log_softmax_(logits, temperature)
         log_probs = log_softmax.gather(-1, tokens[:, None])
         probabilities = log_softmax.exp() if ref_log_softmax is not None else log_softmax.exp_()
         results, gradients = [log_probs.squeeze(-1)], []

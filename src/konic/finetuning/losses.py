@@ -43,6 +43,25 @@ def exact_kl(log_softmax: Tensor, ref_log_softmax: Tensor) -> Tensor:
     return terms.sum(dim=-1).clamp(min=0.0)
 
 
+def entropy_and_kl_(log_softmax: Tensor, ref_log_softmax: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`entropies` of the first and :func:`exact_kl` of both, without gradient; what is given is overwritten.
+
+    Writing over what is there is worth a name: on a CPU the pages of one new [n, V] cost more than the arithmetic.
+    """
+    for given in (log_softmax, ref_log_softmax):
+        given.clamp_(min=_least(given))
+    probabilities = log_softmax.exp()
+    entropy = -torch.einsum("...v,...v->...", probabilities, log_softmax)
+    terms = log_softmax.sub_(ref_log_softmax).mul_(probabilities)
+    terms.add_(ref_log_softmax.exp_().sub_(probabilities))
+    return entropy, terms.sum(dim=-1).clamp_(min=0.0)
+
+
+def log_softmax_(logits: Tensor, temperature: float) -> Tensor:
+    """Log softmax(logits / temperature) [..., V] without gradient, in the logits' own memory."""
+    return torch.log_softmax(logits.div_(temperature), dim=-1, out=logits)
+
+
 def log_ratio(new_log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> Tensor:
     """Returns log π_new − log π_old [B, R], 0 outside the mask and clamped to ±20, so that exp never overflows."""
     return torch.where(mask, new_log_probs - old_log_probs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -105,4 +124,8 @@ def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor) -> Te
 
 def _finite(log_softmax: Tensor) -> Tensor:
     """Log-probs of −inf (a masked-out vocabulary entry) made finite, so that 0 · log 0 is 0."""
-    return log_softmax.clamp(min=torch.finfo(log_softmax.dtype).min / 4)
+    return log_softmax.clamp(min=_least(log_softmax))
+
+
+def _least(log_softmax: Tensor) -> float:
+    return torch.finfo(log_softmax.dtype).min / 4

@@ -11,7 +11,7 @@ from torch import Tensor
 from konic.finetuning.config import GenerationConfig
 from konic.finetuning.grouping import groups_of_like_length
 from konic.finetuning.language_model import LanguageModel, map_tokens
-from konic.finetuning.losses import entropies, exact_kl, token_log_probs
+from konic.finetuning.losses import entropy_and_kl_, log_softmax_
 from konic.finetuning.policy import Policy
 from konic.finetuning.prompts import PromptBatch
 from konic.finetuning.sampling import RandomKey, Samples, SpecialTokens, sample
@@ -126,9 +126,11 @@ def _score(
     model = policy.language_model
 
     def score(hidden: Tensor, ref_hidden: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        log_probs, log_softmax = token_log_probs(model.logits(hidden), tokens, temperature)
-        ref_log_probs, ref_log_softmax = token_log_probs(policy.reference_logits(ref_hidden), tokens, temperature)
-        kl = exact_kl(log_softmax, ref_log_softmax)
-        return log_probs, ref_log_probs, kl, entropies(log_softmax), policy.values(hidden)
+        both = [
+            log_softmax_(logits, temperature) for logits in (model.logits(hidden), policy.reference_logits(ref_hidden))
+        ]
+        log_probs, ref_log_probs = (every.gather(-1, tokens[:, None]).squeeze(-1) for every in both)
+        entropy, kl = entropy_and_kl_(*both)
+        return log_probs, ref_log_probs, kl, entropy, policy.values(hidden)
 
     return map_tokens(score, samples.response_mask, model.vocabulary_size, hidden, ref_hidden, samples.response_ids)

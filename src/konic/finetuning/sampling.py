@@ -133,7 +133,7 @@ def sample(
         shape = num_rows, generation.max_new_tokens
         ids = torch.full(shape, special.pad, device=device)
         mask = torch.zeros(shape, dtype=torch.bool, device=device)
-        log_probs = torch.zeros(shape, dtype=decoder.logits(hidden).dtype, device=device)
+        log_probs = torch.zeros(shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=device)
         kept = hidden.new_zeros(*shape, hidden.shape[-1])
         ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
         rows = torch.arange(num_rows, device=device)  # those that the decoder still goes on with
