@@ -5,16 +5,19 @@ import pytest
 import torch
 
 from conftest import prompt_batch, shake_adapter, tiny_learner
-from konic.finetuning import checkpoint
+from konic.finetuning import folders
 from konic.finetuning.checkpoint import (
+    checkpoint_to_resume,
     load_checkpoint,
     newest_checkpoint,
+    read_record,
+    require_same_run,
     save_checkpoint,
     snapshot,
     weights_of,
-    written_whole,
 )
 from konic.finetuning.errors import OutputError
+from konic.finetuning.folders import discard, flaw, written_whole
 from konic.finetuning.moments import RunningMoments
 from konic.finetuning.state import TrainerState
 
@@ -59,7 +62,7 @@ def test_a_full_disk_is_one_error_and_leaves_the_old_folder(tmp_path, monkeypatc
     def full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(folders, "_sync", full)
     with pytest.raises(OutputError, match="No space left on device"), written_whole(target) as folder:
         (folder / "new").write_text("new")
     assert files_of(tmp_path) == ["x", "x/old"]
@@ -109,14 +112,73 @@ def test_a_broken_checkpoint_is_one_error(name, tmp_path):
         load_checkpoint(folder, learner.policy, learner.optimizer)
 
 
-def test_the_newest_checkpoint_is_the_highest_iteration_not_the_last_name(tmp_path):
-    with pytest.raises(OutputError, match="no checkpoint to resume from"):
+def saved(folder, number):
+    learner = tiny_learner("llama")
+    save_checkpoint(folder / f"checkpoint-{number}", learner.policy, learner.optimizer, TrainerState(), {})
+    return folder / f"checkpoint-{number}"
+
+
+def test_the_newest_checkpoint_is_the_highest_whole_one_and_broken_ones_are_named(tmp_path, caplog):
+    with pytest.raises(OutputError, match="no whole checkpoint to resume from"):
         newest_checkpoint(tmp_path)
-    for number in (9, 10, 100):
-        (tmp_path / f"checkpoint-{number}").mkdir()
-        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-200").mkdir()
-    assert newest_checkpoint(tmp_path).name == "checkpoint-100"
+    whole = {number: saved(tmp_path, number) for number in (9, 10, 100, 200)}
+    assert newest_checkpoint(tmp_path) == whole[200]
+    assert not caplog.messages
+    (whole[200] / "optimizer.safetensors").write_bytes(b"half")
+    (whole[100] / "complete.json").unlink()
+    (tmp_path / "checkpoint-300").mkdir()
+    (tmp_path / "checkpoint-mine").mkdir()
+    assert newest_checkpoint(tmp_path) == whole[10]
+    for number, reason in (
+        (300, "never finished"),
+        (200, "optimizer.safetensors is not as it was"),
+        (100, "never fin"),
+    ):
+        assert any(f"checkpoint-{number}" in told and reason in told for told in caplog.messages)
+    with pytest.raises(OutputError, match=r"is not a whole checkpoint: optimizer.safetensors is not as it was written"):
+        checkpoint_to_resume(whole[200], None)
+
+
+def test_every_byte_of_a_checkpoint_counts(tmp_path):
+    folder = saved(tmp_path, 1)
+    assert flaw(folder) is None
+    for file in sorted(folder.iterdir()):
+        kept = file.read_bytes()
+        file.write_bytes(bytes([kept[0] ^ 1]) + kept[1:])
+        assert flaw(folder) is not None, file.name
+        file.unlink()
+        assert "missing" in flaw(folder), file.name
+        file.write_bytes(kept)
+    assert flaw(folder) is None
+    (folder / "complete.json").write_text('{"files": {"../escape": {}}}')
+    assert "escape" in flaw(folder)
+    for text in ("", "[]", '{"files": 3}', '{"files": {"config.json": 3}}'):
+        (folder / "complete.json").write_text(text)
+        assert flaw(folder) is not None
+
+
+def test_a_checkpoint_deleted_half_is_not_taken_for_a_whole_one(tmp_path, monkeypatch):
+    folder = saved(tmp_path, 1)
+
+    def stop(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folders.shutil, "rmtree", stop)
+    with pytest.raises(KeyboardInterrupt):
+        discard(folder)
+    assert "never finished" in flaw(folder)
+
+
+def test_a_resume_elsewhere_says_that_it_is_equal_but_for_rounding(tmp_path, caplog):
+    record = read_record(saved(tmp_path, 1))
+    cpu = torch.device("cpu")
+    require_same_run(tmp_path, record, {}, cpu, allow_changes=False)
+    assert not caplog.messages
+    record["environment"] |= {"torch": "1.0", "threads": 99}
+    require_same_run(tmp_path, record, {}, cpu, allow_changes=False)
+    assert f"torch was 1.0 is {torch.__version__}".split("+")[0] in caplog.text.replace("and is", "is")
+    assert "threads was 99" in caplog.text
+    assert "equal but for rounding" in caplog.text
 
 
 def test_other_weights_are_lent_and_given_back(architecture):

@@ -1,8 +1,10 @@
 """The whole run, end to end, on tiny models: what it learns, prints, writes, and how it ends."""
 
+import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import LORA_TARGETS, PROMPTS
@@ -29,8 +32,11 @@ from konic.finetuning import (
     RewardError,
     TrainingError,
     llm_reward,
+    saving,
 )
+from konic.finetuning.checkpoint import newest_checkpoint
 from konic.finetuning.dataset import load_prompts
+from konic.finetuning.run_folder import RunFolder
 
 TIMES = {"generation_time_sec", "reward_compute_time_sec", "update_time_sec", "total_time_sec"}
 
@@ -608,19 +614,171 @@ def test_saving_into_a_folder_keeps_what_else_is_there(model_folders, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_resume_with_other_settings_is_refused_by_name(model_folders, tmp_path):
+def test_a_resume_with_other_settings_is_refused_by_name(model_folders, tmp_path, caplog):
     make_engine(model_folders["llama"], tmp_path).train(2)
-    for changes, told in (
+    before = metrics(tmp_path)
+    possible = (
         ({"batch_size": 4}, "batch_size was 8 and is 4"),
         ({"seed": 9}, "seed was 0 and is 9"),
-        ({"lora": False}, "use_lora was True and is False"),
+        ({"learning_rate": 0.02}, "learning_rate was 0.01 and is 0.02"),
         ({"dataset": DatasetConfig(prompts=PROMPTS)}, "dataset_config was"),
-    ):
-        with pytest.raises(OutputError, match=told):
+    )
+    for changes, told in possible:
+        with pytest.raises(OutputError, match=f"{told}.*allow_changes=True.*--allow-changes"):
             make_engine(model_folders["llama"], tmp_path, **changes).train(3, resume_from_checkpoint=True)
+    for allow in (False, True):
+        engine = make_engine(model_folders["llama"], tmp_path, lora=False)
+        with pytest.raises(OutputError, match=r"another model: .*use_lora was True and is False"):
+            engine.train(3, resume_from_checkpoint=True, allow_changes=allow)
     with pytest.raises(OutputError, match="model_name was"):
         make_engine(model_folders["gpt2"], tmp_path, architecture="gpt2").train(3, resume_from_checkpoint=True)
-    assert len(metrics(tmp_path)) == 2
+    assert metrics(tmp_path) == before
+    changed = make_engine(model_folders["llama"], tmp_path, learning_rate=0.02)
+    changed.train(3, resume_from_checkpoint=True, allow_changes=True)
+    assert "learning_rate was 0.01 and is 0.02" in caplog.text
+    assert [row["learning_rate"] for row in metrics(tmp_path)] == [0.01, 0.01, 0.02]
+
+
+def test_metrics_torn_by_a_kill_are_written_anew_from_the_checkpoint(model_folders, tmp_path):
+    make_engine(model_folders["llama"], tmp_path / "run").train(2)
+    make_engine(model_folders["llama"], tmp_path / "whole").train(3)
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"iteration": 3, "rew')
+    (tmp_path / "run" / ".checkpoint-3-abc").mkdir()
+    (tmp_path / "run" / "completions" / ".000003").write_text("half")
+    make_engine(model_folders["llama"], tmp_path / "run").train(3, resume_from_checkpoint=True)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert not list((tmp_path / "run").rglob(".*"))
+
+
+class Slow(Silent):
+    def on_iteration_begin(self, iteration):
+        print(iteration, flush=True)
+
+
+def run_child(model, run, body):
+    script = textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from test_engine import *
+        engine = make_engine({model!r}, {str(run)!r}, callback=Slow())
+        """)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", script + textwrap.dedent(body)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def test_sigterm_saves_what_is_done_and_then_ends_the_process(model_folders, tmp_path):
+    child = run_child(model_folders["llama"], tmp_path / "run", "engine.train(10_000)\nprint('went on')")
+    while child.stdout.readline().strip() != "4":
+        pass
+    second = make_engine(model_folders["llama"], tmp_path / "run")
+    second._state.iteration = 1  # as one that has trained in this folder before
+    with pytest.raises(OutputError, match=rf"another run is writing here \(process {child.pid} on "):
+        second.train(1)
+    child.terminate()
+    assert "went on" not in child.communicate(timeout=60)[0]
+    assert child.returncode == -signal.SIGTERM
+    done = len(metrics(tmp_path / "run"))
+    assert done >= 3
+    assert (tmp_path / "run" / f"checkpoint-{done}" / "complete.json").is_file()
+    make_engine(model_folders["llama"], tmp_path / "run").train(done + 1, resume_from_checkpoint=True)
+    make_engine(model_folders["llama"], tmp_path / "whole").train(done + 1)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_two_engines_do_not_write_into_one_folder_and_a_lock_left_behind_is_free(model_folders, tmp_path):
+    make_engine(model_folders["llama"], tmp_path).train(1)
+    with RunFolder(tmp_path).locked():
+        before = files_under(tmp_path)
+        with pytest.raises(OutputError, match="another run is writing here"):
+            make_engine(model_folders["llama"], tmp_path).train(2, resume_from_checkpoint=True)
+        assert files_under(tmp_path) == before
+    (tmp_path / ".lock").write_text("what a killed process left")
+    assert make_engine(model_folders["llama"], tmp_path).train(2, resume_from_checkpoint=True).total_iterations == 2
+
+
+def files_under(folder):
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_only_the_newest_checkpoints_are_kept(model_folders, tmp_path):
+    recorder = Recorder()
+    engine = make_engine(model_folders["llama"], tmp_path, callback=[Silent(), recorder])
+    engine.train(5, save_every=1, save_total_limit=2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+    assert [name for name, _ in recorder.calls].count("on_checkpoint_saved") == 5
+    with pytest.raises(ConfigError, match="save_total_limit=0"):
+        engine.train(1, save_total_limit=0)
+
+
+def test_without_save_every_a_checkpoint_is_written_when_the_last_is_old(model_folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "SAVE_AFTER_SECONDS", 0.0)
+    make_engine(model_folders["llama"], tmp_path / "a").train(3)
+    assert len(list((tmp_path / "a").glob("checkpoint-*"))) == 3
+    monkeypatch.setattr(saving, "SAVE_AFTER_SECONDS", 600.0)
+    make_engine(model_folders["llama"], tmp_path / "b").train(3)
+    assert [path.name for path in (tmp_path / "b").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_disk_in_rust(*_, **__):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    "where, fail",
+    [
+        ("konic.finetuning.folders._sync", full_disk),
+        ("konic.finetuning.checkpoint.save_file", full_disk_in_rust),
+        ("konic.finetuning.checkpoint.seal", full_disk),
+        ("peft.PeftModel.save_pretrained", full_disk),
+    ],
+)
+def test_a_disk_that_fills_up_is_one_error_and_the_checkpoint_before_is_intact(
+    model_folders, where, fail, tmp_path, monkeypatch
+):
+    make_engine(model_folders["llama"], tmp_path / "run").train(2)
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(OutputError, match=r"checkpoint-3: cannot be written: .*No space left on device"):
+        make_engine(model_folders["llama"], tmp_path / "run").train(5, save_every=1, resume_from_checkpoint=True)
+    monkeypatch.undo()
+    assert newest_checkpoint(tmp_path / "run").name == "checkpoint-2"
+    assert not [path for path in (tmp_path / "run").glob(".*") if path.name != ".lock"]
+    make_engine(model_folders["llama"], tmp_path / "run").train(4, resume_from_checkpoint=True)
+    make_engine(model_folders["llama"], tmp_path / "whole").train(4)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+class Vanishing(Silent):
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+
+    def on_generation_begin(self, prompts):
+        if len(metrics(self.run)) == 2:
+            shutil.rmtree(self.run)
+
+
+def test_a_folder_that_vanishes_is_one_error_and_the_work_is_kept(model_folders, tmp_path):
+    run = tmp_path / "run"
+    make_engine(model_folders["llama"], run).train(1)
+    with pytest.raises(OutputError, match="completions: cannot be written"):
+        make_engine(model_folders["llama"], run, callback=Vanishing(run)).train(5, resume_from_checkpoint=True)
+    assert newest_checkpoint(run).name.startswith("checkpoint-")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_a_run_killed_anywhere_is_resumed_to_the_same_run():
+    """`make chaos` does this a hundred times."""
+    script = os.path.join(os.path.dirname(__file__), "kill_test.py")
+    ended = subprocess.run([sys.executable, script, "9"], capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]
+    assert "| **9** | **9** |" in ended.stdout
 
 
 def test_a_resume_from_an_earlier_checkpoint_drops_the_branch_it_leaves(model_folders, tmp_path):

@@ -25,6 +25,7 @@ LAYERS = [
         "packing",
         "grouping",
         "allocator",
+        "folders",
     },
     {"results", "rewards"},
     {"models", "loaders", "callbacks", "adapters", "state"},
@@ -39,7 +40,8 @@ LAYERS = [
     {"algorithms", "evaluation", "run_folder"},
     {"update"},
     {"measures", "learner", "checks"},
-    {"engine", "reward_trial"},
+    {"saving", "reward_trial"},
+    {"engine"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -43,7 +43,9 @@ def defaults(function):
 
 def test_signatures_are_the_contracts():
     engine, callback = public.KonicFinetuningEngine, public.KonicFinetuningCallback
-    assert defaults(engine.train) == {"max_iterations": 100, "save_every": None, "resume_from_checkpoint": None}
+    promised = {"max_iterations": 100, "save_every": None, "resume_from_checkpoint": None}
+    assert defaults(engine.train) == promised | {"save_total_limit": None, "allow_changes": False}
+    assert list(inspect.signature(engine.train).parameters)[1:4] == list(promised)
     assert defaults(engine.save_pretrained) == {"merge": False}
     assert defaults(callback.__init__) == {
         "log_interval": 1,

@@ -1,16 +1,13 @@
-"""Folders written whole: checkpoints with everything a resume needs, and the final model.
-
-A folder is written beside its place and renamed, so that what bears its name is complete. Only safetensors and json.
-"""
+"""Checkpoints: everything a resume needs, in safetensors and json alone; nothing that is read can run."""
 
 import json
 import logging
 import os
-import shutil
-import tempfile
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from konic.finetuning.errors import ConfigError, OutputError
+from konic.finetuning.folders import flaw, seal, written_whole
 from konic.finetuning.moments import RunningMoments
 from konic.finetuning.policy import Policy
 from konic.finetuning.results import FinetuningIterationResult
@@ -31,67 +29,25 @@ STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 BEST_FILE = "best.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-_IDENTITY = (
-    "model_name", "use_lora", "lora_config", "algorithm", "batch_size", "num_generations", "seed", "dataset_config",
-    "generation_config", "selection",
-)  # fmt: skip
-_RECORDED = ("iteration", "num_steps", "elapsed_seconds", "reward_moments", "settings", "history")
+_FIXED = ("model_name", "use_lora", "lora_config")
+"""Settings that the weights of a checkpoint depend on."""
+_RECORDED = ("iteration", "num_steps", "elapsed_seconds", "reward_moments", "settings", "environment", "history")
 _FREE = (
     "max_iterations", "iterations_done", "max_minutes", "eval_every", "model_kwargs", "device", "on_reward_error",
     "max_error_rate", "reward_workers", "reward_timeout_seconds",
 )  # fmt: skip
+"""Settings that change no number of an iteration that both runs would do."""
+LIBRARIES = ("konic", "torch", "transformers", "peft", "datasets", "numpy")
 
 
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A new folder to fill; on leaving without an error it is synced and takes its name, replacing what bore it.
-
-    Raises:
-        OutputError: It cannot be written; whatever bore the name is as it was.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        beside.chmod(0o755)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {error.strerror}.") from error
-    try:
-        yield beside
-        for file in beside.rglob("*"):
-            _sync(file)
-        _sync(beside)
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.replace(folder, old)
-            os.replace(beside, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(beside, folder)
-        _sync(folder.parent)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-@contextmanager
-def written_into(folder: Path) -> Iterator[Path]:
-    """A new folder to fill; on leaving without an error its files go into `folder` one by one, beside what is there.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    with written_whole(folder.parent / f".{folder.name}-{os.getpid()}") as beside:
-        yield beside
-    whole = folder.parent / f".{folder.name}-{os.getpid()}"
-    try:
-        folder.mkdir(exist_ok=True)
-        for file in whole.iterdir():
-            os.replace(file, folder / file.name)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(whole, ignore_errors=True)
+def environment(device: torch.device) -> dict[str, Any]:
+    """What decides, besides settings and seed, whether a run comes out the same bit for bit."""
+    return {name: version(name) for name in LIBRARIES} | {
+        "python": platform.python_version(),
+        "machine": _processor(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
 
 
 def save_checkpoint(
@@ -109,9 +65,11 @@ def save_checkpoint(
             "elapsed_seconds": state.elapsed_seconds,
             "reward_moments": {name: asdict(moments) for name, moments in state.reward_moments.items()},
             "settings": settings,
+            "environment": environment(policy.device),
             "history": [result.to_dict() for result in state.history],
         }
         (target / STATE_FILE).write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
+        seal(target)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -129,22 +87,35 @@ def read_record(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def require_same_run(folder: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    """See that a checkpoint belongs to the run that is to go on.
+def require_same_run(
+    folder: Path, record: dict[str, Any], settings: dict[str, Any], device: torch.device, allow_changes: bool
+) -> None:
+    """See that a checkpoint belongs to the run that is to go on; what keeps it from being the same is named.
 
     Raises:
-        OutputError: A setting without which it would be another run differs; other changes are named in a warning.
+        OutputError: A setting differs without `allow_changes`, or one that the weights depend on.
     """
-    now = json.loads(json.dumps(settings, default=str))
-    changed = {name: (saved.get(name), value) for name, value in now.items() if saved.get(name) != value}
-    named = "; ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in changed.items() if name in _IDENTITY)
-    if named:
+    now, saved = json.loads(json.dumps(settings, default=str)), record["settings"]
+    changed = [name for name, value in now.items() if saved.get(name) != value and name not in _FREE]
+    named = "; ".join(f"{name} was {saved.get(name)!r} and is {now[name]!r}" for name in changed)
+    if any(name in _FIXED for name in changed):
+        raise OutputError(f"{folder}: is a checkpoint of another model: {named}. Resume with what it was made with.")
+    if changed and not allow_changes:
         raise OutputError(
-            f"{folder}: is a checkpoint of another run: {named}. Resume with the settings it was made with."
+            f"{folder}: is a checkpoint of another run: {named}. Resume with the settings it was made with, or go on "
+            "with the new ones as another run: train(..., allow_changes=True), konic train ... --allow-changes."
         )
-    others = [name for name in changed if name not in _FREE]
-    if others:
-        logger.warning("Resuming with other settings than before: %s.", ", ".join(others))
+    if changed:
+        logger.warning("Going on with other settings: %s. It is no longer the run that was begun.", named)
+    here, there = environment(device), record["environment"]
+    differing = [
+        f"{name} was {there.get(name)} and is {value}" for name, value in here.items() if there.get(name) != value
+    ]
+    if differing:
+        logger.warning(
+            "Resumed elsewhere than it was begun (%s): numbers go on equal but for rounding, not bit for bit.",
+            "; ".join(differing),
+        )
 
 
 def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> TrainerState:
@@ -173,16 +144,24 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
         ) from error
 
 
+def checkpoints(run_folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, whole or not, by iteration."""
+    named = [path for path in run_folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(named, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
 def newest_checkpoint(run_folder: Path) -> Path:
-    """The checkpoint of the highest iteration in a run's folder.
+    """The whole checkpoint of the highest iteration in a run's folder; broken ones are named and passed over.
 
     Raises:
         OutputError: There is none.
     """
-    found = [path for path in run_folder.glob("checkpoint-*") if (path / STATE_FILE).is_file()]
-    if not found:
-        raise OutputError(f"{run_folder}: there is no checkpoint to resume from.")
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    for folder in reversed(checkpoints(run_folder)):
+        broken = flaw(folder)
+        if broken is None:
+            return folder
+        logger.warning("%s is passed over: %s.", folder, broken)
+    raise OutputError(f"{run_folder}: there is no whole checkpoint to resume from. To begin anew, name another folder.")
 
 
 def checkpoint_to_resume(
@@ -197,7 +176,11 @@ def checkpoint_to_resume(
     if resume is None or resume is False:
         return None
     if resume is not True:
-        return Path(resume).expanduser().absolute()
+        named = Path(resume).expanduser().absolute()
+        broken = flaw(named)
+        if broken is not None:
+            raise OutputError(f"{named}: is not a whole checkpoint: {broken}. Give another one.")
+        return named
     if run_folder is None:
         raise ConfigError("train(resume_from_checkpoint=True) needs checkpoint_dir, the run's folder.")
     return newest_checkpoint(Path(run_folder).expanduser().absolute())
@@ -240,9 +223,10 @@ def _restore_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, tensors
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _processor() -> str:
+    """The processor's name where the system tells it, else its kind."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -16,21 +16,19 @@ from konic.finetuning.algorithms import ALGORITHMS, advantages_of
 from konic.finetuning.callbacks import BaseKonicFinetuningCallback, Callbacks
 from konic.finetuning.checkpoint import (
     checkpoint_to_resume,
+    environment,
     load_checkpoint,
     read_record,
     require_same_run,
-    save_checkpoint,
     snapshot,
-    weights_of,
-    written_into,
-    written_whole,
 )
 from konic.finetuning.checks import new_findings, require_sound_rollout
 from konic.finetuning.config import GenerationConfig, TrainingConfig
 from konic.finetuning.dataset import Prompt, PromptSet, load_prompts, make_prompts
 from konic.finetuning.errors import ConfigError, OutputError, TrainingError, did_you_mean
 from konic.finetuning.evaluation import evaluate, respond
-from konic.finetuning.interrupts import uninterrupted
+from konic.finetuning.folders import written_into
+from konic.finetuning.interrupts import sigterm_as_interrupt, uninterrupted
 from konic.finetuning.intervals import mean
 from konic.finetuning.learner import Learner, build_learner
 from konic.finetuning.measures import RunClock, StageClock, iteration_result
@@ -41,6 +39,7 @@ from konic.finetuning.results import Evaluation, FinetuningIterationResult, Fine
 from konic.finetuning.rollout import Rollout, rollout, with_values_shifted
 from konic.finetuning.run_folder import RunFolder
 from konic.finetuning.sampling import RandomKey
+from konic.finetuning.saving import Saving
 from konic.finetuning.scoring import Scorer, Scores, moments_of
 from konic.finetuning.state import TrainerState
 from konic.finetuning.update import Schedule, update
@@ -98,32 +97,51 @@ class KonicFinetuningEngine:
         max_iterations: int = 100,
         save_every: int | None = None,
         resume_from_checkpoint: bool | str | os.PathLike[str] | None = None,
+        *,
+        save_total_limit: int | None = None,
+        allow_changes: bool = False,
     ) -> FinetuningResult:
         """Run iterations of sampling, scoring and updating; called again, it goes on.
 
+        A checkpoint is also written at the end, after Ctrl-C, and after SIGTERM, which then ends the process.
+
         Args:
             max_iterations: Iterations to do; with `resume_from_checkpoint`, the total.
-            save_every: Write a checkpoint every so many iterations, besides the one at the end.
-            resume_from_checkpoint: True for the newest checkpoint in `checkpoint_dir`, or a checkpoint's folder.
+            save_every: Write a checkpoint every so many iterations; None writes one when ten minutes have passed.
+            resume_from_checkpoint: True for the newest whole checkpoint in `checkpoint_dir`, or a checkpoint's folder.
+            save_total_limit: Keep so many checkpoints, the newest; None keeps all.
+            allow_changes: Resume with other settings than the checkpoint's, which makes it another run.
 
         Raises:
             KonicError: Something the user can mend; up to the last whole iteration nothing is lost.
         """
         callbacks = Callbacks(self.callback)
-        with self._scorer:
-            folder, last = self._prepare(max_iterations, save_every, resume_from_checkpoint)
+        with contextlib.ExitStack() as held:
+            held.enter_context(sigterm_as_interrupt())
+            held.enter_context(self._scorer)
+            self._check(max_iterations, save_every, save_total_limit)
+            folder, last = self._prepare(held, max_iterations, resume_from_checkpoint, allow_changes)
+            saving = Saving(
+                folder,
+                self._learner,
+                self._state,
+                callbacks,
+                lambda: self._settings(last),
+                save_every,
+                save_total_limit,
+            )
             callbacks.on_train_begin(self._settings(last))
             with callbacks.told_of_errors():
                 try:
-                    stopped = self._iterate(folder, callbacks, last, save_every)
+                    stopped = self._iterate(folder, callbacks, saving, last)
                 except KeyboardInterrupt:
                     stopped = INTERRUPTED
                 except Exception:
-                    self._save_what_is_whole(folder, callbacks, last)
+                    saving.after_error(self._result(None, None), self._weights_are_whole)
                     raise
-                return self._finish(folder, callbacks, last, stopped)
+                return self._finish(folder, callbacks, saving, last, stopped)
 
-    def _iterate(self, folder: RunFolder, callbacks: Callbacks, last: int, save_every: int | None) -> str | None:
+    def _iterate(self, folder: RunFolder, callbacks: Callbacks, saving: Saving, last: int) -> str | None:
         """The loop, up to iteration `last`; why it ended before, or None."""
         config, generation = self._training, self._generation
         learner, prompts, state = self._learner, self._prompts, self._state
@@ -171,8 +189,7 @@ class KonicFinetuningEngine:
                 folder.write_iteration(result, rolled, scores)
 
                 callbacks.on_iteration_end(result)
-                if save_every and iteration % save_every == 0:
-                    self._save_checkpoint(folder, callbacks, last)
+                saving.after_iteration()
 
             stopped = _reason_to_stop(result, callbacks, clock)
             if stopped and iteration < last:
@@ -312,33 +329,41 @@ class KonicFinetuningEngine:
         return make_prompt_batch(chosen, learner.policy.tokenizer, length, learner.special.pad, learner.policy.device)
 
     def _prepare(
-        self, max_iterations: int, save_every: int | None, resume: bool | str | os.PathLike[str] | None
+        self,
+        held: contextlib.ExitStack,
+        max_iterations: int,
+        resume: bool | str | os.PathLike[str] | None,
+        allow_changes: bool,
     ) -> tuple[RunFolder, int]:
-        """Check everything cheap first, then load: the run's folder, and its last iteration."""
-        self._check(max_iterations, save_every)
+        """The run's folder, locked and cut back to where the run goes on, and its last iteration; the model loaded."""
         checkpoint = checkpoint_to_resume(resume, self.checkpoint_dir)
         record = read_record(checkpoint) if checkpoint is not None else None
         folder = self._open_folder(checkpoint)
         is_new = not folder.path.exists()
         folder.prepare(may_hold_a_run=checkpoint is not None or self._state.iteration > 0)
         try:
+            held.enter_context(folder.locked())
             learner = self._learner
         except Exception:
             if is_new:
-                folder.path.rmdir()
+                held.close()
+                folder.remove_if_empty()
             raise
         if checkpoint is not None and record is not None:
-            require_same_run(checkpoint, record["settings"], self._settings(max_iterations))
+            require_same_run(checkpoint, record, self._settings(max_iterations), learner.policy.device, allow_changes)
             self._state = load_checkpoint(checkpoint, learner.policy, learner.optimizer)
-            folder.cut_after(self._state.iteration)
+            folder.go_back_to(self._state.history)
         last = max_iterations if checkpoint is not None else self._state.iteration + max_iterations
-        folder.write_run(self._settings(last), self.agent.get_reward_composer())
+        folder.write_run(self._settings(last), environment(learner.policy.device), self.agent.get_reward_composer())
         return folder, last
 
-    def _check(self, max_iterations: int, save_every: int | None) -> None:
+    def _check(self, max_iterations: int, save_every: int | None, save_total_limit: int | None) -> None:
         """Everything that can be known to fail, or to be worth a warning, before the model is loaded."""
-        for name, value in (("max_iterations", max_iterations), ("save_every", save_every)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        counts = {"max_iterations": max_iterations, "save_every": save_every, "save_total_limit": save_total_limit}
+        for name, value in counts.items():
+            may_be_none = name != "max_iterations"
+            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if not (is_count or (value is None and may_be_none)):
                 raise ConfigError(f"train({name}={value!r}): it must be a whole number of at least 1.")
         if not self._weights_are_whole:
             raise TrainingError(
@@ -376,11 +401,6 @@ class KonicFinetuningEngine:
         }
         return self.agent.settings(uses_lora=self._learner.policy.uses_lora) | counts
 
-    def _save_checkpoint(self, folder: RunFolder, callbacks: Callbacks, last: int) -> None:
-        path = folder.path / f"checkpoint-{self._state.iteration}"
-        save_checkpoint(path, self._learner.policy, self._learner.optimizer, self._state, self._settings(last))
-        callbacks.on_checkpoint_saved(str(path), self._state.iteration)
-
     @contextlib.contextmanager
     def _changing_weights(self) -> Iterator[None]:
         """From its first optimizer step on the weights are between two iterations; an error then spoils the engine."""
@@ -395,27 +415,14 @@ class KonicFinetuningEngine:
             hook.remove()
         self._weights_are_whole = True
 
-    def _save_what_is_whole(self, folder: RunFolder, callbacks: Callbacks, last: int) -> None:
-        """After an error: the last whole iteration if the weights are still its own, and the best ones in any case."""
-        if self._state.iteration and self._weights_are_whole:
-            self._save_checkpoint(folder, callbacks, last)
-        if self._state.best_weights is not None:
-            self._write_best(folder, self._result(None, None))
-
-    def _write_best(self, folder: RunFolder, result: FinetuningResult) -> None:
-        if self._state.best_weights is not None:
-            told = replace(result, history=result.history[: result.best_iteration])
-            with weights_of(self._learner.policy, self._state.best_weights):
-                self._write_model(folder.path / "best", told)
-
-    def _finish(self, folder: RunFolder, callbacks: Callbacks, last: int, stopped: str | None) -> FinetuningResult:
+    def _finish(
+        self, folder: RunFolder, callbacks: Callbacks, saving: Saving, last: int, stopped: str | None
+    ) -> FinetuningResult:
         """Write the last checkpoint, the final and the best model; then try the held-out prompts once more."""
         final = folder.path / "final"
         result = self._result(str(final), stopped)
         with contextlib.suppress(KeyboardInterrupt), uninterrupted():
-            self._save_checkpoint(folder, callbacks, last)
-            self._write_model(final, result)
-            self._write_best(folder, result)
+            saving.final(result)
         if self._prompts.held_out and stopped != INTERRUPTED:
             with contextlib.suppress(KeyboardInterrupt):
                 before = folder.read_evaluation(0) or self._evaluate_held_out(folder, 0)
@@ -424,10 +431,6 @@ class KonicFinetuningEngine:
                 self._learner.write_card(final, result, self._settings(last))
         callbacks.on_train_end(result)
         return result
-
-    def _write_model(self, path: Path, result: FinetuningResult) -> None:
-        with written_whole(path) as target:
-            self._learner.write(target, result, self._settings(self._state.iteration))
 
     def _result(self, model_path: str | None, stopped: str | None) -> FinetuningResult:
         state, name = self._state, self.agent.get_base_model()

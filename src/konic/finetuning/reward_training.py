@@ -19,9 +19,9 @@ from pydantic import Field
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from konic.finetuning.checkpoint import written_into
 from konic.finetuning.config import Settings
 from konic.finetuning.errors import DatasetError, ModelError, TrainingError, did_you_mean
+from konic.finetuning.folders import written_into
 from konic.finetuning.intervals import Interval, proportion
 from konic.finetuning.loaders import read_hub, read_local
 from konic.finetuning.models import loading_failed, locate_model, pick_device, quiet_transformers

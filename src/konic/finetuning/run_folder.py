@@ -7,7 +7,10 @@ import math
 import os
 import platform
 import shutil
+import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,14 +18,18 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+from filelock import FileLock, Timeout
 
+from konic.finetuning.checkpoint import checkpoints
 from konic.finetuning.errors import OutputError
+from konic.finetuning.folders import discard
 from konic.finetuning.results import Evaluation, FinetuningIterationResult, FinetuningResult
 from konic.finetuning.rollout import Rollout
 from konic.finetuning.scoring import Scores
 
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
 _PART = "reward/"
 
 
@@ -66,14 +73,43 @@ class RunFolder:
         except OSError as error:
             raise OutputError(f"checkpoint_dir {self.path}: cannot be written: {error.strerror}.") from None
 
-    def write_run(self, settings: dict[str, Any], composer: Any) -> None:
+    def remove_if_empty(self) -> None:
+        """Take back a folder that was made for a run that could not begin."""
+        with suppress(OSError):
+            self.path.rmdir()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within it no other process or engine writes here; the system frees the lock of a process that was killed.
+
+        Raises:
+            OutputError: Another one does.
+        """
+        path = self.path / LOCK_FILE
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise OutputError(
+                f"{self.path}: another run is writing here ({_owner(self.path / RUN_FILE)}). Stop it or wait for its "
+                "end, or name another checkpoint_dir."
+            ) from None
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written: {error.strerror or error}.") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # one who opened it before sees that it is gone and makes another
+            lock.release()
+
+    def write_run(self, settings: dict[str, Any], environment: dict[str, Any], composer: Any) -> None:
         """Write `run.json`: settings, versions, machine, and where the rewards' source is, with its hash."""
-        libraries = ("konic", "torch", "transformers", "peft", "datasets", "numpy")
         record = {
             "settings": settings,
             "rewards": _source_of(type(composer)),
-            "versions": {name: version(name) for name in libraries} | {"python": platform.python_version()},
+            "environment": environment,
             "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+            "process": {"id": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M}"},
         }
         self._write(RUN_FILE, json.dumps(record, indent=1, default=str))
 
@@ -82,7 +118,7 @@ class RunFolder:
         self._write_completions(result.iteration, rollout, scores)
         try:
             with (self.path / METRICS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result.to_dict()) + "\n")
+                file.write(_line(result))
         except OSError as error:
             raise OutputError(f"{self.path / METRICS_FILE}: cannot be written: {error.strerror}.") from None
 
@@ -116,20 +152,19 @@ class RunFolder:
             table["error"],
         )
 
-    def cut_after(self, iteration: int) -> None:
-        """Drop what later iterations left, before a resume writes it again."""
-        for checkpoint in self.path.glob("checkpoint-*"):
-            number = checkpoint.name.rpartition("-")[2]
-            if number.isdigit() and int(number) > iteration:
-                shutil.rmtree(checkpoint)
-        path = self.path / METRICS_FILE
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line and json.loads(line)["iteration"] <= iteration]
-            self._write(METRICS_FILE, "".join(f"{line}\n" for line in kept))
-        for folder in ("completions", "evaluations"):
-            for file in (self.path / folder).glob("*.parquet"):
-                if int(file.stem) > iteration:
+    def go_back_to(self, history: list[FinetuningIterationResult]) -> None:
+        """Drop what came after the last of these iterations, and what was left half written, before a resume."""
+        iteration = history[-1].iteration if history else 0
+        for folder in checkpoints(self.path):
+            if int(folder.name.rpartition("-")[2]) > iteration:
+                discard(folder)
+        for pattern in (".checkpoint-*", ".best-*", ".final-*", f".{METRICS_FILE}", f".{RUN_FILE}"):
+            for left in self.path.glob(pattern):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        self._write(METRICS_FILE, "".join(_line(result) for result in history))
+        for name in ("completions", "evaluations"):
+            for file in (self.path / name).iterdir() if (self.path / name).is_dir() else ():
+                if not file.stem.isdigit() or int(file.stem) > iteration:
                     file.unlink()
 
     def _write_completions(self, iteration: int, rollout: Rollout, scores: Scores) -> None:
@@ -210,6 +245,19 @@ def model_card(result: FinetuningResult, settings: dict[str, Any], base_location
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _line(result: FinetuningIterationResult) -> str:
+    return json.dumps(result.to_dict()) + "\n"
+
+
+def _owner(run_file: Path) -> str:
+    """Which process a run's file names."""
+    try:
+        process = json.loads(run_file.read_text(encoding="utf-8"))["process"]
+        return f"process {process['id']} on {process['host']}, since {process['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its process is not known"
 
 
 def _nulls(values: list[float]) -> list[float | None]:

@@ -1,0 +1,111 @@
+"""Folders written whole: filled beside their place, synced and renamed, so that what bears a name is complete."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from konic.finetuning.errors import OutputError
+
+SEAL_FILE = "complete.json"
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A new folder to fill; on leaving without an error it is synced and takes its name, replacing what bore it.
+
+    Raises:
+        OutputError: It cannot be written; whatever bore the name is as it was.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        beside.chmod(0o755)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror}.") from error
+    try:
+        yield beside
+        for file in beside.rglob("*"):
+            _sync(file)
+        _sync(beside)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            os.replace(folder, old)
+            os.replace(beside, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(beside, folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{folder}: cannot be written: {getattr(error, 'strerror', None) or error}.") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def written_into(folder: Path) -> Iterator[Path]:
+    """A new folder to fill; on leaving without an error its files go into `folder` one by one, beside what is there.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    with written_whole(folder.parent / f".{folder.name}-{os.getpid()}") as beside:
+        yield beside
+    whole = folder.parent / f".{folder.name}-{os.getpid()}"
+    try:
+        folder.mkdir(exist_ok=True)
+        for file in whole.iterdir():
+            os.replace(file, folder / file.name)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(whole, ignore_errors=True)
+
+
+def seal(folder: Path) -> None:
+    """Mark a folder as complete: a file, written last, with the size and SHA-256 of every other one."""
+    files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
+    for name in files:
+        _sync(folder / name)
+    (folder / SEAL_FILE).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+
+
+def flaw(folder: Path) -> str | None:
+    """What keeps a folder from being what :func:`seal` marked, or None where every byte is as it was."""
+    try:
+        files = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))["files"]
+        for name, fingerprint in files.items():
+            if Path(name).name != name or not (folder / name).is_file():
+                return f"{name} is missing"
+            if _fingerprint(folder / name) != fingerprint:
+                return f"{name} is not as it was written"
+    except FileNotFoundError:
+        return f"it was never finished: {SEAL_FILE} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{SEAL_FILE} cannot be read: {type(error).__name__}: {error}"
+    return None
+
+
+def discard(folder: Path) -> None:
+    """Delete a sealed folder; one that is deleted half is not taken for a whole one."""
+    (folder / SEAL_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _fingerprint(path: Path) -> dict[str, str | int]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
