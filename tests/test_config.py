@@ -35,6 +35,7 @@ BOUNDS = [  # field, the values at the edge that are valid, the ones past it
     (TrainingConfig, "target_kl", [TINY, None], [0]),
     (TrainingConfig, "value_warmup_iterations", [0, 3], [-1]),
     (TrainingConfig, "on_reward_error", ["raise", "skip"], ["ignore", None]),
+    (TrainingConfig, "on_nonfinite", ["stop", "skip"], ["raise", None]),
     (TrainingConfig, "max_error_rate", [0, 1], [-TINY, 1.001]),
     (TrainingConfig, "reward_workers", [0, 4], [-1, 1.5]),
     (TrainingConfig, "reward_timeout_seconds", [TINY, None], [0]),

@@ -12,7 +12,7 @@ import konic
 PACKAGE = Path(konic.__file__).parent
 LAYERS = [
     {"errors"},
-    {"config", "hub"},
+    {"config", "hub", "paths"},
     {
         "advantages",
         "losses",

@@ -17,7 +17,7 @@ from konic.finetuning.scoring import Scores
 from konic.finetuning.update import UpdateStats
 
 NAN = math.nan
-STATS = UpdateStats(-0.1, 0.2, -0.3, 0.4, 0.05, 0.06, 0.7, 1e-3, 0.08, 0.0, 0.003, 0.09, 4)
+STATS = UpdateStats(-0.1, 0.2, -0.3, 0.4, 0.05, 0.06, 0.7, 1e-3, 0.08, 0.0, 0.003, 0.09, 4, 2)
 
 
 def hand_made():

@@ -1,6 +1,7 @@
 """LoraConfig -> PEFT's, checked against a model's layers; and what is done to layers around it."""
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import peft
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -71,7 +73,7 @@ def new_adapter(causal_lm: PreTrainedModel, adapter: peft.LoraConfig, seed: int)
         with torch.random.fork_rng(), _without_renaming_advice():
             torch.manual_seed(seed)
             return peft.get_peft_model(causal_lm, adapter)
-    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, re.error) as error:
         linear = {
             name.rsplit(".", 1)[-1] for name, module in causal_lm.named_modules() if isinstance(module, nn.Linear)
         }
@@ -93,8 +95,19 @@ def load_adapter(causal_lm: PreTrainedModel, folder: Path) -> peft.PeftModel:
         with _without_renaming_advice():
             adapted = peft.PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=True)
             adapted.load_adapter(str(folder), START, is_trainable=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        weights = load_file(folder / "adapter_model.safetensors")
+        own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the adapter cannot be loaded: {type(error).__name__}: {error}") from error
+    if weights.keys() != own.keys():
+        odd = sorted(weights.keys() ^ own.keys())
+        raise ModelError(
+            f"{folder}: adapter_model.safetensors does not hold the weights that adapter_config.json describes: "
+            f"{odd[0]!r} and {len(odd) - 1} more are in one of them alone. Give both files of one adapter."
+        )
+    broken = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    if broken is not None:
+        raise ModelError(f"{folder}: the adapter's weights {broken} are not finite (NaN or infinity).")
     adapted.set_adapter("default")
     return adapted
 
@@ -104,6 +117,8 @@ def _without_renaming_advice() -> Iterator[None]:
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by a name that is on its way out
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        # looked at key by key after loading
+        warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
         yield
 
 

@@ -74,11 +74,18 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         early_stop_patience: int = 5,
         verbose: bool = True,
     ) -> None:
-        for name, value in (("log_interval", log_interval), ("early_stop_patience", early_stop_patience)):
-            if not isinstance(value, int) or value < 1:
+        counts = (("log_interval", log_interval, 1), ("early_stop_patience", early_stop_patience, 1))
+        for name, value, least in (*counts, ("max_samples_to_log", max_samples_to_log, 0)):
+            if not isinstance(value, int) or value < least:
                 raise ConfigError(
-                    f"KonicFinetuningCallback({name}={value!r}): it must be a whole number of at least 1."
+                    f"KonicFinetuningCallback({name}={value!r}): it must be a whole number of at least {least}."
                 )
+        threshold = early_stop_kl_threshold
+        if threshold is not None and not (isinstance(threshold, int | float) and threshold >= 0):
+            raise ConfigError(
+                f"KonicFinetuningCallback(early_stop_kl_threshold={threshold!r}): it must be nats per token, of at "
+                "least 0, or None."
+            )
         self.log_interval = log_interval
         self.log_samples = log_samples
         self.max_samples_to_log = max_samples_to_log

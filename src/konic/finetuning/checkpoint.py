@@ -19,6 +19,7 @@ from torch import Tensor
 from konic.finetuning.errors import ConfigError, OutputError
 from konic.finetuning.folders import flaw, seal, written_whole
 from konic.finetuning.moments import RunningMoments
+from konic.finetuning.paths import as_path
 from konic.finetuning.policy import Policy
 from konic.finetuning.results import FinetuningIterationResult
 from konic.finetuning.state import TrainerState
@@ -80,8 +81,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        _require_kinds(record)
         return {name: record[name] for name in _RECORDED}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise OutputError(
             f"{folder}: is not a whole checkpoint: {type(error).__name__}: {error}. Give another one."
         ) from error
@@ -135,9 +137,9 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
             elapsed_seconds=record["elapsed_seconds"],
             reward_moments={name: RunningMoments(**values) for name, values in record["reward_moments"].items()},
             history=[FinetuningIterationResult.from_dict(values) for values in record["history"]],
-            best_weights=load_file(best_file) if best_file.is_file() else None,
+            best_weights=_own(load_file(best_file), policy) if best_file.is_file() else None,
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise OutputError(
             f"{folder}: is not a whole checkpoint of this run: {type(error).__name__}: {error}. "
             "Give another checkpoint, and the same model and adapter that wrote it."
@@ -176,14 +178,14 @@ def checkpoint_to_resume(
     if resume is None or resume is False:
         return None
     if resume is not True:
-        named = Path(resume).expanduser().absolute()
+        named = as_path(resume, "train(resume_from_checkpoint)", OutputError)
         broken = flaw(named)
         if broken is not None:
             raise OutputError(f"{named}: is not a whole checkpoint: {broken}. Give another one.")
         return named
     if run_folder is None:
         raise ConfigError("train(resume_from_checkpoint=True) needs checkpoint_dir, the run's folder.")
-    return newest_checkpoint(Path(run_folder).expanduser().absolute())
+    return newest_checkpoint(as_path(run_folder, "checkpoint_dir", OutputError))
 
 
 @contextmanager
@@ -205,6 +207,13 @@ def snapshot(policy: Policy) -> dict[str, Tensor]:
     return {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in policy.trainable().items()}
 
 
+def _require_kinds(record: Any) -> None:
+    kinds = {"iteration": int, "num_steps": int, "settings": dict, "environment": dict, "history": list}
+    for name, kind in kinds.items():
+        if not isinstance(record[name], kind):
+            raise TypeError(f"{name} is {type(record[name]).__name__}, not {kind.__name__}")
+
+
 def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {}
     for name, parameter in policy.trainable().items():
@@ -214,7 +223,16 @@ def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict
     return tensors
 
 
+def _own(weights: dict[str, Tensor], policy: Policy) -> dict[str, Tensor]:
+    if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in policy.trainable().items()}:
+        raise ValueError(f"{BEST_FILE} holds other weights than this run's")
+    return weights
+
+
 def _restore_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    names = {f"{name}.{moment}" for name in policy.trainable() for moment in _MOMENTS}
+    if tensors and not tensors.keys() <= names:
+        raise ValueError("its optimizer state is of other weights")
     state = {
         index: {moment: tensors[f"{name}.{moment}"] for moment in _MOMENTS}
         for index, name in enumerate(policy.trainable())

@@ -10,11 +10,15 @@ from collections.abc import Callable, Sequence
 from konic.finetuning.config import GenerationConfig, TrainingConfig
 from konic.finetuning.errors import TrainingError
 from konic.finetuning.intervals import mean
+from konic.finetuning.policy import Policy
 from konic.finetuning.results import FinetuningIterationResult
 from konic.finetuning.rollout import Rollout
+from konic.finetuning.scoring import Scores
 
 MAX_START_KL = 1e-4
 """KL per token, nats, of the untrained policy from its reference in fp32; rounding stays below a thousandth of it."""
+MAX_REWARD = 1e15
+"""Beyond it a reward's square, and sums of such, come near the end of single precision (3e38)."""
 PATIENCE = 3
 """Iterations in a row that make a finding of what one batch may show by chance."""
 
@@ -31,12 +35,50 @@ def require_sound_rollout(rollout: Rollout, iteration: int) -> None:
     if not rollout.in_full_precision:
         return
     kl = rollout.kl.max().item()
-    if iteration == 1 and not kl <= MAX_START_KL:
+    if iteration == 1 and kl > MAX_START_KL:
         raise TrainingError(
             f"Before any training the policy is {kl:.2g} nats per token from its reference, which is the same model: "
             "the adapter is not switched off where the reference is computed, or the model reads a cached sequence, as "
             "in sampling, differently from a whole one. Nothing was updated. Try plain LoRA (LoraConfig()) and "
             "model_kwargs={'attn_implementation': 'eager'}, and please report it."
+        )
+
+
+def what_is_not_finite(rollout: Rollout, scores: Scores, policy: Policy) -> str | None:
+    """Which number of a batch cannot be learned from, whose it is and what to do; None where all can.
+
+    A reward's square has to fit single precision with room for sums, so rewards beyond ±1e15 are counted in.
+    """
+    for name in ("log_probs", "ref_log_probs", "kl", "entropy", "values"):
+        bad = (rollout.response_mask & ~getattr(rollout, name).isfinite()).any(dim=1).nonzero()
+        if len(bad):
+            prompt = rollout.batch.prompts[int(bad[0])]
+            weight = next((n for n, w in policy.model.named_parameters() if not w.isfinite().all()), None)
+            whose = f"{name} of the response to dataset row {prompt.row}, prompt {prompt.text[:100]!r}, are not finite."
+            if weight:
+                return f"{whose} The weights {weight} hold NaN or infinity: resume an earlier checkpoint."
+            return f"{whose} All weights are finite: the model overflows; try model_kwargs={{'dtype': 'float32'}}."
+    for prompt, reward in zip(rollout.batch.prompts, scores.rewards, strict=True):
+        if abs(reward) > MAX_REWARD:
+            return (
+                f"The reward of the response to dataset row {prompt.row}, prompt {prompt.text[:100]!r}, is {reward:g}, "
+                f"beyond ±{MAX_REWARD:g}: nothing can be learned from numbers of that size. Scale or clip your rewards."
+            )
+    return None
+
+
+def require_some_steps(history: History) -> None:
+    """See that a run that drops what is not finite does not drop everything.
+
+    Raises:
+        TrainingError: Iterations in a row ended without one step.
+    """
+    recent = history[-PATIENCE:]
+    if len(recent) == PATIENCE and all(r.num_nonfinite and not r.num_steps for r in recent):
+        raise TrainingError(
+            f"In each of the last {PATIENCE} iterations everything was dropped because numbers were not finite "
+            "(on_nonfinite='skip'): nothing is learned any more. The warnings before this name them. Go back to an "
+            "earlier checkpoint, and lower the learning rate or mend the reward."
         )
 
 

@@ -4,6 +4,7 @@ Defaults come from a paper or from a measurement, named beside them. Derived num
 """
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -45,7 +46,7 @@ class Settings(BaseModel):
         if isinstance(value, cls):
             return value
         if isinstance(value, Mapping):
-            return cls(**value)
+            return cls(**{str(name): given for name, given in value.items()})
         raise ConfigError(f"Expected a {cls.__name__} or a dict of its fields, got {type(value).__name__}: {value!r}.")
 
 
@@ -112,6 +113,8 @@ class TrainingConfig(Settings):
     """What a reward's error on a response does: "raise" stops the run, "skip" leaves the response out and counts it."""
     max_error_rate: float = Field(default=0.1, ge=0, le=1)
     """With "skip", the share of the last 100 responses that may fail; beyond, the run stops."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a NaN or infinity does: "stop" ends the run before the step, "skip" drops the batch or step, counted."""
     reward_workers: int = Field(default=0, ge=0)
     """Processes that call reward methods and functions; 0 calls them in the run's own. Reward models stay in it."""
     reward_timeout_seconds: float | None = Field(default=None, gt=0)
@@ -269,5 +272,6 @@ def _explain(kind: type[BaseModel], error: ValidationError) -> str:
             lines.append(f"{kind.__name__}: {problem['ctx']['error']}.")
         else:
             message = problem["msg"][0].lower() + problem["msg"][1:]
-            lines.append(f"{kind.__name__}.{name}: {message}, got {problem['input']!r}.")
+            shown = "***" if problem["loc"][:1] == ("token",) else reprlib.repr(problem["input"])
+            lines.append(f"{kind.__name__}.{name}: {message}, got {shown}.")
     return "\n".join(lines)

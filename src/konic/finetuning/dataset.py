@@ -7,15 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from konic.finetuning.config import Settings
-from konic.finetuning.errors import DatasetError, did_you_mean
+from konic.finetuning.errors import ConfigError, DatasetError, did_you_mean
 from konic.finetuning.loaders import BUNDLED_SPLITS, read_bundled, read_hub, read_local, stream_rows
+from konic.finetuning.paths import as_path
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +70,14 @@ class DatasetConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _source_follows_from_what_is_given(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("prompts"), set | frozenset):
+            raise ValueError("prompts is a set, which has no order: give a list")
         if not isinstance(values, dict) or values.get("source") is not None:
             return values
         if values.get("prompts") is not None:
             return {**values, "source": DatasetSource.MEMORY}
         if isinstance(values.get("name"), str):
-            is_path = Path(values["name"]).expanduser().exists()
+            is_path = as_path(values["name"], "name", ConfigError).exists()
             return {**values, "source": DatasetSource.LOCAL if is_path else DatasetSource.HUGGINGFACE}
         return {name: value for name, value in values.items() if name != "source"}
 
@@ -237,6 +239,8 @@ def _make_prompt(index: int, row: Any, config: DatasetConfig, where: str) -> tup
 def _fill_template(template: str, index: int, columns: Mapping[str, Any], where: str) -> str:
     try:
         return template.format_map(columns)
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise DatasetError(f"{where}: prompt_template={template!r} does not fit row {index}: {error}.") from None
     except KeyError as error:
         raise _missing_column(error.args[0], index, columns, where, "DatasetConfig(prompt_template=...)") from None
 
@@ -253,7 +257,7 @@ def _missing_column(name: str, index: int, columns: Mapping[str, Any], where: st
 def _problem(content: Any) -> str | None:
     """Why a prompt cannot be used, or None."""
     if isinstance(content, str):
-        return None if content.strip() else "empty"
+        return _problem_of_text(content, "empty")
     if content is None or (isinstance(content, float) and math.isnan(content)):
         return "missing"
     if not isinstance(content, list | tuple):
@@ -263,11 +267,21 @@ def _problem(content: Any) -> str | None:
     for message in content:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             return "a message without role and content"
-        if not isinstance(message["content"], str):
-            return "a message whose content is not text"
+        if not isinstance(message["content"], str) or not isinstance(message["role"], str):
+            return "a message whose role or content is not text"
     if content[-1]["role"] != "user":
         return "the last message is not the user's"
-    return None if content[-1]["content"].strip() else "the last message is empty"
+    return next(filter(None, (_problem_of_text(m["content"]) for m in content)), None) or _problem_of_text(
+        content[-1]["content"], "the last message is empty"
+    )
+
+
+def _problem_of_text(text: str, empty: str | None = None) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "not text: it holds half a character (a lone surrogate)"
+    return None if text.strip() else empty
 
 
 def _where(config: DatasetConfig) -> str:

@@ -22,10 +22,10 @@ from konic.finetuning.checkpoint import (
     require_same_run,
     snapshot,
 )
-from konic.finetuning.checks import new_findings, require_sound_rollout
+from konic.finetuning.checks import new_findings, require_some_steps, require_sound_rollout, what_is_not_finite
 from konic.finetuning.config import GenerationConfig, TrainingConfig
 from konic.finetuning.dataset import Prompt, PromptSet, load_prompts, make_prompts
-from konic.finetuning.errors import ConfigError, OutputError, TrainingError, did_you_mean
+from konic.finetuning.errors import ConfigError, NotFiniteError, OutputError, TrainingError, did_you_mean
 from konic.finetuning.evaluation import evaluate, respond
 from konic.finetuning.folders import written_into
 from konic.finetuning.interrupts import sigterm_as_interrupt, uninterrupted
@@ -34,6 +34,7 @@ from konic.finetuning.learner import Learner, build_learner
 from konic.finetuning.measures import RunClock, StageClock, iteration_result
 from konic.finetuning.models import check_model_kwargs, pick_device
 from konic.finetuning.moments import RunningMoments
+from konic.finetuning.paths import as_path
 from konic.finetuning.prompts import PromptBatch, make_prompt_batch
 from konic.finetuning.results import Evaluation, FinetuningIterationResult, FinetuningResult, Selection
 from konic.finetuning.rollout import Rollout, rollout, with_values_shifted
@@ -81,6 +82,8 @@ class KonicFinetuningEngine:
         self._weights_are_whole = True
         check_model_kwargs(agent.get_model_kwargs())
         pick_device(device)
+        if checkpoint_dir is not None:
+            as_path(checkpoint_dir, "checkpoint_dir", OutputError)
 
     @classmethod
     def from_agent(cls, agent: KonicFinetuningAgent, **options: Any) -> Self:
@@ -163,6 +166,7 @@ class KonicFinetuningEngine:
 
             scores = self._scorer.score(batch.prompts, batch.texts, rolled.texts, state.reward_moments, learns=True)
             self._scorer.require_few_faults(state.history, scores)
+            scores = self._usable(rolled, scores)
             stages.lap("reward")
             callbacks.on_reward_computed(list(scores.rewards), {name: list(v) for name, v in scores.breakdown.items()})
 
@@ -187,6 +191,7 @@ class KonicFinetuningEngine:
                 )
                 state.add(result, config.steps_per_iteration, clock.elapsed_seconds, scores.moments)
                 folder.write_iteration(result, rolled, scores)
+                require_some_steps(state.history)
 
                 callbacks.on_iteration_end(result)
                 saving.after_iteration()
@@ -225,7 +230,7 @@ class KonicFinetuningEngine:
             path: The folder; what is there already is replaced.
             merge: True writes a full model with the adapter merged in, False the adapter (or the full model).
         """
-        folder, result = Path(path).expanduser().absolute(), self._result(None, None)
+        folder, result = as_path(path, "save_pretrained(path)", OutputError), self._result(None, None)
         with written_into(folder) as target:
             self._learner.write(target, result, self._settings(self._state.iteration), merge)
 
@@ -241,10 +246,20 @@ class KonicFinetuningEngine:
     def _learning_rate(self) -> float:
         return self._training.peak_learning_rate(uses_lora=self._learner.policy.uses_lora)
 
+    def _usable(self, rolled: Rollout, scores: Scores) -> Scores:
+        """The scores; marked as dropped where a number of the batch is not finite and on_nonfinite is "skip"."""
+        wrong = what_is_not_finite(rolled, scores, self._learner.policy)
+        if wrong is None:
+            return scores
+        if self._training.on_nonfinite == "stop":
+            raise NotFiniteError(f"{wrong} Nothing was updated.")
+        logger.warning("A batch is dropped (on_nonfinite='skip'): %s", wrong)
+        return replace(scores, is_dropped=True, moments=self._state.reward_moments)
+
     def _shift_of_values(self, scores: Scores) -> float:
         """What the value head lacks of the mean score, at the first batch that has one."""
         seen = any(result.num_unscored < result.num_samples for result in self._state.history)
-        if seen or not scores.scored() or not ALGORITHMS[self._training.algorithm].learns_values:
+        if seen or scores.is_dropped or not scores.scored() or not ALGORITHMS[self._training.algorithm].learns_values:
             return 0.0
         return mean(scores.scored()) - self._learner.policy.value_head.bias.item()
 
@@ -282,6 +297,8 @@ class KonicFinetuningEngine:
 
     def _is_best(self, rolled: Rollout, scores: Scores, evaluation: Evaluation | None) -> bool:
         """True where the policy that sampled is the best so far: on held-out prompts with eval_every, else by batch."""
+        if scores.is_dropped:
+            return False
         if not self._selection.on_held_out:
             reward, kl = mean(scores.scored()), rolled.kl.sum(dim=1).mean().item()
         elif evaluation is not None:
@@ -316,7 +333,7 @@ class KonicFinetuningEngine:
         return evaluation
 
     def _made(self, prompts: Sequence[Any], where: str) -> list[Prompt]:
-        if isinstance(prompts, str | Mapping):
+        if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
             raise ConfigError(f"{where} takes a list of prompts, got {type(prompts).__name__}.")
         return make_prompts(list(prompts), self.agent.get_dataset_config(), where)
 
@@ -339,16 +356,10 @@ class KonicFinetuningEngine:
         checkpoint = checkpoint_to_resume(resume, self.checkpoint_dir)
         record = read_record(checkpoint) if checkpoint is not None else None
         folder = self._open_folder(checkpoint)
-        is_new = not folder.path.exists()
+        held.callback(folder.take_back_if_unused)
         folder.prepare(may_hold_a_run=checkpoint is not None or self._state.iteration > 0)
-        try:
-            held.enter_context(folder.locked())
-            learner = self._learner
-        except Exception:
-            if is_new:
-                held.close()
-                folder.remove_if_empty()
-            raise
+        held.enter_context(folder.locked())
+        learner = self._learner
         if checkpoint is not None and record is not None:
             require_same_run(checkpoint, record, self._settings(max_iterations), learner.policy.device, allow_changes)
             self._state = load_checkpoint(checkpoint, learner.policy, learner.optimizer)

@@ -32,6 +32,10 @@ class TrainingError(KonicError):
     """A number of the run broke one of its invariants; the weights are as they were before the step."""
 
 
+class NotFiniteError(TrainingError):
+    """A number is NaN or infinite; with on_nonfinite="skip" what it belongs to is dropped instead."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the known name nearest to a misspelt one, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1)

@@ -87,7 +87,7 @@ def flaw(folder: Path) -> str | None:
                 return f"{name} is not as it was written"
     except FileNotFoundError:
         return f"it was never finished: {SEAL_FILE} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{SEAL_FILE} cannot be read: {type(error).__name__}: {error}"
     return None
 

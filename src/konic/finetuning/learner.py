@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from konic.finetuning.agent import KonicFinetuningAgent
-from konic.finetuning.errors import ConfigError
+from konic.finetuning.errors import ConfigError, ModelError
 from konic.finetuning.models import load_model
 from konic.finetuning.policy import Policy
 from konic.finetuning.results import FinetuningResult
@@ -49,6 +49,12 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device) -> Learner:
         raise ConfigError(
             f"GenerationConfig: max_prompt_length={generation.max_prompt_length} + max_new_tokens="
             f"{generation.max_new_tokens} is over the {context} positions of {agent.get_base_model()!r}. Lower either."
+        )
+    vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
+    if len(loaded.tokenizer) > vocabulary:
+        raise ModelError(
+            f"base_model={agent.get_base_model()!r}: its tokenizer has {len(loaded.tokenizer)} tokens, the model a "
+            f"vocabulary of only {vocabulary}. Give the model's own tokenizer, or a model with resized embeddings."
         )
     policy = Policy(loaded, agent.get_lora_config(), config.gradient_checkpointing, config.seed)
     special = special_tokens(generation, policy.language_model, policy.tokenizer)

@@ -12,6 +12,7 @@ import pyarrow.parquet
 
 from konic.finetuning.errors import DatasetError
 from konic.finetuning.hub import explain_hub_error
+from konic.finetuning.paths import as_path
 
 BUNDLED_SPLITS = {"train": "movie_reviews_train.txt", "held_out": "movie_reviews_held_out.txt"}
 STREAM_BUFFER = 10_000
@@ -33,7 +34,7 @@ def read_local(name: str, *text_columns: str) -> list[Any]:
     Raises:
         DatasetError: Nothing there, several kinds, or a file that cannot be read as what its name says.
     """
-    path = Path(name).expanduser()
+    path = as_path(name, "DatasetConfig(name)", DatasetError)
     if not path.exists():
         raise DatasetError(f"Dataset {name!r}: there is no such file or folder.")
     paths = sorted(file for file in path.iterdir() if not file.name.startswith(".")) if path.is_dir() else [path]
@@ -45,9 +46,13 @@ def read_local(name: str, *text_columns: str) -> list[Any]:
         )
     suffix = suffixes.pop()
     try:
-        return [row for file in paths for row in _READERS[suffix](file, text_columns)]
-    except (OSError, ValueError, UnicodeError) as error:
-        raise DatasetError(f"Dataset {name!r} cannot be read as {suffix[1:]}: {error}") from None
+        rows = []
+        for file in paths:
+            rows += _READERS[suffix](file, text_columns)
+        return rows
+    except (OSError, ValueError, UnicodeError, RecursionError) as error:
+        where = f", in {file.name!r}," if path.is_dir() else ""
+        raise DatasetError(f"Dataset {name!r}{where} cannot be read as {suffix[1:]}: {error}") from None
 
 
 def read_hub(
@@ -136,7 +141,7 @@ def _read_jsonl(path: Path, text_columns: tuple[str, ...]) -> list[Any]:
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number}: {error}") from None
     return rows
 

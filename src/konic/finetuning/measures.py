@@ -104,6 +104,7 @@ def iteration_result(
         num_samples=len(scores.rewards),
         num_unscored=len(scores.rewards) - len(rewards),
         num_reward_errors=scores.num_faults,
+        num_nonfinite=stats.num_nonfinite + scores.is_dropped,
         eval_reward_mean=evaluation.reward_mean if evaluation else math.nan,
         eval_kl_per_response=mean(evaluation.kl_per_response) if evaluation else math.nan,
     )

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from konic.finetuning.errors import ConfigError, ModelError, did_you_mean
 from konic.finetuning.hub import explain_hub_error
+from konic.finetuning.paths import as_path
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,45 @@ def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.d
     kwargs: dict[str, Any] = {"dtype": torch.float32, **model_kwargs}
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(location, **kwargs)
+            model, told = AutoModelForCausalLM.from_pretrained(
+                location, use_safetensors=True, output_loading_info=True, **kwargs
+            )
             tokenizer = AutoTokenizer.from_pretrained(
                 adapter if adapter and (adapter / "tokenizer_config.json").is_file() else location,
                 **{key: value for key, value in model_kwargs.items() if key in _TOKENIZER_KWARGS},
             )
     except Exception as error:
         raise ModelError(loading_failed(f"base_model={base_model!r}", location, error)) from error
+    _require_all_weights(base_model, model, told)
     if not getattr(model, "is_quantized", False):
         model.to(device)
     return LoadedModel(base_model, location, model, tokenizer, adapter)
+
+
+def _require_all_weights(base_model: str, model: PreTrainedModel, told: Mapping[str, Any]) -> None:
+    """See that every weight came from the files, that none was left over, and that all are numbers.
+
+    Raises:
+        ModelError: Else the run would learn on weights drawn at random, or on a part of the model.
+    """
+    kinds = ", ".join(getattr(model.config, "architectures", None) or ["no architecture"])
+    for kind, what in (("missing_keys", "lack"), ("mismatched_keys", "have another shape for")):
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in told.get(kind) or ())
+        if names:
+            raise ModelError(
+                f"base_model={base_model!r}: its weights {what} {names[0]!r}"
+                f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}, which would be drawn at random. Give all "
+                f"of a model's safetensors, and a causal language model: config.json names {kinds}."
+            )
+    unused = sorted(str(name) for name in told.get("unexpected_keys") or ())
+    if unused:
+        raise ModelError(
+            f"base_model={base_model!r}: {len(unused)} of its weights, such as {unused[0]!r}, have no place in the "
+            f"{type(model).__name__} that config.json describes. Give weights and config.json of one model."
+        )
+    broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if broken is not None:
+        raise ModelError(f"base_model={base_model!r}: its weights {broken} are not finite (NaN or infinity).")
 
 
 def pick_device(name: str) -> torch.device:
@@ -102,7 +132,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, TypeError, NotImplementedError):
         raise ConfigError(
             f"device={name!r} is not there. Torch sees {torch.cuda.device_count()} CUDA devices; 'cpu' always works."
@@ -112,7 +142,7 @@ def pick_device(name: str) -> torch.device:
 
 def adapter_folder(base_model: str) -> Path | None:
     """The folder that a name stands for, if it holds a PEFT adapter."""
-    folder = Path(base_model).expanduser()
+    folder = as_path(base_model, "base_model", ModelError)
     return folder.resolve() if (folder / "adapter_config.json").is_file() else None
 
 
@@ -125,7 +155,7 @@ def _base_of(adapter: Path) -> str:
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         kind, base, bias = config["peft_type"], config["base_model_name_or_path"], config.get("bias", "none")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{adapter}: adapter_config.json cannot be read: {type(error).__name__}: {error}.") from None
     if kind != "LORA" or bias != "none":
         raise ModelError(
@@ -142,7 +172,7 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
     for key in model_kwargs:
         if key not in _MODEL_KWARGS:
             raise ConfigError(
-                f"model_kwargs has no key {key!r}.{did_you_mean(key, _MODEL_KWARGS)} "
+                f"model_kwargs has no key {key!r}.{did_you_mean(str(key), _MODEL_KWARGS)} "
                 f"Its keys: {', '.join(_MODEL_KWARGS)}."
             )
 
@@ -156,7 +186,7 @@ def locate_model(base_model: str, option: str = "base_model") -> str:
     if base_model in PACKAGED_MODELS:
         packaged = packaged_path(base_model, option)
         return str(packaged if packaged.is_dir() else dequantised_folder(packaged))
-    path = Path(base_model).expanduser()
+    path = as_path(base_model, option, ModelError)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"{option}={base_model!r}: there is no such GGUF file. Check the path.")
@@ -243,7 +273,16 @@ def loading_failed(asked: str, location: str, error: Exception) -> str:
         hint = did_you_mean(location, PACKAGED_MODELS)
         return f"{asked} is no folder here, and could not be loaded from the Hub: {what}{hint}"
     reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return f"{asked} brings code of its own. If you trust it: model_kwargs={{'trust_remote_code': True}}."
     reason = reason if len(reason) <= 300 else reason[:300] + " …"
+    folder = Path(location)
+    if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*")):
+        return (
+            f"{asked} holds its weights as a pickle (*.bin), which can run code and is not read. If you trust it, "
+            "convert it once to safetensors: load it with plain transformers, from_pretrained(FOLDER), and write it with "
+            "save_pretrained(NEW_FOLDER); its tokenizer likewise."
+        )
     advice = (
         "Check that the folder holds a whole model of the right kind, as safetensors, with its tokenizer."
         if Path(location).is_dir()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -122,7 +123,10 @@ def shortened_chat(
     text, dropped = last["content"], 0
     while True:
         chat = [*before, {**last, "content": text}, *answer]
-        rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=not answer, tokenize=False)
+        try:
+            rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=not answer, tokenize=False)
+        except TemplateError as error:
+            raise ModelError(f"The tokenizer's chat template fails: {type(error).__name__}: {error}.") from None
         ids = tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids
         if len(ids) <= max_length or dropped >= len(words):
             return ids, text

@@ -75,6 +75,8 @@ class FinetuningIterationResult:
     """Samples without a reward: every part abstained, or one failed. They got advantage 0."""
     num_reward_errors: int = 0
     """Samples on which a reward failed, with on_reward_error="skip"."""
+    num_nonfinite: int = 0
+    """Batches and optimizer steps dropped because a number in them was not finite, with on_nonfinite="skip"."""
     eval_reward_mean: float = math.nan
     """Of the same policy on the held-out prompts; NaN where it was not evaluated."""
     eval_kl_per_response: float = math.nan
@@ -140,6 +142,8 @@ class Selection:
 
     def reward(self, result: FinetuningIterationResult) -> float:
         """What an iteration is chosen by, NaN where it is out."""
+        if result.num_nonfinite and not result.num_steps:
+            return math.nan
         if self.on_held_out:
             return self.allowed(result.eval_reward_mean, result.eval_kl_per_response)
         return self.allowed(result.reward_mean, result.kl_per_response)

@@ -59,6 +59,8 @@ def llm_reward(
     mark = _Mark(batch, normalize, _checked_clip(clip))
 
     def marked(function: Any) -> Any:
+        if not callable(function):
+            raise ConfigError(f"@llm_reward marks a method, got {function!r}. Its options are named: batch=, clip=.")
         setattr(function, _MARK, mark)
         return function
 
@@ -181,6 +183,7 @@ class KonicLLMRewardComposer:
             ConfigError: There is no such reward, or the weight is not a finite number.
         """
         known = self.reward_names
+        name = str(name)
         if not any(name == reward or name.startswith(f"{reward}.") for reward in known):
             raise ConfigError(
                 f"reward_weights: there is no reward {name!r}.{did_you_mean(name, known)} "
@@ -284,10 +287,10 @@ def total_of(
     if not parts:
         return math.nan
     weighted = weighted_parts(composer, parts, moments)
-    reducer = composer.reducer() if isinstance(composer.reducer, type) else composer.reducer
-    who = f"Reducer {type(reducer).__name__!r}"
+    reducer = composer.reducer
+    who = f"Reducer {(reducer if isinstance(reducer, type) else type(reducer)).__name__!r}"
     try:
-        return number(reducer.reduce(weighted))
+        return number((reducer() if isinstance(reducer, type) else reducer).reduce(weighted))
     except NotANumberError as error:
         raise RewardError(f"{who} {error}" + sample_text(prompt, response)) from None
     except Exception as error:

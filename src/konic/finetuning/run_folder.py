@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from konic.finetuning.checkpoint import checkpoints
 from konic.finetuning.errors import OutputError
 from konic.finetuning.folders import discard
+from konic.finetuning.paths import as_path
 from konic.finetuning.results import Evaluation, FinetuningIterationResult, FinetuningResult
 from konic.finetuning.rollout import Rollout
 from konic.finetuning.scoring import Scores
@@ -38,12 +39,13 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._made: list[Path] = []
 
     @classmethod
     def named(cls, checkpoint_dir: str | os.PathLike[str] | None, model_name: str) -> "RunFolder":
         """The folder that a user named, or a new one under `runs/` named by time and model."""
         if checkpoint_dir is not None:
-            return cls(Path(checkpoint_dir).expanduser().absolute())
+            return cls(as_path(checkpoint_dir, "checkpoint_dir", OutputError))
         model = Path(model_name).name or "model"
         stem = f"{datetime.now():%Y%m%d-%H%M%S}-{model}"
         runs = Path("runs").absolute()
@@ -66,6 +68,7 @@ class RunFolder:
                 f"{self.path}: an earlier run is in this folder. Go on with train(resume_from_checkpoint=True), or "
                 "name another checkpoint_dir."
             )
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
@@ -73,10 +76,13 @@ class RunFolder:
         except OSError as error:
             raise OutputError(f"checkpoint_dir {self.path}: cannot be written: {error.strerror}.") from None
 
-    def remove_if_empty(self) -> None:
-        """Take back a folder that was made for a run that could not begin."""
+    def take_back_if_unused(self) -> None:
+        """Remove the folders that :meth:`prepare` made for a run that came to nothing."""
         with suppress(OSError):
-            self.path.rmdir()
+            if self._made and not {path.name for path in self.path.iterdir()} - {RUN_FILE}:
+                (self.path / RUN_FILE).unlink(missing_ok=True)
+                for folder in self._made:
+                    folder.rmdir()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -163,8 +169,8 @@ class RunFolder:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         self._write(METRICS_FILE, "".join(_line(result) for result in history))
         for name in ("completions", "evaluations"):
-            for file in (self.path / name).iterdir() if (self.path / name).is_dir() else ():
-                if not file.stem.isdigit() or int(file.stem) > iteration:
+            for file in (*(self.path / name).glob("[0-9]*.parquet"), *(self.path / name).glob(".[0-9]*")):
+                if file.name.startswith(".") or (file.stem.isdigit() and int(file.stem) > iteration):
                     file.unlink()
 
     def _write_completions(self, iteration: int, rollout: Rollout, scores: Scores) -> None:

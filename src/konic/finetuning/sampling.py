@@ -94,7 +94,8 @@ def uniforms(key: RandomKey, row: int, sample: int, count: int) -> np.ndarray:
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """One token per row [B] of softmax(logits [B, V]), by inverting the distribution function at uniform [B]."""
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
+    found = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
+    return found.clamp(max=logits.shape[-1] - 1)  # past the end where a product is rounded up, or nothing is a number
 
 
 @torch.no_grad()

@@ -45,11 +45,13 @@ class Scores:
     """[B] what failed first on each sample; empty where nothing can."""
     moments: dict[str, RunningMoments] = field(default_factory=dict)
     """Of every part that is normalised, with this batch counted in."""
+    is_dropped: bool = False
+    """True where a number of the batch is not finite and nothing is to be learned from it."""
 
     @property
     def has_score(self) -> list[bool]:
         """[B] False where there is no reward."""
-        return [not math.isnan(reward) for reward in self.rewards]
+        return [not self.is_dropped and not math.isnan(reward) for reward in self.rewards]
 
     @property
     def num_faults(self) -> int:

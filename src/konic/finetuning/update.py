@@ -3,6 +3,7 @@
 Shapes: B sequences, R response tokens; b sequences of one micro-batch.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from konic.finetuning.algorithms import Advantages
 from konic.finetuning.config import TrainingConfig
-from konic.finetuning.errors import TrainingError
+from konic.finetuning.errors import NotFiniteError, TrainingError
 from konic.finetuning.grouping import groups_of_like_length
 from konic.finetuning.language_model import score_tokens
 from konic.finetuning.losses import (
@@ -27,6 +28,8 @@ from konic.finetuning.losses import (
 )
 from konic.finetuning.policy import Policy
 from konic.finetuning.rollout import Rollout
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class UpdateStats:
     """Exact KL(π ‖ π_ref) per token at the update's steps, nats; 0 where the penalty is in the reward."""
     num_steps: int
     """Optimizer steps taken: fewer than planned where target_kl stopped the update or no sample had a score."""
+    num_nonfinite: int
+    """Optimizer steps not taken because a loss or gradient was not finite, with on_nonfinite="skip"."""
 
 
 STEP_MEANS = (
@@ -101,25 +106,37 @@ def update(
     A token average is a sum over the whole optimizer step divided by its true token count, whatever the micro-batches.
 
     Raises:
-        TrainingError: A loss or gradient is not finite, or the policy is not the one that sampled; no step is taken.
+        NotFiniteError: A loss or gradient is not finite; the step is not taken. Not raised with on_nonfinite="skip".
+        TrainingError: The policy is not the one that sampled; no step is taken.
     """
     steps: list[dict[str, float]] = []
     first_log_ratio = sampler_gap = rate = 0.0
+    num_nonfinite = 0
     with policy.training_mode(), _gradients_dropped_after(optimizer):
         for index, rows in enumerate(_minibatches(len(rollout.batch), config, schedule.first_step)):
             num_tokens = int(advantages.mask[rows].sum())
             if num_tokens == 0:
                 continue  # every sample abstained: there is nothing to follow
-            means, largest = _accumulate(policy, rollout, advantages, rows, num_tokens, config, schedule.moves_policy)
-            gap = means.pop("sampler_gap")
-            if not steps:
-                first_log_ratio, sampler_gap = largest, gap
-                _require_same_policy(gap, largest, rollout, config)
-            if config.target_kl is not None and means["approx_kl"] > config.target_kl:
-                break
-            rate = _learning_rate(schedule, index, config)
-            norm = _step(policy, optimizer, rate, config.max_grad_norm)
-            steps.append(means | {"grad_norm": norm})
+            try:
+                means, largest = _accumulate(
+                    policy, rollout, advantages, rows, num_tokens, config, schedule.moves_policy
+                )
+                gap = means.pop("sampler_gap")
+                if not steps:
+                    first_log_ratio, sampler_gap = largest, gap
+                    _require_same_policy(gap, largest, rollout, config)
+                if config.target_kl is not None and means["approx_kl"] > config.target_kl:
+                    break
+                rate = _learning_rate(schedule, index, config)
+                norm = _step(policy, optimizer, rate, config.max_grad_norm)
+            except NotFiniteError as error:
+                if config.on_nonfinite == "stop":
+                    raise
+                logger.warning("A step is dropped (on_nonfinite='skip'): %s", error)
+                optimizer.zero_grad(set_to_none=True)
+                num_nonfinite += 1
+            else:
+                steps.append(means | {"grad_norm": norm})
     mean = {name: sum(step[name] for step in steps) / len(steps) if steps else 0.0 for name in STEP_MEANS}
     policy_part = mean["policy_loss"] + config.entropy_coef * mean["entropy_loss"]
     policy_part += advantages.kl_loss_weight * mean["kl_loss"]
@@ -132,6 +149,7 @@ def update(
         first_log_ratio=first_log_ratio,
         sampler_gap=sampler_gap,
         num_steps=len(steps),
+        num_nonfinite=num_nonfinite,
     )
 
 
@@ -242,7 +260,7 @@ def _require_finite(losses: Tensor, mask: Tensor, rollout: Rollout, rows: Tensor
     bad = (mask & ~losses.isfinite()).any(dim=1).nonzero()
     if len(bad):
         prompt = rollout.batch.prompts[int(rows[int(bad[0])])]
-        raise TrainingError(
+        raise NotFiniteError(
             f"The loss is not finite for the sample of dataset row {prompt.row}, prompt {prompt.text[:100]!r}. "
             "The step was not taken. Usual causes: too high a learning rate, half precision, or damaged weights."
         )
@@ -260,7 +278,7 @@ def _step(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_gra
     if not norm.isfinite():
         broken = (n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all())
         name = next(broken, "all weights together")
-        raise TrainingError(f"The gradient of {name} is not finite. The step was not taken; lower the learning rate.")
+        raise NotFiniteError(f"The gradient of {name} is not finite. The step was not taken; lower the learning rate.")
     torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_grad_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
