@@ -74,6 +74,7 @@ bench: $(READY) $(TRL_1)/.ready $(TRL_0)/.ready
 # Runs killed anywhere and resumed, a hundred times; needs a system that can fork.
 chaos: $(READY)
 	@$(BIN)/python tests/kill_test.py 100 benchmarks/results/chaos.md
+	@$(BIN)/python benchmarks/long_run.py
 
 # Known vulnerabilities of what is installed, by PyPI's database.
 audit: $(READY)

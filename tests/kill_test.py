@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import byte_tokenizer, tiny_model
+from konic.finetuning.checkpoint import environment
 from test_engine import completions, make_engine, metrics
 
 ITERATIONS = 4
@@ -220,7 +221,8 @@ def main():
     lines = ["| killed at | runs | equal bit for bit to the undisturbed run |", "|---|---|---|"]
     lines += [f"| {kind} | {tried[kind]} | {equal[kind]} |" for kind in tried]
     lines += [f"| **all** ({killed} kills) | **{sum(tried.values())}** | **{sum(equal.values())}** |"]
-    text = "\n".join(lines) + "\n"
+    heading = ", ".join(f"{name} {value}" for name, value in environment(torch.device("cpu")).items())
+    text = "\n".join([f"`make chaos`: {heading}.", "", *lines]) + "\n"
     print(text + "\n".join(wrong))
     if len(sys.argv) > 2:
         Path(sys.argv[2]).write_text(text)

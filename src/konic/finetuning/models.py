@@ -280,7 +280,7 @@ def loading_failed(asked: str, location: str, error: Exception) -> str:
     if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*")):
         return (
             f"{asked} holds its weights as a pickle (*.bin), which can run code and is not read. If you trust it, "
-            "convert it once to safetensors: load it with plain transformers, from_pretrained(FOLDER), and write it with "
+            "convert it once to safetensors with plain transformers: from_pretrained(FOLDER), then "
             "save_pretrained(NEW_FOLDER); its tokenizer likewise."
         )
     advice = (
