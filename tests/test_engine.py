@@ -35,7 +35,7 @@ from konic.finetuning import (
     saving,
 )
 from konic.finetuning.checkpoint import newest_checkpoint
-from konic.finetuning.dataset import load_prompts
+from konic.finetuning.dataset import PromptSet, load_prompts, make_prompts
 from konic.finetuning.run_folder import RunFolder
 
 TIMES = {"generation_time_sec", "reward_compute_time_sec", "update_time_sec", "total_time_sec"}
@@ -649,6 +649,31 @@ def test_metrics_torn_by_a_kill_are_written_anew_from_the_checkpoint(model_folde
     make_engine(model_folders["llama"], tmp_path / "run").train(3, resume_from_checkpoint=True)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     assert not list((tmp_path / "run").rglob(".*"))
+
+
+def test_a_resumed_stream_is_read_again_to_where_the_run_stood(model_folders, tmp_path, caplog):
+    def engine(run):
+        made = make_engine(model_folders["llama"], run, dataset=DatasetConfig(prompts=PROMPTS))
+        first, *others = make_prompts(list(PROMPTS) * 9, DatasetConfig(), "stream")
+        made._loaded_prompts = PromptSet([first], [], True, 3, iter(others))
+        return made
+
+    engine(tmp_path / "whole").train(5)
+    engine(tmp_path / "parts").train(2)
+    engine(tmp_path / "parts").train(5, resume_from_checkpoint=True)
+    assert "Read 16 rows of the stream again" in caplog.text
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert completions(tmp_path / "whole") == completions(tmp_path / "parts")
+
+
+def test_a_checkpoint_resumed_from_is_not_written_again(model_folders, tmp_path):
+    make_engine(model_folders["llama"], tmp_path / "run").train(2)
+    before = (tmp_path / "run" / "checkpoint-2" / "complete.json").stat().st_mtime_ns
+    make_engine(model_folders["llama"], tmp_path / "run").train(2, resume_from_checkpoint=True)
+    assert (tmp_path / "run" / "checkpoint-2" / "complete.json").stat().st_mtime_ns == before
+    there = make_engine(model_folders["llama"], tmp_path / "elsewhere")
+    there.train(2, resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
+    assert newest_checkpoint(tmp_path / "elsewhere").name == "checkpoint-2"
 
 
 class Slow(Silent):

@@ -6,6 +6,7 @@ prompts → rollout → rewards → advantages → update → result → callbac
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -125,14 +126,9 @@ class KonicFinetuningEngine:
             self._check(max_iterations, save_every, save_total_limit)
             folder, last = self._prepare(held, max_iterations, resume_from_checkpoint, allow_changes)
             saving = Saving(
-                folder,
-                self._learner,
-                self._state,
-                callbacks,
-                lambda: self._settings(last),
-                save_every,
-                save_total_limit,
-            )
+                folder, self._learner, self._state, callbacks, lambda: self._settings(last), save_every,
+                save_total_limit, saved_iteration=self._state.iteration or None,
+            )  # fmt: skip
             callbacks.on_train_begin(self._settings(last))
             with callbacks.told_of_errors():
                 try:
@@ -364,9 +360,17 @@ class KonicFinetuningEngine:
             require_same_run(checkpoint, record, self._settings(max_iterations), learner.policy.device, allow_changes)
             self._state = load_checkpoint(checkpoint, learner.policy, learner.optimizer)
             folder.go_back_to(self._state.history)
+            self._read_stream_again()
         last = max_iterations if checkpoint is not None else self._state.iteration + max_iterations
         folder.write_run(self._settings(last), environment(learner.policy.device), self.agent.get_reward_composer())
         return folder, last
+
+    def _read_stream_again(self) -> None:
+        """Read a streamed dataset up to where the run stood, and say what that took."""
+        if self._prompts.stream is not None:
+            start, num_rows = time.monotonic(), self._state.iteration * self._training.prompts_per_iteration
+            self._prompts.batch(num_rows, 0)
+            logger.warning("Read %d rows of the stream again: %.1f s.", num_rows, time.monotonic() - start)
 
     def _check(self, max_iterations: int, save_every: int | None, save_total_limit: int | None) -> None:
         """Everything that can be known to fail, or to be worth a warning, before the model is loaded."""

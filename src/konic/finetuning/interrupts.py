@@ -33,11 +33,12 @@ def uninterrupted() -> Iterator[None]:
         for number in SIGNALS:
             signal.signal(number, before[number])
     if waiting:
-        handler = before[signal.Signals(waiting[0])]
+        last = signal.SIGTERM if signal.SIGTERM in waiting else signal.SIGINT  # one that ends the process is not lost
+        handler = before[last]
         if callable(handler):
-            handler(waiting[0], None)
+            handler(last, None)
         else:
-            os.kill(os.getpid(), waiting[0])
+            os.kill(os.getpid(), last)
 
 
 @contextmanager

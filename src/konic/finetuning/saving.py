@@ -33,6 +33,7 @@ class Saving:
         settings: Gives the run's settings, by name.
         save_every: Iterations between checkpoints; None goes by the clock.
         save_total_limit: Checkpoints kept, the newest; None keeps all.
+        saved_iteration: The iteration whose checkpoint is in the folder already: the one resumed from.
     """
 
     def __init__(
@@ -44,11 +45,12 @@ class Saving:
         settings: Callable[[], dict[str, Any]],
         save_every: int | None,
         save_total_limit: int | None,
+        saved_iteration: int | None = None,
     ) -> None:
         self._folder, self._learner, self._state = folder, learner, state
         self._callbacks, self._settings = callbacks, settings
         self._save_every, self._save_total_limit = save_every, save_total_limit
-        self._saved_iteration: int | None = None
+        self._saved_iteration = saved_iteration
         self._saved_at = time.monotonic()
 
     def after_iteration(self) -> None:
@@ -63,9 +65,9 @@ class Saving:
     def checkpoint(self) -> None:
         """Write a checkpoint of the iterations done, unless there is one by this run, and drop those past the limit."""
         iteration = self._state.iteration
-        if self._saved_iteration == iteration:
-            return
         path = self._folder.path / f"checkpoint-{iteration}"
+        if self._saved_iteration == iteration and path.is_dir():
+            return
         save_checkpoint(path, self._learner.policy, self._learner.optimizer, self._state, self._settings())
         self._saved_iteration, self._saved_at = iteration, time.monotonic()
         if self._save_total_limit is not None:
