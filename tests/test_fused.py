@@ -187,13 +187,18 @@ def test_an_adapter_is_fused_only_once_it_is_merged(architecture):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_a_head_that_is_not_a_plain_layer_is_not_fused(name):
+def test_a_head_that_may_compute_anything_is_asked_and_not_packed(name):
     class OwnHead(nn.Linear):
-        """A head that may compute anything."""
+        def forward(self, x):
+            return super().forward(x).square()
 
-    model = model_of(*KNOWN[name])
-    model.causal_lm.set_output_embeddings(OwnHead(32, VOCABULARY, bias=False))
-    assert fused_transformer(model, None) is None
+    model, lengths = model_of(*KNOWN[name]), PROMPT_LENGTHS["padded"]
+    model.causal_lm.set_output_embeddings(OwnHead(32, VOCABULARY, bias=False, dtype=torch.float64))
+    sequences = sequences_of(lengths)
+    with model.head_packed(len(lengths)):
+        _, logits = decoded(FusedDecoder(model, fused_transformer(model, None), STEPS), sequences, lengths)
+    assert (logits - of_whole_passes(model, sequences, lengths)[1]).abs().max() < 1e-9
+    assert (logits >= 0).all()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -1,14 +1,24 @@
 import peft
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from conftest import LORA_TARGETS, loaded_model, prompt_batch, shake_adapter, tiny_learner, tiny_model
+from konic.finetuning import language_model
 from konic.finetuning.config import LoraConfig
 from konic.finetuning.errors import ConfigError, TrainingError
 from konic.finetuning.language_model import LanguageModel, score_tokens
 from konic.finetuning.policy import Policy
 from konic.finetuning.prompts import position_ids
+
+needs_mkldnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
 
 
 def logits_of(model, ids):
@@ -184,6 +194,121 @@ def test_scored_log_probs_are_the_models_own_without_padding(architecture):
         assert (log_probs[row, :length] - expected).abs().max() < 1e-9
         assert (entropy[row, :length] + (truth.exp() * truth).sum(-1)).abs().max() < 1e-9
         assert log_probs[row, length:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("num_response_tokens", [1, 5])
+def test_a_prompt_of_several_rows_is_read_once_with_the_values_and_gradients_of_rows_apart(
+    architecture, lora, num_response_tokens, monkeypatch
+):
+    learner = tiny_learner(architecture, lora=lora)
+    shake_adapter(learner.policy)
+    batch = prompt_batch(learner, ["no", "why not", "no", "a longer one", "why not", "no"])
+    responses = torch.arange(10, 10 + 6 * num_response_tokens).reshape(6, -1)
+    response_mask = torch.ones_like(responses, dtype=torch.bool)
+    response_mask[1, 3:] = response_mask[5, 1:] = False
+    ids, mask = torch.cat([batch.ids, responses], 1), torch.cat([batch.mask, response_mask], 1)
+    weights = torch.randn(6, num_response_tokens, 32, dtype=torch.float64) * response_mask[..., None]
+    monkeypatch.setattr(language_model, "COST_OF_A_PASS", 0)
+    decode, read = LanguageModel.decode, []
+
+    def record(self, ids, *others):
+        read.append(tuple(ids.shape))
+        return decode(self, ids, *others)
+
+    def gradients_of(*rows):
+        for parameter in learner.policy.trainable().values():
+            parameter.grad = None
+        found = [
+            learner.policy.language_model.response_hidden(ids[part], mask[part], num_response_tokens) for part in rows
+        ]
+        (torch.cat(found) * weights).sum().backward()
+        named = learner.policy.trainable().items()
+        return torch.cat(found).detach(), {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+    apart, expected = gradients_of(*(slice(row, row + 1) for row in range(6)))
+    assert expected
+    monkeypatch.setattr(LanguageModel, "decode", record)
+    together, gradients = gradients_of(slice(None))
+    length = batch.ids.shape[1]
+    assert read == [(3, length), (6, num_response_tokens - 1)][:num_response_tokens]
+    assert ((together - apart) * response_mask[..., None]).abs().max() < 1e-9
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        difference = (gradient - expected[name]).abs().max()
+        assert difference <= 1e-6 * expected[name].abs().max(), name  # Llama's norm computes in fp32 whatever the model
+    learner.policy.language_model.causal_lm.train()  # as under gradient checkpointing, which keeps no cache
+    gradients_of(slice(None))
+    assert read[-1] == (6, length + num_response_tokens - 1)
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_prompt_is_read_once_only_where_that_saves_more_than_a_pass_costs(saves, monkeypatch):
+    learner = tiny_learner("llama")
+    batch = prompt_batch(learner, ["no", "why not", "no"])
+    length = batch.ids.shape[1]
+    monkeypatch.setattr(language_model, "COST_OF_A_PASS", length - 1 if saves else length)
+    assert (learner_reads(learner, batch, monkeypatch)[0][0] == 2) == saves
+
+
+def test_a_model_whose_layers_forget_reads_every_row_whole(monkeypatch):
+    config = MistralConfig(
+        vocab_size=500, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=3, pad_token_id=0,
+    )  # fmt: skip
+    learner = tiny_learner("llama")
+    monkeypatch.setattr(learner.policy.language_model, "causal_lm", MistralForCausalLM(config).double().eval())
+    monkeypatch.setattr(language_model, "COST_OF_A_PASS", 0)
+    batch = prompt_batch(learner, ["why not", "why not"])
+    assert learner_reads(learner, batch, monkeypatch) == [(2, batch.ids.shape[1] + 3)]
+
+
+def learner_reads(learner, batch, monkeypatch):
+    """The shapes read for responses of 4 tokens."""
+    decode, read = LanguageModel.decode, []
+
+    def record(self, ids, *others):
+        read.append(tuple(ids.shape))
+        return decode(self, ids, *others)
+
+    monkeypatch.setattr(LanguageModel, "decode", record)
+    responses = torch.full((len(batch), 4), 7)
+    ids, mask = torch.cat([batch.ids, responses], 1), torch.cat([batch.mask, responses > 0], 1)
+    with torch.no_grad():
+        learner.policy.language_model.response_hidden(ids, mask, 4)
+    return read
+
+
+@needs_mkldnn
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"scale": 0.5}])
+def test_a_packed_head_gives_the_plain_ones_logits(architecture, options):
+    model = LanguageModel(tiny_model(architecture, torch.float32))
+    for name, value in options.items():
+        setattr(model, name, value)
+    hidden = torch.randn(3, 5, 32)
+    with torch.no_grad():
+        plain = model.logits(hidden)
+        with model.head_packed(2):
+            packed = model.logits(hidden)
+            assert model._packed_head is not None
+            with model.head_packed(8):
+                assert model.logits(hidden).equal(packed)
+            assert model.logits(hidden).equal(packed)
+        torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-5)
+        assert model.logits(hidden).equal(plain)
+        with pytest.raises(KeyError), model.head_packed(2):
+            raise KeyError
+        assert model._packed_head is None
+
+
+@needs_mkldnn
+def test_a_head_that_is_not_plain_is_not_packed():
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    model = Policy(loaded_model("llama", torch.float32), adapter).language_model
+    with model.head_packed(2):
+        assert model._packed_head is None
+    with model.head_packed(None):
+        assert model._packed_head is None
 
 
 def test_a_scaled_head_is_scored_as_the_model_does():

@@ -7,7 +7,7 @@ import typer
 
 
 def demo(
-    max_iterations: Annotated[int, typer.Option(help="Iterations at most.")] = 14,
+    max_iterations: Annotated[int, typer.Option(help="Iterations at most.")] = 22,
     max_minutes: Annotated[float, typer.Option(help="Minutes of training at most.")] = 4.75,
     output: Annotated[Path | None, typer.Option(help="The run's folder. Default: a new one under runs/.")] = None,
 ) -> None:

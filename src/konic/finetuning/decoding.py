@@ -45,18 +45,19 @@ def decoding(model: LanguageModel, num_rows: int, num_tokens: int) -> Iterator[D
     """
     packed_for = rows_to_pack_for(model.causal_lm, num_rows, num_tokens)
     try:
-        transformer = fused_transformer(model, packed_for)
-        if transformer is not None:
-            kind = GraphedDecoder if model.causal_lm.device.type == "cuda" else FusedDecoder
-            decoder = kind(model, transformer, num_tokens)
-            del transformer
-            try:
-                yield decoder
-            finally:
-                decoder.close()
-        else:
-            with packed_layers(model.causal_lm, packed_for):
-                yield GeneralDecoder(model)
+        with model.head_packed(packed_for):
+            transformer = fused_transformer(model, packed_for)
+            if transformer is not None:
+                kind = GraphedDecoder if model.causal_lm.device.type == "cuda" else FusedDecoder
+                decoder = kind(model, transformer, num_tokens)
+                del transformer
+                try:
+                    yield decoder
+                finally:
+                    decoder.close()
+            else:
+                with packed_layers(model.causal_lm, packed_for):
+                    yield GeneralDecoder(model)
     finally:
         if packed_for is not None:
             return_freed_memory()
@@ -132,7 +133,7 @@ class FusedDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See :class:`Decoder`."""
-        return self._model.finished_logits(self._transformer.head(hidden))
+        return self._model.logits(hidden)
 
     def close(self) -> None:
         """Let go of the packed weights and the cache."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from konic.finetuning.errors import OutputError
+from konic.finetuning.paths import unwritable
 
 SEAL_FILE = "complete.json"
 
@@ -28,7 +28,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         beside.chmod(0o755)
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {error.strerror}.") from error
+        raise unwritable(folder, error) from error
     try:
         yield beside
         for file in beside.rglob("*"):
@@ -43,7 +43,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
             os.replace(beside, folder)
         _sync(folder.parent)
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{folder}: cannot be written: {getattr(error, 'strerror', None) or error}.") from error
+        raise unwritable(folder, error) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -63,7 +63,7 @@ def written_into(folder: Path) -> Iterator[Path]:
         for file in whole.iterdir():
             os.replace(file, folder / file.name)
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {error.strerror or error}.") from error
+        raise unwritable(folder, error) from error
     finally:
         shutil.rmtree(whole, ignore_errors=True)
 

@@ -46,7 +46,6 @@ class Transformer:
     """(x, positions [B, T]) -> cosines and sines [B, T, D] of the rotary embedding; None without one."""
     blocks: tuple[Block, ...]
     norm: Function
-    head: Product
     num_heads: int
     num_kv_heads: int
     head_size: int
@@ -132,7 +131,7 @@ def _llama(causal_lm: Any, packed_for: int | None) -> Transformer | None:
     config, body = causal_lm.config, causal_lm.base_model
     linear = all(type(layer) is nn.Linear for block in body.layers for layer in _projections(block))
     is_plain = config.hidden_act == "silu" and body.rotary_emb.rope_type in STATIC_ROPE
-    if not is_plain or not linear or not _sees_everything(config) or type(causal_lm.lm_head) is not nn.Linear:
+    if not is_plain or not linear or not _sees_everything(config):
         return None
 
     def product(*layers: nn.Linear) -> Product:
@@ -156,7 +155,6 @@ def _llama(causal_lm: Any, packed_for: int | None) -> Transformer | None:
         angles=body.rotary_emb,
         blocks=blocks,
         norm=_rms_norm(body.norm),
-        head=product(causal_lm.lm_head),
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_size=attention.head_dim,
@@ -170,7 +168,7 @@ def _gpt2(causal_lm: Any, packed_for: int | None) -> Transformer | None:
     is_plain = (
         config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx and not config.add_cross_attention
     )
-    if not is_plain or any(type(layer) is not Conv1D for layer in layers) or type(causal_lm.lm_head) is not nn.Linear:
+    if not is_plain or any(type(layer) is not Conv1D for layer in layers):
         return None
 
     def product(layer: nn.Linear | Conv1D) -> Product:
@@ -193,7 +191,6 @@ def _gpt2(causal_lm: Any, packed_for: int | None) -> Transformer | None:
         angles=None,
         blocks=blocks,
         norm=body.ln_f,
-        head=product(causal_lm.lm_head),
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_attention_heads,
         head_size=config.hidden_size // config.num_attention_heads,

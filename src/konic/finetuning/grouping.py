@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor
 
-COST_OF_A_GROUP = 64
-"""What a group costs whatever it holds, in tokens: smaller products run slower, and every layer is entered once more.
-From a product of 64 rows on two cores, which takes as long as one of about 100 does in a large one."""
+COST_OF_A_PASS = 64
+"""What one more pass through the model costs whatever it holds, in tokens: smaller products run slower, and every layer
+is entered once more. From a product of 64 rows on two cores, which takes as long as one of about 100 in a large one."""
 
 
 def groups_of_like_length(prompt_mask: Tensor, response_mask: Tensor, at_most: int | None) -> list[Tensor]:
     """The cheapest split of rows into groups of at most `at_most`; a group is as long as its longest parts.
 
     Rows are sorted by length, and every way to cut that order is weighed: the tokens computed, padding among them,
-    and :data:`COST_OF_A_GROUP` for each group.
+    and :data:`COST_OF_A_PASS` for each group.
 
     Args:
         prompt_mask: [B, P].
@@ -32,7 +32,7 @@ def groups_of_like_length(prompt_mask: Tensor, response_mask: Tensor, at_most: i
         for start in range(end - 1, max(-1, end - 1 - at_most), -1):
             prompt = max(prompt, prompt_lengths[rows[start]])
             response = max(response, response_lengths[rows[start]])
-            cost = (end - start) * (prompt + response) + COST_OF_A_GROUP
+            cost = (end - start) * (prompt + response) + COST_OF_A_PASS
             options.append((best[start][0] + cost, start))
         best.append(min(options))
     groups: list[Tensor] = []

@@ -3,7 +3,8 @@
 Shapes: B sequences, T tokens of prompt and response, R response tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from konic.finetuning.errors import ModelError
+from konic.finetuning.grouping import COST_OF_A_PASS
 from konic.finetuning.losses import entropies, exact_kl, log_softmax_, token_log_probs
-from konic.finetuning.prompts import position_ids
+from konic.finetuning.packing import Product
+from konic.finetuning.prompts import distinct_prompts, position_ids
 
 MAX_LOGITS = 2**23
 """Logits in one tensor when tokens are scored, whatever the batch: 32 MB in fp32, which glibc frees at once."""
@@ -41,6 +45,7 @@ class LanguageModel:
         self.causal_lm = causal_lm
         config = causal_lm.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._packed_head: Product | None = None
         self.scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
 
     @property
@@ -79,21 +84,34 @@ class LanguageModel:
     def response_hidden(self, ids: Tensor, mask: Tensor, num_response_tokens: int) -> Tensor:
         """The hidden states [B, R, H] from which each of the last R tokens is predicted.
 
-        What is padding in every row is not computed; on the right it is 0.
+        What is padding in every row is not computed; on the right it is 0. A prompt of several rows is read once
+        where that saves more tokens than one more pass costs.
         """
         columns = mask.any(dim=0).nonzero().squeeze(-1)
-        first, end = int(columns[0]), int(columns[-1]) + 1
-        unused = ids.shape[1] - end
-        mask = mask[:, first:end]
-        hidden = self.decode(ids[:, first:end], mask, position_ids(mask))
-        return functional.pad(hidden[:, unused - num_response_tokens - 1 : -1], (0, 0, 0, unused))
+        first, last = int(columns[0]), int(columns[-1])  # nothing is predicted from the last token
+        length, unused = ids.shape[1] - num_response_tokens - first, ids.shape[1] - last - 1
+        ids, mask = ids[:, first:last], mask[:, first:last]
+        positions = position_ids(mask)
+        prompts, prompt_mask, of_rows = distinct_prompts(ids[:, :length], mask[:, :length])
+        cache = DynamicCache(config=self.causal_lm.config)
+        can_share = not self.causal_lm.training and all(type(layer) is DynamicLayer for layer in cache.layers)
+        if not can_share or (len(ids) - len(prompts)) * length <= COST_OF_A_PASS:
+            hidden = self.decode(ids, mask, positions)[:, length - 1 :]
+        else:
+            hidden = self.decode(prompts, prompt_mask, position_ids(prompt_mask), cache)[:, -1:]
+            hidden = hidden.index_select(0, of_rows)
+            if ids.shape[1] > length:
+                cache.reorder_cache(of_rows)
+                after = self.decode(ids[:, length:], mask, positions[:, length:], cache)
+                hidden = torch.cat([hidden, after], dim=1)
+        return functional.pad(hidden, (0, 0, 0, unused))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., H], in fp32 or better."""
-        return self.finished_logits(self.causal_lm.get_output_embeddings()(hidden))
-
-    def finished_logits(self, logits: Tensor) -> Tensor:
-        """The model's logits from what its head alone gives."""
+        if self._packed_head is None:
+            logits = self.causal_lm.get_output_embeddings()(hidden)
+        else:
+            logits = self._packed_head(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         if self.scale != 1.0:
@@ -101,6 +119,22 @@ class LanguageModel:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+    @contextmanager
+    def head_packed(self, num_rows: int | None) -> Iterator[None]:
+        """Within it :meth:`logits` takes a packed copy of a plain head, without gradient; with None it does not.
+
+        One packed for few rows serves hundreds as well.
+        """
+        head, is_packed = self.causal_lm.get_output_embeddings(), self._packed_head is not None
+        if num_rows is None or is_packed or type(head) is not nn.Linear:
+            yield
+            return
+        self._packed_head = Product(head.weight, head.bias, num_rows)
+        try:
+            yield
+        finally:
+            self._packed_head = None
 
     def check_logits(self) -> None:
         """Raise ModelError where the architecture makes logits in a way :meth:`logits` does not know."""

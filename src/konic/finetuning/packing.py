@@ -70,15 +70,16 @@ def rows_to_pack_for(causal_lm: PreTrainedModel, num_rows: int, num_tokens: int)
 
 @contextmanager
 def packed_layers(causal_lm: PreTrainedModel, num_rows: int | None) -> Iterator[None]:
-    """Within it every plain layer of a model, its head among them, is packed; with None nothing is."""
+    """Within it every plain layer of a model but its head is packed; with None nothing is."""
     if num_rows is None:
         yield
         return
+    head = causal_lm.get_output_embeddings()
     originals = [
         (parent, name, layer)
         for parent in causal_lm.modules()
         for name, layer in parent.named_children()
-        if type(layer) in (nn.Linear, Conv1D)
+        if type(layer) in (nn.Linear, Conv1D) and layer is not head
     ]
     try:
         for parent, name, layer in originals:

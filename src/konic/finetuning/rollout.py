@@ -12,6 +12,7 @@ from konic.finetuning.config import GenerationConfig
 from konic.finetuning.grouping import groups_of_like_length
 from konic.finetuning.language_model import LanguageModel, map_tokens
 from konic.finetuning.losses import entropy_and_kl_, log_softmax_
+from konic.finetuning.packing import rows_to_pack_for
 from konic.finetuning.policy import Policy
 from konic.finetuning.prompts import PromptBatch
 from konic.finetuning.sampling import RandomKey, Samples, SpecialTokens, sample
@@ -80,9 +81,11 @@ def rollout(
         key: Where the random numbers come from.
         micro_batch_size: Sequences scored at once, as many as the update takes; all if None.
     """
-    with policy.merged() as model:
-        samples = sample(model, policy.tokenizer, batch, generation, special, key)
-    return scored(policy, batch, samples, generation.temperature, micro_batch_size)
+    packed_for = rows_to_pack_for(policy.language_model.causal_lm, len(batch), generation.max_new_tokens)
+    with policy.language_model.head_packed(packed_for):  # for both: most of scoring is the head's products
+        with policy.merged() as model:
+            samples = sample(model, policy.tokenizer, batch, generation, special, key)
+        return scored(policy, batch, samples, generation.temperature, micro_batch_size)
 
 
 def scored(

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from konic.finetuning.checkpoint import checkpoints
 from konic.finetuning.errors import OutputError
 from konic.finetuning.folders import discard
-from konic.finetuning.paths import as_path
+from konic.finetuning.paths import as_path, unwritable
 from konic.finetuning.results import Evaluation, FinetuningIterationResult, FinetuningResult
 from konic.finetuning.rollout import Rollout
 from konic.finetuning.scoring import Scores
@@ -74,7 +74,7 @@ class RunFolder:
             with tempfile.TemporaryFile(dir=self.path):
                 pass
         except OSError as error:
-            raise OutputError(f"checkpoint_dir {self.path}: cannot be written: {error.strerror}.") from None
+            raise unwritable(f"checkpoint_dir {self.path}", error) from None
 
     def take_back_if_unused(self) -> None:
         """Remove the folders that :meth:`prepare` made for a run that came to nothing."""
@@ -101,11 +101,12 @@ class RunFolder:
                 "end, or name another checkpoint_dir."
             ) from None
         except OSError as error:
-            raise OutputError(f"{path}: cannot be written: {error.strerror or error}.") from None
+            raise unwritable(path, error) from None
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # one who opened it before sees that it is gone and makes another
+            with suppress(OSError):  # what has become read-only keeps it, and no error of the run is hidden by that
+                path.unlink(missing_ok=True)  # one who opened it before sees that it is gone and makes another
             lock.release()
 
     def write_run(self, settings: dict[str, Any], environment: dict[str, Any], composer: Any) -> None:
@@ -126,7 +127,7 @@ class RunFolder:
             with (self.path / METRICS_FILE).open("a", encoding="utf-8") as file:
                 file.write(_line(result))
         except OSError as error:
-            raise OutputError(f"{self.path / METRICS_FILE}: cannot be written: {error.strerror}.") from None
+            raise unwritable(self.path / METRICS_FILE, error) from None
 
     def write_evaluation(self, iterations_done: int, evaluation: Evaluation) -> None:
         """Write what a policy made of the held-out prompts, named by the iterations it had learned from."""
@@ -197,7 +198,7 @@ class RunFolder:
             pyarrow.parquet.write_table(pyarrow.table(columns), beside)
             os.replace(beside, folder / f"{number:06d}.parquet")
         except OSError as error:
-            raise OutputError(f"{folder}: cannot be written: {error}.") from None
+            raise unwritable(folder, error) from None
 
     def _write(self, name: str, text: str) -> None:
         beside = self.path / f".{name}"
@@ -205,7 +206,7 @@ class RunFolder:
             beside.write_text(text, encoding="utf-8")
             os.replace(beside, self.path / name)
         except OSError as error:
-            raise OutputError(f"{self.path / name}: cannot be written: {error.strerror}.") from None
+            raise unwritable(self.path / name, error) from None
 
 
 def model_card(result: FinetuningResult, settings: dict[str, Any], base_location: str, is_adapter: bool) -> str:

@@ -15,7 +15,7 @@ from konic.finetuning.config import GenerationConfig
 from konic.finetuning.decoding import decoding
 from konic.finetuning.errors import ConfigError
 from konic.finetuning.language_model import LanguageModel
-from konic.finetuning.prompts import PromptBatch
+from konic.finetuning.prompts import PromptBatch, distinct_prompts
 
 MAX_SHARE_TO_SHRINK = 0.75
 """Rows that ended leave the batch when at most this share of it goes on: leaving copies the keys of those that stay."""
@@ -126,8 +126,8 @@ def sample(
     eos = torch.tensor(special.eos, dtype=torch.int64, device=device)
     choose = _chooser(generation, eos, batch)
     with decoding(model, num_rows, generation.max_new_tokens) as decoder:
-        prompts, of_rows = _distinct(batch)
-        hidden = decoder.prefill(batch.ids[prompts], batch.mask[prompts])
+        prompts, prompt_mask, of_rows = distinct_prompts(batch.ids, batch.mask)
+        hidden = decoder.prefill(prompts, prompt_mask)
         if len(prompts) < num_rows:
             decoder.select(of_rows)
             hidden = hidden[of_rows]
@@ -170,15 +170,6 @@ def sample(
         for row, counted in zip(ids, mask, strict=True)
     ]
     return Samples(ids, mask, log_probs[:, :used], kept[:, :used], ended, texts)
-
-
-def _distinct(batch: PromptBatch) -> tuple[Tensor, Tensor]:
-    """The rows that hold each different prompt first [n], and which of those each row [B] stands for."""
-    firsts: dict[tuple[int, ...], int] = {}
-    rows = [tuple(ids[counted].tolist()) for ids, counted in zip(batch.ids, batch.mask, strict=True)]
-    of_rows = [firsts.setdefault(row, len(firsts)) for row in rows]
-    prompts = [of_rows.index(index) for index in range(len(firsts))]
-    return torch.tensor(prompts, device=batch.ids.device), torch.tensor(of_rows, device=batch.ids.device)
 
 
 def _chooser(
