@@ -50,7 +50,7 @@ class FileOperations:
         if event in WATCHED:
             writes = event != "open" or (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR))
             if writes:
-                self._count(event, arguments[0])
+                self._count(event, _whole_path(event, arguments))
 
     def _count(self, event, path):
         if isinstance(path, int) or self.folder not in os.fsdecode(path):
@@ -60,9 +60,17 @@ class FileOperations:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _whole_path(event, arguments):
+    """The path of an operation; one relative to an open folder is made whole."""
+    path, *others = arguments
+    if event in ("os.remove", "os.rmdir") and isinstance(others[0], int) and others[0] >= 0:
+        return os.path.join(os.readlink(f"/proc/self/fd/{others[0]}"), os.fsdecode(path))
+    return path
+
+
 def train(model, run, algorithm, resume):
     engine = make_engine(model, run, algorithm=algorithm, num_minibatches=2, kl_target=0.5, kl_horizon=8)
-    engine.train(ITERATIONS, save_every=1, resume_from_checkpoint=resume or None)
+    engine.train(ITERATIONS, save_every=1, resume_from_checkpoint=resume or None, save_total_limit=2)
 
 
 def in_child(work):
@@ -97,10 +105,6 @@ def counted(model, run, algorithm):
     return json.loads(told.read_text())
 
 
-def has_checkpoint(run):
-    return any((folder / "complete.json").is_file() for folder in run.glob("checkpoint-*"))
-
-
 def killed_and_resumed(model, run, algorithm, kill_at=None, kill_after=None, kill_resume_at=None):
     """A run killed at a file operation or after some seconds, and resumed to its end; how often it was killed."""
     kills = 0
@@ -111,9 +115,7 @@ def killed_and_resumed(model, run, algorithm, kill_at=None, kill_after=None, kil
                 FileOperations(run, at)
             if after is not None:
                 threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
-            if run.exists() and not has_checkpoint(run):
-                shutil.rmtree(run)  # killed before anything was saved: begin anew
-            train(model, run, algorithm, resume=has_checkpoint(run))
+            train(model, run, algorithm, resume=(run / "run.json").exists())
 
         return in_child(work)
 
@@ -173,11 +175,17 @@ def saved_model(folder):
     return str(folder)
 
 
-def plan(operations, seconds, count, seed=0):
-    """(kind, options) of each kill: every operation of the second save first, random ones and times for the rest."""
+def plan(operations, seconds, count, part=0, parts=1):
+    """(kind, options) of each kill: the second checkpoint's operations, random ones and moments for the rest.
+
+    Its writing and its removal are one operation after the other; a part takes every `parts`-th of them, so that all
+    parts together take every one, where there is room for them.
+    """
     save = [n for n, (_, path) in enumerate(operations, start=1) if "checkpoint-2" in path]
-    choice = random.Random(seed)
-    kills = [("file operation of a save", {"kill_at": n}) for n in save[: count // 2]]
+    choice = random.Random(part)
+    own, room = save[part::parts], max(1, count * 3 // 5)
+    chosen = own if len(own) <= room else [own[number * len(own) // room] for number in range(room)]
+    kills = [("file operation of a save", {"kill_at": n}) for n in chosen]
     while len(kills) < count:
         kind = len(kills) % 3
         if kind == 0:
@@ -198,11 +206,17 @@ def run_kills(folder, count, algorithms):
         whole = folder / f"whole-{algorithm}"
         operations, seconds = counted(model, whole, algorithm)
         share = count // len(algorithms) + (position < count % len(algorithms))
-        for number, (kind, options) in enumerate(plan(operations, seconds, share, seed=position)):
+        for number, (kind, options) in enumerate(plan(operations, seconds, share, position, len(algorithms))):
             run = folder / f"{algorithm}-{number}"
             tried[kind] += 1
             try:
-                killed += killed_and_resumed(model, run, algorithm, **options)
+                kills = killed_and_resumed(model, run, algorithm, **options)
+                while not kills and "kill_after" in options:  # it was faster: once more, earlier
+                    shutil.rmtree(run)
+                    options["kill_after"] *= 0.6
+                    kills = killed_and_resumed(model, run, algorithm, **options)
+                assert kills, "it was never killed"
+                killed += kills
                 found = differences(whole, run)
             except AssertionError as error:
                 found = [str(error)]

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 
 import pytest
@@ -8,6 +9,7 @@ from conftest import prompt_batch, shake_adapter, tiny_learner
 from konic.finetuning import folders
 from konic.finetuning.checkpoint import (
     checkpoint_to_resume,
+    checkpoints,
     load_checkpoint,
     newest_checkpoint,
     read_record,
@@ -17,7 +19,7 @@ from konic.finetuning.checkpoint import (
     weights_of,
 )
 from konic.finetuning.errors import OutputError
-from konic.finetuning.folders import discard, flaw, written_whole
+from konic.finetuning.folders import discard, flaw, seal, written_into, written_whole
 from konic.finetuning.moments import RunningMoments
 from konic.finetuning.state import TrainerState
 
@@ -62,7 +64,7 @@ def test_a_full_disk_is_one_error_and_leaves_the_old_folder(tmp_path, monkeypatc
     def full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(folders, "_sync", full)
+    monkeypatch.setattr(folders, "sync", full)
     with pytest.raises(OutputError, match="No space left on device"), written_whole(target) as folder:
         (folder / "new").write_text("new")
     assert files_of(tmp_path) == ["x", "x/old"]
@@ -142,7 +144,7 @@ def test_the_newest_checkpoint_is_the_highest_whole_one_and_broken_ones_are_name
 def test_every_byte_of_a_checkpoint_counts(tmp_path):
     folder = saved(tmp_path, 1)
     assert flaw(folder) is None
-    for file in sorted(folder.iterdir()):
+    for file in sorted(path for path in folder.iterdir() if path.name != "README.md"):  # that one is for people
         kept = file.read_bytes()
         file.write_bytes(bytes([kept[0] ^ 1]) + kept[1:])
         assert flaw(folder) is not None, file.name
@@ -196,3 +198,49 @@ def test_other_weights_are_lent_and_given_back(architecture):
     with weights_of(learner.policy, kept):
         assert torch.equal(hidden(), before)
     assert torch.equal(hidden(), moved)
+
+
+def test_only_folders_with_a_checkpoints_name_are_checkpoints(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-x-3", "checkpoint-\u0663", "old-checkpoint-4"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-99").write_text("a file")
+    (tmp_path / "checkpoint-50").symlink_to(tmp_path / "checkpoint-2")
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+
+
+def test_files_below_a_folder_are_sealed_too_and_none_outside_is_looked_at(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "templates").mkdir(parents=True)
+    (folder / "templates" / "a").write_text("a")
+    seal(folder)
+    assert flaw(folder) is None
+    (folder / "templates" / "a").write_text("b")
+    assert flaw(folder) == "templates/a is not as it was written"
+    for name in ("../outside", "/etc/hostname"):
+        (folder / "complete.json").write_text(json.dumps({"files": {name: {}}}))
+        assert flaw(folder) == f"{name} is missing"
+
+
+def test_a_folder_that_cannot_take_its_name_gives_it_back_to_the_old_one(tmp_path, monkeypatch):
+    target, plain = tmp_path / "x", os.replace
+    with written_whole(target) as folder:
+        (folder / "old").write_text("old")
+
+    def replace(source, destination):
+        if destination == target and (source / "new").exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        plain(source, destination)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OutputError, match="Input/output error"), written_whole(target) as folder:
+        (folder / "new").write_text("new")
+    assert (target / "old").read_text() == "old"
+
+
+def test_files_go_into_a_folder_beside_what_is_in_its_subfolders(tmp_path):
+    (tmp_path / "x" / "templates").mkdir(parents=True)
+    (tmp_path / "x" / "templates" / "kept").write_text("kept")
+    with written_into(tmp_path / "x") as folder:
+        (folder / "templates").mkdir()
+        (folder / "templates" / "new").write_text("new")
+    assert files_of(tmp_path) == ["x", "x/templates", "x/templates/kept", "x/templates/new"]

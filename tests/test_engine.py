@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import LORA_TARGETS, PROMPTS
@@ -28,6 +29,7 @@ from konic.finetuning import (
     KonicFinetuningEngine,
     KonicLLMRewardComposer,
     LoraConfig,
+    MeanReducer,
     ModelError,
     OutputError,
     RewardError,
@@ -35,8 +37,10 @@ from konic.finetuning import (
     llm_reward,
     saving,
 )
+from konic.finetuning import engine as engine_module
 from konic.finetuning.checkpoint import newest_checkpoint
 from konic.finetuning.dataset import PromptSet, load_prompts, make_prompts
+from konic.finetuning.errors import NotFiniteError
 from konic.finetuning.run_folder import RunFolder
 
 TIMES = {"generation_time_sec", "reward_compute_time_sec", "update_time_sec", "total_time_sec"}
@@ -774,6 +778,11 @@ def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def full_disk_at_the_checkpoint(path):
+    if "checkpoint-3" in str(path):
+        full_disk()
+
+
 def full_disk_in_rust(*_, **__):
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
@@ -781,7 +790,7 @@ def full_disk_in_rust(*_, **__):
 @pytest.mark.parametrize(
     "where, fail",
     [
-        ("konic.finetuning.folders._sync", full_disk),
+        ("konic.finetuning.folders.sync", full_disk_at_the_checkpoint),
         ("konic.finetuning.checkpoint.save_file", full_disk_in_rust),
         ("konic.finetuning.checkpoint.seal", full_disk),
         ("peft.PeftModel.save_pretrained", full_disk),
@@ -860,11 +869,23 @@ def test_any_error_between_updates_leaves_a_checkpoint(model_folders, tmp_path):
     assert result.total_iterations == 3
 
 
-def test_an_error_in_an_update_leaves_the_best_weights_and_an_engine_that_says_why(model_folders, tmp_path):
-    engine = make_engine(model_folders["llama"], tmp_path, learning_rate=1e30)
-    with pytest.raises(TrainingError):
+def test_an_error_in_an_update_leaves_the_best_weights_and_an_engine_that_says_why(
+    model_folders, tmp_path, monkeypatch
+):
+    plain = engine_module.update
+
+    def fails_the_second_time(*arguments):
+        stats = plain(*arguments)
+        if arguments[-1].first_step:
+            raise TrainingError("after its steps")
+        return stats
+
+    monkeypatch.setattr(engine_module, "update", fails_the_second_time)
+    engine = make_engine(model_folders["llama"], tmp_path)
+    with pytest.raises(TrainingError, match="after its steps"):
         engine.train(5)
-    assert (tmp_path / "best" / "adapter_model.safetensors").exists()
+    assert "for 1 iterations" in (tmp_path / "best" / "README.md").read_text()
+    assert not list(tmp_path.glob("checkpoint-*"))
     with pytest.raises(TrainingError, match="Make a new engine"):
         engine.train(5)
 
@@ -907,3 +928,153 @@ KonicFinetuningEngine.from_agent(agent, checkpoint_dir={str(tmp_path / "run")!r}
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert child.returncode == 0, child.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["rewards"]["file"] is None
+
+
+def test_a_second_ctrl_c_in_an_update_saves_nothing_of_it(model_folders, tmp_path, monkeypatch):
+    plain = engine_module.update
+
+    def interrupted(policy, optimizer, rolled, *others):
+        stats = plain(policy, optimizer, rolled, *others)
+        if schedule_of(others).first_step:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return stats
+
+    def schedule_of(others):
+        return others[-1]
+
+    monkeypatch.setattr(engine_module, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_engine(model_folders["llama"], tmp_path / "run").train(3, save_every=1)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert "checkpoint-1" in names
+    assert not names & {"checkpoint-2", "final"}
+    monkeypatch.undo()
+    make_engine(model_folders["llama"], tmp_path / "run").train(3, resume_from_checkpoint=True)
+    make_engine(model_folders["llama"], tmp_path / "whole").train(3)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    same_tensors(weights(tmp_path / "run" / "final"), weights(tmp_path / "whole" / "final"))
+
+
+def test_weights_that_are_not_numbers_are_not_saved_and_the_checkpoint_before_stays(model_folders, tmp_path):
+    class Spoils(Silent):
+        def on_iteration_end(self, result):
+            if result.iteration == 2:
+                with torch.no_grad():
+                    next(iter(engine._learner.policy.trainable().values())).fill_(math.nan)
+
+    engine = make_engine(model_folders["llama"], tmp_path, callback=Spoils())
+    with pytest.raises(NotFiniteError, match="holds NaN or infinity after iteration 2: no checkpoint"):
+        engine.train(3, save_every=1, save_total_limit=1)
+    assert newest_checkpoint(tmp_path).name == "checkpoint-1"
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+def test_a_broken_checkpoint_is_put_aside_not_deleted(model_folders, tmp_path, caplog):
+    make_engine(model_folders["llama"], tmp_path).train(3, save_every=1)
+    (tmp_path / "checkpoint-3" / "value_head.safetensors").write_bytes(b"torn")
+    (tmp_path / "checkpoint-2" / "README.md").write_text("a person's own notes")
+    make_engine(model_folders["llama"], tmp_path).train(3, resume_from_checkpoint=True)
+    assert "checkpoint-3 is passed over: value_head.safetensors is not as it was written" in caplog.text
+    assert (tmp_path / "broken-checkpoint-3" / "value_head.safetensors").read_bytes() == b"torn"
+    assert newest_checkpoint(tmp_path).name == "checkpoint-3"
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(model_folders, tmp_path, caplog):
+    make_engine(model_folders["llama"], tmp_path / "run").train(2)
+    make_engine(model_folders["llama"], tmp_path / "whole").train(3)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    make_engine(model_folders["llama"], tmp_path / "run").train(3, resume_from_checkpoint=True)
+    assert "It begins anew" in caplog.text
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    with pytest.raises(OutputError, match="there is no whole checkpoint"):
+        make_engine(model_folders["llama"], tmp_path / "nothing").train(3, resume_from_checkpoint=True)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_models_of_iterations_that_are_dropped_go_with_them(model_folders, tmp_path):
+    make_engine(model_folders["llama"], tmp_path).train(3, save_every=1)
+
+    class Fails(Silent):
+        def on_iteration_begin(self, iteration):
+            assert not (tmp_path / "final").exists()
+            raise ValueError("stop")
+
+    engine = make_engine(model_folders["llama"], tmp_path, callback=Fails())
+    with pytest.raises(ValueError, match="stop"):
+        engine.train(4, resume_from_checkpoint=tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dataset": DatasetConfig(prompts=[*PROMPTS[:-1], "another"], held_out=2)}, "prompts_sha256 was"),
+        ({"composer": LetterRewards(reward_weights={"brief": 2.0})}, "reward_weights was"),
+        ({"composer": LetterRewards(reducer=MeanReducer)}, "reducer was"),
+    ],
+)
+def test_what_a_resume_would_score_or_ask_otherwise_is_named(model_folders, changes, told, tmp_path):
+    make_engine(model_folders["llama"], tmp_path).train(1)
+    with pytest.raises(OutputError, match=told):
+        make_engine(model_folders["llama"], tmp_path, **changes).train(2, resume_from_checkpoint=True)
+
+
+def test_a_changed_reward_or_base_model_or_length_of_a_falling_schedule_is_named(model_folders, tmp_path):
+    class Other(LetterRewards):
+        @llm_reward
+        def brief(self, prompt, response):
+            return -len(response) / 40
+
+    model = tmp_path / "model"
+    shutil.copytree(model_folders["llama"], model)
+    run = tmp_path / "run"
+    make_engine(str(model), run, lr_scheduler="linear").train(2, save_every=1)
+    with pytest.raises(OutputError, match="rewards_sha256 was"):
+        make_engine(str(model), run, lr_scheduler="linear", composer=Other()).train(2, resume_from_checkpoint=True)
+    with pytest.raises(OutputError, match="max_iterations was 2 and is 3"):
+        make_engine(str(model), run, lr_scheduler="linear").train(3, resume_from_checkpoint=True)
+    (file,) = model.glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    with pytest.raises(OutputError, match="base_sha256 was"):
+        make_engine(str(model), run, lr_scheduler="linear").train(2, resume_from_checkpoint=True)
+
+
+def test_early_stopping_counts_on_where_the_run_stood(model_folders, tmp_path):
+    def stops():
+        return KonicFinetuningCallback(verbose=False, early_stop_kl_threshold=0.0, early_stop_patience=4)
+
+    make_engine(model_folders["llama"], tmp_path / "whole", callback=stops()).train(8)
+    make_engine(model_folders["llama"], tmp_path / "run", callback=stops()).train(3)
+    make_engine(model_folders["llama"], tmp_path / "run", callback=stops()).train(8, resume_from_checkpoint=True)
+    assert len(metrics(tmp_path / "whole")) < 8
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_an_evaluation_that_cannot_be_read_is_made_anew(model_folders, tmp_path, caplog):
+    make_engine(model_folders["llama"], tmp_path).train(1)
+    (tmp_path / "evaluations" / "000000.parquet").write_bytes(b"torn")
+    result = make_engine(model_folders["llama"], tmp_path).train(2, resume_from_checkpoint=True)
+    assert "is made anew" in caplog.text
+    assert result.before.prompts == result.after.prompts
+
+
+def test_a_termination_that_a_reward_swallows_still_ends_the_run(model_folders, tmp_path):
+    body = """
+    class Swallows(LetterRewards):
+        @llm_reward
+        def greedy(self, prompt, response):
+            try:
+                if len(engine._state.history) == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            except:
+                pass
+            return 0.0
+    engine = make_engine(engine.agent.get_base_model(), engine.checkpoint_dir, callback=Slow(), composer=Swallows())
+    engine.train(10_000)
+    """
+    child = run_child(model_folders["llama"], tmp_path / "run", body)
+    lines = child.communicate(timeout=120)[0].split()
+    assert child.returncode == -signal.SIGTERM
+    assert lines[-1] == "3"
+    assert (tmp_path / "run" / "checkpoint-3" / "complete.json").is_file()

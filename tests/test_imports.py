@@ -12,12 +12,11 @@ import konic
 PACKAGE = Path(konic.__file__).parent
 LAYERS = [
     {"errors"},
-    {"config", "hub", "paths"},
+    {"config", "hub", "interrupts", "paths"},
     {
         "advantages",
         "losses",
         "intervals",
-        "interrupts",
         "reducers",
         "controllers",
         "moments",

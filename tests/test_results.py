@@ -4,7 +4,9 @@ import math
 
 import pytest
 
+from konic.finetuning.errors import ConfigError, KonicError
 from konic.finetuning.results import Evaluation, FinetuningIterationResult, FinetuningResult
+from konic.finetuning.run_folder import model_card
 
 CONTRACT = (
     "iteration reward_mean reward_std reward_min reward_max kl_divergence policy_loss value_loss entropy_loss "
@@ -141,3 +143,17 @@ def test_breakdown_means_leave_out_the_samples_that_abstained():
     evaluation = Evaluation(["p"] * 3, ["r"] * 3, [1.0, math.nan, 3.0], parts, [0.0] * 3, [1] * 3)
     assert evaluation.reward_breakdown == {"a": 3, "b": 4}
     assert evaluation.reward_mean == 2
+
+
+def test_a_model_card_shows_names_as_text_alone():
+    names = {"<b>|x": 1.0, "`y` [z](http://z)": 2.0}
+    result = run([1.0], model_name="m[x](http://y)<img>\x1b")
+    result.history[0].reward_breakdown.update(names)
+    text = model_card(result, {"algorithm": "ppo"}, "base", is_adapter=True).partition("```")[0]
+    assert "| &lt;b&gt;&#124;x | 1.0000 | 1.0000 |" in text
+    assert not any(part in text for part in ("<img>", "[x](", "[z](", "\x1b", "`y`"))
+
+
+def test_errors_cannot_steer_a_terminal():
+    assert str(KonicError("a\x1b[2Jb\u202ec\nsecond line")) == "a\\x1b[2Jb\\u202ec\nsecond line"
+    assert str(ConfigError("plain")) == "plain"

@@ -24,8 +24,9 @@ from konic.finetuning import (
     TrainingConfig,
     llm_reward,
 )
+from konic.finetuning.errors import printable
 from konic.finetuning.intervals import distinct_n, mean, paired_bootstrap
-from konic.finetuning.results import Evaluation, printable
+from konic.finetuning.results import Evaluation
 
 KIND_WORDS = frozenset(
     "admirable amazing beautiful beautifully best brilliant brilliantly captivating charming clever compelling "

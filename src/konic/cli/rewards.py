@@ -44,7 +44,7 @@ def show(trial: "ComposerTrial") -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from konic.finetuning.results import printable
+    from konic.finetuning.errors import printable
     from konic.finetuning.reward_trial import PROBES
 
     console = Console(highlight=False, width=None if typer.get_text_stream("stdout").isatty() else 100)
@@ -89,7 +89,7 @@ def _table(title: str, headings: tuple[str, ...], rows: dict[str, list[str]], bo
     from rich.table import Table
     from rich.text import Text
 
-    from konic.finetuning.results import printable
+    from konic.finetuning.errors import printable
 
     table = Table(title=title, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
     table.add_column("", overflow="fold")

@@ -97,8 +97,8 @@ class KonicFinetuningAgent:
             "kl_penalty_weight": self.kl_penalty_weight,
             "generation_config": self._generation_config.model_dump(),
             "dataset_config": self._dataset_config.model_dump(mode="json", exclude={"prompts", "token"}),
-            "lora_config": lora.model_dump() if isinstance(lora, LoraConfig) else lora and lora.to_dict(),
-            "rewards": self._reward_composer.reward_names,
+            "lora_config": lora.model_dump() if isinstance(lora, LoraConfig) else lora and _plain(lora.to_dict()),
+            **self._reward_composer.settings(),
             "model_kwargs": {name: str(value) for name, value in self._model_kwargs.items() if name != "token"},
         }
 
@@ -107,6 +107,11 @@ class KonicFinetuningAgent:
         """β: the composer's where it has one, else the training config's."""
         own = self._reward_composer.kl_penalty_weight
         return self._training_config.kl_penalty_weight if own is None else own
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with sets as sorted lists: a set's order is another one in every process."""
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
 
 
 def _lora_config(value: Any) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from konic.finetuning.errors import ConfigError
-from konic.finetuning.results import FinetuningIterationResult, FinetuningResult, printable
+from konic.finetuning.errors import ConfigError, printable
+from konic.finetuning.results import FinetuningIterationResult, FinetuningResult
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from konic.finetuning.errors import ConfigError, OutputError
+from konic.finetuning.errors import ConfigError, NotFiniteError, OutputError, printable
 from konic.finetuning.folders import flaw, seal, written_whole
 from konic.finetuning.moments import RunningMoments
 from konic.finetuning.paths import as_path
@@ -34,10 +35,11 @@ _FIXED = ("model_name", "use_lora", "lora_config")
 """Settings that the weights of a checkpoint depend on."""
 _RECORDED = ("iteration", "num_steps", "elapsed_seconds", "reward_moments", "settings", "environment", "history")
 _FREE = (
-    "max_iterations", "iterations_done", "max_minutes", "eval_every", "model_kwargs", "device", "on_reward_error",
-    "max_error_rate", "reward_workers", "reward_timeout_seconds",
+    "max_iterations", "iterations_done", "max_minutes", "eval_every", "device", "on_reward_error", "max_error_rate",
+    "reward_workers", "reward_timeout_seconds",
 )  # fmt: skip
 """Settings that change no number of an iteration that both runs would do."""
+_NAMED = re.compile(r"checkpoint-[0-9]+")
 LIBRARIES = ("konic", "torch", "transformers", "peft", "datasets", "numpy")
 
 
@@ -54,7 +56,18 @@ def environment(device: torch.device) -> dict[str, Any]:
 def save_checkpoint(
     folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: TrainerState, settings: dict[str, Any]
 ) -> None:
-    """Write everything a resume needs: weights, optimizer, counters, history, best weights, settings."""
+    """Write everything a resume needs: weights, optimizer, counters, history, best weights, settings.
+
+    Raises:
+        NotFiniteError: A weight or a moment of the optimizer is NaN or infinite; nothing is written.
+        OutputError: The folder cannot be written.
+    """
+    for name, tensor in (policy.trainable() | _optimizer_tensors(policy, optimizer)).items():
+        if not tensor.isfinite().all():
+            raise NotFiniteError(
+                f"{name} holds NaN or infinity after iteration {state.iteration}: no checkpoint of it is written. "
+                "Resume the one before, with a lower learning_rate or max_grad_norm."
+            )
     with written_whole(folder) as target:
         policy.save(target)
         save_file(_optimizer_tensors(policy, optimizer), target / OPTIMIZER_FILE)
@@ -98,7 +111,9 @@ def require_same_run(
         OutputError: A setting differs without `allow_changes`, or one that the weights depend on.
     """
     now, saved = json.loads(json.dumps(settings, default=str)), record["settings"]
-    changed = [name for name, value in now.items() if saved.get(name) != value and name not in _FREE]
+    falls = now.get("lr_scheduler", "constant") != "constant"  # its rates depend on the run's whole length
+    free = set(_FREE) - ({"max_iterations"} if falls else set())
+    changed = [name for name, value in now.items() if saved.get(name) != value and name not in free]
     named = "; ".join(f"{name} was {saved.get(name)!r} and is {now[name]!r}" for name in changed)
     if any(name in _FIXED for name in changed):
         raise OutputError(f"{folder}: is a checkpoint of another model: {named}. Resume with what it was made with.")
@@ -116,7 +131,7 @@ def require_same_run(
     if differing:
         logger.warning(
             "Resumed elsewhere than it was begun (%s): numbers go on equal but for rounding, not bit for bit.",
-            "; ".join(differing),
+            printable("; ".join(differing)),
         )
 
 
@@ -148,8 +163,13 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
 
 def checkpoints(run_folder: Path) -> list[Path]:
     """The checkpoints in a run's folder, whole or not, by iteration."""
-    named = [path for path in run_folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted(named, key=lambda path: int(path.name.rpartition("-")[2]))
+    named = [path for path in run_folder.glob("checkpoint-*") if _NAMED.fullmatch(path.name)]
+    return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=iteration_of)
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """The iteration that a checkpoint's folder is named by."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def newest_checkpoint(run_folder: Path) -> Path:
@@ -162,7 +182,7 @@ def newest_checkpoint(run_folder: Path) -> Path:
         broken = flaw(folder)
         if broken is None:
             return folder
-        logger.warning("%s is passed over: %s.", folder, broken)
+        logger.warning("%s is passed over: %s.", folder, printable(broken))
     raise OutputError(f"{run_folder}: there is no whole checkpoint to resume from. To begin anew, name another folder.")
 
 

@@ -1,5 +1,7 @@
 """DatasetConfig -> PromptSet: prompts in an order fixed by a seed, each with its row's index and other columns."""
 
+import hashlib
+import json
 import logging
 import math
 import string
@@ -156,6 +158,16 @@ class PromptSet:
         if self.stream is not None:
             self.rows.extend(islice(self.stream, max(0, start + size - len(self.rows))))
         return [self.rows[self._index(position)] for position in range(start, start + size)]
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 of all rows and the held-out ones; None of a stream, whose rows are not known beforehand."""
+        if self.stream is not None:
+            return None
+        digest = hashlib.sha256()
+        for prompt in (*self.rows, *self.held_out):
+            values = [prompt.row, prompt.content, prompt.columns]
+            digest.update(json.dumps(values, default=lambda value: type(value).__name__, skipkeys=True).encode())
+        return digest.hexdigest()
 
     def _index(self, position: int) -> int:
         pass_number, offset = divmod(position, len(self.rows))

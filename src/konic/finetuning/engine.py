@@ -19,6 +19,7 @@ from konic.finetuning.checkpoint import (
     checkpoint_to_resume,
     environment,
     load_checkpoint,
+    newest_checkpoint,
     read_record,
     require_same_run,
     snapshot,
@@ -29,7 +30,7 @@ from konic.finetuning.dataset import Prompt, PromptSet, load_prompts, make_promp
 from konic.finetuning.errors import ConfigError, NotFiniteError, OutputError, TrainingError, did_you_mean
 from konic.finetuning.evaluation import evaluate, respond
 from konic.finetuning.folders import written_into
-from konic.finetuning.interrupts import sigterm_as_interrupt, uninterrupted
+from konic.finetuning.interrupts import SigtermHandler, sigterm_as_interrupt, uninterrupted
 from konic.finetuning.intervals import mean
 from konic.finetuning.learner import Learner, build_learner
 from konic.finetuning.measures import RunClock, StageClock, iteration_result
@@ -76,6 +77,7 @@ class KonicFinetuningEngine:
         self.callback = callback
         self._built: Learner | None = None
         self._loaded_prompts: PromptSet | None = None
+        self._prompts_sha256: str | None = None
         self._folder: RunFolder | None = None
         self._folder_named = checkpoint_dir
         self._state = TrainerState()
@@ -121,7 +123,7 @@ class KonicFinetuningEngine:
         """
         callbacks = Callbacks(self.callback)
         with contextlib.ExitStack() as held:
-            held.enter_context(sigterm_as_interrupt())
+            sigterm = held.enter_context(sigterm_as_interrupt())
             held.enter_context(self._scorer)
             self._check(max_iterations, save_every, save_total_limit)
             folder, last = self._prepare(held, max_iterations, resume_from_checkpoint, allow_changes)
@@ -130,22 +132,28 @@ class KonicFinetuningEngine:
                 save_total_limit, saved_iteration=self._state.iteration or None,
             )  # fmt: skip
             callbacks.on_train_begin(self._settings(last))
+            for result in self._state.history if resume_from_checkpoint else ():
+                callbacks.should_stop_early(result)
             with callbacks.told_of_errors():
                 try:
-                    stopped = self._iterate(folder, callbacks, saving, last)
-                except KeyboardInterrupt:
+                    stopped = self._iterate(folder, callbacks, saving, last, sigterm)
+                except BaseException as error:
+                    if not isinstance(error, KeyboardInterrupt) or not self._weights_are_whole:
+                        with uninterrupted():
+                            saving.after_error(self._result(None, None), self._weights_are_whole)
+                        raise
                     stopped = INTERRUPTED
-                except Exception:
-                    saving.after_error(self._result(None, None), self._weights_are_whole)
-                    raise
                 return self._finish(folder, callbacks, saving, last, stopped)
 
-    def _iterate(self, folder: RunFolder, callbacks: Callbacks, saving: Saving, last: int) -> str | None:
+    def _iterate(
+        self, folder: RunFolder, callbacks: Callbacks, saving: Saving, last: int, sigterm: SigtermHandler
+    ) -> str | None:
         """The loop, up to iteration `last`; why it ended before, or None."""
         config, generation = self._training, self._generation
         learner, prompts, state = self._learner, self._prompts, self._state
         clock = RunClock(state.elapsed_seconds, config.max_minutes)
         for iteration in range(state.iteration + 1, last + 1):
+            sigterm.check()
             callbacks.on_iteration_begin(iteration)
             evaluation = self._evaluate_held_out(folder, state.iteration) if self._is_evaluated(iteration) else None
             stages = StageClock()
@@ -172,8 +180,7 @@ class KonicFinetuningEngine:
             advantages = advantages_of(rolled, scores, config, kl_weight)
 
             with uninterrupted():
-                if self._is_best(rolled, scores, evaluation):
-                    state.best_weights = snapshot(learner.policy)
+                best = snapshot(learner.policy) if self._is_best(rolled, scores, evaluation) else state.best_weights
                 with self._changing_weights():
                     learner.policy.shift_values(shift)
                     schedule = self._schedule(iteration, last)
@@ -186,6 +193,7 @@ class KonicFinetuningEngine:
                     iteration_result(iteration, rolled, scores, advantages, stats, kl_weight, stages, evaluation)
                 )
                 state.add(result, config.steps_per_iteration, clock.elapsed_seconds, scores.moments)
+                state.best_weights = best
                 folder.write_iteration(result, rolled, scores)
                 require_some_steps(state.history)
 
@@ -276,6 +284,7 @@ class KonicFinetuningEngine:
     def _prompts(self) -> PromptSet:
         if self._loaded_prompts is None:
             self._loaded_prompts = load_prompts(self.agent.get_dataset_config())
+            self._prompts_sha256 = self._loaded_prompts.fingerprint()
         return self._loaded_prompts
 
     def _evaluation(
@@ -323,7 +332,8 @@ class KonicFinetuningEngine:
 
         After 0 iterations the policy is its reference, so that this can be done at any time.
         """
-        moments = moments_of(self.agent.get_reward_composer(), folder.read_evaluation(0))
+        first = folder.read_evaluation(0) if iterations_done else None
+        moments = moments_of(self.agent.get_reward_composer(), first)
         evaluation = self._evaluation(self._prompts.held_out, moments, untrained=iterations_done == 0)
         folder.write_evaluation(iterations_done, evaluation)
         return evaluation
@@ -349,21 +359,33 @@ class KonicFinetuningEngine:
         allow_changes: bool,
     ) -> tuple[RunFolder, int]:
         """The run's folder, locked and cut back to where the run goes on, and its last iteration; the model loaded."""
-        checkpoint = checkpoint_to_resume(resume, self.checkpoint_dir)
-        record = read_record(checkpoint) if checkpoint is not None else None
-        folder = self._open_folder(checkpoint)
+        checkpoint = checkpoint_to_resume(resume, self.checkpoint_dir) if resume is not True else None
+        folder = self._open_folder(checkpoint, resume is True)
         held.callback(folder.take_back_if_unused)
-        folder.prepare(may_hold_a_run=checkpoint is not None or self._state.iteration > 0)
+        folder.prepare()
         held.enter_context(folder.locked())
+        if resume is True:
+            checkpoint = self._newest_checkpoint(folder)
+        elif checkpoint is None and not self._state.iteration:
+            folder.require_no_run()
+        record = read_record(checkpoint) if checkpoint is not None else None
         learner = self._learner
         if checkpoint is not None and record is not None:
             require_same_run(checkpoint, record, self._settings(max_iterations), learner.policy.device, allow_changes)
             self._state = load_checkpoint(checkpoint, learner.policy, learner.optimizer)
             folder.go_back_to(self._state.history)
             self._read_stream_again()
-        last = max_iterations if checkpoint is not None else self._state.iteration + max_iterations
+        last = max_iterations if resume else self._state.iteration + max_iterations
         folder.write_run(self._settings(last), environment(learner.policy.device), self.agent.get_reward_composer())
         return folder, last
+
+    def _newest_checkpoint(self, folder: RunFolder) -> Path | None:
+        """The checkpoint to go on from, or None after emptying the folder of a run that ended before its first."""
+        if not folder.holds_no_checkpoint_yet or self._state.iteration:
+            return newest_checkpoint(folder.path)
+        logger.warning("%s: the run ended before its first checkpoint. It begins anew.", folder.path)
+        folder.go_back_to([])
+        return None
 
     def _read_stream_again(self) -> None:
         """Read a streamed dataset up to where the run stood, and say what that took."""
@@ -397,8 +419,10 @@ class KonicFinetuningEngine:
                 ", ".join(self._generation.distribution_filters),
             )
 
-    def _open_folder(self, checkpoint: Path | None) -> RunFolder:
+    def _open_folder(self, checkpoint: Path | None, resumes_newest: bool) -> RunFolder:
         """The run's folder: the one named, the checkpoint's, the one in use, or a new one."""
+        if resumes_newest and self.checkpoint_dir is None:
+            raise ConfigError("train(resume_from_checkpoint=True) needs checkpoint_dir, the run's folder.")
         if self._folder is None or self.checkpoint_dir != self._folder_named:
             given = checkpoint.parent if checkpoint is not None else None
             self._folder = RunFolder.named(self.checkpoint_dir or given, self.agent.get_base_model())
@@ -409,12 +433,14 @@ class KonicFinetuningEngine:
 
     def _settings(self, last: int) -> dict[str, Any]:
         """Every setting of the run by name, as plain values; what `on_train_begin` gets and `run.json` keeps."""
-        counts = {
+        more = {
             "max_iterations": last,
             "iterations_done": self._state.iteration,
             "selection": asdict(self._selection),
+            "prompts_sha256": self._prompts_sha256,
+            "base_sha256": self._learner.base_sha256,
         }
-        return self.agent.settings(uses_lora=self._learner.policy.uses_lora) | counts
+        return self.agent.settings(uses_lora=self._learner.policy.uses_lora) | more
 
     @contextlib.contextmanager
     def _changing_weights(self) -> Iterator[None]:
@@ -424,8 +450,14 @@ class KonicFinetuningEngine:
             self._weights_are_whole = False
 
         hook = self._learner.optimizer.register_step_pre_hook(first_step)
+        bias = self._learner.policy.value_head.bias
+        bias_before = bias.detach().clone()
         try:
             yield
+        except BaseException:
+            if self._weights_are_whole:
+                bias.data = bias_before  # no step was taken: what the shift of the values did is undone
+            raise
         finally:
             hook.remove()
         self._weights_are_whole = True
@@ -442,6 +474,9 @@ class KonicFinetuningEngine:
             with contextlib.suppress(KeyboardInterrupt):
                 before = folder.read_evaluation(0) or self._evaluate_held_out(folder, 0)
                 after = self._evaluate_held_out(folder, self._state.iteration)
+                if before.prompts != after.prompts:  # it was of other data
+                    before = self._evaluate_held_out(folder, 0)
+                    after = self._evaluate_held_out(folder, self._state.iteration)
                 result = replace(result, before=before, after=after)
                 self._learner.write_card(final, result, self._settings(last))
         callbacks.on_train_end(result)

@@ -1,11 +1,23 @@
 """Every error a user can cause. Each message says what happened, where, and what to do about it."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
+def printable(text: str) -> str:
+    """Text with its control and format characters escaped, so that it cannot steer a terminal; one line."""
+    return "".join(
+        char if char == " " or unicodedata.category(char)[0] not in "CZ" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
 class KonicError(Exception):
-    """The parent of every error that a user can cause and mend."""
+    """The parent of every error that a user can cause and mend; its message is safe to show in a terminal."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__("\n".join(map(printable, str(message).split("\n"))))
 
 
 class ConfigError(KonicError, ValueError):

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError
 
@@ -32,16 +32,20 @@ def written_whole(folder: Path) -> Iterator[Path]:
     try:
         yield beside
         for file in beside.rglob("*"):
-            _sync(file)
-        _sync(beside)
+            sync(file)
+        sync(beside)
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
             os.replace(folder, old)
-            os.replace(beside, folder)
+            try:
+                os.replace(beside, folder)
+            except OSError:
+                os.replace(old, folder)
+                raise
             shutil.rmtree(old)
         else:
             os.replace(beside, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise unwritable(folder, error) from error
     finally:
@@ -60,8 +64,9 @@ def written_into(folder: Path) -> Iterator[Path]:
     whole = folder.parent / f".{folder.name}-{os.getpid()}"
     try:
         folder.mkdir(exist_ok=True)
-        for file in whole.iterdir():
-            os.replace(file, folder / file.name)
+        for file in _files(whole):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(whole / file, folder / file)
     except OSError as error:
         raise unwritable(folder, error) from error
     finally:
@@ -69,10 +74,13 @@ def written_into(folder: Path) -> Iterator[Path]:
 
 
 def seal(folder: Path) -> None:
-    """Mark a folder as complete: a file, written last, with the size and SHA-256 of every other one."""
-    files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
+    """Mark a folder as complete: a file, written last, with the size and SHA-256 of every other one but README.md.
+
+    That one is for people, who may add to it.
+    """
+    files = {path.as_posix(): _fingerprint(folder / path) for path in _files(folder) if path.name != "README.md"}
     for name in files:
-        _sync(folder / name)
+        sync(folder / name)
     (folder / SEAL_FILE).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
 
 
@@ -81,7 +89,8 @@ def flaw(folder: Path) -> str | None:
     try:
         files = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))["files"]
         for name, fingerprint in files.items():
-            if Path(name).name != name or not (folder / name).is_file():
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or not (folder / path).is_file():
                 return f"{name} is missing"
             if _fingerprint(folder / name) != fingerprint:
                 return f"{name} is not as it was written"
@@ -98,14 +107,35 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _fingerprint(path: Path) -> dict[str, str | int]:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place, sync it and give it its name: there is the old text or the new one.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    beside = path.parent / f".{path.name}"
+    try:
+        beside.write_text(text, encoding="utf-8")
+        sync(beside)
+        os.replace(beside, path)
+    except OSError as error:
+        raise unwritable(path, error) from None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Every file in a folder and those below it, relative to it."""
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def _fingerprint(path: Path) -> dict[str, str | int]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

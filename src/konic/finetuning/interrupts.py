@@ -6,13 +6,35 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class SigtermHandler:
+    """Takes the first SIGTERM as a KeyboardInterrupt, and remembers that it came."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Raise KeyboardInterrupt the first time."""
+        if not self.came:
+            self.came = True
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if it came: a bare `except:` in a user's code may have swallowed the first."""
+        if self.came:
+            raise KeyboardInterrupt
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Within it Ctrl-C and SIGTERM wait; on leaving they come. A second Ctrl-C does not wait. Main thread only."""
+    """Within it Ctrl-C and SIGTERM wait; on leaving they come. A second Ctrl-C does not wait. Main thread only.
+
+    Where it is left by an error, the error goes on, and a SIGTERM that came is remembered.
+    """
     if not _in_main_thread():
         yield
         return
@@ -29,43 +51,51 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(number, hold)
     try:
         yield
-    finally:
-        for number in SIGNALS:
-            signal.signal(number, before[number])
+    except BaseException:
+        _put_back(before)
+        handler = before[signal.SIGTERM]
+        if signal.SIGTERM in waiting:
+            if isinstance(handler, SigtermHandler):
+                handler.came = True
+            else:
+                _deliver(signal.SIGTERM, handler)
+        raise
+    _put_back(before)
     if waiting:
         last = signal.SIGTERM if signal.SIGTERM in waiting else signal.SIGINT  # one that ends the process is not lost
-        handler = before[last]
-        if callable(handler):
-            handler(last, None)
-        else:
-            os.kill(os.getpid(), last)
+        _deliver(last, before[last])
 
 
 @contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[SigtermHandler]:
     """Within it SIGTERM is a KeyboardInterrupt; on leaving the process gets it once more, as it would have been taken.
 
     Main thread only.
     """
+    handler = SigtermHandler()
     if not _in_main_thread():
-        yield
+        yield handler
         return
-    came = False
     before = signal.getsignal(signal.SIGTERM)
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        if not came:
-            came = True
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, handler)
     try:
-        yield
+        yield handler
     finally:
         signal.signal(signal.SIGTERM, before)
-        if came:
+        if handler.came:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _put_back(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def _deliver(number: signal.Signals, handler: object) -> None:
+    if callable(handler):
+        handler(number, None)
+    else:
+        os.kill(os.getpid(), number)
 
 
 def _in_main_thread() -> bool:

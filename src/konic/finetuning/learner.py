@@ -1,13 +1,16 @@
 """Agent -> Learner: the model loaded, with everything around it that learning needs."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from konic.finetuning.agent import KonicFinetuningAgent
 from konic.finetuning.errors import ConfigError, ModelError
+from konic.finetuning.folders import write_text
 from konic.finetuning.models import load_model
 from konic.finetuning.policy import Policy
 from konic.finetuning.results import FinetuningResult
@@ -24,6 +27,8 @@ class Learner:
     optimizer: torch.optim.Optimizer
     special: SpecialTokens
     location: str
+    base_sha256: str = ""
+    """Of some of every base weight's numbers: which model it was."""
 
     def write(self, folder: Path, result: FinetuningResult, settings: dict[str, Any], merge: bool = False) -> None:
         """Fill a folder with the model (the adapter, or with `merge` the full one), the tokenizer and a model card."""
@@ -36,7 +41,7 @@ class Learner:
     def write_card(self, folder: Path, result: FinetuningResult, settings: dict[str, Any], merge: bool = False) -> None:
         """Write the README.md of a saved model."""
         card = model_card(result, settings, self.location, is_adapter=self.policy.uses_lora and not merge)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_text(folder / "README.md", card)
 
 
 def build_learner(agent: KonicFinetuningAgent, device: torch.device) -> Learner:
@@ -56,7 +61,18 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device) -> Learner:
             f"base_model={agent.get_base_model()!r}: its tokenizer has {len(loaded.tokenizer)} tokens, the model a "
             f"vocabulary of only {vocabulary}. Give the model's own tokenizer, or a model with resized embeddings."
         )
+    base_sha256 = _fingerprint(loaded.model)
     policy = Policy(loaded, agent.get_lora_config(), config.gradient_checkpointing, config.seed)
     special = special_tokens(generation, policy.language_model, policy.tokenizer)
     policy.check_reference()
-    return Learner(policy, make_optimizer(policy, config), special, loaded.location)
+    return Learner(policy, make_optimizer(policy, config), special, loaded.location, base_sha256)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """SHA-256 of up to 64 numbers of every weight, evenly spaced: another model differs, and it costs no time."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        some = flat[:: max(1, len(flat) // 64)][:64].cpu().contiguous()
+        digest.update(name.encode() + some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -14,6 +14,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from konic.finetuning.interrupts import uninterrupted
+
 MIN_TOKENS = 16
 """Laying out a model's weights takes as long as some ten decode steps save."""
 MEMORY_SHARE = 8
@@ -86,5 +88,6 @@ def packed_layers(causal_lm: PreTrainedModel, num_rows: int | None) -> Iterator[
             setattr(parent, name, PackedLinear(layer, num_rows))
         yield
     finally:
-        for parent, name, layer in originals:
-            setattr(parent, name, layer)
+        with uninterrupted():
+            for parent, name, layer in originals:
+                setattr(parent, name, layer)

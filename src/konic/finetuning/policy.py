@@ -28,6 +28,7 @@ from konic.finetuning.adapters import (
 from konic.finetuning.allocator import memory_first
 from konic.finetuning.config import LoraConfig
 from konic.finetuning.errors import TrainingError
+from konic.finetuning.interrupts import uninterrupted
 from konic.finetuning.language_model import LanguageModel
 from konic.finetuning.models import LoadedModel, quiet_transformers
 from konic.finetuning.prompts import position_ids
@@ -169,8 +170,9 @@ class Policy:
                     setattr(parent, name, plain)
                 yield model
             finally:
-                for parent, name, layer in originals:
-                    setattr(parent, name, layer)
+                with uninterrupted():
+                    for parent, name, layer in originals:
+                        setattr(parent, name, layer)
 
     def check_reference(self) -> None:
         """Raise TrainingError if the reference is no longer the model that was loaded."""
@@ -217,7 +219,7 @@ class Policy:
         else:
             with quiet_transformers():
                 source = type(self.language_model.causal_lm).from_pretrained(
-                    folder, dtype=self.language_model.causal_lm.dtype
+                    folder, dtype=self.language_model.causal_lm.dtype, use_safetensors=True
                 )
             self.language_model.causal_lm.load_state_dict(source.state_dict())
         self.value_head.load_state_dict(load_file(folder / VALUE_HEAD_FILE))

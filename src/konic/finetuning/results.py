@@ -1,11 +1,11 @@
 """What a run reports: plain values, one record per iteration and one for the whole."""
 
 import math
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from konic.finetuning.errors import printable
 from konic.finetuning.intervals import Interval, mean, paired_bootstrap
 
 
@@ -259,14 +259,6 @@ class FinetuningResult:
 def mean_of_present(values: Sequence[float]) -> float:
     """The mean of the values that are not NaN, NaN of none."""
     return mean([value for value in values if not math.isnan(value)])
-
-
-def printable(text: str) -> str:
-    """Text with its control and format characters escaped, so that it cannot steer a terminal; one line."""
-    return "".join(
-        char if char == " " or unicodedata.category(char)[0] not in "CZ" else char.encode("unicode_escape").decode()
-        for char in text
-    )
 
 
 def _json_values(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The user's rewards: marked methods, functions and models, weighted and reduced to one number per response."""
 
+import hashlib
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -131,6 +133,18 @@ class KonicLLMRewardComposer:
     def reward_names(self) -> list[str]:
         """The marked methods in the order they were written, then what was added."""
         return [reward.name for reward in rewards_of(self)]
+
+    def settings(self) -> dict[str, Any]:
+        """What decides a reward: names, weights, the reducer, and the SHA-256 of the rewards' own source lines."""
+        kind = self.reducer if isinstance(self.reducer, type) else type(self.reducer)
+        rewards = rewards_of(self)
+        sources = "\n".join(f"{reward.name}: {_source_of(reward)}" for reward in rewards)
+        return {
+            "rewards": [reward.name for reward in rewards],
+            "reward_weights": dict(self._reward_weights),
+            "reducer": kind.__qualname__,
+            "rewards_sha256": hashlib.sha256(sources.encode()).hexdigest(),
+        }
 
     def add_reward_model(self, model: RewardModel, weight: float = 1.0) -> Self:
         """Add a reward model under its name. One whose `normalize` is true is normalised, as a marked method may be.
@@ -370,3 +384,11 @@ def _is_finite_number(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:
         return False
+
+
+def _source_of(reward: Reward) -> str:
+    """A reward's source lines; its name alone where there are none, or where it is a model's."""
+    try:
+        return "" if reward.is_model else inspect.getsource(inspect.unwrap(reward.call))
+    except (OSError, TypeError, ValueError):  # written in a notebook or an interactive session, or not in Python
+        return ""

@@ -1,8 +1,10 @@
 """Results -> files: one folder per run, written by one process, readable while it is written."""
 
 import hashlib
+import html
 import inspect
 import json
+import logging
 import math
 import os
 import platform
@@ -20,13 +22,15 @@ import pyarrow
 import pyarrow.parquet
 from filelock import FileLock, Timeout
 
-from konic.finetuning.checkpoint import checkpoints
-from konic.finetuning.errors import OutputError
-from konic.finetuning.folders import discard
+from konic.finetuning.checkpoint import checkpoints, iteration_of
+from konic.finetuning.errors import OutputError, printable
+from konic.finetuning.folders import discard, flaw, sync, write_text
 from konic.finetuning.paths import as_path, unwritable
 from konic.finetuning.results import Evaluation, FinetuningIterationResult, FinetuningResult
 from konic.finetuning.rollout import Rollout
 from konic.finetuning.scoring import Scores
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
@@ -57,17 +61,25 @@ class RunFolder:
         """True where an earlier run has written."""
         return (self.path / METRICS_FILE).exists()
 
-    def prepare(self, may_hold_a_run: bool) -> None:
-        """Make the folder and see that it can be written.
+    @property
+    def holds_no_checkpoint_yet(self) -> bool:
+        """True where a run has begun that ended before its first checkpoint."""
+        return (self.path / RUN_FILE).exists() and not checkpoints(self.path)
 
-        Raises:
-            OutputError: It cannot, or an earlier run is in it that is not to be resumed.
-        """
-        if self.holds_a_run and not may_hold_a_run:
+    def require_no_run(self) -> None:
+        """Raise OutputError if an earlier run is in the folder."""
+        if self.holds_a_run:
             raise OutputError(
                 f"{self.path}: an earlier run is in this folder. Go on with train(resume_from_checkpoint=True), or "
                 "name another checkpoint_dir."
             )
+
+    def prepare(self) -> None:
+        """Make the folder and see that it can be written.
+
+        Raises:
+            OutputError: It cannot.
+        """
         self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -118,7 +130,7 @@ class RunFolder:
             "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
             "process": {"id": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M}"},
         }
-        self._write(RUN_FILE, json.dumps(record, indent=1, default=str))
+        write_text(self.path / RUN_FILE, json.dumps(record, indent=1, default=str))
 
     def write_iteration(self, result: FinetuningIterationResult, rollout: Rollout, scores: Scores) -> None:
         """Write one iteration's completions, then its line of metrics: a line stands for whole files."""
@@ -126,6 +138,8 @@ class RunFolder:
         try:
             with (self.path / METRICS_FILE).open("a", encoding="utf-8") as file:
                 file.write(_line(result))
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise unwritable(self.path / METRICS_FILE, error) from None
 
@@ -143,32 +157,58 @@ class RunFolder:
         self._write_table("evaluations", iterations_done, columns)
 
     def read_evaluation(self, iterations_done: int) -> Evaluation | None:
-        """What :meth:`write_evaluation` wrote, or None."""
+        """What :meth:`write_evaluation` wrote, or None; a file that cannot be read is told of and counts as none."""
         path = self.path / "evaluations" / f"{iterations_done:06d}.parquet"
         if not path.is_file():
             return None
-        table = pyarrow.parquet.read_table(path).to_pydict()
-        breakdown = {name.removeprefix(_PART): _nans(table[name]) for name in table if name.startswith(_PART)}
-        return Evaluation(
-            table["prompt"],
-            table["response"],
-            _nans(table["reward"]),
-            breakdown,
-            table["kl"],
-            table["length"],
-            table["error"],
-        )
+        try:
+            table = pyarrow.parquet.read_table(path).to_pydict()
+            breakdown = {name.removeprefix(_PART): _nans(table[name]) for name in table if name.startswith(_PART)}
+            return Evaluation(
+                table["prompt"],
+                table["response"],
+                _nans(table["reward"]),
+                breakdown,
+                table["kl"],
+                table["length"],
+                table["error"],
+            )
+        except (OSError, KeyError, ValueError, TypeError, pyarrow.ArrowException) as error:
+            logger.warning("%s is made anew, since it cannot be read: %s", path, printable(str(error)))
+            return None
 
     def go_back_to(self, history: list[FinetuningIterationResult]) -> None:
-        """Drop what came after the last of these iterations, and what was left half written, before a resume."""
+        """Drop what came after the last of these iterations, and what was left half written, before a resume.
+
+        A broken checkpoint is put aside as `broken-checkpoint-{n}`.
+
+        Raises:
+            OutputError: Something cannot be removed or written.
+        """
+        try:
+            self._go_back_to(history)
+        except OSError as error:
+            raise unwritable(error.filename or self.path, error) from None
+
+    def _go_back_to(self, history: list[FinetuningIterationResult]) -> None:
         iteration = history[-1].iteration if history else 0
         for folder in checkpoints(self.path):
-            if int(folder.name.rpartition("-")[2]) > iteration:
+            if iteration_of(folder) > iteration and flaw(folder) is None:
                 discard(folder)
+            elif iteration_of(folder) > iteration:
+                aside = folder.with_name(f"broken-{folder.name}")
+                if aside.exists():
+                    shutil.rmtree(aside)
+                os.replace(folder, aside)
+        metrics = self.path / METRICS_FILE
+        if metrics.is_file() and metrics.read_bytes().count(b"\n") > len(history):  # the models are of what is dropped
+            for name in ("final", "best"):
+                if (self.path / name).is_dir():
+                    shutil.rmtree(self.path / name)
         for pattern in (".checkpoint-*", ".best-*", ".final-*", f".{METRICS_FILE}", f".{RUN_FILE}"):
             for left in self.path.glob(pattern):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-        self._write(METRICS_FILE, "".join(_line(result) for result in history))
+        write_text(metrics, "".join(_line(result) for result in history))
         for name in ("completions", "evaluations"):
             for file in (*(self.path / name).glob("[0-9]*.parquet"), *(self.path / name).glob(".[0-9]*")):
                 if file.name.startswith(".") or (file.stem.isdigit() and int(file.stem) > iteration):
@@ -196,17 +236,10 @@ class RunFolder:
         try:
             folder.mkdir(exist_ok=True)
             pyarrow.parquet.write_table(pyarrow.table(columns), beside)
+            sync(beside)
             os.replace(beside, folder / f"{number:06d}.parquet")
         except OSError as error:
             raise unwritable(folder, error) from None
-
-    def _write(self, name: str, text: str) -> None:
-        beside = self.path / f".{name}"
-        try:
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, self.path / name)
-        except OSError as error:
-            raise unwritable(self.path / name, error) from None
 
 
 def model_card(result: FinetuningResult, settings: dict[str, Any], base_location: str, is_adapter: bool) -> str:
@@ -216,15 +249,13 @@ def model_card(result: FinetuningResult, settings: dict[str, Any], base_location
     header = {"library_name": "peft" if is_adapter else "transformers", "pipeline_tag": "text-generation"}
     front = [f"{key}: {value}" for key, value in header.items()]
     front += [f"base_model: {json.dumps(base_location)}", f"tags: [konic, reinforcement-learning, {algorithm}]"]
-    lines = ["---", *front, "---", "", f"# {result.model_name}, finetuned by reinforcement learning", ""]
+    lines = ["---", *front, "---", "", f"# {_escaped(result.model_name)}, finetuned by reinforcement learning", ""]
     lines += [f"Trained with konic {version('konic')} by {algorithm} for {result.total_iterations} iterations", ""]
     if first and last:
         lines += ["| | first iteration | last iteration |", "|---|---|---|"]
         lines += [f"| reward | {first.reward_mean:.4f} | {last.reward_mean:.4f} |"]
-        for name in last.reward_breakdown:
-            lines.append(
-                f"| {name} | {first.reward_breakdown.get(name, math.nan):.4f} | {last.reward_breakdown[name]:.4f} |"
-            )
+        for name, mean in last.reward_breakdown.items():
+            lines.append(f"| {_escaped(name)} | {first.reward_breakdown.get(name, math.nan):.4f} | {mean:.4f} |")
         lines += [f"| KL per response (nats) | {first.kl_per_response:.3f} | {last.kl_per_response:.3f} |"]
         lines += [f"| response tokens | {first.response_length_mean:.1f} | {last.response_length_mean:.1f} |", ""]
     gain = result.held_out_gain
@@ -252,6 +283,11 @@ def model_card(result: FinetuningResult, settings: dict[str, Any], base_location
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """Text that neither markdown, HTML nor a terminal takes for more than text; for a table's cell."""
+    return html.escape(printable(text)).replace("|", "&#124;").replace("[", "&#91;").replace("`", "&#96;")
 
 
 def _line(result: FinetuningIterationResult) -> str:

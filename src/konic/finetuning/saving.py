@@ -9,9 +9,10 @@ from typing import Any
 
 from konic.finetuning.callbacks import Callbacks
 from konic.finetuning.checkpoint import checkpoints, save_checkpoint, weights_of
-from konic.finetuning.errors import OutputError
+from konic.finetuning.errors import NotFiniteError, OutputError, TrainingError
 from konic.finetuning.folders import discard, written_whole
 from konic.finetuning.learner import Learner
+from konic.finetuning.paths import unwritable
 from konic.finetuning.results import FinetuningResult
 from konic.finetuning.run_folder import RunFolder
 from konic.finetuning.state import TrainerState
@@ -52,6 +53,7 @@ class Saving:
         self._save_every, self._save_total_limit = save_every, save_total_limit
         self._saved_iteration = saved_iteration
         self._saved_at = time.monotonic()
+        self._names = list(learner.policy.trainable())
 
     def after_iteration(self) -> None:
         """Write a checkpoint if it is time."""
@@ -66,14 +68,20 @@ class Saving:
         """Write a checkpoint of the iterations done, unless there is one by this run, and drop those past the limit."""
         iteration = self._state.iteration
         path = self._folder.path / f"checkpoint-{iteration}"
-        if self._saved_iteration == iteration and path.is_dir():
-            return
-        save_checkpoint(path, self._learner.policy, self._learner.optimizer, self._state, self._settings())
-        self._saved_iteration, self._saved_at = iteration, time.monotonic()
+        is_new = self._saved_iteration != iteration or not path.is_dir()
+        if is_new:
+            if list(self._learner.policy.trainable()) != self._names:
+                raise TrainingError("The model has lost layers that learn: no checkpoint of it is written.")
+            save_checkpoint(path, self._learner.policy, self._learner.optimizer, self._state, self._settings())
+            self._saved_iteration, self._saved_at = iteration, time.monotonic()
         if self._save_total_limit is not None:
             for old in checkpoints(self._folder.path)[: -self._save_total_limit]:
-                discard(old)
-        self._callbacks.on_checkpoint_saved(str(path), iteration)
+                try:
+                    discard(old)
+                except OSError as error:
+                    raise unwritable(old, error) from None
+        if is_new:
+            self._callbacks.on_checkpoint_saved(str(path), iteration)
 
     def best(self, result: FinetuningResult) -> None:
         """Write the weights of the best iteration so far, if there is one."""
@@ -97,7 +105,7 @@ class Saving:
             if self._state.iteration and weights_are_whole:
                 self.checkpoint()
             self.best(result)
-        except OutputError as error:
+        except (OutputError, NotFiniteError) as error:
             logger.warning("After the error below, this failed too: %s", error)
 
     def _model(self, path: Path, result: FinetuningResult) -> None:
