@@ -4,9 +4,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel, RwkvConfig, RwkvForCausalLM
 
 from conftest import tiny_model
 from konic.finetuning.errors import ConfigError, ModelError
+from konic.finetuning.language_model import LanguageModel
 from konic.finetuning.models import PACKAGED_MODELS, PackagedModel, load_model, locate_model
 
 CPU = torch.device("cpu")
@@ -96,3 +98,15 @@ def test_the_packaged_model_is_dequantised_once_and_opens_anywhere(tmp_path):
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=64, n_positions=64, n_embd=32, n_layer=1, n_head=2)),
+        lambda: RwkvForCausalLM(RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, context_length=64)),
+    ],
+)
+def test_a_model_without_a_cache_is_refused_by_name(model):
+    with pytest.raises(ModelError, match="keeps no cache of the tokens it has read"):
+        LanguageModel(model().eval()).check_logits()

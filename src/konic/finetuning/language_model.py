@@ -137,10 +137,17 @@ class LanguageModel:
             self._packed_head = None
 
     def check_logits(self) -> None:
-        """Raise ModelError where the architecture makes logits in a way :meth:`logits` does not know."""
+        """Raise ModelError where a model has no cache, or makes logits in a way :meth:`logits` does not know."""
         ids = torch.arange(8, device=self.causal_lm.device)[None] % self.causal_lm.config.get_text_config().vocab_size
         mask = torch.ones_like(ids, dtype=torch.bool)
+        cache = DynamicCache(config=self.causal_lm.config)
         with torch.no_grad():
+            self.decode(ids, mask, position_ids(mask), cache)
+            if all(type(layer) is DynamicLayer for layer in cache.layers) and not cache.get_seq_length():
+                raise ModelError(
+                    f"{type(self.causal_lm).__name__} keeps no cache of the tokens it has read, from which responses "
+                    "are sampled one token after another. Use a model of another architecture."
+                )
             truth = self.causal_lm(input_ids=ids, use_cache=False).logits.to(torch.float32)
             ours = self.logits(self.decode(ids, mask, position_ids(mask))).to(torch.float32)
         if not torch.allclose(ours, truth, atol=1e-2, rtol=1e-2):
