@@ -18,13 +18,13 @@ EQUIVALENT = {
     "centred = scores - total / mask.sum(dim=1, keepdim=True).clamp(min=2)": SAME + "a single score becomes 0 anyway",
     "values, old_values, returns = (torch.where(mask, tensor, 1.0) for tensor in (values, old_values, returns))": SAME
     + "the error of three equal values is 0",
-    "return log_softmax.clamp(min=torch.finfo(log_softmax.dtype).min / 5)": SAME + "e to any such number is 0",
-    "return dict(zip(STEP_MEANS, (totals / num_tokens).tolist(), strict=None)), largest": SAME + "what False means",
+    "return torch.finfo(log_softmax.dtype).min / 5": SAME + "e to any such number is 0",
+    'entropy = -torch.einsum("...V,...V->...", probabilities, log_softmax)': SAME + "the name of an index",
+    "return dict(zip(names, (totals / num_tokens).tolist(), strict=None)), largest": SAME + "as many names as sums",
+    "return dict(zip(names, (totals / num_tokens).tolist(), strict=False)), largest": SAME + "as many names as sums",
+    "return dict(zip(names, (totals / num_tokens).tolist(), )), largest": SAME + "as many names as sums",
     "optimizer.zero_grad(set_to_none=None)": SAME + "gradients are dropped when the update ends",
     "optimizer.zero_grad(set_to_none=False)": SAME + "gradients are dropped when the update ends",
-    "tensors = (torch.cat(part) for part in zip(*parts, strict=None))": SAME + "every part has as many tensors",
-    "tensors = (torch.cat(part) for part in zip(*parts, strict=False))": SAME + "every part has as many tensors",
-    "tensors = (torch.cat(part) for part in zip(*parts, ))": SAME + "every part has as many tensors",
 }
 
 

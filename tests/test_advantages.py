@@ -43,6 +43,12 @@ def plain_gae(rewards, values, mask, gamma, gae_lambda):
     return advantages
 
 
+def test_token_rewards_stay_on_the_device_of_what_is_given():
+    """A tensor of "meta" refuses to be computed with one of the CPU, as a GPU's does."""
+    scores, ratios, mask = torch.zeros(2), torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    assert token_rewards(scores.to("meta"), ratios.to("meta"), mask.to("meta"), 0.1).device.type == "meta"
+
+
 def test_the_score_lands_once_on_the_last_response_token():
     mask = torch.tensor([[True, True, True], [True, False, False], [True, False, True], [False, True, False]])
     scores = tensor([1.0, 2.0, 3.0, 4.0])

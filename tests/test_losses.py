@@ -173,6 +173,16 @@ def test_entropy_and_kl_are_of_the_last_dimension_whatever_is_before_it():
                 assert whole[row, column].item() == pytest.approx(one.item(), rel=1e-12)
 
 
+def test_what_writes_over_its_input_is_of_the_last_dimension_too():
+    logits = random(3, 4, 5), random(3, 4, 5, seed=1)
+    p, q = plain = [values.log_softmax(-1) for values in logits]
+    over = [log_softmax_(values.clone(), 1.0) for values in logits]
+    torch.testing.assert_close(over, plain)
+    entropy, kl = entropy_and_kl_(*over)
+    torch.testing.assert_close(entropy, entropies(p))
+    torch.testing.assert_close(kl, exact_kl(p, q))
+
+
 def test_exact_kl_from_a_reference_that_excludes_a_likely_token_is_huge_and_not_nan():
     kl = exact_kl(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 0.0]]).log())
     assert kl.item() > 1e30

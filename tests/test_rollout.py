@@ -6,7 +6,8 @@ import torch
 from conftest import prompt_batch, shake_adapter, tiny_learner, tiny_model
 from konic.finetuning.config import GenerationConfig
 from konic.finetuning.language_model import LanguageModel
-from konic.finetuning.rollout import rollout
+from konic.finetuning.packing import rows_to_pack_for
+from konic.finetuning.rollout import rollout, with_values_shifted
 from konic.finetuning.sampling import RandomKey
 
 KEY = RandomKey(seed=3, iteration=1)
@@ -105,6 +106,53 @@ def test_micro_batches_change_nothing(architecture):
     whole, parts = roll(learner), roll(learner, micro_batch_size=2)
     for name in ("log_probs", "ref_log_probs", "kl", "entropy"):
         assert (getattr(whole, name) - getattr(parts, name)).abs().max() < 1e-12
+
+
+def passes(monkeypatch):
+    """What is recorded here: the model and the number of rows of every pass over whole sequences."""
+    recorded, plain = [], LanguageModel.response_hidden
+
+    def record(self, ids, mask, num_response_tokens):
+        recorded.append((self, len(ids)))
+        return plain(self, ids, mask, num_response_tokens)
+
+    monkeypatch.setattr(LanguageModel, "response_hidden", record)
+    return recorded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_pass_reads_more_rows_than_a_micro_batch_and_the_policy_is_read_again_in_16_bits_only(dtype, monkeypatch):
+    learner = tiny_learner("llama", lora=False, dtype=dtype)
+    recorded = passes(monkeypatch)
+    rolled = roll(learner, micro_batch_size=2)
+    rows = {True: 0, False: 0}
+    for model, num_rows in recorded:
+        rows[model is learner.policy.language_model] += num_rows
+        assert num_rows <= 2
+    assert rows == {True: 0 if dtype == torch.float32 else len(rolled.batch), False: len(rolled.batch)}
+
+
+def test_the_output_layer_is_packed_for_the_batch_while_it_samples_and_scores(monkeypatch):
+    learner = tiny_learner("llama", dtype=torch.float32)
+    generation = GENERATION.model_copy(update={"max_new_tokens": 16})
+    batch, packed_for, plain = prompt_batch(learner), [], LanguageModel.head_packed
+
+    def record(self, num_rows):
+        packed_for.append(num_rows)
+        return plain(self, num_rows)
+
+    monkeypatch.setattr(LanguageModel, "head_packed", record)
+    rollout(learner.policy, batch, generation, learner.special, KEY)
+    expected = rows_to_pack_for(learner.policy.language_model.causal_lm, len(batch), 16)
+    assert packed_for[0] == expected == (len(batch) if torch.backends.mkldnn.is_available() else None)
+
+
+def test_a_shift_moves_the_values_of_response_tokens_alone():
+    rolled = roll(tiny_learner("llama"))
+    shifted = with_values_shifted(rolled, 1.5)
+    assert torch.equal(shifted.values, (rolled.values + 1.5) * rolled.response_mask)
+    assert rolled.values.abs().sum() == 0
+    assert replace(shifted, values=rolled.values) == rolled
 
 
 def test_positions_are_passed_where_gpt2_needs_them(monkeypatch):

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 import compare_groups
 import compare_ppo
 from cases import CASES
-from recording import PROMPTS, load_tokenizer
+from recording import PROMPTS, compute_norms_in_float64, load_tokenizer
 from report import Recorded, table
 
 NOTES = """\
@@ -60,6 +60,7 @@ old and reference log-probs, and computes the rest.
 - **Clip fraction.** TRL counts the tokens that the clip holds: those whose ratio left the range on the side that the
   advantage pushes to. Our `clip_fraction` counts all that left it.
 - **Padding.** PPO fills log-probs outside the mask with 1, which cancels out; ours are 0 there.
+- **Llama's norms** compute in float64 on both sides; transformers' round to float32, whatever the model is in.
 - **Alike, and set on purpose:** the 1e-4 beside GRPO's standard deviation; PPO's temperature of 0.7 + 1e-7 (ours was
   given the same); `missing_eos_penalty`, subtracted from the scores before what is compared; no clipping of gradients,
   which PPO has none of; no dropout in GPT-2 after `disable_dropout`. PPO's values are a model of their own, ours a head
@@ -86,6 +87,7 @@ def lines_of(case, folder):
 def compare(folder):
     """The table as markdown, and whether every line is as it should be."""
     torch.set_num_threads(1)
+    compute_norms_in_float64()
     disable_progress_bar()
     rows = []
     for case in CASES:

@@ -24,6 +24,7 @@ from recording import (
     TEMPERATURE,
     Recording,
     call_and_look,
+    compute_norms_in_float64,
     load_tokenizer,
 )
 
@@ -160,6 +161,7 @@ def main():
     parser.add_argument("--prompts", choices=tuple(PROMPTS), required=True)
     parser.add_argument("--attention-dropout", type=float)
     given = parser.parse_args()
+    compute_norms_in_float64()
     policy = load_policy(given.models, given.architecture, given.attention_dropout)
     with tempfile.TemporaryDirectory() as folder:
         recording, options = record(given.models, given.architecture, policy, given.algorithm, given.prompts, folder)

@@ -26,6 +26,7 @@ from recording import (
     SEED,
     TEMPERATURE,
     Recording,
+    compute_norms_in_float64,
     load_tokenizer,
 )
 
@@ -123,6 +124,7 @@ def main():
     parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--pad-token", choices=("<pad>", "<eos>"), default="<pad>")
     given = parser.parse_args()
+    compute_norms_in_float64()
     with tempfile.TemporaryDirectory() as folder:
         options = trainer_options(folder, given.kl_estimator, given.micro_batches)
         recording = record(given.models, given.architecture, options, given.pad_token)
