@@ -84,6 +84,7 @@ audit: $(READY)
 
 mutation: $(READY)
 	@$(PIP) install --upgrade --target $(PEERS)/mutmut mutmut==3.8.1
+	@rm -rf mutants  # it would take what an earlier run found, of other code and tests
 	@PYTHONPATH=$(PEERS)/mutmut OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run > $(PEERS)/mutmut.log
 	@PYTHONPATH=$(PEERS)/mutmut $(BIN)/python benchmarks/mutation.py benchmarks/results/mutation.md
 

@@ -96,9 +96,9 @@ def draw():
         for column, stage in enumerate(STAGES, start=3):
             values = [float(row[column]) * share for row, share in zip(rows, shares, strict=True)]
             axis.plot(drawn, values, marker="o", label=stage)
-        axis.set(xscale="log", yscale="log", xlabel=name, ylim=(1, 10))
+        axis.set(xscale="log", yscale="log", xlabel=name, ylim=(0.5, 10))
         axis.set_xticks(drawn, labels=drawn)
-        axis.set_yticks([1, 2, 5, 10], labels=[1, 2, 5, 10])
+        axis.set_yticks([0.5, 1, 2, 5, 10], labels=[0.5, 1, 2, 5, 10])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("ms per token of prompt and response")
