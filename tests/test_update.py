@@ -11,6 +11,7 @@ from konic.finetuning import update as update_module
 from konic.finetuning.algorithms import advantages_of
 from konic.finetuning.config import GenerationConfig, TrainingConfig
 from konic.finetuning.errors import NotFiniteError, TrainingError
+from konic.finetuning.grouping import groups_of_like_length
 from konic.finetuning.language_model import LanguageModel
 from konic.finetuning.learner import Learner
 from konic.finetuning.policy import Policy
@@ -222,16 +223,19 @@ def test_no_pass_reads_more_rows_than_a_micro_batch(accumulation, monkeypatch):
     assert max(rows) <= 4 // accumulation
 
 
-def test_a_micro_batch_without_a_score_does_not_end_the_step(monkeypatch):
-    """Responses of one length are grouped by row: the empty group comes before, between and after those with scores."""
-    one_length = GENERATION.model_copy(update={"min_new_tokens": 8})
-    monkeypatch.setattr("test_update.GENERATION", one_length)
-    for empty in range(0, 8, 2):
-        rewards = [NAN if row in (empty, empty + 1) else reward for row, reward in enumerate(REWARDS)]
-        whole, split = (
-            gradients("llama", monkeypatch, rewards=rewards, gradient_accumulation_steps=parts) for parts in (1, 4)
-        )
-        assert (whole - split).norm() / whole.norm() < 1e-9
+@pytest.mark.parametrize("which", [0, 1, -1])
+def test_a_micro_batch_without_a_score_does_not_end_the_step(which, monkeypatch):
+    _, rolled, *_ = run_update("llama")
+    empty = groups_of_like_length(rolled.batch.mask, rolled.response_mask, 2)[which].tolist()
+    some = [NAN if row in empty else reward for row, reward in enumerate(REWARDS)]
+    whole, split = (gradients("llama", monkeypatch, rewards=some, gradient_accumulation_steps=n) for n in (1, 4))
+    assert (whole - split).norm() / whole.norm() < 1e-9
+
+
+def test_every_epoch_has_as_many_steps_as_minibatches():
+    for number in (1, 2, 4):
+        *_, stats = run_update("llama", num_minibatches=number, ppo_epochs=3)
+        assert stats.num_steps == 3 * number
 
 
 @pytest.mark.parametrize("bad", [[0], [1, 3], [0, 1, 2, 3]])
