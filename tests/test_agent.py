@@ -63,6 +63,11 @@ def test_the_composers_kl_weight_wins():
     assert KonicFinetuningAgent("gpt2", composer, training_config=given).kl_penalty_weight == 0.0
 
 
+def test_a_folder_may_be_given_as_a_path(tmp_path):
+    agent = KonicFinetuningAgent(base_model=tmp_path, reward_composer=Rewards())
+    assert agent.get_base_model() == str(tmp_path)
+
+
 def test_what_cannot_be_is_said_before_anything_is_loaded():
     with pytest.raises(ConfigError, match="base_model must name a model"):
         KonicFinetuningAgent(None, Rewards())

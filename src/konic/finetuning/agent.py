@@ -1,5 +1,6 @@
 """What to train, on what, towards what: one record of the user's choices, checked before anything is loaded."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ class KonicFinetuningAgent:
 
     def __init__(
         self,
-        base_model: str,
+        base_model: str | os.PathLike[str],
         reward_composer: KonicLLMRewardComposer,
         lora_config: Any = None,
         dataset_config: DatasetConfig | Mapping[str, Any] | None = None,
@@ -37,6 +38,8 @@ class KonicFinetuningAgent:
         generation_config: GenerationConfig | Mapping[str, Any] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        if isinstance(base_model, os.PathLike):
+            base_model = os.fspath(base_model)
         if not isinstance(base_model, str) or not base_model.strip():
             raise ConfigError(f"base_model must name a model or a folder, got {base_model!r}.")
         if not isinstance(reward_composer, KonicLLMRewardComposer):
