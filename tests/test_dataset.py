@@ -2,6 +2,7 @@ import itertools
 import json
 import re
 from importlib.resources import files
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -160,6 +161,13 @@ def test_a_damaged_file_is_refused_with_its_name_and_kind(tmp_path, name, data):
     message = complaint(local, tmp_path / name)
     assert name in message
     assert f"cannot be read as {name[2:]}" in message
+    assert message.endswith(("Save it as UTF-8.", "Mend it, or give it the ending of what it is."))
+
+
+def test_text_that_is_not_utf_8_and_a_file_that_is_not_there_are_told_with_what_to_do(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"prompt\nab\xff\xfec\n")
+    assert complaint(local, tmp_path / "a.csv").endswith("Save it as UTF-8.")
+    assert str(Path("gone.csv").absolute()) in complaint(local, "gone.csv")
 
 
 def test_a_capital_suffix_is_the_same_kind(tmp_path):

@@ -36,7 +36,7 @@ def read_local(name: str, *text_columns: str) -> list[Any]:
     """
     path = as_path(name, "DatasetConfig(name)", DatasetError)
     if not path.exists():
-        raise DatasetError(f"Dataset {name!r}: there is no such file or folder.")
+        raise DatasetError(f"Dataset {name!r}: there is no such file or folder as {str(path.absolute())!r}.")
     paths = sorted(file for file in path.iterdir() if not file.name.startswith(".")) if path.is_dir() else [path]
     suffixes = {file.suffix.lower() for file in paths}
     if len(suffixes) != 1 or not suffixes <= _READERS.keys():
@@ -52,7 +52,9 @@ def read_local(name: str, *text_columns: str) -> list[Any]:
         return rows
     except (OSError, ValueError, UnicodeError, RecursionError) as error:
         where = f", in {file.name!r}," if path.is_dir() else ""
-        raise DatasetError(f"Dataset {name!r}{where} cannot be read as {suffix[1:]}: {error}") from None
+        told = str(error).rstrip(".")
+        mend = "Save it as UTF-8." if "utf" in told.lower() else "Mend it, or give it the ending of what it is."
+        raise DatasetError(f"Dataset {name!r}{where} cannot be read as {suffix[1:]}: {told}. {mend}") from None
 
 
 def read_hub(
