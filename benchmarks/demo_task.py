@@ -11,7 +11,7 @@ import tempfile
 
 from curves import agent_of
 from konic.finetuning import KonicFinetuningCallback, KonicFinetuningEngine
-from konic.finetuning.intervals import distinct_n, mean
+from konic.finetuning.results.intervals import distinct_n, mean
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--full", action="store_true", help="train every weight instead of an adapter")

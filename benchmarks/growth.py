@@ -16,13 +16,15 @@ from measured import made_up_batch, measured
 from turns import THREADS
 
 from bench import machine
-from konic.finetuning.algorithms import Advantages
 from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
-from konic.finetuning.models import load_model
-from konic.finetuning.policy import Policy
-from konic.finetuning.rollout import rollout
-from konic.finetuning.sampling import RandomKey, SpecialTokens, sample
-from konic.finetuning.update import Schedule, make_optimizer, update
+from konic.finetuning.learning.estimators import Advantages
+from konic.finetuning.learning.schedule import Schedule
+from konic.finetuning.learning.update import make_optimizer, update
+from konic.finetuning.models.loading import load_model
+from konic.finetuning.models.policy import Policy
+from konic.finetuning.rollout.local_sampler import sample
+from konic.finetuning.rollout.rollout import rollout
+from konic.finetuning.rollout.sampler import RandomKey, SpecialTokens
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

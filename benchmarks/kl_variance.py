@@ -15,13 +15,13 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from konic.demo import build_agent
-from konic.finetuning.dataset import load_prompts
-from konic.finetuning.language_model import map_tokens
-from konic.finetuning.learner import build_learner
-from konic.finetuning.losses import k1, k3
-from konic.finetuning.prompts import make_prompt_batch
-from konic.finetuning.rollout import rollout
-from konic.finetuning.sampling import RandomKey
+from konic.finetuning.data.prompts import load_prompts
+from konic.finetuning.data.tokenization import make_prompt_batch
+from konic.finetuning.learning.learner import build_learner
+from konic.finetuning.learning.losses import k1, k3
+from konic.finetuning.models.token_scores import map_tokens
+from konic.finetuning.rollout.rollout import rollout
+from konic.finetuning.rollout.sampler import RandomKey
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("run", type=Path)

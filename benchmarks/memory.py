@@ -14,14 +14,15 @@ from measured import made_up_batch, made_up_samples, measured
 from turns import THREADS
 
 from bench import machine
-from konic.finetuning.algorithms import Advantages
 from konic.finetuning.config import LoraConfig, TrainingConfig
-from konic.finetuning.language_model import score_tokens
-from konic.finetuning.losses import log_ratio, policy_loss
-from konic.finetuning.models import load_model
-from konic.finetuning.policy import Policy
-from konic.finetuning.rollout import Rollout
-from konic.finetuning.update import Schedule, make_optimizer, update
+from konic.finetuning.learning.estimators import Advantages
+from konic.finetuning.learning.losses import clipped_policy_loss, log_ratio
+from konic.finetuning.learning.schedule import Schedule
+from konic.finetuning.learning.update import make_optimizer, update
+from konic.finetuning.models.loading import load_model
+from konic.finetuning.models.policy import Policy
+from konic.finetuning.models.token_scores import score_tokens
+from konic.finetuning.rollout.rollout import Rollout
 
 RESPONSE = 256
 RESULTS = Path(__file__).parent / "results" / "memory.md"
@@ -38,7 +39,9 @@ def loss_alone(policy, num_rows):
             policy.language_model, hidden, samples.response_ids, mask, 1.0,
             needs_entropy=False, reference=(policy.reference_logits, ref_hidden),
         )  # fmt: skip
-        losses = policy_loss(log_ratio(scored.log_probs, scored.log_probs.detach(), mask), advantages, mask, 0.2)
+        losses = clipped_policy_loss(
+            log_ratio(scored.log_probs, scored.log_probs.detach(), mask), advantages, mask, (0.2, 0.2)
+        )
         (losses + 0.05 * scored.kl).sum().backward()
     assert hidden.grad.abs().sum() > 0
     return found

@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from konic.demo import build_agent
-from konic.finetuning.dataset import load_prompts
-from konic.finetuning.models import load_model
+from konic.finetuning.data.prompts import load_prompts
+from konic.finetuning.models.loading import load_model
 
 SAVE_EVERY_SECONDS = 60
 

@@ -13,15 +13,18 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench import PROMPTS
-from konic.finetuning.algorithms import Advantages
 from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
-from konic.finetuning.dataset import DatasetConfig, make_prompts
-from konic.finetuning.models import load_model
-from konic.finetuning.policy import Policy
-from konic.finetuning.prompts import make_prompt_batch
-from konic.finetuning.rollout import rollout
-from konic.finetuning.sampling import RandomKey, SpecialTokens, sample
-from konic.finetuning.update import Schedule, make_optimizer, update
+from konic.finetuning.data.config import DatasetConfig
+from konic.finetuning.data.prompts import make_prompts
+from konic.finetuning.data.tokenization import make_prompt_batch
+from konic.finetuning.learning.estimators import Advantages
+from konic.finetuning.learning.schedule import Schedule
+from konic.finetuning.learning.update import make_optimizer, update
+from konic.finetuning.models.loading import load_model
+from konic.finetuning.models.policy import Policy
+from konic.finetuning.rollout.local_sampler import sample
+from konic.finetuning.rollout.rollout import rollout
+from konic.finetuning.rollout.sampler import RandomKey, SpecialTokens
 
 torch.set_num_threads(2)
 generation = GenerationConfig(max_new_tokens=48, min_new_tokens=48, temperature=1.0)

@@ -64,7 +64,8 @@ class StopWhenGoodEnough(KonicFinetuningCallback):
 def reward_model() -> HuggingFaceRewardModel:
     """The reward model, made from the preferences first where there is none."""
     if REWARD_MODEL.startswith("reward-model") and not Path(REWARD_MODEL).is_dir():
-        from konic.finetuning.reward_training import RewardTrainingConfig, read_preferences, train_reward_model
+        from konic.finetuning.reward_models.feedback import read_preferences
+        from konic.finetuning.reward_models.training import RewardTrainingConfig, train_reward_model
 
         print("Fitting a reward model to examples/data/preferences.jsonl ...", file=sys.stderr)
         pairs = read_preferences(str(DATA / "preferences.jsonl"))

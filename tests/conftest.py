@@ -13,13 +13,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
-from konic.finetuning.dataset import DatasetConfig, make_prompts
-from konic.finetuning.learner import Learner
-from konic.finetuning.models import LoadedModel
-from konic.finetuning.policy import Policy
-from konic.finetuning.prompts import make_prompt_batch
-from konic.finetuning.sampling import special_tokens
-from konic.finetuning.update import make_optimizer
+from konic.finetuning.data.config import DatasetConfig
+from konic.finetuning.data.prompts import make_prompts
+from konic.finetuning.data.tokenization import make_prompt_batch
+from konic.finetuning.learning.learner import Learner
+from konic.finetuning.learning.update import make_optimizer
+from konic.finetuning.models.loading import LoadedModel
+from konic.finetuning.models.policy import Policy
+from konic.finetuning.rollout.local_sampler import LocalSampler
+from konic.finetuning.rollout.rollout import rollout
+from konic.finetuning.rollout.sampler import special_tokens
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with Ctrl-C ignored
 
@@ -97,6 +100,12 @@ def tiny_learner(
 def prompt_batch(learner, texts=PROMPTS, max_length=32):
     prompts = make_prompts(list(texts), DatasetConfig(), "test")
     return make_prompt_batch(prompts, learner.policy.tokenizer, max_length, learner.special.pad, learner.policy.device)
+
+
+def roll(learner, batch, generation, rng_key, micro_batch_size=None):
+    """A rollout by the local sampler."""
+    sampler = LocalSampler(learner.policy, learner.special)
+    return rollout(learner.policy, sampler, batch, generation, learner.special, rng_key, micro_batch_size)
 
 
 def shake_adapter(policy, scale=0.05, seed=1):

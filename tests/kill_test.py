@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import byte_tokenizer, tiny_model
-from konic.finetuning.checkpoint import environment
+from konic.finetuning.run.environment import environment
 from test_engine import completions, make_engine, metrics
 
 ITERATIONS = 4

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
-from konic.finetuning.dataset import DatasetConfig
+from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.errors import ConfigError
 
 CONTRACT = {

@@ -1,6 +1,7 @@
 """What the documents say is what the code does."""
 
 import dataclasses
+import importlib.util
 import re
 from pathlib import Path
 
@@ -18,16 +19,29 @@ from konic.finetuning import (
 )
 
 ROOT = Path(__file__).parent.parent
+_spec = importlib.util.spec_from_file_location("docs_make", ROOT / "docs" / "make.py")
+make = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(make)
 
 
-def named_in(path):
-    """The names in the first column of every table of a document."""
-    rows = re.findall(r"^\| (`.*?) \|", (ROOT / path).read_text(), flags=re.MULTILINE)
-    return [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+def test_what_is_made_from_the_code_is_up_to_date():
+    page = (ROOT / "docs/metrics.md").read_text()
+    assert make.with_table(page) == page, "run: python docs/make.py"
+    assert (ROOT / "docs/packages.svg").read_text() == make.picture(), "run: python docs/make.py"
 
 
-def test_every_metric_has_one_line():
-    assert sorted(named_in("docs/metrics.md")) == sorted(f.name for f in dataclasses.fields(FinetuningIterationResult))
+def test_every_metric_has_one_line_with_its_meaning():
+    names = re.findall(r"^\| `(\w+)` \|.*\S \|$", (ROOT / "docs/metrics.md").read_text(), flags=re.MULTILINE)
+    assert names == [field.name for field in dataclasses.fields(FinetuningIterationResult)]
+
+
+def test_the_picture_shows_every_package_and_no_arrow_that_a_longer_way_implies():
+    arrows = {"engine": {"trainer", "run"}, "trainer": {"run"}, "run": set()}
+    assert make.direct(arrows) == {"engine": {"trainer"}, "trainer": {"run"}, "run": set()}
+    assert make.floors(arrows) == {"engine": 2, "trainer": 1, "run": 0}
+    folders = {path.parent.name for path in (ROOT / "src/konic/finetuning").glob("*/__init__.py")}
+    assert folders < make.imports().keys()
+    assert "rollout" in make.imports()["learning"]
 
 
 def test_every_setting_is_documented():
@@ -83,7 +97,7 @@ def test_every_test_that_the_documents_name_exists():
     documents = (ROOT / "docs").glob("*.md")
     named = {name for path in documents for name in re.findall(r"`(test_\w+)`", path.read_text())}
     written = {
-        name for path in (ROOT / "tests").glob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
     }
     assert len(named) > 20
     assert not named - written

@@ -35,13 +35,13 @@ from konic.finetuning import (
     RewardError,
     TrainingError,
     llm_reward,
-    saving,
 )
-from konic.finetuning import engine as engine_module
-from konic.finetuning.checkpoint import newest_checkpoint
-from konic.finetuning.dataset import PromptSet, load_prompts, make_prompts
+from konic.finetuning import trainer as trainer_module
+from konic.finetuning.data.prompts import PromptSet, load_prompts, make_prompts
 from konic.finetuning.errors import NotFiniteError
-from konic.finetuning.run_folder import RunFolder
+from konic.finetuning.run import saving
+from konic.finetuning.run.folder import RunFolder
+from konic.finetuning.run.resume import newest_checkpoint
 
 TIMES = {"generation_time_sec", "reward_compute_time_sec", "update_time_sec", "total_time_sec"}
 
@@ -660,7 +660,7 @@ def test_a_resumed_stream_is_read_again_to_where_the_run_stood(model_folders, tm
     def engine(run):
         made = make_engine(model_folders["llama"], run, dataset=DatasetConfig(prompts=PROMPTS))
         first, *others = make_prompts(list(PROMPTS) * 9, DatasetConfig(), "stream")
-        made._loaded_prompts = PromptSet([first], [], True, 3, iter(others))
+        made._session._prompts = PromptSet([first], [], True, 3, iter(others))
         return made
 
     engine(tmp_path / "whole").train(5)
@@ -704,7 +704,7 @@ def test_sigterm_saves_what_is_done_and_then_ends_the_process(model_folders, tmp
     while child.stdout.readline().strip() != "4":
         pass
     second = make_engine(model_folders["llama"], tmp_path / "run")
-    second._state.iteration = 1  # as one that has trained in this folder before
+    second._session.state.iteration = 1  # as one that has trained in this folder before
     with pytest.raises(OutputError, match=rf"another run is writing here \(process {child.pid} on "):
         second.train(1)
     child.terminate()
@@ -790,9 +790,9 @@ def full_disk_in_rust(*_, **__):
 @pytest.mark.parametrize(
     "where, fail",
     [
-        ("konic.finetuning.folders.sync", full_disk_at_the_checkpoint),
-        ("konic.finetuning.checkpoint.save_file", full_disk_in_rust),
-        ("konic.finetuning.checkpoint.seal", full_disk),
+        ("konic.finetuning.system.files.sync", full_disk_at_the_checkpoint),
+        ("konic.finetuning.run.checkpoint.save_file", full_disk_in_rust),
+        ("konic.finetuning.run.checkpoint.seal", full_disk),
         ("peft.PeftModel.save_pretrained", full_disk),
     ],
 )
@@ -872,7 +872,7 @@ def test_any_error_between_updates_leaves_a_checkpoint(model_folders, tmp_path):
 def test_an_error_in_an_update_leaves_the_best_weights_and_an_engine_that_says_why(
     model_folders, tmp_path, monkeypatch
 ):
-    plain = engine_module.update
+    plain = trainer_module.update
 
     def fails_the_second_time(*arguments):
         stats = plain(*arguments)
@@ -880,7 +880,7 @@ def test_an_error_in_an_update_leaves_the_best_weights_and_an_engine_that_says_w
             raise TrainingError("after its steps")
         return stats
 
-    monkeypatch.setattr(engine_module, "update", fails_the_second_time)
+    monkeypatch.setattr(trainer_module, "update", fails_the_second_time)
     engine = make_engine(model_folders["llama"], tmp_path)
     with pytest.raises(TrainingError, match="after its steps"):
         engine.train(5)
@@ -931,7 +931,7 @@ KonicFinetuningEngine.from_agent(agent, checkpoint_dir={str(tmp_path / "run")!r}
 
 
 def test_a_second_ctrl_c_in_an_update_saves_nothing_of_it(model_folders, tmp_path, monkeypatch):
-    plain = engine_module.update
+    plain = trainer_module.update
 
     def interrupted(policy, optimizer, rolled, *others):
         stats = plain(policy, optimizer, rolled, *others)
@@ -943,7 +943,7 @@ def test_a_second_ctrl_c_in_an_update_saves_nothing_of_it(model_folders, tmp_pat
     def schedule_of(others):
         return others[-1]
 
-    monkeypatch.setattr(engine_module, "update", interrupted)
+    monkeypatch.setattr(trainer_module, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_engine(model_folders["llama"], tmp_path / "run").train(3, save_every=1)
     names = {path.name for path in (tmp_path / "run").iterdir()}
@@ -961,7 +961,7 @@ def test_weights_that_are_not_numbers_are_not_saved_and_the_checkpoint_before_st
         def on_iteration_end(self, result):
             if result.iteration == 2:
                 with torch.no_grad():
-                    next(iter(engine._learner.policy.trainable().values())).fill_(math.nan)
+                    next(iter(engine._session.learner.policy.trainable().values())).fill_(math.nan)
 
     engine = make_engine(model_folders["llama"], tmp_path, callback=Spoils())
     with pytest.raises(NotFiniteError, match="holds NaN or infinity after iteration 2: no checkpoint"):
@@ -1065,7 +1065,7 @@ def test_a_termination_that_a_reward_swallows_still_ends_the_run(model_folders, 
         @llm_reward
         def greedy(self, prompt, response):
             try:
-                if len(engine._state.history) == 2:
+                if len(engine._session.state.history) == 2:
                     os.kill(os.getpid(), signal.SIGTERM)
             except:
                 pass

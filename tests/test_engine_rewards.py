@@ -16,7 +16,7 @@ from konic.finetuning import (
     TrainingConfig,
     llm_reward,
 )
-from konic.finetuning.dataset import load_prompts
+from konic.finetuning.data.prompts import load_prompts
 from test_engine import LetterRewards, Silent, make_agent, make_engine, metrics, same_tensors, weights
 
 

@@ -33,9 +33,9 @@ from konic.finetuning import (
     TrainingConfig,
     llm_reward,
 )
-from konic.finetuning.dataset import load_prompts
+from konic.finetuning.data.prompts import load_prompts
 from konic.finetuning.errors import KonicError
-from konic.finetuning.folders import SEAL_FILE, seal
+from konic.finetuning.system.files import SEAL_FILE, seal
 
 NO_HOME = 'RuntimeError "Could not determine home directory." of Path.expanduser'
 TOO_LONG = 'OSError "File name too long" of Path.exists'

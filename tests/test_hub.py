@@ -23,8 +23,8 @@ START = """
 import json, time
 time.sleep = lambda seconds: None  # the clients wait between tries
 from konic.finetuning import *
-from konic.finetuning.dataset import load_prompts
-from konic.finetuning.models import load_model
+from konic.finetuning.data.prompts import load_prompts
+from konic.finetuning.models.loading import load_model
 import torch
 results = {}
 def note(name, call):

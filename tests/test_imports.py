@@ -1,4 +1,4 @@
-"""Imports point one way, and light entry points stay light."""
+"""Imports point one way, between packages and inside them, and light entry points stay light."""
 
 import ast
 import subprocess
@@ -9,61 +9,77 @@ import pytest
 
 import konic
 
-PACKAGE = Path(konic.__file__).parent
-LAYERS = [
-    {"errors"},
-    {"config", "hub", "interrupts", "paths"},
-    {
-        "advantages",
-        "losses",
-        "intervals",
-        "reducers",
-        "controllers",
-        "moments",
-        "reward_calls",
-        "packing",
-        "grouping",
-        "allocator",
-        "folders",
-    },
-    {"results", "rewards"},
-    {"models", "loaders", "callbacks", "adapters", "state"},
-    {"dataset"},
-    {"prompts", "agent", "reward_pool"},
-    {"language_model", "scoring", "reward_texts"},
-    {"policy", "reward_model"},
-    {"fused", "checkpoint"},
-    {"decoding"},
-    {"sampling"},
-    {"rollout", "reward_training"},
-    {"algorithms", "evaluation", "run_folder"},
-    {"update"},
-    {"measures", "learner", "checks"},
-    {"saving", "reward_trial"},
-    {"engine"},
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+ROOT = Path(konic.__file__).parent / "finetuning"
+ORDER = [
+    "errors", "algorithms", "config", "system", "results", "data", "models", "rewards", "agent", "rollout", "learning",
+    "reward_models", "callbacks", "run", "trainer", "engine",
+]  # fmt: skip
+"""Modules and packages of konic.finetuning; each imports only from those before it."""
+INSIDE = {
+    "system": ["memory", "signals", "files"],
+    "results": ["metrics", "intervals", "iteration", "evaluation", "summary"],
+    "data": ["loaders", "config", "prompts", "samples", "tokenization"],
+    "models": [
+        "positions", "distributions", "length_groups", "value_head", "prepacked", "language_model", "token_scores",
+        "locations", "loading", "adapters", "policy",
+    ],
+    "rewards": [
+        "moments", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "composer", "workers", "scoring",
+        "trial",
+    ],
+    "rollout": [
+        "sampler", "fused_transformer", "fused_decoder", "graphed_decoder", "decoding", "local_sampler", "rollout",
+        "evaluation",
+    ],
+    "learning": ["advantages", "losses", "schedule", "kl_controller", "estimators", "update", "learner"],
+    "reward_models": ["texts", "classifier", "feedback", "training"],
+    "callbacks": ["hooks", "trackers", "console", "composite"],
+    "run": [
+        "card", "environment", "state", "checkpoint", "resume", "checks", "measures", "folder", "saving", "session",
+    ],
+}  # fmt: skip
+"""Modules of each package; each imports only from those before it."""
+
+
+def names_in(folder):
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    return files | {path.parent.name for path in folder.glob("*/__init__.py")}
 
 
 def imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+            yield node.module.split(".")
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from (alias.name.split(".") for alias in node.names)
 
 
-def test_every_module_has_a_place():
-    modules = {path.stem for path in (PACKAGE / "finetuning").glob("*.py")} - {"__init__"}
-    assert modules == LEVEL.keys()
+def test_every_room_has_its_place_in_the_order():
+    assert names_in(ROOT) == set(ORDER)
+    for package, order in INSIDE.items():
+        assert names_in(ROOT / package) == set(order), package
 
 
-@pytest.mark.parametrize("name", sorted(LEVEL))
-def test_a_module_imports_only_from_layers_below(name):
-    for module in imported(PACKAGE / "finetuning" / f"{name}.py"):
-        if module.startswith("konic."):
-            assert module.startswith("konic.finetuning."), f"{name} imports {module}"
-            assert LEVEL[module.split(".")[2]] < LEVEL[name], f"{name} imports {module}"
+@pytest.mark.parametrize("path", [p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"], ids=str)
+def test_a_module_imports_only_what_stands_before_it(path):
+    room, *inside = path.relative_to(ROOT).with_suffix("").parts
+    for module in imported(path):
+        if module[0] != "konic":
+            continue
+        assert module[1] == "finetuning", f"{path} imports {'.'.join(module)}"
+        other = module[2]
+        if other != room:
+            assert ORDER.index(other) < ORDER.index(room), f"{path} imports {'.'.join(module)}"
+        elif inside:
+            order = INSIDE[room]
+            assert order.index(module[3]) < order.index(inside[0]), f"{path} imports {'.'.join(module)}"
+
+
+@pytest.mark.parametrize("package", INSIDE)
+def test_a_package_says_what_comes_in_and_what_goes_out_and_imports_nothing(package):
+    tree = ast.parse((ROOT / package / "__init__.py").read_text())
+    assert "->" in (ast.get_docstring(tree) or "")
+    assert len(tree.body) == 1
 
 
 def loaded_modules(code):
@@ -79,10 +95,9 @@ def test_the_package_and_the_command_load_nothing_heavy(code):
     assert not HEAVY & loaded_modules(code)
 
 
-def test_configs_load_no_torch():
-    probe = "import importlib.util, sys\nsys.modules['konic.finetuning'] = type(sys)('konic.finetuning')\n"
-    probe += f"sys.modules['konic.finetuning'].__path__ = [{str(PACKAGE / 'finetuning')!r}]\n"
-    assert "torch" not in loaded_modules(probe + "import konic.finetuning.config, konic.finetuning.errors")
+def test_the_public_names_load_no_torch_until_one_of_them_needs_it():
+    assert "torch" not in loaded_modules("import konic.finetuning")
+    assert "torch" in loaded_modules("from konic.finetuning import KonicFinetuningEngine")
 
 
 def test_telemetry_is_off_unless_asked_for():

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from konic.finetuning import RewardError, TrainingError, llm_reward
-from konic.finetuning import engine as engine_module
-from konic.finetuning.checkpoint import newest_checkpoint
+from konic.finetuning import trainer as trainer_module
+from konic.finetuning.run.resume import newest_checkpoint
 from test_engine import LetterRewards, Silent, make_engine, metrics, same_tensors, weights
 
 
 def spoil_weights(value):
     def spoil(engine, monkeypatch):
-        named = engine._learner.policy.model.named_parameters()
+        named = engine._session.learner.policy.model.named_parameters()
         weight = next(weight for name, weight in named if "q_proj.base_layer" in name)
         with torch.no_grad():
             weight[1, 2] = value
@@ -23,21 +23,21 @@ def spoil_weights(value):
 
 def spoil_logits(value):
     def spoil(engine, monkeypatch):
-        plain = engine_module.rollout
+        plain = trainer_module.rollout
 
         def spoiled(*arguments):
             rolled = plain(*arguments)
             rolled.log_probs[2, 0] = value
             return rolled
 
-        monkeypatch.setattr(engine_module, "rollout", spoiled)
+        monkeypatch.setattr(trainer_module, "rollout", spoiled)
 
     return spoil
 
 
 def spoil_gradient(value):
     def spoil(engine, monkeypatch):
-        weight = next(iter(engine._learner.policy.trainable().values()))
+        weight = next(iter(engine._session.learner.policy.trainable().values()))
         weight.register_hook(lambda gradient: gradient * value)
 
     return spoil
@@ -45,14 +45,14 @@ def spoil_gradient(value):
 
 def spoil_advantages(value):
     def spoil(engine, monkeypatch):
-        plain = engine_module.advantages_of
+        plain = trainer_module.compute_advantages
 
         def spoiled(*arguments):
             advantages = plain(*arguments)
             advantages.advantages[1, 0] = value
             return advantages
 
-        monkeypatch.setattr(engine_module, "advantages_of", spoiled)
+        monkeypatch.setattr(trainer_module, "compute_advantages", spoiled)
 
     return spoil
 
@@ -120,7 +120,7 @@ def test_what_is_not_a_number_stops_the_run_in_its_step_and_harms_nothing(model_
     whole = make_engine(model_folders["llama"], tmp_path / "whole", composer=OffsetRewards())
     whole.train(2, save_every=1)
     same_tensors(weights(tmp_path / "run" / "checkpoint-2"), weights(tmp_path / "whole" / "checkpoint-2"))
-    left, right = engine._learner.policy.trainable(), whole._learner.policy.trainable()
+    left, right = engine._session.learner.policy.trainable(), whole._session.learner.policy.trainable()
     assert all(torch.equal(left[name], right[name]) for name in right)
 
 

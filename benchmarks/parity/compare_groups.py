@@ -5,9 +5,9 @@ TRL's log-probs and advantages are float32 whatever the model, so float32 is wha
 
 import torch
 
-from konic.finetuning.adapters import switch_off_dropout
-from konic.finetuning.advantages import group_centred, group_normalised, leave_one_out, token_rewards
-from konic.finetuning.losses import clipped_tokens, k1, k3, log_ratio, policy_loss
+from konic.finetuning.learning.advantages import group_centred, group_normalised, leave_one_out, token_rewards
+from konic.finetuning.learning.losses import clipped_policy_loss, clipped_tokens, k1, k3, log_ratio
+from konic.finetuning.models.adapters import switch_off_dropout
 from models import Batch, gradients_of, load_model, our_scores, true_distributions, true_log_probs
 from report import FP32, FP64, Line, count, largest, relative, unequal, worst_weight
 
@@ -117,7 +117,9 @@ def truth(recorded, models, step):
 
 def token_loss(recorded, new, old, ref, advantages, mask):
     """Our loss per token [B, R], with k3 in the place of the exact KL that we would put there."""
-    policy = policy_loss(log_ratio(new, old, mask), advantages, mask, recorded.options["epsilon"])
+    policy = clipped_policy_loss(
+        log_ratio(new, old, mask), advantages, mask, (recorded.options["epsilon"], recorded.options["epsilon"])
+    )
     return policy + recorded.options["beta"] * k3(log_ratio(new, ref, mask))
 
 
@@ -132,7 +134,9 @@ def token_step(recorded, models, step, positions_are_off):
     ours = token_loss(recorded, leaf, old, ref, advantages, mask)
     by_log_probs = torch.autograd.grad(ours.sum() / num_tokens, leaf)[0]
     ratios = log_ratio(new, old, mask)
-    bound = clipped_tokens(ratios, mask, recorded.options["epsilon"]) & (ratios.sign() == advantages.sign())
+    bound = clipped_tokens(ratios, mask, (recorded.options["epsilon"], recorded.options["epsilon"])) & (
+        ratios.sign() == advantages.sign()
+    )
     theirs = recorded.step(step, "loss").sum()
     return [
         relative(
@@ -185,7 +189,12 @@ def true_gradients(recorded, models, step, batch, advantages):
 def sequence_loss(recorded, new, old, advantages):
     """Our clipped loss [B] of a whole response's ratio, as RLOO in TRL has it."""
     ratios = log_ratio(new.sum(dim=1), old.to(new), torch.ones_like(advantages, dtype=torch.bool))
-    return policy_loss(ratios, advantages, torch.ones_like(ratios, dtype=torch.bool), recorded.options["epsilon"])
+    return clipped_policy_loss(
+        ratios,
+        advantages,
+        torch.ones_like(ratios, dtype=torch.bool),
+        (recorded.options["epsilon"], recorded.options["epsilon"]),
+    )
 
 
 def sequence_step(recorded, models, step, positions_are_off):
@@ -218,7 +227,9 @@ def sequence_gradients(recorded, models, step, batch, advantages):
     ]
     if step:
         return lines
-    per_token = policy_loss(log_ratio(new, old, mask), advantages[:, None], mask, recorded.options["epsilon"])
+    per_token = clipped_policy_loss(
+        log_ratio(new, old, mask), advantages[:, None], mask, (recorded.options["epsilon"], recorded.options["epsilon"])
+    )
     ours = gradients_of(policy, per_token.sum() / mask.sum() * (mask.sum() / len(mask)))
     return [*lines, relative(f"{name}our token mean's gradients × tokens per sequence", theirs, ours, FP32)]
 

@@ -6,13 +6,15 @@ were recorded, as are the values.
 
 import torch
 
-from konic.finetuning.advantages import gae, token_rewards, whiten
 from konic.finetuning.config import GenerationConfig
-from konic.finetuning.dataset import DatasetConfig, make_prompts
-from konic.finetuning.language_model import LanguageModel
-from konic.finetuning.losses import clipped_tokens, k1, k3, log_ratio, policy_loss, value_loss
-from konic.finetuning.prompts import make_prompt_batch
-from konic.finetuning.sampling import RandomKey, SpecialTokens, sample
+from konic.finetuning.data.config import DatasetConfig
+from konic.finetuning.data.prompts import make_prompts
+from konic.finetuning.data.tokenization import make_prompt_batch
+from konic.finetuning.learning.advantages import gae, token_rewards, whiten
+from konic.finetuning.learning.losses import clipped_policy_loss, clipped_tokens, k1, k3, log_ratio, value_loss
+from konic.finetuning.models.language_model import LanguageModel
+from konic.finetuning.rollout.local_sampler import sample
+from konic.finetuning.rollout.sampler import RandomKey, SpecialTokens
 from models import Batch, gradients_of, load_model, our_scores, true_log_probs
 from report import FP32, FP64, Line, count, largest, relative, unequal, worst_weight
 
@@ -119,11 +121,13 @@ def step_losses(recorded, step):
     )
     new, values = (recorded.step(step, key).clone().requires_grad_() for key in ("new_logprobs", "vpred"))
     ratios = log_ratio(new, old, mask)
-    policy = policy_loss(ratios, advantages, mask, options["cliprange"])
+    policy = clipped_policy_loss(ratios, advantages, mask, (options["cliprange"], options["cliprange"]))
     value = value_loss(values, old_values, returns, longer, options["cliprange_value"])
     loss = policy.sum() / mask.sum() + options["vf_coef"] * value.sum() / longer.sum()
     by_log_probs, by_values = torch.autograd.grad(loss, (new, values))
-    bound = clipped_tokens(ratios.detach(), mask, options["cliprange"]) & (ratios.sign() == advantages.sign())
+    bound = clipped_tokens(ratios.detach(), mask, (options["cliprange"], options["cliprange"])) & (
+        ratios.sign() == advantages.sign()
+    )
     theirs_bound = mask & (recorded.step(step, "pg_losses2") > recorded.step(step, "pg_losses"))
     policy, value, loss = policy.detach(), value.detach(), loss.detach()
     return [
@@ -146,7 +150,14 @@ def policy_losses(recorded, models, step):
     new = our_scores(policy, batch, temperature_of(recorded)).log_probs
     ratios = log_ratio(new, recorded.rollout("logprobs")[rows], batch.response_mask)
     advantages = recorded.rollout("advantages")[rows]
-    return policy, batch, new, policy_loss(ratios, advantages, batch.response_mask, recorded.options["cliprange"])
+    return (
+        policy,
+        batch,
+        new,
+        clipped_policy_loss(
+            ratios, advantages, batch.response_mask, (recorded.options["cliprange"], recorded.options["cliprange"])
+        ),
+    )
 
 
 def step_gradients(recorded, models, step):

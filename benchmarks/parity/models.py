@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from konic.finetuning.language_model import LanguageModel, score_tokens
+from konic.finetuning.models.language_model import LanguageModel
+from konic.finetuning.models.token_scores import score_tokens
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import torch
 from turns import peak_mb
 
-from konic.finetuning.allocator import return_freed_memory
-from konic.finetuning.dataset import DatasetConfig, make_prompts
-from konic.finetuning.prompts import PromptBatch
-from konic.finetuning.sampling import Samples
+from konic.finetuning.data.config import DatasetConfig
+from konic.finetuning.data.prompts import make_prompts
+from konic.finetuning.data.tokenization import PromptBatch
+from konic.finetuning.rollout.sampler import Samples
+from konic.finetuning.system.memory import return_freed_memory
 
 
 @contextmanager

@@ -21,10 +21,11 @@ from konic.finetuning import (
     TrainingConfig,
     decoding,
 )
-from konic.finetuning.dataset import make_prompts
-from konic.finetuning.learner import build_learner
-from konic.finetuning.prompts import make_prompt_batch
-from konic.finetuning.sampling import RandomKey, sample
+from konic.finetuning.data.prompts import make_prompts
+from konic.finetuning.data.tokenization import make_prompt_batch
+from konic.finetuning.learning.learner import build_learner
+from konic.finetuning.rollout.local_sampler import sample
+from konic.finetuning.rollout.sampler import RandomKey
 
 model, prompts_file, what, tokens, output = sys.argv[1:]
 torch.set_num_threads(THREADS)

@@ -25,8 +25,8 @@ from konic.finetuning import (
     llm_reward,
 )
 from konic.finetuning.errors import printable
-from konic.finetuning.intervals import distinct_n, mean, paired_bootstrap
-from konic.finetuning.results import Evaluation
+from konic.finetuning.results.evaluation import Evaluation
+from konic.finetuning.results.intervals import distinct_n, mean, paired_bootstrap
 
 KIND_WORDS = frozenset(
     "admirable amazing beautiful beautifully best brilliant brilliantly captivating charming clever compelling "

@@ -38,12 +38,8 @@ def train(
     """
     typer.echo(f"Loading {data} and {base} ...", err=True)
     from konic.finetuning.errors import ConfigError
-    from konic.finetuning.reward_training import (
-        RewardTrainingConfig,
-        read_labelled,
-        read_preferences,
-        train_reward_model,
-    )
+    from konic.finetuning.reward_models.feedback import read_labelled, read_preferences
+    from konic.finetuning.reward_models.training import RewardTrainingConfig, train_reward_model
 
     if (text is None) != (label is None):
         raise ConfigError("--text and --label go together; without them the data are pairs (prompt, chosen, rejected).")

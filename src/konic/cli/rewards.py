@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from konic.finetuning.reward_trial import ComposerTrial
+    from konic.finetuning.agent import KonicFinetuningAgent
+    from konic.finetuning.data.samples import Sample
+    from konic.finetuning.rewards.trial import ComposerTrial
 
 
 def rewards(
@@ -28,7 +30,7 @@ def rewards(
     """
     typer.echo(f"Loading {script} ...", err=True)
     from konic.cli.scripts import load_agent, load_composer
-    from konic.finetuning.reward_trial import read_responses, sample_responses, try_rewards
+    from konic.finetuning.rewards.trial import read_responses, try_rewards
 
     if texts is not None:
         composer, tried = load_composer(script), read_responses(texts)
@@ -36,7 +38,24 @@ def rewards(
         agent = load_agent(script)
         typer.echo(f"Sampling {samples} responses of {agent.get_base_model()} ...", err=True)
         composer, tried = agent.get_reward_composer(), sample_responses(agent, samples, device)
-    show(try_rewards(composer, *tried))
+    show(try_rewards(composer, tried))
+
+
+def sample_responses(agent: "KonicFinetuningAgent", count: int, device: str = "auto") -> "list[Sample]":
+    """Responses of the agent's base model to rows of its dataset."""
+    from konic.finetuning.data.prompts import load_prompts
+    from konic.finetuning.learning.learner import build_learner
+    from konic.finetuning.models.loading import pick_device
+    from konic.finetuning.rollout.evaluation import respond
+
+    learner, dataset = build_learner(agent, pick_device(device)), load_prompts(agent.get_dataset_config())
+    generation, seed = agent.get_generation_config(), agent.get_training_config().seed
+    size = len(dataset.rows)
+    samples: list[Sample] = []
+    for pass_number, start in enumerate(range(0, count, size)):  # each pass has random numbers of its own
+        chosen = dataset.batch(start, min(size, count - start))
+        samples += respond(learner.policy, chosen, generation, learner.special, seed + pass_number)
+    return samples
 
 
 def show(trial: "ComposerTrial") -> None:
@@ -45,7 +64,7 @@ def show(trial: "ComposerTrial") -> None:
     from rich.text import Text
 
     from konic.finetuning.errors import printable
-    from konic.finetuning.reward_trial import PROBES
+    from konic.finetuning.rewards.trial import PROBES
 
     console = Console(highlight=False, width=None if typer.get_text_stream("stdout").isatty() else 100)
     rows = [*trial.parts, trial.total]

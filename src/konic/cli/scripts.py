@@ -18,10 +18,10 @@ def load_agent(script: Path) -> KonicFinetuningAgent:
     """
     if not script.is_file():
         raise ConfigError(f"{script}: there is no such file.")
-    return _agent_of(script, _import(script))
+    return _find_agent(script, _import(script))
 
 
-def _agent_of(script: Path, module: Any) -> KonicFinetuningAgent:
+def _find_agent(script: Path, module: Any) -> KonicFinetuningAgent:
     agent: Any = getattr(module, "agent", None)
     if agent is None:
         build = getattr(module, "build_agent", None)
@@ -44,7 +44,7 @@ def load_composer(script: Path) -> KonicLLMRewardComposer:
         raise ConfigError(f"{script}: there is no such file.")
     module = _import(script)
     if hasattr(module, "agent") or hasattr(module, "build_agent"):
-        return _agent_of(script, module).get_reward_composer()
+        return _find_agent(script, module).get_reward_composer()
     own = {id(value): value for value in vars(module).values()}.values()
     found = [value for value in own if isinstance(value, KonicLLMRewardComposer)]
     kinds = [kind for kind in own if isinstance(kind, type) and kind.__module__ == module.__name__]

@@ -10,9 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from konic.finetuning.agent import KonicFinetuningAgent
-from konic.finetuning.callbacks import BaseKonicFinetuningCallback, KonicFinetuningCallback
+from konic.finetuning.callbacks.console import KonicFinetuningCallback
+from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
 from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
-from konic.finetuning.dataset import DatasetConfig, DatasetSource
+from konic.finetuning.data.config import DatasetConfig, DatasetSource
 from konic.finetuning.errors import (
     ConfigError,
     DatasetError,
@@ -22,13 +23,15 @@ from konic.finetuning.errors import (
     RewardError,
     TrainingError,
 )
-from konic.finetuning.reducers import MaxReducer, MeanReducer, WeightedSumReducer
-from konic.finetuning.results import FinetuningIterationResult, FinetuningResult
-from konic.finetuning.rewards import KonicLLMRewardComposer, llm_reward
+from konic.finetuning.results.iteration import FinetuningIterationResult
+from konic.finetuning.results.summary import FinetuningResult
+from konic.finetuning.rewards.composer import KonicLLMRewardComposer
+from konic.finetuning.rewards.marks import llm_reward
+from konic.finetuning.rewards.reducers import MaxReducer, MeanReducer, WeightedSumReducer
 
 if TYPE_CHECKING:
     from konic.finetuning.engine import KonicFinetuningEngine
-    from konic.finetuning.reward_model import HuggingFaceRewardModel
+    from konic.finetuning.reward_models.classifier import HuggingFaceRewardModel
 
 __all__ = [
     "BaseKonicFinetuningCallback",
@@ -57,7 +60,7 @@ __all__ = [
     "llm_reward",
 ]
 
-_LOADS_TORCH = {"HuggingFaceRewardModel": "reward_model", "KonicFinetuningEngine": "engine"}
+_LOADS_TORCH = {"HuggingFaceRewardModel": "reward_models.classifier", "KonicFinetuningEngine": "engine"}
 
 
 def __getattr__(name: str) -> Any:

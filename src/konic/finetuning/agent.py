@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
-from konic.finetuning.dataset import DatasetConfig
+from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.errors import ConfigError
-from konic.finetuning.rewards import KonicLLMRewardComposer
+from konic.finetuning.rewards.composer import KonicLLMRewardComposer
 
 
 class KonicFinetuningAgent:

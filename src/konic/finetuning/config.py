@@ -6,18 +6,20 @@ Defaults come from a paper or from a measurement, named beside them. Derived num
 import math
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from konic.finetuning.algorithms import ALGORITHMS, Algorithm, KLPlacement
 from konic.finetuning.errors import ConfigError, did_you_mean
 
 TokenId = Annotated[int, Field(ge=0)]
 
-AlgorithmName = Literal["ppo", "rloo", "grpo", "dr_grpo", "reinforce++"]
-GROUP_METHODS = ("rloo", "grpo", "dr_grpo")
-"""Algorithms that compare a response with others to the same prompt."""
-DEFAULT_GROUP_SIZE = 4
+
+if TYPE_CHECKING:
+    AlgorithmName = str
+else:
+    AlgorithmName = Literal[tuple(ALGORITHMS)]
 
 DEFAULT_LORA_LEARNING_RATE = 1e-3
 DEFAULT_FULL_LEARNING_RATE = 1e-5
@@ -54,8 +56,8 @@ class TrainingConfig(Settings):
     """How to learn. Sources: N, the 37 details (2023); N+, arXiv 2403.17031; Schulman 2016 (GAE), 2017 (PPO)."""
 
     algorithm: AlgorithmName = "ppo"
-    """How rewards become advantages: "ppo" with a value head, "reinforce++" without one; "rloo", "grpo" and "dr_grpo"
-    compare the responses to one prompt."""
+    """A row of the table in `algorithms.py`: "ppo" with a value head, "reinforce++" without one; "rloo", "grpo" and
+    "dr_grpo" compare the responses to one prompt."""
     num_generations: int | None = Field(default=None, ge=1)
     """Responses per prompt; None takes 4 for "rloo", "grpo" and "dr_grpo", and 1 for the others."""
     learning_rate: float | None = Field(default=None, gt=0)
@@ -70,7 +72,7 @@ class TrainingConfig(Settings):
     """Optimizer steps per pass."""
     kl_penalty_weight: float = Field(default=0.05, ge=0)
     """β, the price of one nat of divergence from the reference, in units of reward; with kl_target, where it starts."""
-    kl_placement: Literal["reward", "loss"] | None = None
+    kl_placement: KLPlacement | None = None
     """Where the price is paid: "reward" takes β times the sampled token's log-ratio off its reward, "loss" adds β times
     the exact KL, with its gradient. None takes the algorithm's own: "loss" for "grpo" and "dr_grpo", else "reward"."""
     kl_target: float | None = Field(default=None, gt=0)
@@ -144,16 +146,17 @@ class TrainingConfig(Settings):
 
     @model_validator(mode="after")
     def _check_algorithm(self) -> Self:
-        if self.algorithm in GROUP_METHODS and self.responses_per_prompt < 2:
+        if self.algorithm_row.compares_groups and self.responses_per_prompt < 2:
             raise ValueError(
                 f"algorithm={self.algorithm!r} compares the responses to one prompt: num_generations must be at least 2"
             )
         if self.kl_target is not None and self.kl_budget is not None and self.kl_target > self.kl_budget:
             raise ValueError(f"kl_target={self.kl_target} steers beyond kl_budget={self.kl_budget}; set it below")
-        if self.value_warmup_iterations and (self.algorithm != "ppo" or self.vf_coef == 0):
+        if self.value_warmup_iterations and not (self.algorithm_row.learns_values and self.vf_coef):
+            learners = " or ".join(repr(name) for name, row in ALGORITHMS.items() if row.learns_values)
             raise ValueError(
                 f"value_warmup_iterations={self.value_warmup_iterations}, but with algorithm={self.algorithm!r} and "
-                f"vf_coef={self.vf_coef} no value head learns; that takes 'ppo' and vf_coef above 0"
+                f"vf_coef={self.vf_coef} no value head learns; use algorithm={learners} and vf_coef above 0"
             )
         if self.reward_timeout_seconds is not None and not self.reward_workers:
             raise ValueError(
@@ -163,11 +166,26 @@ class TrainingConfig(Settings):
         return self
 
     @property
+    def algorithm_row(self) -> Algorithm:
+        """The algorithm's row of the table."""
+        return ALGORITHMS[self.algorithm]
+
+    @property
+    def clip_ratios(self) -> tuple[float, float]:
+        """ε below and above 1: the algorithm's own, else clip_ratio on both sides."""
+        return self.algorithm_row.clip_ratios or (self.clip_ratio, self.clip_ratio)
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """True where the KL penalty goes into the loss rather than the reward."""
+        return (self.kl_placement or self.algorithm_row.kl_placement) == "loss"
+
+    @property
     def responses_per_prompt(self) -> int:
         """n: num_generations, or the algorithm's own."""
         if self.num_generations is not None:
             return self.num_generations
-        return DEFAULT_GROUP_SIZE if self.algorithm in GROUP_METHODS else 1
+        return self.algorithm_row.group_size
 
     @property
     def prompts_per_iteration(self) -> int:

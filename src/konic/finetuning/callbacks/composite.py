@@ -1,0 +1,87 @@
+"""The callback or callbacks of a user as one, with every hook spelled out for the type checker."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from konic.finetuning.callbacks.console import KonicFinetuningCallback
+from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
+from konic.finetuning.errors import ConfigError
+from konic.finetuning.results.iteration import FinetuningIterationResult
+from konic.finetuning.results.summary import FinetuningResult
+
+
+class Callbacks(BaseKonicFinetuningCallback):
+    """Calls each hook of all callbacks in order; a KonicFinetuningCallback comes first where none is among them.
+
+    Raises:
+        ConfigError: Something that is not a callback.
+    """
+
+    def __init__(self, given: Any) -> None:
+        callbacks = list(given) if isinstance(given, Sequence) else [given] if given is not None else []
+        for callback in callbacks:
+            if not isinstance(callback, BaseKonicFinetuningCallback):
+                hint = " Give an instance: add ()." if isinstance(callback, type) else ""
+                raise ConfigError(f"callback: {callback!r} is not a BaseKonicFinetuningCallback.{hint}")
+        if not any(isinstance(callback, KonicFinetuningCallback) for callback in callbacks):
+            callbacks.insert(0, KonicFinetuningCallback())
+        self._callbacks: list[BaseKonicFinetuningCallback] = callbacks
+
+    @contextmanager
+    def reporting_errors(self) -> Iterator[None]:
+        """Within it an error reaches `on_train_error` of all of them before it goes on."""
+        try:
+            yield
+        except BaseException as error:
+            self.on_train_error(error)
+            raise
+
+    def on_train_begin(self, config: dict[str, Any]) -> None:
+        """See the base class."""
+        for callback in self._callbacks:
+            callback.on_train_begin(config)
+
+    def on_iteration_begin(self, iteration: int) -> None:
+        """See the base class."""
+        for callback in self._callbacks:
+            callback.on_iteration_begin(iteration)
+
+    def on_generation_begin(self, prompts: list[str]) -> None:
+        """See the base class."""
+        for callback in self._callbacks:
+            callback.on_generation_begin(prompts)
+
+    def on_generation_end(self, prompts: list[str], responses: list[str]) -> None:
+        """See the base class."""
+        for callback in self._callbacks:
+            callback.on_generation_end(prompts, responses)
+
+    def on_reward_computed(self, rewards: list[float], reward_breakdown: dict[str, list[float]]) -> None:
+        """See the base class."""
+        for callback in self._callbacks:
+            callback.on_reward_computed(rewards, reward_breakdown)
+
+    def on_iteration_end(self, result: FinetuningIterationResult) -> None:
+        """See the base class."""
+        for callback in self._callbacks:
+            callback.on_iteration_end(result)
+
+    def on_checkpoint_saved(self, path: str, iteration: int) -> None:
+        """See the base class."""
+        for callback in self._callbacks:
+            callback.on_checkpoint_saved(path, iteration)
+
+    def on_train_end(self, result: FinetuningResult) -> None:
+        """See the base class."""
+        for callback in self._callbacks:
+            callback.on_train_end(result)
+
+    def on_train_error(self, error: BaseException) -> None:
+        """See the base class."""
+        for callback in self._callbacks:
+            callback.on_train_error(error)
+
+    def should_stop_early(self, result: FinetuningIterationResult) -> bool:
+        """True if any of them asks for it; all of them are asked."""
+        return True in [callback.should_stop_early(result) for callback in self._callbacks]

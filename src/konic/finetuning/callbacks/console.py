@@ -1,0 +1,160 @@
+"""The callback that prints a run's lines, draws its progress and stops it early."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
+from konic.finetuning.callbacks.trackers import MLflowTracker
+from konic.finetuning.errors import ConfigError, printable
+from konic.finetuning.results.iteration import FinetuningIterationResult
+from konic.finetuning.results.summary import FinetuningResult
+
+
+class KonicFinetuningCallback(BaseKonicFinetuningCallback):
+    """Prints a run's lines, draws progress on a terminal, logs to MLflow if asked, and stops when KL runs away.
+
+    Args:
+        log_interval: Print every so many iterations, and the first.
+        log_samples: Show prompts and responses too, on standard error.
+        max_samples_to_log: How many of them.
+        use_mlflow: Log settings and metrics to the active MLflow run, or to a new one.
+        early_stop_kl_threshold: Nats per token; None never stops.
+        early_stop_patience: Iterations in a row above the threshold that end the run.
+        verbose: False prints nothing.
+    """
+
+    def __init__(
+        self,
+        log_interval: int = 1,
+        log_samples: bool = False,
+        max_samples_to_log: int = 3,
+        use_mlflow: bool = False,
+        early_stop_kl_threshold: float | None = None,
+        early_stop_patience: int = 5,
+        verbose: bool = True,
+    ) -> None:
+        counts = (("log_interval", log_interval, 1), ("early_stop_patience", early_stop_patience, 1))
+        for name, value, least in (*counts, ("max_samples_to_log", max_samples_to_log, 0)):
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(
+                    f"KonicFinetuningCallback({name}={value!r}): it must be a whole number of at least {least}."
+                )
+        threshold = early_stop_kl_threshold
+        if threshold is not None and not (isinstance(threshold, int | float) and threshold >= 0):
+            raise ConfigError(
+                f"KonicFinetuningCallback(early_stop_kl_threshold={threshold!r}): it must be nats per token, of at "
+                "least 0, or None."
+            )
+        self.log_interval = log_interval
+        self.log_samples = log_samples
+        self.max_samples_to_log = max_samples_to_log
+        self.early_stop_kl_threshold = early_stop_kl_threshold
+        self.early_stop_patience = early_stop_patience
+        self.verbose = verbose
+        self._tracker = MLflowTracker() if use_mlflow else BaseKonicFinetuningCallback()
+        self._iterations_above = 0
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._samples: list[tuple[str, str]] = []
+
+    def on_train_begin(self, config: dict[str, Any]) -> None:
+        """Print the banner, start the progress bar and the MLflow run."""
+        self._iterations_above = 0
+        self._tracker.on_train_begin(config)
+        if not self.verbose:
+            return
+        rule = "=" * 60
+        lines = [rule, "Starting RLHF Training", rule, f"Model: {printable(str(config['model_name']))}"]
+        lines += [f"LoRA: {config['use_lora']}", f"Learning Rate: {config['learning_rate']:g}"]
+        lines += [f"Batch Size: {config['batch_size']}", f"Max Iterations: {config['max_iterations']}", rule, ""]
+        _print("\n".join(lines))
+        if sys.stderr.isatty():
+            self._progress = Progress(
+                TextColumn("{task.description:<10}"),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                redirect_stdout=sys.stdout.isatty(),
+                transient=True,
+            )
+            done = config.get("iterations_done", 0)
+            self._task = self._progress.add_task("starting", total=config["max_iterations"], completed=done)
+            self._progress.start()
+
+    def on_iteration_begin(self, iteration: int) -> None:
+        """Show the phase: where an iteration evaluates, it does so first."""
+        self._phase("evaluating")
+
+    def on_generation_begin(self, prompts: list[str]) -> None:
+        """Show the phase."""
+        self._phase("sampling")
+
+    def on_generation_end(self, prompts: list[str], responses: list[str]) -> None:
+        """Show the phase; keep samples to log."""
+        self._phase("rewarding")
+        self._samples = list(zip(prompts, responses, strict=True))[: self.max_samples_to_log]
+
+    def on_reward_computed(self, rewards: list[float], reward_breakdown: dict[str, list[float]]) -> None:
+        """Show the phase; log samples with their rewards."""
+        self._phase("updating")
+        if self.verbose and self.log_samples:
+            for (prompt, response), reward in zip(self._samples, rewards, strict=False):
+                print(f"  {reward:+.3f}  {printable(prompt)} → {printable(response)}", file=sys.stderr)  # noqa: T201
+
+    def on_iteration_end(self, result: FinetuningIterationResult) -> None:
+        """Print the iteration's line and log its metrics."""
+        self._tracker.on_iteration_end(result)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=result.iteration)
+        if self.verbose and (result.iteration % self.log_interval == 0 or result.iteration == 1):
+            _print(iteration_line(result))
+
+    def on_checkpoint_saved(self, path: str, iteration: int) -> None:
+        """Show the phase."""
+        self._phase("saving")
+
+    def on_train_end(self, result: FinetuningResult) -> None:
+        """Print the summary; end the progress bar and the MLflow run that was started here."""
+        self._end_progress()
+        self._tracker.on_train_end(result)
+        if self.verbose:
+            _print(result.summary())
+
+    def on_train_error(self, error: BaseException) -> None:
+        """End the progress bar and the MLflow run that was started here."""
+        self._end_progress()
+        self._tracker.on_train_error(error)
+
+    def should_stop_early(self, result: FinetuningIterationResult) -> bool:
+        """True once KL has been above the threshold for `early_stop_patience` iterations in a row."""
+        threshold = self.early_stop_kl_threshold
+        above = threshold is not None and result.kl_divergence > threshold
+        self._iterations_above = self._iterations_above + 1 if above else 0
+        return self._iterations_above >= self.early_stop_patience
+
+    def _phase(self, name: str) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, description=name)
+
+    def _end_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def iteration_line(result: FinetuningIterationResult) -> str:
+    """The line that a run prints for an iteration."""
+    return (
+        f"[Iter {result.iteration:4d}] Reward: {result.reward_mean:7.3f} (+/- {result.reward_std:.3f}) | "
+        f"KL: {abs(result.kl_divergence):.4f} | Loss: {result.total_loss:.4f} | Time: {result.total_time_sec:.1f}s"
+    )
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)  # noqa: T201

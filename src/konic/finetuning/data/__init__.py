@@ -1,0 +1,4 @@
+"""DatasetConfig -> rows -> prompts -> tokens, and samples: one record for each response.
+
+In: the name of a file, a dataset of the Hub, or prompts in memory. Out: `Prompt`, `PromptSet`, `PromptBatch`, `Sample`.
+"""

@@ -1,0 +1,225 @@
+"""DatasetConfig -> PromptSet: prompts in an order fixed by a seed, each with its row's index and other columns."""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from konic.finetuning.data.config import DatasetConfig, DatasetSource
+from konic.finetuning.data.loaders import read_bundled, read_hub, read_local, stream_rows
+from konic.finetuning.errors import DatasetError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a dataset."""
+
+    row: int
+    """Index in the dataset, before any shuffle; random numbers are keyed by it."""
+    content: str | list[dict[str, str]]
+    """Plain text, or chat messages that end with the user's."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """The row's other columns."""
+
+    @property
+    def messages(self) -> list[dict[str, str]] | None:
+        """The chat; None for plain text."""
+        return None if isinstance(self.content, str) else self.content
+
+    @property
+    def text(self) -> str:
+        """What rewards get as `prompt`: the plain text, or the text of the last message."""
+        return self.content if isinstance(self.content, str) else self.content[-1]["content"]
+
+
+@dataclass
+class PromptSet:
+    """The prompts of a run. Which come when follows from the seed and a running count: a resume needs nothing else."""
+
+    rows: list[Prompt]
+    held_out: list[Prompt]
+    shuffle: bool
+    shuffle_seed: int
+    stream: Iterator[Prompt] | None = None
+    """More rows, read as they are used; the first pass takes them in the stream's own seeded order."""
+
+    def batch(self, start: int, size: int) -> list[Prompt]:
+        """The `size` prompts after the first `start` of the run; each pass through the rows is a new seeded shuffle."""
+        if self.stream is not None:
+            self.rows.extend(islice(self.stream, max(0, start + size - len(self.rows))))
+        return [self.rows[self._index(position)] for position in range(start, start + size)]
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 of all rows and the held-out ones; None of a stream, whose rows are not known beforehand."""
+        if self.stream is not None:
+            return None
+        digest = hashlib.sha256()
+        for prompt in (*self.rows, *self.held_out):
+            values = [prompt.row, prompt.content, prompt.columns]
+            digest.update(json.dumps(values, default=lambda value: type(value).__name__, skipkeys=True).encode())
+        return digest.hexdigest()
+
+    def _index(self, position: int) -> int:
+        pass_number, offset = divmod(position, len(self.rows))
+        if not self.shuffle or (self.stream is not None and pass_number == 0):
+            return offset
+        return int(_permutation(len(self.rows), self.shuffle_seed, pass_number + 1)[offset])
+
+
+def load_prompts(config: DatasetConfig) -> PromptSet:
+    """Read, check, select and split the prompts that a config names.
+
+    Raises:
+        DatasetError: Nothing to read, a column that is not there, rows that are empty or not text (with their
+            numbers), or too few rows to hold some out.
+    """
+    if config.streaming:
+        return _open_stream(config)
+    rows = _read(config)
+    if not len(rows):
+        raise DatasetError(f"{_where(config)}: there are no rows to learn on.")
+    order = _permutation(len(rows), config.shuffle_seed, 0) if config.shuffle else np.arange(len(rows))
+    kept = order[: config.max_samples].tolist()
+    picked = rows.select(kept) if hasattr(rows, "select") else [rows[index] for index in kept]
+    prompts = _prompts(zip(kept, picked, strict=True), config, _where(config))
+    if config.source is DatasetSource.BUNDLED:
+        aside = make_prompts(read_bundled("held_out"), config, "The bundled prompts")
+        held_out, available = aside[: config.held_out], len(aside)
+    else:
+        available = len(prompts) - 1
+        split_at = len(prompts) - min(config.held_out, available)
+        prompts, held_out = prompts[:split_at], prompts[split_at:]
+    if config.held_out > available:
+        raise DatasetError(
+            f"{_where(config)}: held_out={config.held_out}, but at most {available} rows can be held out."
+        )
+    return PromptSet(prompts, held_out, config.shuffle, config.shuffle_seed)
+
+
+def make_prompts(rows: Sequence[Any], config: DatasetConfig, where: str) -> list[Prompt]:
+    """Prompts of rows that are strings, lists of chat messages, or mappings with a prompt column.
+
+    Raises:
+        DatasetError: A row has no such column (names those it has), or rows whose prompt is empty or not text.
+    """
+    return _prompts(enumerate(rows), config, where)
+
+
+def _prompts(numbered: Iterable[tuple[int, Any]], config: DatasetConfig, where: str) -> list[Prompt]:
+    made = [_make_prompt(index, row, config, where) for index, row in numbered]
+    bad = sorted((index, problem) for index, problem in made if isinstance(problem, str))
+    if bad:
+        named = ", ".join(f"row {index} ({problem})" for index, problem in bad[:10])
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        column = config.prompt_column
+        raise DatasetError(
+            f"{where}: {len(bad)} of {len(made)} prompts in column {column!r} cannot be used: {named}{more}."
+        )
+    return [prompt for _, prompt in made if isinstance(prompt, Prompt)]
+
+
+def _make_prompt(index: int, row: Any, config: DatasetConfig, where: str) -> tuple[int, Prompt | str]:
+    """The row's number with its prompt, or with the reason why it has none."""
+    columns = dict(row) if isinstance(row, Mapping) else {config.prompt_column: row}
+    if config.prompt_template is not None:
+        content = _fill_template(config.prompt_template, index, columns, where)
+    elif config.prompt_column in columns:
+        content = columns.pop(config.prompt_column)
+    else:
+        raise _missing_column(config.prompt_column, index, columns, where, "DatasetConfig(prompt_column=...)")
+    problem = _find_problem(content)
+    if problem:
+        return index, problem
+    if config.system_prompt is not None:
+        if isinstance(content, str):
+            return index, "plain text: system_prompt goes with chat messages, [{'role': 'user', 'content': ...}]"
+        if content[0]["role"] != "system":
+            content = [{"role": "system", "content": config.system_prompt}, *content]
+    return index, Prompt(index, content if isinstance(content, str) else list(content), columns)
+
+
+def _fill_template(template: str, index: int, columns: Mapping[str, Any], where: str) -> str:
+    try:
+        return template.format_map(columns)
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise DatasetError(f"{where}: prompt_template={template!r} does not fit row {index}: {error}.") from None
+    except KeyError as error:
+        raise _missing_column(error.args[0], index, columns, where, "DatasetConfig(prompt_template=...)") from None
+
+
+def _missing_column(name: str, index: int, columns: Mapping[str, Any], where: str, setting: str) -> DatasetError:
+    hint = did_you_mean(name, map(str, columns))
+    present = ", ".join(map(repr, columns)) or "none"
+    return DatasetError(
+        f"{where}: row {index} has no column {name!r}.{hint} Its columns: {present}. "
+        f"Name the one that holds prompts with {setting}."
+    )
+
+
+def _find_problem(content: Any) -> str | None:
+    """Why a prompt cannot be used, or None."""
+    if isinstance(content, str):
+        return _find_text_problem(content, "empty")
+    if content is None or (isinstance(content, float) and math.isnan(content)):
+        return "missing"
+    if not isinstance(content, list | tuple):
+        return f"{type(content).__name__}, not text"
+    if not content:
+        return "no messages"
+    for message in content:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            return "a message without role and content"
+        if not isinstance(message["content"], str) or not isinstance(message["role"], str):
+            return "a message whose role or content is not text"
+    if content[-1]["role"] != "user":
+        return "the last message is not the user's"
+    return next(filter(None, (_find_text_problem(m["content"]) for m in content)), None) or _find_text_problem(
+        content[-1]["content"], "the last message is empty"
+    )
+
+
+def _find_text_problem(text: str, empty: str | None = None) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "not text: it holds half a character (a lone surrogate)"
+    return None if text.strip() else empty
+
+
+def _where(config: DatasetConfig) -> str:
+    return f"Dataset {config.name!r}" if config.name else f"Dataset ({config.source.value})"
+
+
+def _permutation(size: int, seed: int, pass_number: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, pass_number])).permutation(size)
+
+
+def _read(config: DatasetConfig) -> Any:
+    """All rows of a source, in its order: a list, or a `datasets.Dataset`."""
+    if config.source is DatasetSource.MEMORY:
+        return config.prompts
+    if config.source is DatasetSource.BUNDLED:
+        return read_bundled(config.split)
+    if config.source is DatasetSource.LOCAL:
+        return read_local(str(config.name), config.prompt_column)
+    return read_hub(str(config.name), config.subset, config.split, config.revision, config.token, streaming=False)
+
+
+def _open_stream(config: DatasetConfig) -> PromptSet:
+    """A prompt set that reads its rows as they are used; the first `held_out` of the stream are kept aside."""
+    where = _where(config)
+    dataset = read_hub(str(config.name), config.subset, config.split, config.revision, config.token, streaming=True)
+    numbered = stream_rows(dataset, config.shuffle_seed if config.shuffle else None, where)
+    rows = (prompt for pair in islice(numbered, config.max_samples) for prompt in _prompts([pair], config, where))
+    held_out, first = list(islice(rows, config.held_out)), list(islice(rows, 1))
+    if not first:
+        raise DatasetError(f"{where}: there are no rows to learn on beside held_out={config.held_out}.")
+    return PromptSet(first, held_out, config.shuffle, config.shuffle_seed, rows)

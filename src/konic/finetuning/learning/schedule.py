@@ -1,0 +1,36 @@
+"""Optimizer step -> learning rate. Pure functions of plain numbers."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Where in the run an update's optimizer steps stand."""
+
+    first_step: int
+    """Optimizer steps taken before."""
+    total_steps: int
+    """Optimizer steps planned over the whole run."""
+    peak: float
+    """The learning rate at the end of warm-up."""
+    train_policy: bool = True
+    """False while only the value head learns."""
+
+
+def learning_rate_at(step: int, total_steps: int, peak: float, warmup_steps: int, schedule: str) -> float:
+    """The learning rate of an optimizer step.
+
+    Args:
+        step: The step about to be taken, counted from 0 over the whole run.
+        total_steps: Steps planned over the whole run; only the falling schedules look at it.
+        peak: The rate at the end of warm-up.
+        warmup_steps: Step i of these runs at peak · (i + 1) / warmup_steps.
+        schedule: "constant", "linear" (to zero at total_steps) or "cosine" (half a period, to zero at total_steps).
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return peak * (1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)

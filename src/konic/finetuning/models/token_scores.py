@@ -1,0 +1,180 @@
+"""Hidden states -> log-probs, entropy and exact KL of tokens, in chunks: memory does not grow with B·R·V.
+
+Shapes: B sequences, R response tokens, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from konic.finetuning.models.distributions import entropies, exact_kl, log_softmax_, token_log_probs
+from konic.finetuning.models.language_model import LanguageModel
+
+MAX_LOGITS = 2**23
+"""Logits in one tensor when tokens are scored, whatever the batch: 32 MB in fp32, which glibc frees at once."""
+MAX_KEPT_LOGITS = 2**26
+"""Logits kept for the backward pass where the head learns: 256 MB in fp32; beyond them they are computed twice."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What tokens are worth. Tensors are [B, R], 0 outside the mask."""
+
+    log_probs: Tensor
+    entropy: Tensor | None
+    """Nats; None unless asked for."""
+    kl: Tensor | None
+    """Exact KL from the reference, nats; None without one."""
+
+
+def score_tokens(
+    model: LanguageModel,
+    hidden: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    temperature: float,
+    *,
+    needs_entropy: bool,
+    reference: tuple[Callable[[Tensor], Tensor], Tensor] | None,
+) -> TokenScores:
+    """What the tokens that count are worth under a model, and how far it is from a reference there.
+
+    Memory does not grow with B·R·V: every chunk's logits are dropped before the next chunk's are made. Only where the
+    head learns are up to 2^26 logits kept for the backward pass.
+
+    Args:
+        model: Its head makes the logits.
+        hidden: [B, R, H] from which each token is predicted.
+        tokens: [B, R] ids.
+        mask: [B, R]; only these are computed.
+        temperature: > 0.
+        needs_entropy: False leaves it out, and lets a plain head's gradients be formed without autograd.
+        reference: The reference's function from hidden states to logits, without gradient, and its hidden states
+            [B, R, H] at the same tokens; None where no KL is needed.
+    """
+    tensors_kept = 1 if reference is None else 3  # of the size of the logits
+    is_much = model.head_learns and tensors_kept * int(mask.sum()) * model.vocabulary_size > MAX_KEPT_LOGITS
+
+    def score(hidden: Tensor, tokens: Tensor, *ref_hidden: Tensor) -> tuple[Tensor, ...]:
+        log_probs, log_softmax = token_log_probs(model.logits(hidden), tokens, temperature)
+        found = [log_probs]
+        if needs_entropy:
+            found.append(entropies(log_softmax))
+        if reference is not None:
+            found.append(exact_kl(log_softmax, (reference[0](ref_hidden[0]) / temperature).log_softmax(dim=-1)))
+        return tuple(found)
+
+    head = model.causal_lm.get_output_embeddings()
+    closed_form = not needs_entropy and model.is_plain
+
+    def score_chunk(hidden: Tensor, tokens: Tensor, *ref_hidden: Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return score(hidden, tokens, *ref_hidden)
+        if model.head_learns:
+            inputs = hidden, tokens, *ref_hidden
+            return checkpoint(score, *inputs, use_reentrant=False) if is_much else score(*inputs)
+        if not closed_form:
+            return _PerToken.apply(score, hidden, tokens, *ref_hidden)  # type: ignore[no-untyped-call]
+        ref = None if reference is None else log_softmax_(reference[0](ref_hidden[0]), temperature)
+        return _LogProbs.apply(hidden, head.weight, head.bias, tokens, temperature, ref)  # type: ignore[no-untyped-call]
+
+    inputs = (hidden, tokens) if reference is None else (hidden, tokens, reference[1])
+    log_probs, *rest = map_tokens(score_chunk, mask, model.vocabulary_size, *inputs)
+    entropy = rest.pop(0) if needs_entropy else None
+    return TokenScores(log_probs, entropy, rest.pop() if rest else None)
+
+
+class _LogProbs(torch.autograd.Function):
+    """log π(token) of hidden states [n, H] under a plain head, and KL(π ‖ π_ref) if asked, with their gradients.
+
+    With logits = hidden Wᵀ + b and π = softmax(logits / T):
+    ∂ log π(token) / ∂ hidden = (onehot − π) W / T, and ∂ KL / ∂ hidden = π (log π − log π_ref − KL) W / T, which is
+    exactly 0 where π is exactly π_ref.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        temperature: float,
+        ref_log_softmax: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        logits = functional.linear(hidden, weight, bias)
+        logits = logits if logits.dtype.itemsize >= 4 else logits.float()
+        log_softmax = log_softmax_(logits, temperature)
+        log_probs = log_softmax.gather(-1, tokens[:, None])
+        probabilities = log_softmax.exp() if ref_log_softmax is not None else log_softmax.exp_()
+        results, gradients = [log_probs.squeeze(-1)], []
+        if ref_log_softmax is not None:
+            terms = log_softmax.sub_(ref_log_softmax).mul_(probabilities)
+            kl = terms.sum(dim=-1, keepdim=True)
+            results.append(kl.squeeze(-1).clamp(min=0.0))
+            gradients.append(terms.addcmul_(probabilities, kl, value=-1.0).to(weight.dtype) @ weight)
+        minus_gradient = probabilities.scatter_add_(-1, tokens[:, None], torch.full_like(log_probs, -1.0))
+        gradients.insert(0, (minus_gradient.to(weight.dtype) @ weight).neg_())
+        ctx.save_for_backward(*(gradient.div_(temperature) for gradient in gradients))
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *scales: Tensor) -> Any:
+        return _scaled(scales, ctx.saved_tensors), None, None, None, None, None
+
+
+class _PerToken(torch.autograd.Function):
+    """A function of hidden states [n, H], token by token, that keeps its gradient [n, H] instead of logits [n, V].
+
+    As each result belongs to one token alone, the gradient of a result's sum holds every token's own, which the
+    backward pass only scales: nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., tuple[Tensor, ...]], hidden: Tensor, *others: Tensor) -> Any:
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            results = function(leaf, *others)
+            gradients = [
+                torch.autograd.grad(result.sum(), leaf, retain_graph=index + 1 < len(results))[0]
+                for index, result in enumerate(results)
+            ]
+        ctx.save_for_backward(*gradients)
+        return tuple(result.detach() for result in results)
+
+    @staticmethod
+    def backward(ctx: Any, *scales: Tensor) -> Any:
+        return None, _scaled(scales, ctx.saved_tensors), *[None] * (len(ctx.needs_input_grad) - 2)
+
+
+def _scaled(scales: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """Σ scale · gradient [n, H] of several results [n]."""
+    total = scales[0][:, None] * gradients[0]
+    for scale, gradient in zip(scales[1:], gradients[1:], strict=True):
+        total = total + scale[:, None] * gradient
+    return total.to(gradients[0].dtype)
+
+
+def map_tokens(
+    function: Callable[..., tuple[Tensor, ...]], mask: Tensor, vocabulary: int, *inputs: Tensor
+) -> tuple[Tensor, ...]:
+    """`function` over the tokens that count, in chunks of at most 2^23 logits; results [B, R] are 0 outside the mask.
+
+    Args:
+        function: Takes the chunk's part [n, ...] of every input, returns tensors [n].
+        mask: [B, R] with at least one True.
+        vocabulary: V, which sets the chunk's length.
+        inputs: [B, R, ...] each.
+    """
+    counted = [tensor.flatten(0, 1) if mask.all() else tensor[mask] for tensor in inputs]
+    size = -(-MAX_LOGITS // vocabulary)
+    chunks = [
+        function(*(tensor[start : start + size] for tensor in counted)) for start in range(0, len(counted[0]), size)
+    ]
+    results = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+    return tuple(result.new_zeros(mask.shape).masked_scatter(mask, result) for result in results)

@@ -1,0 +1,65 @@
+"""The value head of PPO: all that is special to it, but for GAE and its loss.
+
+It sits on the last hidden state of the policy, so that values need no second model. It starts at 0 everywhere. At the
+first batch with a score its bias is set so that the batch is valued at its mean score. From 0 the clipped value loss
+would take several iterations to get there, and until then advantages would separate late tokens from early ones, not
+good responses from bad ones. (N normalises rewards to mean 0 before training, for the same reason.)
+
+Shapes: B sequences, R response tokens, H hidden size. A mask is True where a token counts.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+FILE = "value_head.safetensors"
+
+
+class ValueHead(nn.Linear):
+    """Hidden state [..., H] -> expected sum of the rewards to come, in units of reward."""
+
+    def __init__(self, output_embedding: Tensor, device: torch.device) -> None:
+        """A head of zeros for a model with this output embedding [V, H]; in fp32, or float64 if that is."""
+        dtype = torch.float64 if output_embedding.dtype == torch.float64 else torch.float32
+        super().__init__(output_embedding.shape[1], 1, device="meta", dtype=dtype)
+        self.to_empty(device=device)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The value [...] of each hidden state [..., H]."""
+        return super().forward(hidden.to(self.weight.dtype)).squeeze(-1)
+
+    def starting_shift(self, scores: Sequence[float]) -> float:
+        """How far the values of a head that has not learned yet are below the mean of the first scores."""
+        return fmean(scores) - self.bias.item() if scores else 0.0
+
+    @contextmanager
+    def shifted(self, shift: float) -> Iterator[None]:
+        """Within it and from then on every value is higher by a constant; an error undoes it."""
+        before = self.bias.detach().clone()
+        with torch.no_grad():
+            self.bias.add_(shift)
+        try:
+            yield
+        except BaseException:
+            self.bias.data = before
+            raise
+
+    def save(self, folder: Path) -> None:
+        """Write the head into a folder."""
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / FILE)
+
+    def load(self, folder: Path) -> None:
+        """Take the weights that :meth:`save` wrote."""
+        self.load_state_dict(load_file(folder / FILE))
+
+
+def shift_values(values: Tensor, mask: Tensor, shift: float) -> Tensor:
+    """Values [B, R] as a head would give them that is :meth:`ValueHead.shifted`; 0 outside the mask."""
+    return torch.where(mask, values + shift, 0.0)

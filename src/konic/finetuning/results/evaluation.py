@@ -1,0 +1,39 @@
+"""What a policy made of given prompts."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from konic.finetuning.results.intervals import nanmean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Responses of one policy to N prompts, and what they were worth."""
+
+    prompts: list[str]
+    responses: list[str]
+    rewards: list[float]
+    """[N]; NaN where every part abstained or one failed."""
+    breakdown: dict[str, list[float]]
+    """Each part's own values [N], before normalising and weights; NaN where it abstained or failed."""
+    kl_per_response: list[float]
+    """[N] exact KL from the reference, summed over the response, nats."""
+    response_lengths: list[int]
+    """[N] tokens, the end-of-sequence token counted."""
+    errors: list[str | None] = field(default_factory=list)
+    """[N] what failed on each response, in a line."""
+
+    @property
+    def reward_mean(self) -> float:
+        """Over the responses that have a reward."""
+        return nanmean(self.rewards)
+
+    @property
+    def reward_breakdown(self) -> dict[str, float]:
+        """Mean of each reward, before weights, where it did not abstain."""
+        return {name: nanmean(values) for name, values in self.breakdown.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `engine.evaluate` returns."""
+        names = ("prompts", "responses", "rewards", "reward_mean", "reward_breakdown")
+        return {name: getattr(self, name) for name in (*names, "kl_per_response", "response_lengths")}

@@ -1,0 +1,67 @@
+"""Before and after -> what changed, and how sure that is. Pure functions of plain numbers and texts."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with a 95 % confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean, NaN of none."""
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def paired_bootstrap(
+    before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000
+) -> Interval:
+    """The mean of after − before, with the percentile bootstrap's 95 % interval over pairs (Efron 1979).
+
+    Args:
+        before: [N] one value per prompt; a pair with a NaN is left out.
+        after: [N] for the same prompts.
+        seed: Seeds the resampling.
+        resamples: How many times the N pairs are drawn anew, with replacement.
+    """
+    pairs = zip(before, after, strict=True)
+    gains = np.array([late - early for early, late in pairs if not math.isnan(late - early)])
+    if not len(gains):
+        return Interval(math.nan, math.nan, math.nan)
+    generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
+    means = gains[generator.integers(len(gains), size=(resamples, len(gains)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(gains.mean()), float(low), float(high))
+
+
+def distinct_n(responses: Sequence[str], n: int = 2) -> float:
+    """Different word n-grams over all word n-grams of the responses; near 0 if one phrase returns (Li et al. 2016)."""
+    grams = [
+        tuple(words[start : start + n])
+        for words in (response.lower().split() for response in responses)
+        for start in range(len(words) - n + 1)
+    ]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def proportion(successes: int, total: int) -> Interval:
+    """A share with Wilson's 95 % interval (Wilson, JASA 22, 1927)."""
+    if total == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    z, share = 1.959963984540054, successes / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def nanmean(values: Sequence[float]) -> float:
+    """The mean of the values that are not NaN, NaN of none."""
+    return mean([value for value in values if not math.isnan(value)])

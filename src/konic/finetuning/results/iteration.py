@@ -1,0 +1,179 @@
+"""The numbers of one iteration. Each field declares its meaning, unit and source; docs/metrics.md shows them."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, get_type_hints
+
+from konic.finetuning.results.metrics import Metric, declared_metrics
+
+PER_TOKEN = "nats per token"  # noqa: S105
+PER_RESPONSE = "nats per response"
+
+
+@dataclass(frozen=True)
+class FinetuningIterationResult:
+    """One iteration. Reward, KL, entropy and lengths are those of the policy that sampled, before its update."""
+
+    iteration: Annotated[int, Metric("counted from 1", "count", "trainer")]
+    reward_mean: Annotated[float, Metric("over the samples that have a reward; null if none has", "reward", "rewards")]
+    reward_std: Annotated[float, Metric("unbiased; 0 for fewer than two rewards", "reward", "rewards")]
+    reward_min: Annotated[float, Metric("the lowest of the batch", "reward", "rewards")]
+    reward_max: Annotated[float, Metric("the highest of the batch", "reward", "rewards")]
+    kl_divergence: Annotated[
+        float,
+        Metric("exact KL(π ‖ π_ref) where each token was drawn, over all tokens; never negative", PER_TOKEN, "rollout"),
+    ]
+    policy_loss: Annotated[float, Metric("the loss of the policy, mean over the optimizer steps", "", "update")]
+    value_loss: Annotated[float, Metric("half the clipped squared error of the value head", "reward²", "update")]
+    entropy_loss: Annotated[
+        float,
+        Metric("−entropy: during the update where `entropy_coef` > 0, else where it was sampled", PER_TOKEN, "update"),
+    ]
+    total_loss: Annotated[
+        float,
+        Metric(
+            "policy_loss + vf_coef · value_loss + entropy_coef · entropy_loss + β · kl_loss, as far as the algorithm "
+            "learns from them; the `Loss` of the printed line",
+            "",
+            "update",
+        ),
+    ]
+    response_length_mean: Annotated[float, Metric("an end-of-sequence token counts", "tokens", "rollout")]
+    response_length_std: Annotated[float, Metric("unbiased; 0 for fewer than two responses", "tokens", "rollout")]
+    learning_rate: Annotated[float, Metric("of the last optimizer step", "", "update")]
+    clip_fraction: Annotated[
+        float, Metric("tokens whose ratio had left the clip range, over all optimizer steps", "share", "update")
+    ]
+    approx_kl: Annotated[
+        float, Metric("how far the update moved the policy: k3, over all optimizer steps", PER_TOKEN, "update")
+    ]
+    explained_variance: Annotated[
+        float,
+        Metric(
+            "of the returns by the value head before the update: 1 is perfect, 0 no better than a constant; null where "
+            "returns do not vary",
+            "share",
+            "update",
+        ),
+    ]
+    reward_breakdown: Annotated[
+        dict[str, float],
+        Metric("each reward's mean before its weight, where it did not abstain", "each reward's own", "rewards"),
+    ]
+    generation_time_sec: Annotated[
+        float, Metric("sampling, and scoring under policy and reference", "seconds", "clock")
+    ]
+    reward_compute_time_sec: Annotated[float, Metric("your rewards", "seconds", "clock")]
+    update_time_sec: Annotated[float, Metric("the optimizer steps", "seconds", "clock")]
+    total_time_sec: Annotated[float, Metric("the whole iteration", "seconds", "clock")]
+    kl_per_response: Annotated[
+        float, Metric("exact KL summed over each response, then averaged", PER_RESPONSE, "rollout")
+    ] = 0.0
+    kl_k1: Annotated[
+        float,
+        Metric(
+            "mean of log π − log π_ref of the sampled tokens: unbiased, noisy, of either sign", PER_TOKEN, "rollout"
+        ),
+    ] = 0.0
+    kl_k3: Annotated[
+        float, Metric("the k3 estimate from the same tokens: unbiased, never negative", PER_TOKEN, "rollout")
+    ] = 0.0
+    kl_loss: Annotated[
+        float,
+        Metric(
+            "exact KL from the reference during the update; 0 where the penalty is in the reward", PER_TOKEN, "update"
+        ),
+    ] = 0.0
+    kl_penalty_weight: Annotated[
+        float, Metric("β of this iteration; it changes with `kl_target`", "reward per nat", "trainer")
+    ] = 0.0
+    entropy: Annotated[float, Metric("of the sampling distribution", PER_TOKEN, "rollout")] = 0.0
+    sampler_gap: Annotated[
+        float,
+        Metric(
+            "mean difference of log-probs between what sampled and what trains, over the tokens of the first step: "
+            "rounding, or a bug",
+            PER_TOKEN,
+            "update",
+        ),
+    ] = 0.0
+    first_log_ratio: Annotated[
+        float, Metric("largest log-ratio before the first optimizer step: rounding, or a bug", "nats", "update")
+    ] = 0.0
+    grad_norm: Annotated[float, Metric("before clipping, mean over the optimizer steps", "", "update")] = 0.0
+    num_steps: Annotated[
+        int,
+        Metric(
+            "optimizer steps taken: fewer than planned where `target_kl` stopped the update or no sample had a reward",
+            "count",
+            "update",
+        ),
+    ] = 0
+    no_signal_fraction: Annotated[
+        float,
+        Metric(
+            "samples whose advantages are all 0, of those with a reward: for group methods, the groups of equal "
+            "penalised rewards",
+            "share",
+            "advantages",
+        ),
+    ] = 0.0
+    ended_fraction: Annotated[
+        float, Metric("responses that ended by themselves and not at `max_new_tokens`", "share", "rollout")
+    ] = 0.0
+    num_samples: Annotated[int, Metric("responses", "count", "rollout")] = 0
+    num_unscored: Annotated[
+        int,
+        Metric(
+            "samples without a reward: every part abstained, or one failed; their advantage is 0", "count", "rewards"
+        ),
+    ] = 0
+    num_reward_errors: Annotated[
+        int, Metric('samples on which a reward failed, with `on_reward_error="skip"`', "count", "rewards")
+    ] = 0
+    num_nonfinite: Annotated[
+        int,
+        Metric(
+            'batches and optimizer steps dropped because a number was not finite, with `on_nonfinite="skip"`',
+            "count",
+            "update",
+        ),
+    ] = 0
+    eval_reward_mean: Annotated[
+        float, Metric("of the same policy on the held-out prompts; null where not evaluated", "reward", "evaluation")
+    ] = math.nan
+    eval_kl_per_response: Annotated[
+        float, Metric("its KL there; null where not evaluated", PER_RESPONSE, "evaluation")
+    ] = math.nan
+    checks: Annotated[
+        tuple[str, ...],
+        Metric("self-checks that this iteration was the first to fail ([checks.md](checks.md))", "names", "checks"),
+    ] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; NaN becomes None."""
+        return json_values(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "FinetuningIterationResult":
+        """The result that :meth:`to_dict` made."""
+        floats = {name for name, kind in get_type_hints(cls).items() if kind is float}
+        filled: dict[str, Any] = {n: math.nan if v is None and n in floats else v for n, v in values.items()}
+        filled["checks"] = tuple(values.get("checks", ()))
+        filled["reward_breakdown"] = {n: math.nan if v is None else v for n, v in values["reward_breakdown"].items()}
+        return cls(**filled)
+
+
+METRICS = declared_metrics(FinetuningIterationResult)
+"""Every metric of an iteration by name, in the order of the fields."""
+
+
+def json_values(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with numbers that are not finite as None, as JSON has none of them."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: clean(value) for key, value in values.items()}

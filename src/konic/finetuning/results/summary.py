@@ -1,0 +1,135 @@
+"""The result of a whole run, and how its best iteration is chosen."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from konic.finetuning.errors import printable
+from konic.finetuning.results.evaluation import Evaluation
+from konic.finetuning.results.intervals import Interval, paired_bootstrap
+from konic.finetuning.results.iteration import FinetuningIterationResult, json_values
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the best iteration is chosen: by the mean reward of its sampling policy, where that kept to its budget."""
+
+    on_held_out: bool = False
+    """On the held-out prompts, with eval_every; else on the iteration's own batch."""
+    kl_budget: float | None = None
+    """Nats per response; a policy that paid more is out."""
+
+    def reward(self, result: FinetuningIterationResult) -> float:
+        """What an iteration is chosen by, NaN where it is out."""
+        if result.num_nonfinite and not result.num_steps:
+            return math.nan
+        if self.on_held_out:
+            return self.allowed(result.eval_reward_mean, result.eval_kl_per_response)
+        return self.allowed(result.reward_mean, result.kl_per_response)
+
+    def allowed(self, reward: float, kl_per_response: float) -> float:
+        """A reward, or NaN where the KL paid for it is beyond the budget."""
+        is_in_budget = self.kl_budget is None or kl_per_response <= self.kl_budget
+        return reward if is_in_budget else math.nan
+
+
+@dataclass(frozen=True)
+class FinetuningResult:
+    """A whole run, across resumes."""
+
+    model_name: str
+    history: list[FinetuningIterationResult] = field(repr=False)
+    total_time_sec: float
+    model_path: str | None
+    """The folder of the final model."""
+    stopped_because: str | None = None
+    """Why it ended before max_iterations, or None."""
+    selection: Selection = Selection()
+    """How the best iteration is chosen."""
+    before: Evaluation | None = field(default=None, repr=False)
+    """The held-out prompts before training; None without any."""
+    after: Evaluation | None = field(default=None, repr=False)
+    """The same prompts with the same random numbers after it; None without any, or after Ctrl-C."""
+
+    @property
+    def total_iterations(self) -> int:
+        """Iterations done."""
+        return len(self.history)
+
+    @property
+    def best(self) -> FinetuningIterationResult | None:
+        """The iteration with the highest reward by `selection`; the first of equals."""
+        allowed = [result for result in self.history if not math.isnan(self.selection.reward(result))]
+        return max(allowed, key=self.selection.reward, default=None)
+
+    @property
+    def held_out_gain(self) -> Interval | None:
+        """After less before, per held-out prompt, with its 95 % interval; None without both."""
+        if self.before is None or self.after is None:
+            return None
+        return paired_bootstrap(self.before.rewards, self.after.rewards)
+
+    @property
+    def best_iteration(self) -> int:
+        """Its number; 0 before any. The weights kept for it are those that sampled, before its update."""
+        return self.best.iteration if self.best else 0
+
+    @property
+    def best_reward(self) -> float:
+        """Its mean reward, on held-out prompts with eval_every; NaN before any iteration."""
+        return self.selection.reward(self.best) if self.best else math.nan
+
+    @property
+    def final_reward_mean(self) -> float:
+        """Mean reward of the last iteration."""
+        return self.history[-1].reward_mean if self.history else math.nan
+
+    @property
+    def final_kl_divergence(self) -> float:
+        """KL of the last iteration, nats per token."""
+        return self.history[-1].kl_divergence if self.history else math.nan
+
+    @property
+    def total_samples(self) -> int:
+        """Responses sampled for training."""
+        return sum(result.num_samples for result in self.history)
+
+    def get_reward_curve(self) -> list[float]:
+        """Mean reward of every iteration."""
+        return [result.reward_mean for result in self.history]
+
+    def get_kl_curve(self) -> list[float]:
+        """KL of every iteration, nats per token."""
+        return [result.kl_divergence for result in self.history]
+
+    def summary(self) -> str:
+        """The block that a run prints at its end."""
+        rule = "=" * 50
+        lines = [rule, "Finetuning Results Summary", rule, f"Model: {printable(self.model_name)}"]
+        lines.append(f"Total Iterations: {self.total_iterations}")
+        if self.history:
+            lines.append(f"Best Reward: {self.best_reward:.4f} (iteration {self.best_iteration})")
+            lines.append(f"Final Reward: {self.final_reward_mean:.4f}")
+            lines.append(f"Samples: {self.total_samples}")
+        gain = self.held_out_gain
+        if gain is not None and self.before is not None and self.after is not None:
+            lines.append(f"Held-out Reward: {self.before.reward_mean:.4f} -> {self.after.reward_mean:.4f}")
+            lines.append(f"Held-out Gain: {gain.mean:+.4f} (95 % interval {gain.low:+.4f} to {gain.high:+.4f})")
+        lines.append(f"Time: {self.total_time_sec:.1f}s")
+        if self.stopped_because:
+            lines.append(f"Stopped early: {self.stopped_because}")
+        if self.model_path:
+            lines.append(f"Saved in: {self.model_path}")
+        return "\n".join([*lines, rule])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers and the history as JSON values."""
+        names = ("total_iterations", "best_iteration", "best_reward", "final_reward_mean", "final_kl_divergence")
+        values = {name: getattr(self, name) for name in names}
+        values |= {"total_samples": self.total_samples, "total_time_sec": self.total_time_sec}
+        values |= {
+            "model_name": self.model_name,
+            "model_path": self.model_path,
+            "stopped_because": self.stopped_because,
+        }
+        return json_values(values) | {"history": [result.to_dict() for result in self.history]}

@@ -1,0 +1,244 @@
+"""HuggingFaceRewardModel: a sequence classifier as a reward, read through its own tokenizer."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from konic.finetuning.errors import ConfigError, ModelError, did_you_mean
+from konic.finetuning.models.loading import check_model_kwargs, pick_device
+from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
+from konic.finetuning.reward_models.texts import TEXT_FORMATS, TextFormat, encode_pair
+
+logger = logging.getLogger(__name__)
+
+_COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "data2vec-text")
+"""Encoders whose first position is the padding token's index plus one."""
+OUTPUTS = ("logit", "probability", "log_odds")
+
+
+class HuggingFaceRewardModel:
+    """Scores responses by a sequence classifier of the Hub or a folder. Give it to a composer's `reward_models`.
+
+    The policy's text is encoded anew by the classifier's own tokenizer, so that the two may differ. A text over
+    `max_length` loses the start of its prompt, not of its response.
+
+    Args:
+        model_id: A Hub id or a folder.
+        device: "auto" (CUDA if there is one, else the CPU), or a torch device.
+        dtype: A torch dtype or its name; None takes the checkpoint's on CUDA and float32 on the CPU.
+        max_length: Tokens that the classifier reads at most.
+        label_index: Which label's score is the reward, as index or name; a single label needs none, of two the
+            second is taken where none is given.
+        normalize: In training, count scores in standard deviations from their running mean.
+        output: "logit"; "probability", by softmax, or by a sigmoid for a single label or a multi-label classifier; or
+            "log_odds", the logarithm of p / (1 − p).
+        text_format: What is read: "chat" (the tokenizer's chat template), "pair" (prompt and response as a text pair),
+            "joined" (both as one text), or "response" (that alone). "auto" is what the model was trained with, if
+            konic trained it; else "chat" where there is a template, else "joined".
+        batch_size: Texts scored at once, sorted by length.
+        name: The reward's name; None makes it of the id.
+        model_kwargs: For `from_pretrained`: revision, token, attn_implementation, trust_remote_code,
+            quantization_config.
+
+    Raises:
+        ConfigError: A label that is not there, or a setting out of bounds.
+        ModelError: Nothing there, nothing that loads, or no trained classification head.
+    """
+
+    def __init__(
+        self,
+        model_id: str,
+        device: str = "auto",
+        dtype: torch.dtype | str | None = None,
+        max_length: int = 512,
+        label_index: int | str | None = None,
+        normalize: bool = False,
+        output: Literal["logit", "probability", "log_odds"] = "logit",
+        text_format: TextFormat | Literal["auto"] = "auto",
+        batch_size: int = 16,
+        name: str | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        _check(output=(output, OUTPUTS), text_format=(text_format, ("auto", *TEXT_FORMATS)))
+        for option, number in (("max_length", max_length), ("batch_size", batch_size)):
+            if not isinstance(number, int) or number < 1:
+                raise ConfigError(f"HuggingFaceRewardModel({option}={number!r}) must be a whole number of at least 1.")
+        self.name = name or reward_name(model_id)
+        self.normalize = normalize
+        self._device = pick_device(device)
+        self.model, self.tokenizer = _load(str(model_id), self._device, dtype, model_kwargs or {})
+        self.model.eval().requires_grad_(False)
+        self.max_length = min(max_length, longest_input(self.model, self.tokenizer))
+        self.label = _label(self.model.config, label_index, self.name)
+        self.output = output
+        self.text_format = (
+            choose_text_format(self.model.config, self.tokenizer) if text_format == "auto" else text_format
+        )
+        self.batch_size = batch_size
+        if self.text_format == "chat" and not self.tokenizer.chat_template:
+            raise ConfigError(
+                f"HuggingFaceRewardModel({model_id!r}, text_format='chat'): its tokenizer has no template."
+            )
+
+    def score(
+        self, prompts: Sequence[str], responses: Sequence[str], messages: Sequence[Any] | None = None
+    ) -> list[float]:
+        """The score of each response.
+
+        Args:
+            prompts: [B].
+            responses: [B].
+            messages: [B] the chats that the prompts are the last messages of, None for plain prompts.
+        """
+        chats = messages or [None] * len(prompts)
+        encoded = [
+            encode_pair(self.tokenizer, prompt, response, self.text_format, self.max_length, chat)
+            for prompt, response, chat in zip(prompts, responses, chats, strict=True)
+        ]
+        scores = [0.0] * len(encoded)
+        for rows in batches_by_length([len(text["input_ids"]) for text in encoded], self.batch_size):
+            logits = forward(self.model, [encoded[row] for row in rows])
+            for row, value in zip(rows, self._scores(logits.float()), strict=True):
+                scores[row] = value
+        return scores
+
+    def _scores(self, logits: Tensor) -> list[float]:
+        """[B, labels] logits -> [B] scores."""
+        is_alone = logits.shape[1] == 1 or self.model.config.problem_type == "multi_label_classification"
+        own = logits[:, self.label]
+        if self.output == "logit":
+            return own.tolist()
+        if is_alone:
+            log_odds = own
+        else:
+            others = [label for label in range(logits.shape[1]) if label != self.label]
+            log_odds = own - logits[:, others].logsumexp(dim=1)
+        return (log_odds if self.output == "log_odds" else log_odds.sigmoid()).tolist()
+
+
+def reward_name(model_id: str) -> str:
+    """`hf_` and the id, of a folder its last part, with `/` and `-` turned into `_`."""
+    path = Path(model_id).expanduser()
+    is_folder = path.is_dir() or path.is_absolute()
+    return "hf_" + (path.resolve().name if is_folder else str(model_id)).replace("/", "_").replace("-", "_")
+
+
+def choose_text_format(config: Any, tokenizer: Any) -> TextFormat:
+    """What konic trained the model with, else a chat where the tokenizer has a template, else one text."""
+    trained_with = getattr(config, "konic_text_format", None)
+    if trained_with in TEXT_FORMATS:
+        return trained_with
+    return "chat" if tokenizer.chat_template else "joined"
+
+
+def longest_input(model: Any, tokenizer: Any) -> int:
+    """Tokens that the model and its tokenizer can read."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and model.config.model_type in _COUNTS_FROM_PADDING:
+        positions -= (model.config.pad_token_id or 0) + 1
+    limits = (positions, tokenizer.model_max_length)
+    return min(int(limit) for limit in limits if limit and limit > 0)
+
+
+def batches_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices in batches of like lengths, the longest first, so that little is padding and memory peaks at once."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def forward(model: Any, encoded: Sequence[Mapping[str, list[int]]]) -> Tensor:
+    """Logits [B, labels] of texts, padded on the right; each row's are those it would have alone."""
+    length = max(len(text["input_ids"]) for text in encoded)
+    present = {token for text in encoded for token in text["input_ids"]}
+    with _padding(model, present) as pad, torch.set_grad_enabled(model.training):
+        padded = {
+            name: [
+                list(text[name]) + [pad if name == "input_ids" else 0] * (length - len(text[name])) for text in encoded
+            ]
+            for name in encoded[0]
+        }
+        inputs = {name: torch.tensor(rows, device=model.device) for name, rows in padded.items()}
+        return model(**inputs).logits
+
+
+@contextmanager
+def _padding(model: Any, present: set[int]) -> Iterator[int]:
+    """The token to pad with. Decoders read the last token that is not padding, so where none is set it must be new."""
+    own = model.config.pad_token_id
+    pad = (
+        own
+        if own is not None and own >= 0
+        else next(token for token in range(len(present) + 1) if token not in present)
+    )
+    model.config.pad_token_id = pad
+    try:
+        yield pad
+    finally:
+        model.config.pad_token_id = own
+
+
+def _load(model_id: str, device: torch.device, dtype: Any, model_kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    check_model_kwargs(model_kwargs)
+    location = locate_model(model_id, option="model_id")
+    dtype = dtype or model_kwargs.get("dtype") or ("auto" if device.type == "cuda" else torch.float32)
+    kwargs = {**model_kwargs, "dtype": dtype, "use_safetensors": True}
+    tokenizer_kwargs = {
+        key: model_kwargs[key] for key in ("revision", "token", "trust_remote_code") if key in model_kwargs
+    }
+    try:
+        with quiet_transformers():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                location, output_loading_info=True, **kwargs
+            )
+            tokenizer = AutoTokenizer.from_pretrained(location, **tokenizer_kwargs)
+    except Exception as error:
+        raise ModelError(loading_failed(f"reward model {model_id!r}", location, error)) from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ModelError(f"reward model {model_id!r} comes without a tokenizer: its folder must hold its own.")
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ModelError(
+            f"reward model {model_id!r} has no trained classification head ({missing} would be random). Give a "
+            f"sequence classifier, or make one of it: konic reward-model train DATA --base {model_id}"
+        )
+    if not getattr(model, "is_quantized", False):
+        model.to(device)
+    return model, tokenizer
+
+
+def _label(config: Any, wanted: int | str | None, name: str) -> int:
+    """The index of the label whose score is the reward."""
+    labels = [config.id2label[index] for index in range(config.num_labels)]
+    if isinstance(wanted, str):
+        if wanted not in labels:
+            raise ConfigError(
+                f"{name}: there is no label {wanted!r}.{did_you_mean(wanted, labels)} Its labels: {', '.join(labels)}."
+            )
+        return labels.index(wanted)
+    if wanted is None and len(labels) > 2:
+        raise ConfigError(
+            f"{name} has {len(labels)} labels; say which is the reward by label_index, such as {labels[-1]!r}. "
+            f"Its labels: {', '.join(labels)}."
+        )
+    if wanted is None and len(labels) == 2:
+        logger.warning("%s: label_index is not given; the reward is the score of label 1, %r.", name, labels[1])
+    index = len(labels) - 1 if wanted is None else wanted
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(labels):
+        raise ConfigError(f"{name}: label_index={wanted!r} is none of its labels: {', '.join(labels)}.")
+    return index
+
+
+def _check(**options: tuple[Any, Sequence[str]]) -> None:
+    for option, (value, known) in options.items():
+        if value not in known:
+            raise ConfigError(
+                f"HuggingFaceRewardModel({option}={value!r}) is not one of {', '.join(known)}."
+                f"{did_you_mean(str(value), known)}"
+            )

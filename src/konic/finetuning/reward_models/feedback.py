@@ -1,0 +1,100 @@
+"""Files and datasets -> preference pairs or labelled texts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from konic.finetuning.data.loaders import read_hub, read_local
+from konic.finetuning.errors import DatasetError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two responses to one prompt, of which the first was preferred."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    messages: list[dict[str, str]] | None = None
+    """The chat that the prompt is the last message of."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text and its label."""
+
+    text: str
+    label: str
+
+
+def read_preferences(data: str) -> list[Preference]:
+    """Preference pairs of a csv, json, jsonl or parquet file, a folder of one kind, or a dataset of the Hub.
+
+    Rows hold `chosen` and `rejected`, as texts beside a `prompt`, or as chats whose last message is the response.
+
+    Raises:
+        DatasetError: A row that holds something else; the message names it.
+    """
+    rows = _rows(data, "prompt", "chosen", "rejected")
+    _require_columns(data, rows, ("chosen", "rejected"))
+    return [_preference(row, f"{data}, row {number}") for number, row in enumerate(rows)]
+
+
+def read_labelled(data: str, text: str, label: str) -> list[Labelled]:
+    """Labelled texts of a file, a folder of one kind, or a dataset of the Hub.
+
+    Raises:
+        DatasetError: No such columns, or a row without a text or a label.
+    """
+    rows = _rows(data, text, label)
+    _require_columns(data, rows, (text, label))
+    for number, row in enumerate(rows):
+        if not isinstance(row[text], str) or not row[text].strip() or row[label] is None:
+            raise DatasetError(f"{data}, row {number}: needs a text in {text!r} and a label in {label!r}.")
+    return [Labelled(row[text], str(row[label])) for row in rows]
+
+
+def _rows(data: str, *text_columns: str) -> list[Any]:
+    if Path(data).expanduser().exists():
+        return read_local(data, *text_columns)
+    return list(read_hub(data, None, "train", None, None, streaming=False))
+
+
+def _require_columns(data: str, rows: Sequence[Any], names: Sequence[str]) -> None:
+    if not rows:
+        raise DatasetError(f"{data}: holds no rows.")
+    for name in names:
+        missing = next(
+            (number for number, row in enumerate(rows) if not isinstance(row, Mapping) or name not in row), None
+        )
+        if missing is not None:
+            known = list(rows[missing]) if isinstance(rows[missing], Mapping) else []
+            raise DatasetError(
+                f"{data}, row {missing}: there is no column {name!r}.{did_you_mean(name, known)} "
+                f"It has: {', '.join(map(str, known)) or 'none'}."
+            )
+
+
+def _preference(row: Mapping[str, Any], where: str) -> Preference:
+    chosen, rejected, prompt = (_chat(row.get(name), f"{where}: {name!r}") for name in ("chosen", "rejected", "prompt"))
+    if not all(side and side[-1]["content"].strip() for side in (chosen, rejected)):
+        raise DatasetError(f"{where}: 'chosen' or 'rejected' holds no response.")
+    before = chosen[:-1] or prompt
+    text = before[-1]["content"] if before else ""
+    is_chat = not isinstance(row["chosen"], str) or not isinstance(row.get("prompt", ""), str)
+    return Preference(text, chosen[-1]["content"], rejected[-1]["content"], before if before and is_chat else None)
+
+
+def _chat(value: Any, where: str) -> list[dict[str, str]]:
+    """Messages; a plain text is one of them."""
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}] if value.strip() else []
+    if value is None:
+        return []
+    is_chat = isinstance(value, Sequence) and all(
+        isinstance(message, Mapping) and isinstance(message.get("content"), str) for message in value
+    )
+    if not is_chat:
+        raise DatasetError(f"{where} is neither a text nor a chat: {value!r:.200}.")
+    return [{"role": str(message.get("role", "user")), "content": message["content"]} for message in value]

@@ -1,0 +1,312 @@
+"""Preferences or labelled texts -> a reward model, a sequence classifier that plain `transformers` loads too.
+
+From pairs it fits a Bradley-Terry head: P(chosen over rejected) = σ(r(chosen) − r(rejected)), by maximum likelihood
+(Bradley and Terry 1952; Ouyang et al. 2022, equation 1). From labelled texts it fits a softmax over the labels.
+"""
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import ModelCard, ModelCardData
+from pydantic import Field
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from konic.finetuning.config import Settings
+from konic.finetuning.errors import DatasetError, ModelError, TrainingError
+from konic.finetuning.learning.schedule import learning_rate_at
+from konic.finetuning.models.loading import pick_device
+from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
+from konic.finetuning.results.intervals import Interval, proportion
+from konic.finetuning.reward_models.classifier import batches_by_length, choose_text_format, forward, longest_input
+from konic.finetuning.reward_models.feedback import Labelled, Preference
+from konic.finetuning.reward_models.texts import TextFormat, encode_pair
+from konic.finetuning.system.files import filling_folder
+
+logger = logging.getLogger(__name__)
+
+WARMUP_SHARE = 0.1
+MAX_GRAD_NORM = 1.0
+Encoded = dict[str, list[int]]
+
+
+class RewardTrainingConfig(Settings):
+    """How a reward model is fitted."""
+
+    epochs: int = Field(default=3, ge=1)
+    """Passes over the examples."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak step size of AdamW, after a tenth of the steps, falling to zero; None takes 1e-4, with LoRA 1e-3."""
+    batch_size: int = Field(default=16, ge=1)
+    """Pairs or texts per optimizer step."""
+    max_length: int = Field(default=256, ge=8)
+    """Tokens read of a text at most."""
+    held_out: float = Field(default=0.2, ge=0, lt=1)
+    """Share of the examples kept aside to measure accuracy on."""
+    lora_r: int | None = Field(default=None, ge=1)
+    """Rank of a LoRA on every linear layer, merged before saving; None trains every weight."""
+    text_format: Literal["auto", "chat", "pair", "joined", "response"] = "auto"
+    """What the model reads: see HuggingFaceRewardModel. "auto": a chat where there is a template, else for pairs a text
+    pair."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seeds which examples are held out, their order, and the new head."""
+
+
+@dataclass(frozen=True)
+class RewardModelReport:
+    """What came of a fit."""
+
+    folder: Path
+    num_examples: int
+    accuracy: Interval
+    """On the examples held out, with its 95 % interval; NaN without any."""
+    num_held_out: int
+    test_accuracy: Interval | None = None
+    """On other examples that were given for it."""
+    num_test: int = 0
+
+
+def train_reward_model(
+    examples: Sequence[Preference] | Sequence[Labelled],
+    base: str,
+    output: str | Path,
+    config: RewardTrainingConfig | None = None,
+    test: Sequence[Preference] | Sequence[Labelled] = (),
+    device: str = "auto",
+    tell: Callable[[str], None] = logger.info,
+) -> RewardModelReport:
+    """Fit a reward model and write it into a folder.
+
+    Args:
+        examples: Preference pairs, or labelled texts.
+        base: What to start from: a Hub id, a folder, or a packaged model such as "all-minilm-l6-v2".
+        output: The folder.
+        config: How to fit.
+        test: More examples, to measure accuracy on.
+        device: "auto", or a torch device.
+        tell: Gets a line per epoch.
+
+    Raises:
+        DatasetError: Too few examples, or a single label.
+        ModelError: A base that cannot be loaded.
+        TrainingError: The loss is no longer finite; nothing is written.
+    """
+    config = config or RewardTrainingConfig()
+    labels = _labels([*examples, *test])
+    train, held_out = _split(examples, config)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model, tokenizer = _base(base, labels, config, pick_device(device))
+        text_format = _text_format(config, model, tokenizer, labels)
+        task = _Task(tokenizer, text_format, min(config.max_length, longest_input(model, tokenizer)), labels)
+        for epoch, loss in enumerate(_epochs(model, [task.encoded(example) for example in train], task, config), 1):
+            share = task.accuracy(model, held_out)
+            tell(
+                f"Epoch {epoch}/{config.epochs}: loss {loss:.4f}"
+                + (f", held-out accuracy {share.mean:.3f}" if held_out else "")
+            )
+    report = RewardModelReport(
+        Path(output).expanduser().absolute(),
+        len(train),
+        task.accuracy(model, held_out),
+        len(held_out),
+        task.accuracy(model, test) if test else None,
+        len(test),
+    )
+    _save(model, tokenizer, task, base, report)
+    return report
+
+
+class _Task:
+    """What is read of an example, what is lost on a batch, and which are right: of pairs, or of labelled texts."""
+
+    def __init__(self, tokenizer: Any, text_format: TextFormat, max_length: int, labels: list[str] | None) -> None:
+        self.tokenizer, self.text_format, self.max_length, self.labels = tokenizer, text_format, max_length, labels
+
+    def encoded(self, example: Preference | Labelled) -> tuple[list[Encoded], int]:
+        """The texts of an example, chosen before rejected, and the index of its label."""
+        if isinstance(example, Labelled):
+            assert self.labels is not None  # noqa: S101
+            return [self._read("", example.text)], self.labels.index(example.label)
+        texts = (example.chosen, example.rejected)
+        return [self._read(example.prompt, text, example.messages) for text in texts], 0
+
+    def _read(self, prompt: str, response: str, messages: Any = None) -> Encoded:
+        return encode_pair(self.tokenizer, prompt, response, self.text_format, self.max_length, messages)
+
+    def scores(self, model: Any, batch: Sequence[tuple[list[Encoded], int]]) -> Tensor:
+        """Log-probabilities of what is right [B, options]: of the labels, or of (chosen, rejected)."""
+        logits = forward(model, [text for texts, _ in batch for text in texts]).float()
+        if self.labels is None:
+            logits = logits.view(len(batch), 2)
+        return logits.log_softmax(dim=1)
+
+    def accuracy(self, model: Any, examples: Sequence[Preference] | Sequence[Labelled]) -> Interval:
+        """Share of examples whose right option is strictly the likeliest, with its 95 % interval."""
+        encoded = [self.encoded(example) for example in examples]
+        right = 0
+        was_training = model.training
+        model.eval()
+        for rows in batches_by_length([len(texts[0]["input_ids"]) for texts, _ in encoded], 32):
+            batch = [encoded[row] for row in rows]
+            scores = self.scores(model, batch)
+            truth = torch.tensor([label for _, label in batch], device=scores.device)
+            own = scores.gather(1, truth[:, None])
+            right += int(((scores >= own).sum(dim=1) == 1).sum())
+        model.train(was_training)
+        return proportion(right, len(encoded))
+
+
+def _epochs(
+    model: Any, examples: list[tuple[list[Encoded], int]], task: _Task, config: RewardTrainingConfig
+) -> Iterator[float]:
+    """Fit; after every epoch, its mean loss."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    rate = config.learning_rate or (1e-3 if config.lora_r else 1e-4)
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.01)
+    steps = math.ceil(len(examples) / config.batch_size) * config.epochs
+    warmup = math.ceil(WARMUP_SHARE * steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_at(step, steps, 1.0, warmup, "linear")
+    )
+    for _ in range(config.epochs):
+        model.train()
+        losses = []
+        for rows in _random_batches([len(texts[0]["input_ids"]) for texts, _ in examples], config.batch_size):
+            batch = [examples[row] for row in rows]
+            scores = task.scores(model, batch)
+            loss = F.nll_loss(scores, torch.tensor([label for _, label in batch], device=scores.device))
+            if not torch.isfinite(loss):
+                raise TrainingError(f"The reward model's loss became {loss.item()}. Lower learning_rate={rate:g}.")
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses += [loss.item()] * len(batch)
+        model.eval()
+        if not all(torch.isfinite(weight).all() for weight in weights):
+            raise TrainingError(f"The reward model's weights are no longer finite. Lower learning_rate={rate:g}.")
+        yield math.fsum(losses) / len(losses)
+
+
+def _random_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Every index once, in batches of like lengths, so that little is padding, in random order."""
+    order = torch.randperm(len(lengths)).tolist()
+    pools = [order[start : start + 8 * size] for start in range(0, len(order), 8 * size)]
+    batches = [
+        [pool[row] for row in rows]
+        for pool in pools
+        for rows in batches_by_length([lengths[row] for row in pool], size)
+    ]
+    return [batches[place] for place in torch.randperm(len(batches)).tolist()]
+
+
+def _base(base: str, labels: list[str] | None, config: RewardTrainingConfig, device: torch.device) -> tuple[Any, Any]:
+    """The base model with a new head, and its tokenizer."""
+    location = locate_model(base, option="base")
+    names = labels or ["reward"]
+    try:
+        with quiet_transformers():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                location,
+                num_labels=len(names),
+                id2label=dict(enumerate(names)),
+                label2id={name: index for index, name in enumerate(names)},
+                dtype=torch.float32,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(location)
+    except Exception as error:
+        raise ModelError(loading_failed(f"base={base!r}", location, error)) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.problem_type = "single_label_classification" if labels else "regression"
+    if config.lora_r:
+        import peft
+
+        adapter = peft.LoraConfig(
+            task_type="SEQ_CLS",
+            r=config.lora_r,
+            lora_alpha=2 * config.lora_r,
+            target_modules="all-linear",
+            exclude_modules=r".*pre_classifier",
+        )
+        with warnings.catch_warnings(action="ignore"):  # advice on GPT-2's layers, which PEFT follows by itself
+            model = peft.get_peft_model(model, adapter)
+    return model.to(device), tokenizer
+
+
+def _text_format(config: RewardTrainingConfig, model: Any, tokenizer: Any, labels: list[str] | None) -> TextFormat:
+    if config.text_format != "auto":
+        return config.text_format
+    if labels is not None:
+        return "response"
+    natural = choose_text_format(model.config, tokenizer)
+    return "pair" if natural == "joined" else natural
+
+
+def _save(model: Any, tokenizer: Any, task: _Task, base: str, report: RewardModelReport) -> None:
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    model.config.konic_text_format = task.text_format
+    with filling_folder(report.folder) as target, quiet_transformers():
+        model.save_pretrained(target)
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.no_truncation()  # that of the last text read
+        tokenizer.save_pretrained(target)
+        (target / "README.md").write_text(_card(task, base, report), encoding="utf-8")
+
+
+def _card(task: _Task, base: str, report: RewardModelReport) -> str:
+    learned = "preference pairs" if task.labels is None else f"texts labelled {', '.join(task.labels)}"
+    header = ModelCardData(
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["konic", "reward-model"],
+    )
+    lines = ["# A reward model", ""]
+    lines += [f"Fitted to {report.num_examples} {learned}; it reads texts as {task.text_format!r}.", ""]
+    measured = [("held out", report.accuracy, report.num_held_out), ("test", report.test_accuracy, report.num_test)]
+    for name, share, size in measured:
+        if share is not None and size:
+            told = f"{share.mean:.3f} (95 % interval {share.low:.3f} to {share.high:.3f})"
+            lines.append(f"- accuracy, {name} ({size} examples): {told}")
+    lines += ["", "```python", "from konic.finetuning import HuggingFaceRewardModel", ""]
+    lines += ["reward_model = HuggingFaceRewardModel(FOLDER)", "```", ""]
+    return str(ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n".join(lines)))
+
+
+def _labels(examples: Sequence[Preference] | Sequence[Labelled]) -> list[str] | None:
+    """The labels in order, None for preference pairs."""
+    if not examples or isinstance(examples[0], Preference):
+        return None
+    labels = sorted({example.label for example in examples if isinstance(example, Labelled)})
+    if len(labels) < 2:
+        raise DatasetError(f"All texts have the label {labels[0]!r}: there is nothing to tell apart.")
+    if len(labels) > 100:
+        raise DatasetError(
+            f"There are {len(labels)} different labels, such as {', '.join(labels[:3])}: is that a label?"
+        )
+    return labels
+
+
+def _split(
+    examples: Sequence[Preference] | Sequence[Labelled], config: RewardTrainingConfig
+) -> tuple[list[Any], list[Any]]:
+    """Examples to learn from, and those held out."""
+    if len(examples) < 8:
+        raise DatasetError(f"{len(examples)} examples are too few to learn from; give at least 8, better hundreds.")
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    count = min(round(config.held_out * len(examples)), len(examples) - 4)
+    return [examples[row] for row in order[count:]], [examples[row] for row in order[:count]]

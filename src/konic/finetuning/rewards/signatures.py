@@ -1,0 +1,101 @@
+"""A reward's parameters -> how it is called: with which texts, and which columns of the dataset."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from konic.finetuning.data.samples import RESERVED
+from konic.finetuning.errors import RewardError, did_you_mean
+from konic.finetuning.rewards.outcomes import Reward
+
+_TEXTS = {
+    "sample": ("prompt", "response"),
+    "batch": ("prompts", "responses"),
+    "completions": ("prompts", "completions"),
+}
+
+TextParameters = tuple[str | None, str | None] | None
+"""The names of the parameters for the prompt and the response; None where both are given by place."""
+
+
+def detect_shape(function: Callable[..., Any]) -> Literal["sample", "batch", "completions"]:
+    """How a plain function wants to be called, by its parameters' names.
+
+    `completions`, or `prompts` and `**columns` alone, make it TRL's `(prompts, completions, **columns)`; `prompts` or
+    `responses` one of a whole batch; else it is one of `(prompt, response)`.
+
+    Raises:
+        RewardError: It takes neither.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        parameters = {}  # type: ignore[assignment]
+    kinds = {parameter.kind for parameter in parameters.values()}
+    takes_all = inspect.Parameter.VAR_KEYWORD in kinds and "responses" not in parameters
+    if "completions" in parameters or ("prompts" in parameters and takes_all):
+        return "completions"
+    if "prompts" in parameters or "responses" in parameters:
+        return "batch"
+    places = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(places) < 2 and "response" not in parameters and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        raise RewardError(
+            f"A reward function takes (prompt, response), (prompts, responses) or TRL's (prompts, completions, "
+            f"**columns); {getattr(function, '__name__', function)!r} takes ({', '.join(parameters)})."
+        )
+    return "sample"
+
+
+def text_parameters(reward: Reward, columns: Mapping[str, Any]) -> TextParameters:
+    """The parameters that take the prompt and the response, whatever their order; None where both are taken by place.
+
+    One that is named alone leaves the other to the first parameter that no column fills.
+
+    Raises:
+        RewardError: There is no parameter for the response.
+    """
+    parameters = inspect.signature(reward.call).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    prompt, response = _TEXTS[reward.shape]
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    if reward.shape == "completions":
+        return (prompt if takes_all or prompt in names else None), (
+            response if takes_all or response in names else None
+        )
+    if response in names and prompt in names:
+        return prompt, response
+    if response in names:
+        return (names[0] if names.index(response) == 1 and names[0] not in columns else None), response
+    if prompt in names:
+        others = [name for name in names if name != prompt and name not in columns]
+        if not others:
+            raise RewardError(f"{reward.who} takes no response: its parameters are {', '.join(names)}.")
+        return prompt, others[0]
+    return None
+
+
+def requested_columns(reward: Reward, columns: Mapping[str, Any]) -> list[str]:
+    """The dataset's columns that a reward's parameters, besides prompt and response, ask for.
+
+    Raises:
+        RewardError: It asks for one that the dataset does not have.
+    """
+    parameters = list(inspect.signature(reward.call).parameters.values())
+    taken = text_parameters(reward, columns)
+    if taken is None:
+        places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:2]
+        rest = [parameter for parameter in parameters if parameter not in places]
+    else:
+        rest = [parameter for parameter in parameters if parameter.name not in taken]
+    wanted = []
+    for parameter in rest:
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            return [name for name in columns if name not in RESERVED]
+        if parameter.name in columns:
+            wanted.append(parameter.name)
+        elif parameter.default is inspect.Parameter.empty and parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
+            raise RewardError(
+                f"{reward.who} asks for the column {parameter.name!r}, which the dataset does not have."
+                f"{did_you_mean(parameter.name, columns)} Its other columns: {', '.join(columns) or 'none'}."
+            )
+    return wanted

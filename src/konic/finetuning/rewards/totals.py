@@ -1,0 +1,145 @@
+"""Outcomes of all rewards -> one reward for each sample: collected, normalised, clipped, weighted, reduced."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from konic.finetuning.data.samples import Sample
+from konic.finetuning.errors import RewardError
+from konic.finetuning.results.evaluation import Evaluation
+from konic.finetuning.rewards.moments import RunningMoments
+from konic.finetuning.rewards.outcomes import Fault, NotANumberError, Outcome, Parts, Reward, number, sample_text
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """What makes one number of the parts of a sample."""
+
+    rewards: Sequence[Reward]
+    weights: Mapping[str, float]
+    """By the name of a part or of its reward; 1 where there is none."""
+    reducer: Any
+    """A class or an object with `reduce(dict[str, float]) -> float`."""
+
+
+def compute_totals(
+    weighting: Weighting,
+    parts: Sequence[Parts],
+    faults: Sequence[Fault | None],
+    samples: Sequence[Sample],
+    moments: Mapping[str, RunningMoments],
+) -> list[float]:
+    """The reward of each sample [B]; NaN where a reward failed, or every part abstained.
+
+    Raises:
+        RewardError: As :func:`compute_total`.
+    """
+    return [
+        math.nan if fault else compute_total(weighting, own, sample, moments)
+        for own, fault, sample in zip(parts, faults, samples, strict=True)
+    ]
+
+
+def compute_total(
+    weighting: Weighting, parts: Parts, sample: Sample, moments: Mapping[str, RunningMoments] | None = None
+) -> float:
+    """The reward of one sample: each part normalised, clipped and weighted, then all reduced; NaN without parts.
+
+    Raises:
+        RewardError: The reducer raised an error, or returned something that is not a number.
+    """
+    if not parts:
+        return math.nan
+    reducer = weighting.reducer
+    weighted = weighted_parts(weighting, parts, moments)
+    who = f"Reducer {(reducer if isinstance(reducer, type) else type(reducer)).__name__!r}"
+    where = sample_text(sample.prompt, sample.response)
+    try:
+        return number((reducer() if isinstance(reducer, type) else reducer).reduce(weighted))
+    except NotANumberError as error:
+        raise RewardError(f"{who} {error}{where}") from None
+    except Exception as error:
+        raise RewardError(f"{who} raised {type(error).__name__}: {error}{where}") from error
+
+
+def weighted_parts(weighting: Weighting, parts: Parts, moments: Mapping[str, RunningMoments] | None = None) -> Parts:
+    """What the reducer gets: each part normalised, clipped and multiplied by its weight."""
+    weights, weighted = weighting.weights, {}
+    for part, reward in find_owners(weighting.rewards, parts).items():
+        value = parts[part]
+        if reward.normalize:
+            value = (moments or {}).get(part, RunningMoments()).normalised(value)
+        if reward.clip is not None:
+            value = min(max(value, reward.clip[0]), reward.clip[1])
+        weighted[part] = weights.get(part, weights.get(reward.name, 1.0)) * value
+    return weighted
+
+
+def find_owners(rewards: Iterable[Reward], parts: Iterable[str]) -> dict[str, Reward]:
+    """The reward that each part came from: the one with its name, or with its name before `.key`, if there is one."""
+    by_name = {reward.name: reward for reward in rewards}
+    before_key = {part: [name for name in by_name if part == name or part.startswith(f"{name}.")] for part in parts}
+    return {part: by_name[max(names, key=len)] for part, names in before_key.items() if names}
+
+
+def moments_after(
+    rewards: Iterable[Reward], moments: Mapping[str, RunningMoments], parts: Sequence[Parts]
+) -> dict[str, RunningMoments]:
+    """The running moments of every part that is normalised, with the values of a batch counted in."""
+    after = dict(moments)
+    for part, reward in find_owners(rewards, dict.fromkeys(name for own in parts for name in own)).items():
+        if reward.normalize:
+            values = [own[part] for own in parts if part in own]
+            after[part] = after.get(part, RunningMoments()).after(values)
+    return after
+
+
+def evaluation_moments(rewards: Iterable[Reward], evaluation: Evaluation | None) -> dict[str, RunningMoments]:
+    """The moments of the values of an evaluation, which put later ones on its scale; none without an evaluation."""
+    if evaluation is None:
+        return {}
+    parts = [
+        {name: values[row] for name, values in evaluation.breakdown.items() if not math.isnan(values[row])}
+        for row, reward in enumerate(evaluation.rewards)
+        if not math.isnan(reward)
+    ]
+    return moments_after(rewards, {}, parts)
+
+
+def require_no_fault(outcomes: Iterable[Outcome], samples: Sequence[Sample]) -> list[Parts]:
+    """The parts of each sample by one reward.
+
+    Raises:
+        RewardError: The first fault among the outcomes.
+    """
+    parts: list[Parts] = []
+    for outcome, sample in zip(outcomes, samples, strict=True):
+        if isinstance(outcome, Fault):
+            raise outcome.error(sample.prompt, sample.response)
+        parts.append(outcome)
+    return parts
+
+
+def collect_parts(outcomes: Sequence[Sequence[Outcome]], num_samples: int) -> list[Parts]:
+    """The parts of each sample from all rewards; a fault gives none."""
+    parts: list[Parts] = [{} for _ in range(num_samples)]
+    for by_one_reward in outcomes:
+        for own, outcome in zip(parts, by_one_reward, strict=True):
+            if not isinstance(outcome, Fault):
+                own.update(outcome)
+    return parts
+
+
+def first_faults(outcomes: Sequence[Sequence[Outcome]], num_samples: int) -> list[Fault | None]:
+    """The first fault of each sample, over all rewards."""
+    return [
+        next((fault for by_one in outcomes if isinstance(fault := by_one[index], Fault)), None)
+        for index in range(num_samples)
+    ]
+
+
+def collect_breakdown(parts: Sequence[Parts]) -> dict[str, list[float]]:
+    """The values of each part over the samples; NaN where there is none."""
+    names = dict.fromkeys(name for own in parts for name in own)
+    return {name: [own.get(name, math.nan) for own in parts] for name in names}

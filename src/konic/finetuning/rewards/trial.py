@@ -1,0 +1,260 @@
+"""A composer, tried on responses without training: what each reward does, what moves the total, what could go wrong."""
+
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from konic.finetuning.data.config import DatasetConfig
+from konic.finetuning.data.loaders import read_local
+from konic.finetuning.data.prompts import make_prompts
+from konic.finetuning.data.samples import Sample, make_samples
+from konic.finetuning.errors import DatasetError
+from konic.finetuning.rewards.calls import call_reward
+from konic.finetuning.rewards.composer import KonicLLMRewardComposer, describe_weighting
+from konic.finetuning.rewards.outcomes import Fault, Outcome, Reward
+from konic.finetuning.rewards.scoring import warn_if_slow
+from konic.finetuning.rewards.totals import (
+    collect_breakdown,
+    collect_parts,
+    compute_totals,
+    find_owners,
+    first_faults,
+    moments_after,
+    weighted_parts,
+)
+
+PROBES = {
+    "empty": "",
+    "very long": "The film goes on and on, and so does this sentence about it. " * 400,
+    "not English": "这部电影非常感人。 Der Film ist großartig! Фильм мне не понравился. فيلم رائع",
+    "emoji": "😀🎬🔥 👍👍👍 ❤️‍🔥",
+}
+"""Responses that a policy may stumble upon, or that find bugs."""
+MIN_BATCH = 4
+"""Responses below which a correlation says nothing, and that a batch reward gets a probe among."""
+MOST_OF_THE_VARIANCE = 0.9
+LENGTH_CORRELATION = 0.7
+SLOW_SECONDS = 0.5
+"""Per response; a batch of 16 then waits 8 s for its rewards."""
+
+
+@dataclass(frozen=True)
+class PartTrial:
+    """One part of the rewards, over the responses tried. Values are as the reward returned them, before weights."""
+
+    name: str
+    reward: str
+    """The reward that it came from."""
+    mean: float
+    std: float
+    low: float
+    high: float
+    share_of_variance: float
+    """Covariance of the weighted part with the total, over the total's variance: of a weighted sum they add up to 1."""
+    length_correlation: float
+    """Pearson's r of its value and the response's characters; NaN where either does not vary."""
+    num_none: int
+    probes: dict[str, float]
+    """Its value on each of :data:`PROBES`; NaN where it abstained or failed."""
+
+
+@dataclass(frozen=True)
+class RewardTrial:
+    """One reward: what it costs, and whether it can be relied on."""
+
+    name: str
+    milliseconds: float
+    """Per response, mean."""
+    faults: list[Fault]
+    """Over the responses tried."""
+    is_deterministic: bool
+    """The same values again, with the responses in reverse order."""
+    probe_faults: dict[str, Fault]
+
+
+@dataclass(frozen=True)
+class ComposerTrial:
+    """What came of trying a composer on N responses."""
+
+    num_responses: int
+    total: PartTrial
+    parts: list[PartTrial]
+    rewards: list[RewardTrial]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What could go wrong in training, in plain words."""
+        return [*self._about_rewards(), *self._about_parts(), *self._about_the_total()]
+
+    def _about_rewards(self) -> list[str]:
+        told = []
+        for reward in self.rewards:
+            name = repr(reward.name)
+            if reward.faults:
+                first = reward.faults[0]
+                told.append(f"{name} failed on {len(reward.faults)} of {self.num_responses} responses: {first.what}")
+            for probe, fault in reward.probe_faults.items():
+                if not reward.faults:
+                    told.append(f"{name} fails on a response that is {probe}: {fault.what}")
+            if not reward.is_deterministic:
+                told.append(
+                    f"{name} gives other values when it is asked again: what is learned from it is partly noise."
+                )
+            if reward.milliseconds > 1000 * SLOW_SECONDS:
+                told.append(
+                    f"{name} takes {reward.milliseconds / 1000:.1f} s per response. Score a batch at once "
+                    "(@llm_reward(batch=True)), make it async, or set reward_workers."
+                )
+        return told
+
+    def _about_parts(self) -> list[str]:
+        told = []
+        for part in self.parts:
+            if part.std == 0 and self.num_responses - part.num_none > 1:
+                told.append(f"{part.name!r} is constant ({part.mean:g}): nothing can be learned from it.")
+        moving = [part for part in self.parts if part.share_of_variance > MOST_OF_THE_VARIANCE]
+        if moving and len(self.parts) > 1:
+            told.append(
+                f"{moving[0].name!r} makes {moving[0].share_of_variance:.0%} of the total's variance: the others "
+                "hardly count. Change weights, or normalise."
+            )
+        return told
+
+    def _about_the_total(self) -> list[str]:
+        told = []
+        total, correlation = self.total, self.total.length_correlation
+        if abs(correlation) > LENGTH_CORRELATION and self.num_responses >= MIN_BATCH:
+            what = "longer" if correlation > 0 else "shorter"
+            by = [part.name for part in self.parts if abs(part.length_correlation) > LENGTH_CORRELATION]
+            told.append(
+                f"The total is a length reward in disguise (correlation {correlation:+.2f}"
+                + (f", by {', '.join(map(repr, by))}" if by else "")
+                + f"): the quickest way to more of it is {what} responses."
+            )
+        for probe in ("empty", "very long"):
+            if total.probes.get(probe, math.nan) > total.high:
+                told.append(
+                    f"A response that is {probe} gets {total.probes[probe]:.3g}, more than the best of the "
+                    f"{self.num_responses} ({total.high:.3g}): expect the policy to find that."
+                )
+        return told
+
+
+def try_rewards(composer: KonicLLMRewardComposer, samples: Sequence[Sample]) -> ComposerTrial:
+    """Score responses twice, in order and in reverse, and the probes once; what is normalised, by these responses.
+
+    Args:
+        composer: Whose rewards.
+        samples: [N] with the columns that rewards ask for.
+
+    Raises:
+        RewardError: A reward asks for a column that is not there, or the reducer fails.
+    """
+    weighting = describe_weighting(composer)
+    probes = [replace(samples[0], response=probe) for probe in PROBES.values()]
+    tried = [_try_reward(reward, samples) for reward in weighting.rewards]
+    outcomes, on_probes = [one.outcomes for one in tried], [one.probed for one in tried]
+    parts, probed = collect_parts(outcomes, len(samples)), collect_parts(on_probes, len(PROBES))
+    faults, probe_faults = first_faults(outcomes, len(samples)), first_faults(on_probes, len(PROBES))
+    valid = [own for own, fault in zip(parts, faults, strict=True) if not fault]
+    moments = moments_after(weighting.rewards, {}, valid)
+    totals = compute_totals(weighting, parts, faults, samples, moments)
+    probe_totals = compute_totals(weighting, probed, probe_faults, probes, moments)
+    weighted = [weighted_parts(weighting, own, moments) for own in parts]
+    lengths = [float(len(sample.response)) for sample in samples]
+    owners = find_owners(weighting.rewards, collect_breakdown(parts))
+    trials = []
+    for one in tried:
+        for name in [part for part, owner in owners.items() if owner.name == one.trial.name] or [one.trial.name]:
+            moved = [own.get(name, 0.0) for own in weighted]
+            values = [own.get(name, math.nan) for own in parts]
+            on_probe = {probe: own.get(name, math.nan) for probe, own in zip(PROBES, probed, strict=True)}
+            trials.append(_part(name, one.trial.name, values, _share(moved, totals), lengths, on_probe))
+    total = _part("total", "", totals, 1.0, lengths, dict(zip(PROBES, probe_totals, strict=True)))
+    return ComposerTrial(len(samples), total, trials, [one.trial for one in tried])
+
+
+def read_responses(name: str) -> list[Sample]:
+    """The samples of a file with columns `prompt` and `response`; its other columns go to the rewards.
+
+    Raises:
+        DatasetError: No such file, no rows, or a row without a response.
+    """
+    rows = read_local(name, "prompt", "response")
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping) or not isinstance(row.get("response"), str):
+            raise DatasetError(f"{name}, row {number}: needs a text in the column 'response'.")
+    if not rows:
+        raise DatasetError(f"{name}: holds no rows.")
+    prompts = make_prompts([{key: row[key] for key in row if key != "response"} for row in rows], DatasetConfig(), name)
+    return make_samples(prompts, [prompt.text for prompt in prompts], [row["response"] for row in rows])
+
+
+@dataclass(frozen=True)
+class _Tried:
+    trial: RewardTrial
+    outcomes: list[Outcome]
+    probed: list[Outcome]
+
+
+def _try_reward(reward: Reward, samples: Sequence[Sample]) -> _Tried:
+    started = time.perf_counter()
+    with warn_if_slow(reward, len(samples)):
+        outcomes = list(call_reward(reward, samples))
+    milliseconds = 1000 * (time.perf_counter() - started) / len(samples)
+    again = list(call_reward(reward, samples[::-1]))[::-1]
+    others = [] if reward.shape == "sample" else list(samples[: MIN_BATCH - 1])  # a batch may need more than one
+    probed = [
+        next(iter(call_reward(reward, [replace(samples[0], response=probe), *others]))) for probe in PROBES.values()
+    ]
+    faults = [outcome for outcome in outcomes if isinstance(outcome, Fault)]
+    probe_faults = {name: fault for name, fault in zip(PROBES, probed, strict=True) if isinstance(fault, Fault)}
+    is_deterministic = all(map(_same, outcomes, again))
+    trial = RewardTrial(reward.name, milliseconds, faults, is_deterministic, probe_faults)
+    return _Tried(trial, outcomes, probed)
+
+
+def _same(one: Outcome, other: Outcome) -> bool:
+    """True of equal outcomes, but for what rounding does to a model's score in another batch."""
+    if isinstance(one, Fault) or isinstance(other, Fault) or one.keys() != other.keys():
+        return one == other
+    return all(math.isclose(value, other[part], rel_tol=1e-4, abs_tol=1e-6) for part, value in one.items())
+
+
+def _part(
+    name: str, reward: str, values: list[float], share: float, lengths: list[float], probes: dict[str, float]
+) -> PartTrial:
+    present = [(value, length) for value, length in zip(values, lengths, strict=True) if not math.isnan(value)]
+    known = [value for value, _ in present] or [math.nan]
+    scale = max(map(abs, known)) or 1.0
+    spread = scale * statistics.stdev([value / scale for value in known]) if len(known) > 1 else 0.0 * known[0]
+    by_length = correlation(known, [length for _, length in present]) if len(present) > 1 else math.nan
+    missing = len(values) - len(present)
+    centre = scale * fmean([value / scale for value in known])
+    return PartTrial(name, reward, centre, spread, min(known), max(known), share, by_length, missing, probes)
+
+
+def _share(part: list[float], totals: list[float]) -> float:
+    """The covariance of a part and the total over the total's variance; NaN where the total does not vary."""
+    present = [(value, total) for value, total in zip(part, totals, strict=True) if not math.isnan(total)]
+    if len({total for _, total in present}) < 2:
+        return math.nan
+    scale = max(max(map(abs, pair)) for pair in present)
+    column, whole = zip(*((value / scale, total / scale) for value, total in present), strict=True)
+    variance = math.fsum((total - fmean(whole)) ** 2 for total in whole)
+    together = math.fsum(
+        (value - fmean(column)) * (total - fmean(whole)) for value, total in zip(column, whole, strict=True)
+    )
+    return together / variance if variance > 0 else math.nan
+
+
+def correlation(left: Sequence[float], right: Sequence[float]) -> float:
+    """Pearson's r; NaN where either does not vary."""
+    if len(set(left)) < 2 or len(set(right)) < 2:
+        return math.nan
+    scales = [max(map(abs, values)) for values in (left, right)]
+    scaled = [[value / scale for value in values] for values, scale in zip((left, right), scales, strict=True)]
+    return statistics.correlation(*scaled)

@@ -1,0 +1,282 @@
+"""Rewards called in worker processes that can be killed; same outcomes as in this process, in the same order.
+
+The pool is pebble's. A worker gets the composer's methods and functions by value (cloudpickle): it neither imports the
+user's script nor is forked from a process in which torch has threads.
+"""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import sysconfig
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection, spawn
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import ModuleType
+from typing import Any
+
+import cloudpickle
+import pebble
+
+from konic.finetuning.data.samples import Sample
+from konic.finetuning.errors import RewardError
+from konic.finetuning.rewards.calls import call_reward
+from konic.finetuning.rewards.composer import KonicLLMRewardComposer, list_rewards, without_models
+from konic.finetuning.rewards.outcomes import Fault, Outcome, Reward, timeout_fault
+from konic.finetuning.rewards.signatures import requested_columns
+
+RESTARTS = 3
+"""Times that a pool which broke down is made anew for one call."""
+CALLS_PER_WORKER = 10_000
+"""After these a worker is replaced, so that what a reward leaks stays bounded."""
+START_SECONDS = 120.0
+_GRACE_SECONDS = 0.5
+"""An async reward is stopped by its own loop; where that is blocked, its process is killed this much later."""
+
+
+class RewardPool:
+    """Worker processes that score by a composer's methods and functions; started on first use.
+
+    Args:
+        composer: Whose rewards; its reward models are left out.
+        workers: Processes.
+        timeout: Seconds that one call may take, of a sample or of a whole batch; None sets no bound.
+    """
+
+    def __init__(self, composer: KonicLLMRewardComposer, workers: int, timeout: float | None) -> None:
+        self._composer = composer
+        self._workers = workers
+        self.timeout = timeout
+        self._pool: pebble.ProcessPool | None = None
+
+    def start(self) -> None:
+        """Start the workers, without waiting for them.
+
+        Raises:
+            RewardError: The composer cannot be sent to a worker.
+        """
+        if self._pool is not None and not self._pool.active:  # its workers were killed between two calls
+            self.close()
+        if self._pool is None:
+            self._pool = pebble.ProcessPool(
+                max_workers=self._workers,
+                max_tasks=CALLS_PER_WORKER,
+                initializer=_begin_worker,
+                initargs=(_pickled(self._composer),),
+                context=_Context(),
+            )
+            self._loaded = self._pool.schedule(_load_error, timeout=START_SECONDS)
+
+    def submit(self, rewards: Sequence[Reward], samples: Sequence[Sample]) -> dict[str, Iterator[Outcome]]:
+        """Start calling rewards on a batch; of each, by name, its outcomes in the samples' order as they come.
+
+        Raises:
+            RewardError: The composer cannot be sent to a worker, or not be loaded there.
+        """
+        self.start()
+        try:
+            problem = self._loaded.result(timeout=START_SECONDS)
+        except (TimeoutError, pebble.ProcessExpired, BrokenProcessPool) as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            raise RewardError(f"reward_workers: the rewards cannot be loaded in a worker process: {problem}")
+        calls = {reward.name: self._start_calls(reward, samples) for reward in rewards}
+        return {name: (outcome for call in parts for outcome in call.outcomes()) for name, parts in calls.items()}
+
+    def close(self) -> None:
+        """End all workers, whatever they are doing."""
+        if self._pool is not None:
+            self._pool.stop()  # type: ignore[no-untyped-call]
+            self._pool.join()
+            self._pool = None
+
+    def schedule(
+        self, reward: Reward, samples: Sequence[Sample]
+    ) -> tuple[pebble.ProcessPool, pebble.ProcessFuture[list[Outcome]]]:
+        """The pool, and what a call in it will return."""
+        limit = self.timeout + _GRACE_SECONDS if self.timeout and reward.is_async else self.timeout
+        for _ in range(RESTARTS):
+            self.start()
+            assert self._pool is not None  # noqa: S101
+            with contextlib.suppress(RuntimeError):  # it broke down since it was looked at
+                future = self._pool.schedule(_call, args=(reward.name, samples, self.timeout), timeout=limit)
+                return self._pool, future
+        raise RewardError(f"reward_workers: the worker processes ended {RESTARTS} times before any call.")
+
+    def is_current(self, pool: pebble.ProcessPool) -> bool:
+        """True where what was given to a pool will be answered."""
+        return self._pool is pool and pool.active
+
+    def replace(self, broken: pebble.ProcessPool) -> None:
+        """Make the pool anew, unless another call has done so."""
+        if self._pool is broken:
+            self.close()
+
+    def _start_calls(self, reward: Reward, samples: Sequence[Sample]) -> list["_Call"]:
+        if not samples:
+            return []
+        names = requested_columns(reward, samples[0].columns)
+        size = 1
+        if reward.shape != "sample":
+            size = len(samples)
+        elif reward.is_async:  # awaited together
+            size = -(-len(samples) // self._workers)
+        return _Call(self, reward, [sample.with_columns(names) for sample in samples]).split(size)
+
+
+class _Call:
+    """One reward called in a worker, on one sample or on a batch."""
+
+    def __init__(self, pool: RewardPool, reward: Reward, samples: Sequence[Sample]) -> None:
+        self._owner, self._reward, self._samples = pool, reward, samples
+
+    def split(self, size: int) -> list["_Call"]:
+        """Calls of so many samples each, started."""
+        parts = [self._samples[start : start + size] for start in range(0, len(self._samples), size)]
+        calls = [_Call(self._owner, self._reward, part) for part in parts]
+        for call in calls:
+            call.start()
+        return calls
+
+    def start(self) -> None:
+        """Put it into the workers' queue."""
+        self._pool, self._future = self._owner.schedule(self._reward, self._samples)
+
+    def outcomes(self) -> list[Outcome]:
+        """What came of it, per sample; a fault where the worker hung or died."""
+        for _ in range(RESTARTS):
+            try:
+                while not wait([self._future], timeout=1.0).done:
+                    if not self._owner.is_current(self._pool):
+                        raise BrokenProcessPool
+                return self._future.result()
+            except BrokenProcessPool:  # a worker died between two calls
+                self._owner.replace(self._pool)
+                self.start()
+            except TimeoutError:
+                return self._failed(timeout_fault(self._reward, self._owner.timeout))
+            except pebble.ProcessExpired as error:
+                return self._failed(Fault(self._reward.who, f"ended its worker process (exit code {error.exitcode})."))
+            except Exception as error:  # what it is called with cannot be pickled
+                told = f"cannot be called in a worker process: {type(error).__name__}: {error}"
+                return self._failed(Fault(self._reward.who, told))
+        return self._failed(Fault(self._reward.who, f"lost its worker process {RESTARTS} times."))
+
+    def _failed(self, fault: Fault) -> list[Outcome]:
+        """The fault for every sample; samples that shared a call are called again, each alone."""
+        if self._reward.shape == "sample" and len(self._samples) > 1:
+            return [outcome for call in self.split(1) for outcome in call.outcomes()]
+        return [fault] * len(self._samples)
+
+
+class _Process(SpawnProcess):
+    """A fresh Python that leaves the user's script alone, and that is killed rather than asked to end."""
+
+    def terminate(self) -> None:
+        """Kill it and what it started: a reward that hangs in C code or ignores SIGTERM hears nothing else."""
+        with contextlib.suppress(ProcessLookupError, PermissionError, AttributeError):
+            os.killpg(self.pid or 0, signal.SIGKILL)
+        self.kill()
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:  # noqa: N802
+        with _main_left_alone():
+            return SpawnProcess._Popen(process_obj)
+
+
+class _Context(SpawnContext):
+    Process = _Process
+
+
+_spawning = threading.Lock()
+
+
+@contextlib.contextmanager
+def _main_left_alone() -> Iterator[None]:
+    """Within it, a process that this thread spawns is not told where the user's script is."""
+    thread = threading.get_ident()
+    with _spawning:
+        told = spawn.get_preparation_data
+
+        def without_main(name: str) -> dict[str, Any]:
+            data = told(name)
+            if threading.get_ident() == thread:
+                data = {key: value for key, value in data.items() if not key.startswith("init_main")}
+            return data
+
+        spawn.get_preparation_data = without_main
+        try:
+            yield
+        finally:
+            spawn.get_preparation_data = told
+
+
+def _pickled(composer: KonicLLMRewardComposer) -> bytes:
+    """The composer without its models, with the code of the user's own modules in it."""
+    bare = without_models(composer)
+    functions = [reward.call for reward in list_rewards(bare)]
+    names = {getattr(thing, "__module__", None) for thing in (*type(bare).__mro__, *functions)}
+    modules = [sys.modules[name] for name in names if name in sys.modules and _is_the_users(sys.modules[name])]
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return cloudpickle.dumps(bare)
+    except Exception as error:
+        raise RewardError(
+            f"reward_workers: {type(composer).__name__} cannot be sent to worker processes: {type(error).__name__}: "
+            f"{error}. Leave out what its methods or attributes hold open (a lock, a file, a connection) and open it "
+            "inside the reward, or set reward_workers=0."
+        ) from error
+    finally:
+        for module in modules:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _is_the_users(module: ModuleType) -> bool:
+    """True of a script or module that is neither installed nor a part of konic: a worker need not find it."""
+    file = getattr(module, "__file__", None)
+    if module.__name__ == "__main__" or module.__name__.split(".")[0] == "konic" or file is None:
+        return False
+    installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return not any(os.path.abspath(file).startswith(folder + os.sep) for folder in installed)
+
+
+_PR_SET_PDEATHSIG = 1
+_rewards: dict[str, Reward] = {}
+_find_problem: str | None = None
+
+
+def _begin_worker(pickled: bytes) -> None:
+    """Load the rewards, before any call's time is taken; leave a session and a death tied to the parent's."""
+    global _find_problem
+    if hasattr(os, "setsid"):
+        os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if sys.platform == "linux":  # where the thread cannot run, because a reward hangs in C code
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        _rewards.update({reward.name: reward for reward in list_rewards(cloudpickle.loads(pickled))})
+    except Exception as error:
+        _find_problem = f"{type(error).__name__}: {error}"
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        if hasattr(os, "killpg"):
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
+
+
+def _load_error() -> str | None:
+    return _find_problem
+
+
+def _call(name: str, samples: Sequence[Sample], timeout: float | None) -> list[Outcome]:
+    return list(call_reward(_rewards[name], samples, timeout))

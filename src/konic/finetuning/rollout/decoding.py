@@ -1,0 +1,94 @@
+"""One token after another from a key-value cache: the general way for any model, a fused one for two shapes.
+
+Shapes: B rows, P prompt tokens, T tokens so far, H hidden size, V vocabulary. A mask is True where a token counts.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from konic.finetuning.models.language_model import LanguageModel
+from konic.finetuning.models.positions import position_ids
+from konic.finetuning.models.prepacked import prepacked_layers, rows_to_prepack
+from konic.finetuning.rollout.fused_decoder import FusedDecoder
+from konic.finetuning.rollout.fused_transformer import fused_transformer
+from konic.finetuning.rollout.graphed_decoder import GraphedDecoder
+from konic.finetuning.system.memory import return_freed_memory
+
+
+class Decoder(Protocol):
+    """What sampling asks of a model."""
+
+    def prefill(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Take the prompts [B, P], padded on the left; the last hidden state [B, H] of each."""
+
+    def step(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """Take one more token of each row [B], and whether it counts [B]; the hidden states [B, H].
+
+        Those of a row whose token does not count mean nothing, nor do any that follow.
+        """
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows [n] of the ones so far, in this order; a row may be named more than once."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [B, V] of hidden states [B, H], in fp32 or better."""
+
+
+@contextmanager
+def open_decoder(model: LanguageModel, num_rows: int, num_tokens: int) -> Iterator[Decoder]:
+    """The fastest decoder there is for a model, for at most `num_tokens` tokens of `num_rows` rows.
+
+    While it is open the model's layers may be others that compute the same.
+    """
+    prepacked_rows = rows_to_prepack(model.causal_lm, num_rows, num_tokens)
+    try:
+        with model.prepacked_head(prepacked_rows):
+            transformer = fused_transformer(model, prepacked_rows)
+            if transformer is not None:
+                kind = GraphedDecoder if model.causal_lm.device.type == "cuda" else FusedDecoder
+                decoder = kind(model, transformer, num_tokens)
+                del transformer
+                try:
+                    yield decoder
+                finally:
+                    decoder.close()
+            else:
+                with prepacked_layers(model.causal_lm, prepacked_rows):
+                    yield GeneralDecoder(model)
+    finally:
+        if prepacked_rows is not None:
+            return_freed_memory()
+
+
+class GeneralDecoder:
+    """Any model: its own forward pass, and the cache of `transformers`."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._cache = DynamicCache(config=model.causal_lm.config)
+
+    def prefill(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """See :class:`Decoder`."""
+        self._mask, positions = mask, position_ids(mask)
+        self._position = positions[:, -1:]
+        return self._model.decode(ids, mask, positions, self._cache)[:, -1]
+
+    def step(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """See :class:`Decoder`."""
+        self._mask = torch.cat([self._mask, counts[:, None]], dim=1)
+        self._position = self._position + 1
+        return self._model.decode(tokens[:, None], self._mask, self._position, self._cache)[:, -1]
+
+    def select(self, rows: Tensor) -> None:
+        """See :class:`Decoder`."""
+        self._cache.batch_select_indices(rows)
+        self._mask, self._position = self._mask[rows], self._position[rows]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See :class:`Decoder`."""
+        return self._model.logits(hidden)

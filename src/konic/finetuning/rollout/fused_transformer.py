@@ -1,0 +1,256 @@
+"""Models of the Llama and GPT-2 shapes as few large products: queries, keys and values in one, gate and up in one.
+
+Shapes: B rows, T tokens of this call, S tokens so far, H hidden size, N heads, K key-value heads, D head size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from konic.finetuning.models.language_model import LanguageModel
+from konic.finetuning.models.prepacked import Product, weight_and_bias
+
+Function = Callable[[Tensor], Tensor]
+LLAMA_SHAPED = ("llama", "mistral", "qwen2")
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose angles do not depend on how long a sequence has become."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer; functions of rows [B·T, H]."""
+
+    attention_norm: Function
+    queries_keys_values: Product
+    attention_output: Product
+    mlp_norm: Function
+    up: Product
+    activation: Function
+    """What the second product of the MLP takes, from what the first gives."""
+    down: Product
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """A decoder-only model, computed without gradient."""
+
+    embed: Callable[[Tensor, Tensor], Tensor]
+    """(ids [B, T], positions [B, T]) -> [B, T, H]."""
+    angles: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    """(x, positions [B, T]) -> cosines and sines [B, T, D] of the rotary embedding; None without one."""
+    blocks: tuple[Block, ...]
+    norm: Function
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    like: Tensor
+    """Gives the cache its dtype and device."""
+
+    def new_cache(self, num_rows: int, num_tokens: int) -> Tensor:
+        """Room for keys and values [layers, 2, B, K, tokens, D]; what is not written is not touched."""
+        shape = (len(self.blocks), 2, num_rows, self.num_kv_heads, num_tokens, self.head_size)
+        return self.like.new_empty(shape)
+
+    def __call__(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        cache: Tensor,
+        length: int,
+        mask: Tensor | None,
+        slot: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states [B, T, H].
+
+        Args:
+            ids: [B, T]; either a prompt's (T = S) or one token of each row (T = 1).
+            positions: [B, T].
+            cache: From :meth:`new_cache`; it holds the S − T tokens before and takes these.
+            length: S.
+            mask: [B, 1, T, S], bool or added to the scores; None where nothing but the order hides a token.
+            slot: [1] where in the cache one token's keys and values go, for a step whose numbers are all in tensors;
+                the last of S if None.
+        """
+        num_rows, num_tokens = ids.shape
+        x = self.embed(ids, positions).reshape(num_rows * num_tokens, -1)
+        rotation = None
+        if self.angles is not None:
+            cosines, sines = self.angles(x, positions)
+            rotation = cosines[:, :, None], _halves_signed(sines[:, :, None])
+        for block, kept in zip(self.blocks, cache, strict=True):
+            joined = block.queries_keys_values(block.attention_norm(x))
+            joined = joined.view(num_rows, num_tokens, self.num_heads + 2 * self.num_kv_heads, self.head_size)
+            attended = self._attention(joined, kept, length, mask, slot, rotation)
+            x = block.attention_output(attended.reshape(num_rows * num_tokens, -1), add=x)
+            x = block.down(block.activation(block.up(block.mlp_norm(x))), add=x)
+        return self.norm(x).view(num_rows, num_tokens, -1)
+
+    def _attention(
+        self,
+        joined: Tensor,
+        kept: Tensor,
+        length: int,
+        mask: Tensor | None,
+        slot: Tensor | None,
+        rotation: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """What every token [B, T, N, D] reads, from its queries, keys and values side by side [B, T, N + 2K, D]."""
+        num_rows, num_tokens = joined.shape[:2]
+        heads, values = torch.split(joined, [self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
+        if rotation is not None:
+            heads = _rotated(heads, *rotation)
+        queries, keys = torch.split(heads, [self.num_heads, self.num_kv_heads], dim=2)
+        for part, new in zip(kept, (keys.transpose(1, 2), values.transpose(1, 2)), strict=True):
+            if slot is None:
+                part[:, :, length - num_tokens : length] = new
+            else:
+                part.index_copy_(2, slot, new)
+        all_keys, all_values = kept[:, :, :, :length].unbind()
+        if num_tokens == 1:  # the queries that share keys stand as if they were tokens of one head
+            grouped = queries.reshape(num_rows, self.num_kv_heads, -1, self.head_size)
+            return _read(grouped, all_keys, all_values, mask)
+        return functional.scaled_dot_product_attention(
+            queries.transpose(1, 2), all_keys, all_values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        ).transpose(1, 2)
+
+
+def fused_transformer(model: LanguageModel, prepacked_rows: int | None) -> Transformer | None:
+    """A model in its fused form, its products packed for a number of rows or not; None for other shapes."""
+    config = model.causal_lm.config
+    build = {"gpt2": _gpt2}.get(config.model_type, _llama if config.model_type in LLAMA_SHAPED else None)
+    return None if build is None else build(model.causal_lm, prepacked_rows)
+
+
+def _llama(causal_lm: Any, prepacked_rows: int | None) -> Transformer | None:
+    config, body = causal_lm.config, causal_lm.base_model
+    linear = all(type(layer) is nn.Linear for block in body.layers for layer in _projections(block))
+    is_plain = config.hidden_act == "silu" and body.rotary_emb.rope_type in STATIC_ROPE
+    if not is_plain or not linear or not _sees_everything(config):
+        return None
+
+    def product(*layers: nn.Linear) -> Product:
+        return _joined(layers, prepacked_rows)
+
+    blocks = tuple(
+        Block(
+            _rms_norm(block.input_layernorm),
+            product(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj),
+            product(block.self_attn.o_proj),
+            _rms_norm(block.post_attention_layernorm),
+            product(block.mlp.gate_proj, block.mlp.up_proj),
+            _gated_silu,
+            product(block.mlp.down_proj),
+        )
+        for block in body.layers
+    )
+    attention = body.layers[0].self_attn
+    return Transformer(
+        embed=lambda ids, _: body.embed_tokens(ids),
+        angles=body.rotary_emb,
+        blocks=blocks,
+        norm=_rms_norm(body.norm),
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_size=attention.head_dim,
+        like=body.embed_tokens.weight,
+    )
+
+
+def _gpt2(causal_lm: Any, prepacked_rows: int | None) -> Transformer | None:
+    config, body = causal_lm.config, causal_lm.base_model
+    layers = [layer for b in body.h for layer in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
+    is_plain = (
+        config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx and not config.add_cross_attention
+    )
+    if not is_plain or any(type(layer) is not Conv1D for layer in layers):
+        return None
+
+    def product(layer: nn.Linear | Conv1D) -> Product:
+        return _joined([layer], prepacked_rows)
+
+    blocks = tuple(
+        Block(
+            block.ln_1,
+            product(block.attn.c_attn),
+            product(block.attn.c_proj),
+            block.ln_2,
+            product(block.mlp.c_fc),
+            block.mlp.act,
+            product(block.mlp.c_proj),
+        )
+        for block in body.h
+    )
+    return Transformer(
+        embed=lambda ids, positions: body.wte(ids) + body.wpe(positions),
+        angles=None,
+        blocks=blocks,
+        norm=body.ln_f,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_attention_heads,
+        head_size=config.hidden_size // config.num_attention_heads,
+        like=body.wte.weight,
+    )
+
+
+def _projections(block: Any) -> tuple[nn.Module, ...]:
+    attention, mlp = block.self_attn, block.mlp
+    of_attention = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    return *of_attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+
+def _sees_everything(config: Any) -> bool:
+    """True where no layer's attention is limited to a window."""
+    if config.model_type == "mistral":  # it looks at the window alone
+        return config.sliding_window is None
+    return set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+
+
+def _joined(layers: Any, prepacked_rows: int | None) -> Product:
+    """The product of several layers with the same input, one output after another."""
+    weights, biases = zip(*(weight_and_bias(layer) for layer in layers), strict=True)
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    if all(bias is None for bias in biases):
+        return Product(weight, None, prepacked_rows)
+    filled = [torch.zeros_like(w[:, 0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+    return Product(weight, torch.cat(filled), prepacked_rows)
+
+
+def _read(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention of one token; on a CPU two plain products are faster than the kernel made for long sequences."""
+    if queries.device.type != "cpu" or queries.dtype.itemsize < 4:
+        return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
+    scores = torch.matmul(queries, keys.transpose(-1, -2)).mul_(queries.shape[-1] ** -0.5)
+    return torch.matmul((scores if bias is None else scores.add_(bias)).softmax(dim=-1), values)
+
+
+def _rms_norm(layer: Any) -> Function:
+    """X / √(mean x² + ε) · weight; in fp32 whatever the weights are in, as `transformers` does it."""
+    weight, epsilon = layer.weight.detach(), layer.variance_epsilon
+
+    def normed(x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
+        return weight * (wide * scale).to(x.dtype)
+
+    return normed
+
+
+def _gated_silu(joined: Tensor) -> Tensor:
+    gate, up = joined.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def _halves_signed(sines: Tensor) -> Tensor:
+    """Sines with the first half's sign turned, for :func:`_rotated`."""
+    half = sines.shape[-1] // 2
+    return torch.cat([-sines[..., :half], sines[..., half:]], dim=-1)
+
+
+def _rotated(x: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:
+    """Rotary embedding of heads [B, T, n, D]: the second half of each stands for the imaginary part of the first."""
+    return x * cosines + x.roll(x.shape[-1] // 2, dims=-1) * signed_sines

@@ -1,0 +1,173 @@
+"""PromptBatch -> Samples: token by token with a key-value cache, from random numbers keyed by dataset row.
+
+Shapes: B sequences, P prompt tokens, R response tokens, V vocabulary. A mask is True where a token counts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWarper
+
+from konic.finetuning.config import GenerationConfig
+from konic.finetuning.data.tokenization import PromptBatch
+from konic.finetuning.models.language_model import LanguageModel
+from konic.finetuning.models.policy import Policy
+from konic.finetuning.models.positions import distinct_prompts
+from konic.finetuning.rollout.decoding import open_decoder
+from konic.finetuning.rollout.sampler import RandomKey, Samples, SpecialTokens
+
+MAX_SHARE_TO_SHRINK = 0.75
+"""Rows that ended leave the batch when at most this share of it goes on: leaving copies the keys of those that stay."""
+LOOK_EVERY = {"cpu": 1, "cuda": 16}
+"""Tokens between two looks at which rows have ended: looking makes the host wait for the device."""
+
+
+def uniforms(rng_key: RandomKey, row: int, sample: int, count: int) -> np.ndarray:
+    """`count` float64 numbers in [0, 1) for the tokens of one response, of 52 bits each.
+
+    They depend on (seed, iteration, row, sample, token) alone: Philox with the first two as its key, the row and
+    sample in its counter, and the token as the step (Salmon et al. 2011).
+    """
+    bits = np.random.Philox(key=[rng_key.seed, rng_key.iteration], counter=[0, 0, sample, row]).random_raw(count)
+    return (bits >> np.uint64(12)).astype(np.float64) * 2.0**-52
+
+
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """One token per row [B] of softmax(logits [B, V]), by inverting the distribution function at uniform [B]."""
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    found = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
+    return found.clamp(max=logits.shape[-1] - 1)  # past the end where a product is rounded up, or nothing is a number
+
+
+@dataclass(frozen=True)
+class LocalSampler:
+    """Samples from the weights of the policy itself, or of its reference: a :class:`Sampler` with hidden states."""
+
+    policy: Policy
+    special: SpecialTokens
+    from_reference: bool = False
+
+    def __call__(self, batch: PromptBatch, generation: GenerationConfig, rng_key: RandomKey) -> Samples:
+        """A response to every prompt: see :class:`Sampler`."""
+        with self.policy.merged_adapter(self.from_reference) as model:
+            return sample(model, self.policy.tokenizer, batch, generation, self.special, rng_key)
+
+
+@torch.no_grad()
+def sample(
+    model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: PromptBatch,
+    generation: GenerationConfig,
+    special: SpecialTokens,
+    rng_key: RandomKey,
+) -> Samples:
+    """Responses to a batch of prompts.
+
+    Args:
+        model: What to sample from.
+        tokenizer: For stop strings.
+        batch: The prompts.
+        generation: Lengths, temperature and filters.
+        special: End and padding tokens.
+        rng_key: Where the random numbers come from, with each prompt's row and sample index.
+    """
+    num_rows, device = len(batch), batch.ids.device
+    numbers = [
+        uniforms(rng_key, prompt.row, index, generation.max_new_tokens)
+        for prompt, index in zip(batch.prompts, batch.sample_indices, strict=True)
+    ]
+    random = torch.from_numpy(np.stack(numbers)).to(device)
+    eos = torch.tensor(special.eos, dtype=torch.int64, device=device)
+    choose = _chooser(generation, eos, batch)
+    with open_decoder(model, num_rows, generation.max_new_tokens) as decoder:
+        prompts, prompt_mask, of_rows = distinct_prompts(batch.ids, batch.mask)
+        hidden = decoder.prefill(prompts, prompt_mask)
+        if len(prompts) < num_rows:
+            decoder.select(of_rows)
+            hidden = hidden[of_rows]
+        shape = num_rows, generation.max_new_tokens
+        ids = torch.full(shape, special.pad, device=device)
+        mask = torch.zeros(shape, dtype=torch.bool, device=device)
+        log_probs = torch.zeros(shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=device)
+        kept = hidden.new_zeros(*shape, hidden.shape[-1])
+        ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        rows = torch.arange(num_rows, device=device)  # those that the decoder still goes on with
+        running = torch.ones_like(ended)
+        for step in range(generation.max_new_tokens):
+            logits = decoder.logits(hidden)
+            chosen = torch.where(running, choose(logits, step, random[rows, step], rows), special.pad)
+            scaled = logits / generation.temperature
+            log_prob = scaled.gather(-1, chosen[:, None]).squeeze(-1) - scaled.logsumexp(dim=-1)
+            ids[rows, step], mask[rows, step] = chosen, running
+            log_probs[rows, step] = torch.where(running, log_prob, 0.0)
+            kept[rows, step] = torch.where(running[:, None], hidden, 0.0)
+            done = torch.isin(chosen, eos)
+            if generation.stop:
+                done = done | _hit_stop(ids[rows, : step + 1], mask[rows, : step + 1], tokenizer, generation.stop)
+            ended[rows] |= running & done
+            running = running & ~done
+            if step + 1 == generation.max_new_tokens:
+                break
+            looks = (step + 1) % LOOK_EVERY.get(device.type, 1) == 0
+            num_running = int(running.sum()) if looks else len(rows)
+            if num_running == 0:
+                break
+            if num_running <= MAX_SHARE_TO_SHRINK * len(rows):
+                left = running.nonzero().squeeze(-1)
+                decoder.select(left)
+                rows, chosen, running = rows[left], chosen[left], running[left]
+            hidden = decoder.step(chosen, running)
+    used = int(mask.any(dim=0).sum())
+    ids, mask = ids[:, :used], mask[:, :used]
+    return Samples(
+        response_ids=ids, response_mask=mask, log_probs=log_probs[:, :used], ended=ended, hidden=kept[:, :used]
+    )
+
+
+def _chooser(
+    generation: GenerationConfig, eos: Tensor, batch: PromptBatch
+) -> Callable[[Tensor, int, Tensor, Tensor], Tensor]:
+    """A function (logits [n, V], step, uniform [n], rows [n] of the batch) -> tokens [n].
+
+    It applies the config's filters in the order of `transformers`.
+    """
+    top_k = TopKLogitsWarper(generation.top_k) if generation.top_k else None
+    top_p = TopPLogitsWarper(generation.top_p) if generation.top_p < 1 else None
+    seen: Tensor | None = None
+
+    def choose(logits: Tensor, step: int, uniform: Tensor, rows: Tensor) -> Tensor:
+        nonlocal seen
+        if generation.repetition_penalty != 1.0:
+            if seen is None:
+                seen = _prompt_tokens(batch, logits.shape[-1])
+            penalty = generation.repetition_penalty
+            logits = torch.where(seen[rows], torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        if step + 1 < generation.min_new_tokens:
+            logits = logits.index_fill(-1, eos, -torch.inf)
+        logits = logits / generation.temperature
+        for warp in (top_k, top_p):
+            logits = logits if warp is None else warp(batch.ids, logits)
+        chosen = draw(logits, uniform) if generation.do_sample else logits.argmax(dim=-1)
+        if seen is not None:
+            seen[rows, chosen] = True
+        return chosen
+
+    return choose
+
+
+def _prompt_tokens(batch: PromptBatch, vocabulary: int) -> Tensor:
+    """[B, V] True on the tokens of each prompt, padding left out."""
+    counts = torch.zeros(len(batch), vocabulary, dtype=torch.int64, device=batch.ids.device)
+    return counts.scatter_add(1, batch.ids, batch.mask.long()) > 0
+
+
+def _hit_stop(ids: Tensor, mask: Tensor, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> Tensor:
+    """[n] True where the response so far [n, R] holds a stop string."""
+    texts = [
+        tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in zip(ids, mask, strict=True)
+    ]
+    return torch.tensor([any(string in text for string in stop) for text in texts], device=ids.device)

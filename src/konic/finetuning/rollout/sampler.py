@@ -1,0 +1,106 @@
+"""PromptBatch -> Samples: what every sampler gives back, whatever engine samples.
+
+Shapes: B sequences, R response tokens, H hidden size. A mask is True where a token counts.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from konic.finetuning.config import GenerationConfig
+from konic.finetuning.data.tokenization import PromptBatch
+from konic.finetuning.errors import ConfigError
+from konic.finetuning.models.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class RandomKey:
+    """With a dataset row and a sample's index, determines every random number of a response."""
+
+    seed: int
+    iteration: int
+    """From 1 in training; 0 is evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """What was sampled, and with which log-probs."""
+
+    response_ids: Tensor
+    """[B, R] int64, padded on the right."""
+    response_mask: Tensor
+    """[B, R] True on response tokens, the end-of-sequence token among them."""
+    log_probs: Tensor
+    """[B, R] log-probs of the tokens under softmax(logits / temperature), before any filter; 0 outside the mask."""
+    ended: Tensor
+    """[B] True where the response ended by itself: by an end-of-sequence token or a stop string."""
+    hidden: Tensor | None = None
+    """[B, R, H] the hidden states of the policy from which each token was drawn, 0 outside the mask; None where the
+    sampler does not give them. Scoring then makes a forward pass of its own."""
+
+    def token_ids(self) -> list[list[int]]:
+        """[B] the tokens of each response."""
+        return [ids[counts].tolist() for ids, counts in zip(self.response_ids, self.response_mask, strict=True)]
+
+
+class Sampler(Protocol):
+    """What samples responses. It may be another engine than the one that trains."""
+
+    def __call__(self, batch: PromptBatch, generation: GenerationConfig, rng_key: RandomKey) -> Samples:
+        """A response to every prompt of a batch.
+
+        Args:
+            batch: The prompts.
+            generation: Lengths, temperature, filters and stop strings.
+            rng_key: With the row and the sample index of each prompt, seeds its response.
+        """
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The ids that end a response, and the one that fills padding."""
+
+    eos: tuple[int, ...]
+    pad: int
+
+
+def special_tokens(
+    generation: GenerationConfig, model: LanguageModel, tokenizer: PreTrainedTokenizerBase
+) -> SpecialTokens:
+    """The ids a config names, else all that the generation config of the model and the tokenizer end with.
+
+    Raises:
+        ConfigError: An id outside the vocabulary.
+    """
+    given = generation.eos_token_id
+    if given is None:
+        configured = model.causal_lm.generation_config.eos_token_id if model.causal_lm.generation_config else None
+        from_model = configured if isinstance(configured, list) else [configured]
+        eos = tuple(dict.fromkeys(i for i in (*from_model, tokenizer.eos_token_id) if i is not None))
+    else:
+        eos = (given,) if isinstance(given, int) else given
+    pad = next((i for i in (generation.pad_token_id, tokenizer.pad_token_id, *eos) if i is not None), 0)
+    vocabulary = model.vocabulary_size
+    for token in (*eos, pad):
+        if not 0 <= token < vocabulary:
+            raise ConfigError(f"GenerationConfig: token id {token} is outside the model's vocabulary of {vocabulary}.")
+    return SpecialTokens(eos, pad)
+
+
+def decode_responses(
+    samples: Samples, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, stop: tuple[str, ...] | None
+) -> list[str]:
+    """The text of each response [B]: without special tokens, cut before a stop string."""
+    return [_decode_response(ids, tokenizer, special.eos, stop) for ids in samples.token_ids()]
+
+
+def _decode_response(
+    ids: list[int], tokenizer: PreTrainedTokenizerBase, eos: tuple[int, ...], stop: tuple[str, ...] | None
+) -> str:
+    if ids and ids[-1] in eos:
+        ids = ids[:-1]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    ends = [text.find(string) for string in stop or () if string in text]
+    return text[: min(ends)] if ends else text

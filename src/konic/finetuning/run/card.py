@@ -1,0 +1,63 @@
+"""Result + settings -> the model card of a saved model."""
+
+import html
+import json
+import math
+from importlib.metadata import version
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from konic.finetuning.errors import printable
+from konic.finetuning.results.summary import FinetuningResult
+
+
+def model_card(result: FinetuningResult, settings: dict[str, Any], base_location: str, is_adapter: bool) -> str:
+    """The README.md of a saved model: what it is, what it was trained to, how far it went, how to load it."""
+    algorithm = settings["algorithm"]
+    first, last = (result.history[0], result.history[-1]) if result.history else (None, None)
+    header = ModelCardData(
+        base_model=base_location,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["konic", "reinforcement-learning", algorithm],
+    )
+    lines = [f"# {_escaped(result.model_name)}, finetuned by reinforcement learning", ""]
+    lines += [f"Trained with konic {version('konic')} by {algorithm} for {result.total_iterations} iterations", ""]
+    if first and last:
+        lines += ["| | first iteration | last iteration |", "|---|---|---|"]
+        lines += [f"| reward | {first.reward_mean:.4f} | {last.reward_mean:.4f} |"]
+        for name, mean in last.reward_breakdown.items():
+            lines.append(f"| {_escaped(name)} | {first.reward_breakdown.get(name, math.nan):.4f} | {mean:.4f} |")
+        lines += [f"| KL per response (nats) | {first.kl_per_response:.3f} | {last.kl_per_response:.3f} |"]
+        lines += [f"| response tokens | {first.response_length_mean:.1f} | {last.response_length_mean:.1f} |", ""]
+    gain = result.held_out_gain
+    if gain is not None and result.before is not None and result.after is not None:
+        lines += [
+            f"On {len(result.before.prompts)} held-out prompts, with the same random numbers before and after, the "
+            f"mean reward went from {result.before.reward_mean:.4f} to {result.after.reward_mean:.4f}: a gain of "
+            f"{gain.mean:+.4f} (95 % interval {gain.low:+.4f} to {gain.high:+.4f}, paired bootstrap).",
+            "",
+        ]
+    loading = (
+        "from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
+        if is_adapter
+        else "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER)"
+    )
+    lines += [
+        "```python",
+        loading,
+        "```",
+        "",
+        "Settings:",
+        "",
+        "```json",
+        json.dumps(settings, indent=1, default=str),
+        "```",
+    ]
+    return str(ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
+
+
+def _escaped(text: str) -> str:
+    """Text that neither markdown, HTML nor a terminal takes for more than text; for a table's cell."""
+    return html.escape(printable(text)).replace("|", "&#124;").replace("[", "&#91;").replace("`", "&#96;")

@@ -1,0 +1,159 @@
+"""Checkpoints: everything a resume needs, in safetensors and json alone; nothing that is read can run."""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from konic.finetuning.errors import NotFiniteError, OutputError
+from konic.finetuning.models.policy import Policy
+from konic.finetuning.run.environment import environment
+from konic.finetuning.run.state import TrainerState
+from konic.finetuning.system.files import replacing_folder, seal
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+BEST_FILE = "best.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_NAMED = re.compile(r"checkpoint-[0-9]+")
+
+
+def save_checkpoint(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: TrainerState, settings: dict[str, Any]
+) -> None:
+    """Write everything a resume needs: weights, optimizer, counters, history, best weights, settings.
+
+    Raises:
+        NotFiniteError: A weight or a moment of the optimizer is NaN or infinite; nothing is written.
+        OutputError: The folder cannot be written.
+    """
+    for name, tensor in (policy.trainable() | _optimizer_tensors(policy, optimizer)).items():
+        if not tensor.isfinite().all():
+            raise NotFiniteError(
+                f"{name} holds NaN or infinity after iteration {state.iteration}: no checkpoint of it is written. "
+                "Resume the one before, with a lower learning_rate or max_grad_norm."
+            )
+    with replacing_folder(folder) as target:
+        policy.save(target)
+        save_file(_optimizer_tensors(policy, optimizer), target / OPTIMIZER_FILE)
+        if state.best_weights is not None:
+            save_file(state.best_weights, target / BEST_FILE)
+        record = state.to_dict() | {"settings": settings, "environment": environment(policy.device)}
+        (target / STATE_FILE).write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
+        seal(target)
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """What a checkpoint says of its run: all that can be read without its weights."""
+
+    state: TrainerState
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+
+
+def read_record(folder: Path) -> CheckpointRecord:
+    """Where the run of a checkpoint stood, its settings and its environment.
+
+    Raises:
+        OutputError: There is no checkpoint in the folder.
+    """
+    try:
+        values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        record = CheckpointRecord(TrainerState.from_dict(values), values["settings"], values["environment"])
+        for name in ("settings", "environment"):
+            if not isinstance(getattr(record, name), dict):
+                raise TypeError(f"{name} is {type(getattr(record, name)).__name__}, not dict")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise OutputError(
+            f"{folder}: is not a whole checkpoint: {type(error).__name__}: {error}. Give another one."
+        ) from error
+    return record
+
+
+def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> TrainerState:
+    """Put weights and optimizer back as :func:`save_checkpoint` found them, and return where the run stood.
+
+    Raises:
+        OutputError: The folder is not a whole checkpoint of this policy.
+    """
+    state = read_record(folder).state
+    try:
+        policy.load(folder)
+        _restore_optimizer(policy, optimizer, load_file(folder / OPTIMIZER_FILE))
+        best_file = folder / BEST_FILE
+        best_weights = _own(load_file(best_file), policy) if best_file.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise OutputError(
+            f"{folder}: is not a whole checkpoint of this run: {type(error).__name__}: {error}. "
+            "Give another checkpoint, and the same model and adapter that wrote it."
+        ) from error
+    return replace(state, best_weights=best_weights)
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, whole or not, by iteration."""
+    named = [path for path in run_folder.glob("checkpoint-*") if _NAMED.fullmatch(path.name)]
+    return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=iteration_number)
+
+
+def iteration_number(checkpoint: Path) -> int:
+    """The iteration that a checkpoint's folder is named by."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+@contextmanager
+def swapped_weights(policy: Policy, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Within it the policy has other weights; its own come back bit for bit."""
+    trainable = policy.trainable()
+    own = {name: parameter.data for name, parameter in trainable.items()}
+    try:
+        for name, parameter in trainable.items():
+            parameter.data = weights[name].to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for name, parameter in trainable.items():
+            parameter.data = own[name]
+
+
+def snapshot(policy: Policy) -> dict[str, Tensor]:
+    """A copy on the CPU of everything that learns, by name."""
+    return {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in policy.trainable().items()}
+
+
+def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {}
+    for name, parameter in policy.trainable().items():
+        for moment in _MOMENTS:
+            if parameter in optimizer.state:
+                tensors[f"{name}.{moment}"] = optimizer.state[parameter][moment].contiguous()
+    return tensors
+
+
+def _own(weights: dict[str, Tensor], policy: Policy) -> dict[str, Tensor]:
+    if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in policy.trainable().items()}:
+        raise ValueError(f"{BEST_FILE} holds other weights than this run's")
+    return weights
+
+
+def _restore_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    names = {f"{name}.{moment}" for name in policy.trainable() for moment in _MOMENTS}
+    if tensors and not tensors.keys() <= names:
+        raise ValueError("its optimizer state is of other weights")
+    state = {
+        index: {moment: tensors[f"{name}.{moment}"] for moment in _MOMENTS}
+        for index, name in enumerate(policy.trainable())
+        if f"{name}.step" in tensors
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

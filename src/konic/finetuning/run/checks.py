@@ -1,0 +1,194 @@
+"""Rollout, results -> findings: what goes wrong unseen in reinforcement learning, looked for in every run.
+
+A broken invariant stops the run before its step. Anything else is told once, with what it means and what to try, and
+its name is kept in the iteration's `checks`. Two more invariants stand where they are measured: the reference is the
+loaded model (policy.check_reference), and what trains is what sampled (update).
+"""
+
+from collections.abc import Callable, Sequence
+
+from konic.finetuning.config import GenerationConfig, TrainingConfig
+from konic.finetuning.errors import TrainingError
+from konic.finetuning.models.policy import Policy
+from konic.finetuning.results.intervals import mean
+from konic.finetuning.results.iteration import FinetuningIterationResult
+from konic.finetuning.rewards.scoring import Scores
+from konic.finetuning.rollout.rollout import Rollout
+
+MAX_START_KL = 1e-4
+"""KL per token, nats, of the untrained policy from its reference in fp32; rounding stays below a thousandth of it."""
+MAX_REWARD = 1e15
+"""Beyond it a reward's square, and sums of such, come near the end of single precision (3e38)."""
+PATIENCE = 3
+"""Iterations in a row that make a finding of what one batch may show by chance."""
+History = Sequence[FinetuningIterationResult]
+Finding = Callable[[History, TrainingConfig, GenerationConfig], str | None]
+
+
+def require_sound_rollout(rollout: Rollout, iteration: int) -> None:
+    """See that an untrained policy is its reference.
+
+    Raises:
+        TrainingError: It is not. Nothing was updated.
+    """
+    if not rollout.in_full_precision:
+        return
+    kl = rollout.kl.max().item()
+    if iteration == 1 and kl > MAX_START_KL:
+        raise TrainingError(
+            f"Before any training the policy is {kl:.2g} nats per token from its reference, which is the same model: "
+            "the adapter is not switched off where the reference is computed, or the model reads a cached sequence, as "
+            "in sampling, differently from a whole one. Nothing was updated. Try plain LoRA (LoraConfig()) and "
+            "model_kwargs={'attn_implementation': 'eager'}, and please report it."
+        )
+
+
+def find_nonfinite(rollout: Rollout, scores: Scores, policy: Policy) -> str | None:
+    """Which number of a batch cannot be learned from, whose it is and what to do; None where all can.
+
+    A reward's square has to fit single precision with room for sums, so rewards beyond ±1e15 are counted in.
+    """
+    for name in ("log_probs", "ref_log_probs", "kl", "entropy", "values"):
+        bad = (rollout.response_mask & ~getattr(rollout, name).isfinite()).any(dim=1).nonzero()
+        if len(bad):
+            prompt = rollout.batch.prompts[int(bad[0])]
+            weight = next((n for n, w in policy.model.named_parameters() if not w.isfinite().all()), None)
+            whose = f"{name} of the response to dataset row {prompt.row}, prompt {prompt.text[:100]!r}, are not finite."
+            if weight:
+                return f"{whose} The weights {weight} hold NaN or infinity: resume an earlier checkpoint."
+            return f"{whose} All weights are finite: the model overflows; try model_kwargs={{'dtype': 'float32'}}."
+    for prompt, reward in zip(rollout.batch.prompts, scores.rewards, strict=True):
+        if abs(reward) > MAX_REWARD:
+            return (
+                f"The reward of the response to dataset row {prompt.row}, prompt {prompt.text[:100]!r}, is {reward:g}, "
+                f"beyond ±{MAX_REWARD:g}: nothing can be learned from numbers of that size. Scale or clip your rewards."
+            )
+    return None
+
+
+def require_some_steps(history: History) -> None:
+    """See that a run that drops what is not finite does not drop everything.
+
+    Raises:
+        TrainingError: Iterations in a row ended without one step.
+    """
+    recent = history[-PATIENCE:]
+    if len(recent) == PATIENCE and all(r.num_nonfinite and not r.num_steps for r in recent):
+        raise TrainingError(
+            f"In each of the last {PATIENCE} iterations everything was dropped because numbers were not finite "
+            "(on_nonfinite='skip'): nothing is learned any more. The warnings before this name them. Go back to an "
+            "earlier checkpoint, and lower the learning rate or mend the reward."
+        )
+
+
+def new_findings(history: History, config: TrainingConfig, generation: GenerationConfig) -> dict[str, str]:
+    """What the last iteration of a history shows for the first time: a message by the name of its check."""
+    told = {name for result in history for name in result.checks}
+    found = {name: find(history, config, generation) for name, find in FINDINGS.items() if name not in told}
+    return {name: message for name, message in found.items() if message is not None}
+
+
+def _constant_reward(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    recent = history[-PATIENCE:]
+    if len(recent) < PATIENCE or any(r.num_samples - r.num_unscored < 2 or r.reward_std > 0 for r in recent):
+        return None
+    return (
+        f"Every response of the last {PATIENCE} iterations got the reward {recent[-1].reward_mean:g}: there is nothing "
+        "to learn from. Look at completions/: is the reward what you meant? Rewards that grow by degrees teach sooner "
+        "than rare ones."
+    )
+
+
+def _equal_groups(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    recent = history[-PATIENCE:]
+    if len(recent) < PATIENCE or any(r.no_signal_fraction < 0.9 or r.reward_std == 0 for r in recent):
+        return None
+    return (
+        f"In the last {PATIENCE} iterations nearly every group of responses to one prompt got equal rewards, which "
+        f"teaches {config.algorithm} nothing. Raise num_generations (now {config.responses_per_prompt}) or the "
+        "temperature, or use rewards with more degrees."
+    )
+
+
+def _never_ends(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    num_responses = sum(result.num_samples for result in history)
+    if generation.max_new_tokens == 1:
+        return None  # one token is all there is to say
+    if len(history) < PATIENCE or num_responses < 32 or any(result.ended_fraction > 0 for result in history):
+        return None
+    return (
+        f"None of the first {num_responses} responses has ended by itself: each ran into max_new_tokens="
+        f"{generation.max_new_tokens}. If they should end, raise max_new_tokens, name the model's end token "
+        "(eos_token_id) or strings that end a response (stop), or set missing_eos_penalty."
+    )
+
+
+def _stopped_ending(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    num_before = max((index for index, result in enumerate(history, 1) if result.ended_fraction > 0), default=0)
+    before, recent = history[:num_before], history[num_before:]
+    if not before or len(recent) < PATIENCE:
+        return None
+    used_to = mean([result.ended_fraction for result in before])
+    by_chance = (1 - used_to) ** sum(result.num_samples for result in recent)
+    if by_chance > 1e-3:
+        return None
+    return (
+        f"Responses used to end by themselves; in the last {len(recent)} iterations each ran into max_new_tokens="
+        f"{generation.max_new_tokens}. The reward may be paying for length: look at completions/, and set "
+        "missing_eos_penalty or a reward for brevity."
+    )
+
+
+def _empty_responses(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    recent = history[-PATIENCE:]
+    is_short = generation.max_new_tokens > 1 and all(r.response_length_mean <= 1 for r in recent)
+    if len(recent) < PATIENCE or not is_short or any(r.ended_fraction < 1 for r in recent):
+        return None
+    return (
+        f"Every response of the last {PATIENCE} iterations is empty: the policy ends at once. The reward may be paying "
+        "for saying nothing: give an empty response a low reward, or set min_new_tokens."
+    )
+
+
+def _entropy_collapse(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    first, recent = history[0].entropy, history[-PATIENCE:]
+    if any(result.entropy >= 0.1 * first for result in recent):
+        return None
+    return (
+        f"The policy's entropy fell from {first:.2f} to {recent[-1].entropy:.2f} nats per token: it says nearly the "
+        "same thing whatever it samples, and cannot find anything better. Go back to an earlier checkpoint; lower "
+        "learning_rate, raise kl_penalty_weight, or set entropy_coef (0.01)."
+    )
+
+
+def _beyond_budget(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    paid = history[-1].kl_per_response
+    if config.kl_budget is None or paid <= config.kl_budget:
+        return None
+    return (
+        f"The policy is {paid:.1f} nats per response from its reference, beyond kl_budget={config.kl_budget:g}. The "
+        "run goes on; best/ keeps the best weights within the budget. To stay inside it, set kl_target below it, or "
+        "raise kl_penalty_weight."
+    )
+
+
+def _no_rewards(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    recent = history[-PATIENCE:]
+    if len(recent) < PATIENCE or any(r.num_unscored < r.num_samples for r in recent):
+        return None
+    return (
+        f"Every reward abstained from every response of the last {PATIENCE} iterations: nothing was learned. A reward "
+        "abstains by returning None; is it asking for a column or a format that the responses do not have?"
+    )
+
+
+FINDINGS: dict[str, Finding] = {
+    "no_rewards": _no_rewards,
+    "constant_reward": _constant_reward,
+    "equal_groups": _equal_groups,
+    "never_ends": _never_ends,
+    "stopped_ending": _stopped_ending,
+    "empty_responses": _empty_responses,
+    "entropy_collapse": _entropy_collapse,
+    "beyond_budget": _beyond_budget,
+}

@@ -1,0 +1,29 @@
+"""What decides, besides settings and seed, whether a run comes out the same bit for bit."""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARIES = ("konic", "torch", "transformers", "peft", "datasets", "numpy")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, processor, threads and device, by name."""
+    return {name: version(name) for name in LIBRARIES} | {
+        "python": platform.python_version(),
+        "machine": _processor(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it, else its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,274 @@
+"""Results -> files: one folder per run, written by one process, readable while it is written."""
+
+import hashlib
+import inspect
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from filelock import FileLock, Timeout
+
+from konic.finetuning.errors import OutputError, printable
+from konic.finetuning.results.evaluation import Evaluation
+from konic.finetuning.results.iteration import FinetuningIterationResult
+from konic.finetuning.rewards.scoring import Scores
+from konic.finetuning.rollout.rollout import Rollout
+from konic.finetuning.run.checkpoint import checkpoints, iteration_number
+from konic.finetuning.system.files import as_path, discard, find_corruption, replacing_file, unwritable, write_text
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
+_PART = "reward/"
+
+
+class RunFolder:
+    """`metrics.jsonl`, `completions/`, `checkpoint-{n}/`, `best/`, `final/` and `run.json` of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._made: list[Path] = []
+
+    @classmethod
+    def named(cls, checkpoint_dir: str | os.PathLike[str] | None, model_name: str) -> "RunFolder":
+        """The folder that a user named, or a new one under `runs/` named by time and model."""
+        if checkpoint_dir is not None:
+            return cls(as_path(checkpoint_dir, "checkpoint_dir", OutputError))
+        model = Path(model_name).name or "model"
+        stem = f"{datetime.now():%Y%m%d-%H%M%S}-{model}"
+        runs = Path("runs").absolute()
+        names = (stem, *(f"{stem}-{number}" for number in range(2, 1000)))
+        return cls(next(runs / name for name in names if not (runs / name).exists()))
+
+    @property
+    def holds_a_run(self) -> bool:
+        """True where an earlier run has written."""
+        return (self.path / METRICS_FILE).exists()
+
+    @property
+    def holds_no_checkpoint_yet(self) -> bool:
+        """True where a run has begun that ended before its first checkpoint."""
+        return (self.path / RUN_FILE).exists() and not checkpoints(self.path)
+
+    def require_no_run(self) -> None:
+        """Raise OutputError if an earlier run is in the folder."""
+        if self.holds_a_run:
+            raise OutputError(
+                f"{self.path}: an earlier run is in this folder. Go on with train(resume_from_checkpoint=True), or "
+                "name another checkpoint_dir."
+            )
+
+    def prepare(self) -> None:
+        """Make the folder and see that it can be written.
+
+        Raises:
+            OutputError: It cannot.
+        """
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise unwritable(f"checkpoint_dir {self.path}", error) from None
+
+    def take_back_if_unused(self) -> None:
+        """Remove the folders that :meth:`prepare` made for a run that came to nothing."""
+        with suppress(OSError):
+            if self._made and not {path.name for path in self.path.iterdir()} - {RUN_FILE}:
+                (self.path / RUN_FILE).unlink(missing_ok=True)
+                for folder in self._made:
+                    folder.rmdir()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within it no other process or engine writes here; the system frees the lock of a process that was killed.
+
+        Raises:
+            OutputError: Another one does.
+        """
+        path = self.path / LOCK_FILE
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise OutputError(
+                f"{self.path}: another run is writing here ({_owner(self.path / RUN_FILE)}). Stop it or wait for its "
+                "end, or name another checkpoint_dir."
+            ) from None
+        except OSError as error:
+            raise unwritable(path, error) from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # what has become read-only keeps it, and no error of the run is hidden by that
+                path.unlink(missing_ok=True)  # one who opened it before sees that it is gone and makes another
+            lock.release()
+
+    def write_run(self, settings: dict[str, Any], environment: dict[str, Any], composer: Any) -> None:
+        """Write `run.json`: settings, versions, machine, and where the rewards' source is, with its hash."""
+        record = {
+            "settings": settings,
+            "rewards": _source_of(type(composer)),
+            "environment": environment,
+            "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+            "process": {"id": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M}"},
+        }
+        write_text(self.path / RUN_FILE, json.dumps(record, indent=1, default=str))
+
+    def write_iteration(self, result: FinetuningIterationResult, rollout: Rollout, scores: Scores) -> None:
+        """Write one iteration's completions, then its line of metrics: a line stands for whole files."""
+        self._write_completions(result.iteration, rollout, scores)
+        try:
+            with (self.path / METRICS_FILE).open("a", encoding="utf-8") as file:
+                file.write(_line(result))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise unwritable(self.path / METRICS_FILE, error) from None
+
+    def write_evaluation(self, iterations_done: int, evaluation: Evaluation) -> None:
+        """Write what a policy made of the held-out prompts, named by the iterations it had learned from."""
+        columns: dict[str, Any] = {
+            "prompt": evaluation.prompts,
+            "response": evaluation.responses,
+            "reward": _nulls(evaluation.rewards),
+            "kl": evaluation.kl_per_response,
+            "length": evaluation.response_lengths,
+            "error": pyarrow.array(evaluation.errors or [None] * len(evaluation.prompts), pyarrow.string()),
+        }
+        columns |= {f"{_PART}{name}": _nulls(values) for name, values in evaluation.breakdown.items()}
+        self._write_table("evaluations", iterations_done, columns)
+
+    def read_evaluation(self, iterations_done: int) -> Evaluation | None:
+        """What :meth:`write_evaluation` wrote, or None; a file that cannot be read is told of and counts as none."""
+        path = self.path / "evaluations" / f"{iterations_done:06d}.parquet"
+        if not path.is_file():
+            return None
+        try:
+            table = pyarrow.parquet.read_table(path).to_pydict()
+            breakdown = {name.removeprefix(_PART): _nans(table[name]) for name in table if name.startswith(_PART)}
+            return Evaluation(
+                prompts=table["prompt"],
+                responses=table["response"],
+                rewards=_nans(table["reward"]),
+                breakdown=breakdown,
+                kl_per_response=table["kl"],
+                response_lengths=table["length"],
+                errors=table["error"],
+            )
+        except (OSError, KeyError, ValueError, TypeError, pyarrow.ArrowException) as error:
+            logger.warning("%s is made anew, since it cannot be read: %s", path, printable(str(error)))
+            return None
+
+    def go_back_to(self, history: list[FinetuningIterationResult]) -> None:
+        """Drop what came after the last of these iterations, and what was left half written, before a resume.
+
+        A broken checkpoint is put aside as `broken-checkpoint-{n}`.
+
+        Raises:
+            OutputError: Something cannot be removed or written.
+        """
+        try:
+            self._go_back_to(history)
+        except OSError as error:
+            raise unwritable(error.filename or self.path, error) from None
+
+    def _go_back_to(self, history: list[FinetuningIterationResult]) -> None:
+        iteration = history[-1].iteration if history else 0
+        for folder in checkpoints(self.path):
+            if iteration_number(folder) > iteration and find_corruption(folder) is None:
+                discard(folder)
+            elif iteration_number(folder) > iteration:
+                aside = folder.with_name(f"broken-{folder.name}")
+                if aside.exists():
+                    shutil.rmtree(aside)
+                os.replace(folder, aside)
+        metrics = self.path / METRICS_FILE
+        if metrics.is_file() and metrics.read_bytes().count(b"\n") > len(history):  # the models are of what is dropped
+            for name in ("final", "best"):
+                if (self.path / name).is_dir():
+                    shutil.rmtree(self.path / name)
+        for pattern in (".checkpoint-*", ".best-*", ".final-*", f".{METRICS_FILE}", f".{RUN_FILE}"):
+            for left in self.path.glob(pattern):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        write_text(metrics, "".join(_line(result) for result in history))
+        for name in ("completions", "evaluations"):
+            for file in (*(self.path / name).glob("[0-9]*.parquet"), *(self.path / name).glob(".[0-9]*")):
+                if file.name.startswith(".") or (file.stem.isdigit() and int(file.stem) > iteration):
+                    file.unlink()
+
+    def _write_completions(self, iteration: int, rollout: Rollout, scores: Scores) -> None:
+        records = rollout.records
+        columns: dict[str, Any] = {
+            "iteration": [iteration] * len(records),
+            "row": [record.row for record in records],
+            "prompt": [record.prompt for record in records],
+            "response": [record.response for record in records],
+            "reward": _nulls(scores.rewards),
+            "kl": rollout.kl.sum(dim=1).tolist(),
+            "ended": rollout.samples.ended.tolist(),
+            "error": pyarrow.array(scores.errors, pyarrow.string()),
+            "token_ids": [list(record.token_ids) for record in records],
+        }
+        columns |= {f"{_PART}{name}": _nulls(values) for name, values in scores.breakdown.items()}
+        self._write_table("completions", iteration, columns)
+
+    def _write_table(self, folder_name: str, number: int, columns: dict[str, Any]) -> None:
+        folder = self.path / folder_name
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise unwritable(folder, error) from None
+        with replacing_file(folder / f"{number:06d}.parquet") as temp_file:
+            pyarrow.parquet.write_table(pyarrow.table(columns), temp_file)
+
+
+def _line(result: FinetuningIterationResult) -> str:
+    return json.dumps(result.to_dict()) + "\n"
+
+
+def _owner(run_file: Path) -> str:
+    """Which process a run's file names."""
+    try:
+        process = json.loads(run_file.read_text(encoding="utf-8"))["process"]
+        return f"process {process['id']} on {process['host']}, since {process['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its process is not known"
+
+
+def _nulls(values: list[float]) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values]
+
+
+def _nans(values: list[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _source_of(kind: type) -> dict[str, str | None]:
+    """Where a class was written, without importing anything: its file, name, and the file's hash."""
+    try:
+        path = inspect.getsourcefile(kind)
+    except (TypeError, OSError):  # a class of a notebook or an interactive session
+        path = None
+    readable = path is not None and Path(path).is_file()
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and readable else None
+    return {
+        "class": kind.__qualname__,
+        "file": str(Path(path).absolute()) if path and readable else None,
+        "sha256": digest,
+    }

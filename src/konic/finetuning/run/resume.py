@@ -1,0 +1,93 @@
+"""Checkpoint + settings -> the checkpoint to resume from, and whether it is of the same run."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from konic.finetuning.errors import ConfigError, OutputError, printable
+from konic.finetuning.run.checkpoint import CheckpointRecord, checkpoints
+from konic.finetuning.run.environment import environment
+from konic.finetuning.system.files import as_path, find_corruption
+
+logger = logging.getLogger(__name__)
+
+_FIXED = ("model_name", "use_lora", "lora_config")
+"""Settings that the weights of a checkpoint depend on."""
+_FREE = (
+    "max_iterations", "iterations_done", "max_minutes", "eval_every", "device", "on_reward_error", "max_error_rate",
+    "reward_workers", "reward_timeout_seconds",
+)  # fmt: skip
+"""Settings that change no number of an iteration that both runs would do."""
+
+
+def checkpoint_to_resume(
+    resume: bool | str | os.PathLike[str] | None, run_folder: str | os.PathLike[str] | None
+) -> Path | None:
+    """The checkpoint's folder that `resume_from_checkpoint` means: a path, or with True the newest of the run's folder.
+
+    Raises:
+        ConfigError: True without a folder to look in.
+        OutputError: There is no checkpoint.
+    """
+    if resume is None or resume is False:
+        return None
+    if resume is not True:
+        named = as_path(resume, "train(resume_from_checkpoint)", OutputError)
+        broken = find_corruption(named)
+        if broken is not None:
+            raise OutputError(f"{named}: is not a whole checkpoint: {broken}. Give another one.")
+        return named
+    if run_folder is None:
+        raise ConfigError("train(resume_from_checkpoint=True) needs checkpoint_dir, the run's folder.")
+    return newest_checkpoint(as_path(run_folder, "checkpoint_dir", OutputError))
+
+
+def newest_checkpoint(run_folder: Path) -> Path:
+    """The whole checkpoint of the highest iteration in a run's folder; broken ones are named and passed over.
+
+    Raises:
+        OutputError: There is none.
+    """
+    for folder in reversed(checkpoints(run_folder)):
+        broken = find_corruption(folder)
+        if broken is None:
+            return folder
+        logger.warning("%s is passed over: %s.", folder, printable(broken))
+    raise OutputError(f"{run_folder}: there is no whole checkpoint to resume from. To begin anew, name another folder.")
+
+
+def require_same_run(
+    folder: Path, record: CheckpointRecord, settings: dict[str, Any], device: torch.device, allow_changes: bool
+) -> None:
+    """See that a checkpoint belongs to the run that is to go on; what keeps it from being the same is named.
+
+    Raises:
+        OutputError: A setting differs without `allow_changes`, or one that the weights depend on.
+    """
+    now, saved = json.loads(json.dumps(settings, default=str)), record.settings
+    falls = now.get("lr_scheduler", "constant") != "constant"  # its rates depend on the run's whole length
+    free = set(_FREE) - ({"max_iterations"} if falls else set())
+    changed = [name for name, value in now.items() if saved.get(name) != value and name not in free]
+    named = "; ".join(f"{name} was {saved.get(name)!r} and is {now[name]!r}" for name in changed)
+    if any(name in _FIXED for name in changed):
+        raise OutputError(f"{folder}: is a checkpoint of another model: {named}. Resume with what it was made with.")
+    if changed and not allow_changes:
+        raise OutputError(
+            f"{folder}: is a checkpoint of another run: {named}. Resume with the settings it was made with, or go on "
+            "with the new ones as another run: train(..., allow_changes=True), konic train ... --allow-changes."
+        )
+    if changed:
+        logger.warning("Going on with other settings: %s. It is no longer the run that was begun.", named)
+    here, there = environment(device), record.environment
+    differing = [
+        f"{name} was {there.get(name)} and is {value}" for name, value in here.items() if there.get(name) != value
+    ]
+    if differing:
+        logger.warning(
+            "Resumed elsewhere than it was begun (%s): numbers go on equal but for rounding, not bit for bit.",
+            printable("; ".join(differing)),
+        )

@@ -1,0 +1,132 @@
+"""When a run is written to its folder, and what of it: checkpoints, the best model, the final one."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from konic.finetuning.callbacks.composite import Callbacks
+from konic.finetuning.errors import NotFiniteError, OutputError, TrainingError
+from konic.finetuning.learning.learner import Learner
+from konic.finetuning.results.summary import FinetuningResult
+from konic.finetuning.run.card import model_card
+from konic.finetuning.run.checkpoint import checkpoints, save_checkpoint, swapped_weights
+from konic.finetuning.run.folder import RunFolder
+from konic.finetuning.run.state import TrainerState
+from konic.finetuning.system.files import discard, replacing_folder, unwritable, write_text
+
+logger = logging.getLogger(__name__)
+
+SAVE_AFTER_SECONDS = 600.0
+"""Without `save_every` a checkpoint is written when the last one is this old."""
+
+
+class Saver:
+    """Writes what a run leaves behind, besides its metrics and completions.
+
+    Args:
+        folder: Where to.
+        learner: The policy and its optimizer.
+        state: Where the run stands; read at each save.
+        callbacks: Told of every checkpoint.
+        settings: Gives the run's settings, by name.
+        save_every: Iterations between checkpoints; None goes by the clock.
+        save_total_limit: Checkpoints kept, the newest; None keeps all.
+        saved_iteration: The iteration whose checkpoint is in the folder already: the one resumed from.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        learner: Learner,
+        state: TrainerState,
+        callbacks: Callbacks,
+        settings: Callable[[], dict[str, Any]],
+        save_every: int | None,
+        save_total_limit: int | None,
+        saved_iteration: int | None = None,
+    ) -> None:
+        self._folder, self._learner, self._state = folder, learner, state
+        self._callbacks, self._settings = callbacks, settings
+        self._save_every, self._save_total_limit = save_every, save_total_limit
+        self._saved_iteration = saved_iteration
+        self._saved_at = time.monotonic()
+        self._names = list(learner.policy.trainable())
+
+    def after_iteration(self) -> None:
+        """Write a checkpoint if it is time."""
+        if self._save_every is not None:
+            is_time = self._state.iteration % self._save_every == 0
+        else:
+            is_time = time.monotonic() - self._saved_at >= SAVE_AFTER_SECONDS
+        if is_time:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint of the iterations done, unless there is one by this run, and drop those past the limit."""
+        iteration = self._state.iteration
+        path = self._folder.path / f"checkpoint-{iteration}"
+        is_new = self._saved_iteration != iteration or not path.is_dir()
+        if is_new:
+            if list(self._learner.policy.trainable()) != self._names:
+                raise TrainingError("The model has lost layers that learn: no checkpoint of it is written.")
+            save_checkpoint(path, self._learner.policy, self._learner.optimizer, self._state, self._settings())
+            self._saved_iteration, self._saved_at = iteration, time.monotonic()
+        if self._save_total_limit is not None:
+            for old in checkpoints(self._folder.path)[: -self._save_total_limit]:
+                try:
+                    discard(old)
+                except OSError as error:
+                    raise unwritable(old, error) from None
+        if is_new:
+            self._callbacks.on_checkpoint_saved(str(path), iteration)
+
+    def best(self, result: FinetuningResult) -> None:
+        """Write the weights of the best iteration so far, if there is one."""
+        if self._state.best_weights is not None:
+            told = replace(result, history=result.history[: result.best_iteration])
+            with swapped_weights(self._learner.policy, self._state.best_weights):
+                self._model(self._folder.path / "best", told)
+
+    def final(self, result: FinetuningResult) -> None:
+        """Write the last checkpoint, the model as it is now, and the best one."""
+        self.checkpoint()
+        self._model(self._folder.path / "final", result)
+        self.best(result)
+
+    def after_error(self, result: FinetuningResult, weights_are_whole: bool) -> None:
+        """Write the last whole iteration if the weights are still its own, and the best ones in any case.
+
+        What cannot be written either is told as a warning: the error that ended the run is the one to raise.
+        """
+        try:
+            if self._state.iteration and weights_are_whole:
+                self.checkpoint()
+            self.best(result)
+        except (OutputError, NotFiniteError) as error:
+            logger.warning("After the error below, this failed too: %s", error)
+
+    def _model(self, path: Path, result: FinetuningResult) -> None:
+        with replacing_folder(path) as target:
+            write_model(self._learner, target, result, self._settings())
+
+
+def write_model(
+    learner: Learner, folder: Path, result: FinetuningResult, settings: dict[str, Any], merge: bool = False
+) -> None:
+    """Fill a folder with the model (the adapter, or with `merge` the full one), the tokenizer and a model card."""
+    if merge:
+        learner.policy.save_merged(folder)
+    else:
+        learner.policy.save_model(folder)
+    write_card(learner, folder, result, settings, merge)
+
+
+def write_card(
+    learner: Learner, folder: Path, result: FinetuningResult, settings: dict[str, Any], merge: bool = False
+) -> None:
+    """Write the README.md of a saved model."""
+    card = model_card(result, settings, learner.location, is_adapter=learner.policy.uses_lora and not merge)
+    write_text(folder / "README.md", card)

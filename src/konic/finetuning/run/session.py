@@ -1,0 +1,250 @@
+"""Agent -> Session: the parts of a run, built at first use, and its life from the lock to the last file."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from konic.finetuning.agent import KonicFinetuningAgent
+from konic.finetuning.callbacks.composite import Callbacks
+from konic.finetuning.config import GenerationConfig, TrainingConfig
+from konic.finetuning.data.prompts import Prompt, PromptSet, load_prompts
+from konic.finetuning.data.samples import collect_columns
+from konic.finetuning.errors import ConfigError, OutputError, TrainingError
+from konic.finetuning.learning.learner import Learner, build_learner
+from konic.finetuning.models.loading import pick_device
+from konic.finetuning.results.evaluation import Evaluation
+from konic.finetuning.results.summary import FinetuningResult, Selection
+from konic.finetuning.rewards.composer import list_rewards
+from konic.finetuning.rewards.moments import RunningMoments
+from konic.finetuning.rewards.scoring import Scorer
+from konic.finetuning.rewards.totals import evaluation_moments
+from konic.finetuning.rollout.evaluation import evaluate
+from konic.finetuning.run.checkpoint import load_checkpoint, read_record
+from konic.finetuning.run.environment import environment
+from konic.finetuning.run.folder import RunFolder
+from konic.finetuning.run.resume import checkpoint_to_resume, newest_checkpoint, require_same_run
+from konic.finetuning.run.saving import Saver, write_card
+from konic.finetuning.run.state import TrainerState
+from konic.finetuning.system.signals import uninterrupted
+
+logger = logging.getLogger(__name__)
+
+INTERRUPTED = "interrupted"
+
+
+class Session:
+    """What a run works with. It lives as long as its engine, so that training called again goes on."""
+
+    def __init__(self, agent: KonicFinetuningAgent) -> None:
+        self.agent = agent
+        self.scorer = Scorer(agent.get_reward_composer(), agent.get_training_config())
+        self.state = TrainerState()
+        self.weights_are_whole = True
+        """False where an error left the weights between two iterations."""
+        self.device = "auto"
+        self.checkpoint_dir: str | os.PathLike[str] | None = None
+        self._learner: Learner | None = None
+        self._prompts: PromptSet | None = None
+        self._prompts_sha256: str | None = None
+        self._folder: RunFolder | None = None
+        self._folder_named: str | os.PathLike[str] | None = None
+
+    @property
+    def training(self) -> TrainingConfig:
+        """How to learn."""
+        return self.agent.get_training_config()
+
+    @property
+    def generation(self) -> GenerationConfig:
+        """How to sample."""
+        return self.agent.get_generation_config()
+
+    @property
+    def selection(self) -> Selection:
+        """How the best iteration is chosen."""
+        return Selection(self.training.eval_every is not None, self.training.kl_budget)
+
+    @property
+    def learner(self) -> Learner:
+        """The model on its device, with its optimizer; loaded at first use.
+
+        Raises:
+            KonicError: It cannot be loaded, or the device was changed after it was.
+        """
+        device = pick_device(self.device)
+        if self._learner is None:
+            self._learner = build_learner(self.agent, device)
+        elif self._learner.policy.device.type != device.type:
+            raise ConfigError(f"device={self.device!r}: the model is already on {self._learner.policy.device}.")
+        return self._learner
+
+    @property
+    def prompts(self) -> PromptSet:
+        """The prompts to learn on, and those held out; loaded at first use."""
+        if self._prompts is None:
+            self._prompts = load_prompts(self.agent.get_dataset_config())
+            self._prompts_sha256 = self._prompts.fingerprint()
+        return self._prompts
+
+    @property
+    def folder(self) -> RunFolder:
+        """The folder of the run; there is one once it is :meth:`opened`."""
+        assert self._folder is not None  # noqa: S101
+        return self._folder
+
+    def settings(self, last_iteration: int) -> dict[str, Any]:
+        """Every setting of the run by name, as plain values; `on_train_begin` gets them and `run.json` keeps them."""
+        more = {
+            "max_iterations": last_iteration,
+            "iterations_done": self.state.iteration,
+            "selection": asdict(self.selection),
+            "prompts_sha256": self._prompts_sha256,
+            "base_sha256": self.learner.base_sha256,
+        }
+        return self.agent.settings(uses_lora=self.learner.policy.uses_lora) | more
+
+    def result(self, model_path: str | None = None, stopped_because: str | None = None) -> FinetuningResult:
+        """The result of the iterations done so far."""
+        return FinetuningResult(
+            model_name=self.agent.get_base_model(),
+            history=list(self.state.history),
+            total_time_sec=self.state.elapsed_seconds,
+            model_path=model_path,
+            stopped_because=stopped_because,
+            selection=self.selection,
+        )
+
+    def evaluate(self, prompts: Sequence[Prompt], moments: Mapping[str, RunningMoments], untrained: bool) -> Evaluation:
+        """What the policy makes of prompts; untrained it is its reference, which is then evaluated instead."""
+        learner, seed = self.learner, self.training.seed
+        return evaluate(
+            learner.policy, self.scorer, prompts, self.generation, learner.special, seed, moments, untrained
+        )
+
+    def evaluate_held_out(self, iterations_done: int) -> Evaluation:
+        """What the policy makes of the held-out prompts; rewards are normalised as the first time, so that all compare.
+
+        After 0 iterations the policy is its reference, so that this can be done at any time.
+        """
+        first = self.folder.read_evaluation(0) if iterations_done else None
+        moments = evaluation_moments(list_rewards(self.agent.get_reward_composer()), first)
+        evaluation = self.evaluate(self.prompts.held_out, moments, untrained=iterations_done == 0)
+        self.folder.write_evaluation(iterations_done, evaluation)
+        return evaluation
+
+    def check(self) -> None:
+        """Find before the model is loaded what would fail later, and warn of what is better known.
+
+        Raises:
+            KonicError: The run cannot begin.
+        """
+        if not self.weights_are_whole:
+            raise TrainingError(
+                "An error in an update left this engine's weights between two iterations. Make a new engine; with a "
+                "checkpoint, go on with train(resume_from_checkpoint=...)."
+            )
+        if self.training.kl_target is not None and self.agent.kl_penalty_weight == 0:
+            raise ConfigError("kl_target steers kl_penalty_weight by factors: start it above 0, such as 0.05.")
+        first = self.prompts.rows[0]
+        names = dict.fromkeys([*first.columns, *collect_columns([first])[0]])
+        self.agent.get_reward_composer().check_columns(names)
+        if self.generation.distribution_filters:
+            logger.warning(
+                "Sampling with %s draws from another distribution than the one trained: the ratio and the KL shown "
+                "describe the unfiltered policy.",
+                ", ".join(self.generation.distribution_filters),
+            )
+
+    @contextlib.contextmanager
+    def opened(
+        self, max_iterations: int, resume: bool | str | os.PathLike[str] | None, allow_changes: bool
+    ) -> Iterator[int]:
+        """Within it the folder of the run is locked and cut back to where the run goes on, and the model is loaded.
+
+        Gives the number of the last iteration to do.
+        """
+        checkpoint = checkpoint_to_resume(resume, self.checkpoint_dir) if resume is not True else None
+        self._folder = folder = self._choose_folder(checkpoint, resume is True)
+        with contextlib.ExitStack() as held:
+            held.callback(folder.take_back_if_unused)
+            folder.prepare()
+            held.enter_context(folder.locked())
+            if resume is True:
+                checkpoint = self._newest_checkpoint()
+            elif checkpoint is None and not self.state.iteration:
+                folder.require_no_run()
+            if checkpoint is not None:
+                self._load(checkpoint, max_iterations, allow_changes)
+            last = max_iterations if resume else self.state.iteration + max_iterations
+            device, composer = self.learner.policy.device, self.agent.get_reward_composer()
+            folder.write_run(self.settings(last), environment(device), composer)
+            yield last
+
+    def saver(
+        self, callbacks: Callbacks, last_iteration: int, save_every: int | None, save_total_limit: int | None
+    ) -> Saver:
+        """What writes the checkpoints and models of this run."""
+        return Saver(
+            folder=self.folder,
+            learner=self.learner,
+            state=self.state,
+            callbacks=callbacks,
+            settings=lambda: self.settings(last_iteration),
+            save_every=save_every,
+            save_total_limit=save_total_limit,
+            saved_iteration=self.state.iteration or None,
+        )
+
+    def finish(self, saver: Saver, last_iteration: int, stopped: str | None) -> FinetuningResult:
+        """Write the last checkpoint, the final and the best model; then evaluate the held-out prompts once more."""
+        final = self.folder.path / "final"
+        result = self.result(str(final), stopped)
+        with contextlib.suppress(KeyboardInterrupt), uninterrupted():
+            saver.final(result)
+        if self.prompts.held_out and stopped != INTERRUPTED:
+            with contextlib.suppress(KeyboardInterrupt):
+                before = self.folder.read_evaluation(0) or self.evaluate_held_out(0)
+                after = self.evaluate_held_out(self.state.iteration)
+                if before.prompts != after.prompts:  # it was of other data
+                    before = self.evaluate_held_out(0)
+                    after = self.evaluate_held_out(self.state.iteration)
+                result = replace(result, before=before, after=after)
+                write_card(self.learner, final, result, self.settings(last_iteration))
+        return result
+
+    def _choose_folder(self, checkpoint: Path | None, resumes_newest: bool) -> RunFolder:
+        """The folder that was named, or that of the checkpoint, or the one in use, or a new one."""
+        if resumes_newest and self.checkpoint_dir is None:
+            raise ConfigError("train(resume_from_checkpoint=True) needs checkpoint_dir, the run's folder.")
+        folder = self._folder
+        if folder is None or self.checkpoint_dir != self._folder_named:
+            given = checkpoint.parent if checkpoint is not None else None
+            folder = RunFolder.named(self.checkpoint_dir or given, self.agent.get_base_model())
+            self._folder_named = self.checkpoint_dir
+        if checkpoint is not None and checkpoint.parent != folder.path and folder.holds_a_run:
+            raise OutputError(f"{folder.path}: holds another run than {checkpoint}. Name another folder.")
+        return folder
+
+    def _newest_checkpoint(self) -> Path | None:
+        """The checkpoint to resume from, or None after emptying the folder of a run that ended before its first."""
+        if not self.folder.holds_no_checkpoint_yet or self.state.iteration:
+            return newest_checkpoint(self.folder.path)
+        logger.warning("%s: the run ended before its first checkpoint. It begins anew.", self.folder.path)
+        self.folder.go_back_to([])
+        return None
+
+    def _load(self, checkpoint: Path, max_iterations: int, allow_changes: bool) -> None:
+        """Put everything back as a checkpoint has it, and drop from the folder what came after."""
+        record, learner = read_record(checkpoint), self.learner
+        require_same_run(checkpoint, record, self.settings(max_iterations), learner.policy.device, allow_changes)
+        self.state = load_checkpoint(checkpoint, learner.policy, learner.optimizer)
+        self.folder.go_back_to(self.state.history)
+        if self.prompts.stream is not None:
+            start, num_rows = time.monotonic(), self.state.iteration * self.training.prompts_per_iteration
+            self.prompts.batch(num_rows, 0)
+            logger.warning("Read %d rows of the stream again: %.1f s.", num_rows, time.monotonic() - start)

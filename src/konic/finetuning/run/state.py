@@ -1,0 +1,93 @@
+"""Where a run stands, and what the next iteration takes from it: β, its place in the schedule, the best so far."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, get_origin, get_type_hints
+
+from torch import Tensor
+
+from konic.finetuning.config import TrainingConfig
+from konic.finetuning.learning.kl_controller import adapted_kl_weight
+from konic.finetuning.results.iteration import FinetuningIterationResult
+from konic.finetuning.results.summary import Selection
+from konic.finetuning.rewards.moments import RunningMoments
+
+
+@dataclass
+class TrainerState:
+    """Everything of a run but its weights. Random numbers and the position in the data follow from the iteration.
+
+    A field added here is saved and loaded with the others, if :meth:`to_dict` and :meth:`from_dict` can write it.
+    """
+
+    iteration: int = 0
+    """Iterations done."""
+    num_steps: int = 0
+    """Optimizer steps planned so far, those passed over among them: where the schedule of learning rates stands."""
+    elapsed_seconds: float = 0.0
+    history: list[FinetuningIterationResult] = field(default_factory=list)
+    best_weights: dict[str, Tensor] | None = field(default=None, repr=False)
+    """What learns, as it was when the best iteration sampled; on the CPU."""
+    reward_moments: dict[str, RunningMoments] = field(default_factory=dict)
+    """Of every part of the rewards that is normalised, over all samples so far."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field but the weights as JSON values."""
+        values = {name: getattr(self, name) for name in _FIELDS}
+        values["history"] = [result.to_dict() for result in self.history]
+        values["reward_moments"] = {name: asdict(moments) for name, moments in self.reward_moments.items()}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TrainerState":
+        """The state that :meth:`to_dict` made; what else is among the values is passed over.
+
+        Raises:
+            KeyError: A field is missing.
+            TypeError: A field is not of its kind.
+        """
+        given = {name: values[name] for name in _FIELDS}
+        for name, kind in _FIELDS.items():
+            if not isinstance(given[name], (int, float) if kind is float else kind):
+                raise TypeError(f"{name} is {type(given[name]).__name__}, not {kind.__name__}")
+        given["history"] = [FinetuningIterationResult.from_dict(result) for result in given["history"]]
+        given["reward_moments"] = {name: RunningMoments(**own) for name, own in given["reward_moments"].items()}
+        return cls(**given)
+
+    def is_best(self, reward: float, kl_per_response: float, selection: Selection) -> bool:
+        """True where a policy's mean reward is within the KL budget and above those of all before it."""
+        reward = selection.allowed(reward, kl_per_response)
+        before = (selection.reward(result) for result in self.history)
+        return not math.isnan(reward) and not any(earlier >= reward for earlier in before)
+
+    def kl_penalty_weight(self, start: float, config: TrainingConfig) -> float:
+        """β of the next iteration: as it was set, or steered to kl_target by the KL of the one before."""
+        moved = [result for result in self.history if result.iteration > config.value_warmup_iterations]
+        if config.kl_target is None or not moved or moved[-1].kl_penalty_weight == 0:
+            return start
+        last = moved[-1]
+        paid, size = last.kl_per_response, config.batch_size
+        return adapted_kl_weight(last.kl_penalty_weight, paid, config.kl_target, size, config.kl_horizon)
+
+    def add(
+        self,
+        result: FinetuningIterationResult,
+        num_steps: int,
+        elapsed_seconds: float,
+        reward_moments: dict[str, RunningMoments],
+        best_weights: dict[str, Tensor] | None,
+    ) -> None:
+        """Count an iteration as done."""
+        self.iteration = result.iteration
+        self.num_steps += num_steps
+        self.elapsed_seconds = elapsed_seconds
+        self.history.append(result)
+        self.reward_moments = reward_moments
+        self.best_weights = best_weights
+
+
+_FIELDS = {
+    name: get_origin(kind) or kind for name, kind in get_type_hints(TrainerState).items() if name != "best_weights"
+}
+"""What a checkpoint's record holds, with its kind; the weights stand in a file of their own."""

@@ -1,0 +1,216 @@
+"""Paths that a user names, and files and folders written whole: a name stands for something complete."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safetensors import SafetensorError
+
+from konic.finetuning.errors import ConfigError, KonicError, OutputError
+
+
+def as_path(value: Any, option: str, error: type[KonicError]) -> Path:
+    """An absolute path, `~` resolved; whether anything is there is not looked at.
+
+    Raises:
+        ConfigError: It is no path; the message names `option`.
+        KonicError: Of the kind given: no file can have that path.
+    """
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        raise ConfigError(f"{option} takes a path, got {value!r}.")
+    try:
+        path = Path(value).expanduser().absolute()
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, RuntimeError, ValueError) as problem:
+        raise error(
+            f"{option}={str(value)[:400]!r}: there can be no such file or folder: {_reason(problem)}."
+        ) from None
+    return path
+
+
+def unwritable(path: Path | str, problem: Exception) -> OutputError:
+    """The error of a file or folder that cannot be written, for the system's own reason."""
+    return OutputError(f"{path}: cannot be written: {_reason(problem)}.")
+
+
+def _reason(problem: Exception) -> Any:
+    number = getattr(problem, "errno", None)
+    return os.strerror(number) if number else problem
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill; on leaving without an error it takes its name, in place of an older one.
+
+    Raises:
+        OutputError: It cannot be written; an older folder is as it was.
+    """
+    try:
+        with _temporary_folder(folder) as temp_dir:
+            yield temp_dir
+            _sync_tree(temp_dir)
+            if folder.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+                os.replace(folder, old)
+                try:
+                    os.replace(temp_dir, folder)
+                except OSError:
+                    os.replace(old, folder)
+                    raise
+                shutil.rmtree(old)
+            else:
+                os.replace(temp_dir, folder)
+            sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(folder, error) from error
+
+
+@contextmanager
+def creating_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill; on leaving without an error it takes its name, unless another process was first.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    with _temporary_folder(folder) as temp_dir:
+        yield temp_dir
+        try:
+            _sync_tree(temp_dir)
+            if not folder.exists():
+                temp_dir.rename(folder)
+        except OSError as error:
+            raise unwritable(folder, error) from error
+
+
+@contextmanager
+def filling_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill; on leaving without an error its files go into `folder` one by one, beside what is there.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        with _temporary_folder(folder) as temp_dir:
+            yield temp_dir
+            _sync_tree(temp_dir)
+            folder.mkdir(exist_ok=True)
+            for file in _files(temp_dir):
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(temp_dir / file, folder / file)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(folder, error) from error
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A path to write to; on leaving without an error the file takes its name: there is the old one or the new one.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    temp_file = path.parent / f".{path.name}"
+    try:
+        try:
+            yield temp_file
+            sync(temp_file)
+            os.replace(temp_file, path)
+        finally:
+            with suppress(OSError):
+                temp_file.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as a whole.
+
+    Raises:
+        OutputError: It cannot be written; an older file is as it was.
+    """
+    with replacing_file(path) as temp_file:
+        temp_file.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _temporary_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside one; on leaving it is deleted, if it still has its own name."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temp_dir = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        temp_dir.chmod(0o755)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    try:
+        yield temp_dir
+    finally:
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        sync(file)
+    sync(folder)
+
+
+SEAL_FILE = "complete.json"
+
+
+def seal(folder: Path) -> None:
+    """Mark a folder as complete: a file, written last, with the size and SHA-256 of every other one but README.md.
+
+    That one is for people, who may add to it.
+    """
+    files = {path.as_posix(): _fingerprint(folder / path) for path in _files(folder) if path.name != "README.md"}
+    for name in files:
+        sync(folder / name)
+    (folder / SEAL_FILE).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+
+
+def find_corruption(folder: Path) -> str | None:
+    """What keeps a folder from being what :func:`seal` marked, or None where every byte is as it was."""
+    try:
+        files = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))["files"]
+        for name, fingerprint in files.items():
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or not (folder / path).is_file():
+                return f"{name} is missing"
+            if _fingerprint(folder / name) != fingerprint:
+                return f"{name} is not as it was written"
+    except FileNotFoundError:
+        return f"it was never finished: {SEAL_FILE} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{SEAL_FILE} cannot be read: {type(error).__name__}: {error}"
+    return None
+
+
+def discard(folder: Path) -> None:
+    """Delete a sealed folder; one that is deleted half is not taken for a whole one."""
+    (folder / SEAL_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def sync(path: Path) -> None:
+    """Return when a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Every file in a folder and those below it, relative to it."""
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def _fingerprint(path: Path) -> dict[str, str | int]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -1,0 +1,205 @@
+"""The loop, and what one iteration needs.
+
+prompts → rollout → rewards → advantages → update → result → callbacks → checkpoint
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from konic.finetuning.callbacks.composite import Callbacks
+from konic.finetuning.data.tokenization import PromptBatch, make_prompt_batch
+from konic.finetuning.errors import NotFiniteError
+from konic.finetuning.learning.estimators import Advantages, compute_advantages
+from konic.finetuning.learning.schedule import Schedule
+from konic.finetuning.learning.update import UpdateStats, update
+from konic.finetuning.models.value_head import shift_values
+from konic.finetuning.results.evaluation import Evaluation
+from konic.finetuning.results.intervals import mean
+from konic.finetuning.results.iteration import FinetuningIterationResult
+from konic.finetuning.rewards.scoring import Scores
+from konic.finetuning.rollout.local_sampler import LocalSampler
+from konic.finetuning.rollout.rollout import Rollout, rollout
+from konic.finetuning.rollout.sampler import RandomKey, Sampler
+from konic.finetuning.run.checkpoint import snapshot
+from konic.finetuning.run.checks import find_nonfinite, new_findings, require_some_steps, require_sound_rollout
+from konic.finetuning.run.measures import RunClock, StageClock, iteration_result
+from konic.finetuning.run.saving import Saver
+from konic.finetuning.run.session import Session
+from konic.finetuning.system.signals import SigtermHandler, uninterrupted
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Runs the iterations of a session up to `last_iteration`."""
+
+    def __init__(
+        self,
+        session: Session,
+        callbacks: Callbacks,
+        saver: Saver,
+        last_iteration: int,
+        sampler: Sampler | None = None,
+    ) -> None:
+        self._session, self._callbacks, self._saver = session, callbacks, saver
+        self._last_iteration = last_iteration
+        self._sampler = sampler or LocalSampler(session.learner.policy, session.learner.special)
+
+    def run(self, sigterm: SigtermHandler) -> str | None:
+        """Do the iterations that are left; why it ended before the last one, or None."""
+        session, callbacks, state = self._session, self._callbacks, self._session.state
+        clock = RunClock(state.elapsed_seconds, session.training.max_minutes)
+        for iteration in range(state.iteration + 1, self._last_iteration + 1):
+            sigterm.check()
+            callbacks.on_iteration_begin(iteration)
+            evaluation = self._evaluate_if_due(iteration)
+            stages = StageClock()
+
+            batch = self._next_prompts(iteration)
+            callbacks.on_generation_begin(list(batch.texts))
+
+            sampled = self._sample(batch, iteration)
+            stages.lap("generation")
+            callbacks.on_generation_end(list(batch.texts), sampled.texts)
+
+            scores = self._score(sampled)
+            stages.lap("reward")
+            callbacks.on_reward_computed(list(scores.rewards), {name: list(v) for name, v in scores.breakdown.items()})
+
+            shift = self._value_shift(scores)
+            sampled = replace(sampled, values=shift_values(sampled.values, sampled.response_mask, shift))
+            kl_weight = state.kl_penalty_weight(session.agent.kl_penalty_weight, session.training)
+            advantages = compute_advantages(sampled, scores, session.training, kl_weight)
+
+            with uninterrupted():  # Ctrl-C waits: an iteration counts as a whole or not at all
+                is_best = self._is_best(sampled, scores, evaluation)
+                best_weights = snapshot(session.learner.policy) if is_best else state.best_weights
+                stats = self._update(iteration, sampled, advantages, shift)
+                stages.lap("update")
+
+                result = self._check(
+                    iteration_result(iteration, sampled, scores, advantages, stats, kl_weight, stages, evaluation)
+                )
+                num_steps = session.training.steps_per_iteration
+                state.add(result, num_steps, clock.elapsed_seconds, scores.moments, best_weights)
+                session.folder.write_iteration(result, sampled, scores)
+                require_some_steps(state.history)
+                callbacks.on_iteration_end(result)
+                self._saver.after_iteration()
+
+            stopped = self._reason_to_stop(result, clock)
+            if stopped and iteration < self._last_iteration:
+                return stopped
+        return None
+
+    def _evaluate_if_due(self, iteration: int) -> Evaluation | None:
+        """What the policy that is to sample makes of the held-out prompts, every `eval_every` iterations."""
+        every = self._session.training.eval_every
+        if not self._session.prompts.held_out or not every or (iteration - 1) % every:
+            return None
+        return self._session.evaluate_held_out(self._session.state.iteration)
+
+    def _next_prompts(self, iteration: int) -> PromptBatch:
+        """The prompts of an iteration, each as often as it gets responses."""
+        config, learner = self._session.training, self._session.learner
+        count, repeats = config.prompts_per_iteration, config.responses_per_prompt
+        rows = self._session.prompts.batch((iteration - 1) * count, count)
+        chosen = [prompt for prompt in rows for _ in range(repeats)]
+        length = self._session.generation.max_prompt_length
+        return make_prompt_batch(chosen, learner.policy.tokenizer, length, learner.special.pad, learner.policy.device)
+
+    def _sample(self, batch: PromptBatch, iteration: int) -> Rollout:
+        config, learner = self._session.training, self._session.learner
+        sampled = rollout(
+            learner.policy,
+            self._sampler,
+            batch,
+            self._session.generation,
+            learner.special,
+            RandomKey(config.seed, iteration),
+            config.micro_batch_size,
+        )
+        if config.self_checks:
+            require_sound_rollout(sampled, iteration)
+        return sampled
+
+    def _score(self, sampled: Rollout) -> Scores:
+        """The rewards; marked as dropped where a number of the batch is not finite and on_nonfinite is "skip"."""
+        session = self._session
+        scores = session.scorer.score(sampled.records, session.state.reward_moments, learns=True)
+        session.scorer.require_few_faults(session.state.history, scores)
+        problem = find_nonfinite(sampled, scores, session.learner.policy)
+        if problem is None:
+            return scores
+        if session.training.on_nonfinite == "stop":
+            raise NotFiniteError(f"{problem} Nothing was updated.")
+        logger.warning("A batch is dropped (on_nonfinite='skip'): %s", problem)
+        return replace(scores, is_dropped=True, moments=session.state.reward_moments)
+
+    def _value_shift(self, scores: Scores) -> float:
+        """By how much the value head is raised at the first batch with a score; 0 at all others."""
+        config, state = self._session.training, self._session.state
+        has_started = any(result.num_unscored < result.num_samples for result in state.history)
+        if has_started or scores.is_dropped or not config.algorithm_row.learns_values:
+            return 0.0
+        return self._session.learner.policy.value_head.starting_shift(scores.valid_rewards())
+
+    def _is_best(self, sampled: Rollout, scores: Scores, evaluation: Evaluation | None) -> bool:
+        """True where the policy that sampled is the best so far: on held-out prompts with eval_every, else by batch."""
+        selection = self._session.selection
+        if scores.is_dropped:
+            return False
+        if not selection.on_held_out:
+            reward, kl = mean(scores.valid_rewards()), sampled.kl.sum(dim=1).mean().item()
+        elif evaluation is not None:
+            reward, kl = evaluation.reward_mean, mean(evaluation.kl_per_response)
+        else:
+            return False
+        return self._session.state.is_best(reward, kl, selection)
+
+    def _update(self, iteration: int, sampled: Rollout, advantages: Advantages, shift: float) -> UpdateStats:
+        learner, config = self._session.learner, self._session.training
+        schedule = Schedule(
+            first_step=self._session.state.num_steps,
+            total_steps=self._last_iteration * config.steps_per_iteration,
+            peak=config.peak_learning_rate(uses_lora=learner.policy.uses_lora),
+            train_policy=iteration > config.value_warmup_iterations,
+        )
+        with self._changing_weights(), learner.policy.value_head.shifted(shift):
+            stats = update(learner.policy, learner.optimizer, sampled, advantages, config, schedule)
+            if iteration == 1:
+                learner.policy.check_reference()
+        return stats
+
+    @contextlib.contextmanager
+    def _changing_weights(self) -> Iterator[None]:
+        """From its first optimizer step on the weights are between two iterations; an error then leaves them there."""
+        session = self._session
+
+        def mark(*_: Any) -> None:
+            session.weights_are_whole = False
+
+        hook = session.learner.optimizer.register_step_pre_hook(mark)
+        try:
+            yield
+        finally:
+            hook.remove()
+        session.weights_are_whole = True
+
+    def _check(self, result: FinetuningIterationResult) -> FinetuningIterationResult:
+        """The result with the names of what it shows for the first time, after a warning about each."""
+        session = self._session
+        if not session.training.self_checks:
+            return result
+        findings = new_findings([*session.state.history, result], session.training, session.generation)
+        for message in findings.values():
+            logger.warning("Iteration %d: %s", result.iteration, message)
+        return replace(result, checks=tuple(findings))
+
+    def _reason_to_stop(self, result: FinetuningIterationResult, clock: RunClock) -> str | None:
+        if self._callbacks.should_stop_early(result):
+            return f"a callback asked for it at iteration {result.iteration}"
+        return "max_minutes passed" if clock.time_is_up else None

@@ -1,0 +1,330 @@
+import inspect
+
+import pytest
+
+from konic.finetuning.callbacks.composite import Callbacks
+from konic.finetuning.callbacks.console import KonicFinetuningCallback, iteration_line
+from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
+from konic.finetuning.errors import ConfigError, printable
+from konic.finetuning.results.iteration import FinetuningIterationResult
+from konic.finetuning.results.summary import FinetuningResult
+
+CONFIG = {  # all that the contract promises
+    "model_name": "gpt2",
+    "use_lora": True,
+    "learning_rate": 5e-5,
+    "batch_size": 4,
+    "max_iterations": 50,
+    "kl_penalty_weight": 0.05,
+}
+BANNER = """\
+============================================================
+Starting RLHF Training
+============================================================
+Model: gpt2
+LoRA: True
+Learning Rate: 5e-05
+Batch Size: 4
+Max Iterations: 50
+============================================================
+
+"""
+FIRST_LINE = "[Iter    1] Reward:   0.423 (+/- 0.156) | KL: 0.0000 | Loss: 2.3451 | Time: 1.2s"
+SUMMARY_START = """\
+==================================================
+Finetuning Results Summary
+==================================================
+Model: gpt2
+Total Iterations: 50
+Best Reward: 0.7234 (iteration 47)
+Final Reward: 0.6870
+"""
+HOOKS = {
+    "on_train_begin": (CONFIG,),
+    "on_iteration_begin": (1,),
+    "on_generation_begin": (["p"],),
+    "on_generation_end": (["p"], ["r"]),
+    "on_reward_computed": ([1.0], {"a": [1.0]}),
+    "on_iteration_end": ("result",),
+    "on_checkpoint_saved": ("path", 1),
+    "on_train_end": ("result",),
+}
+
+
+def iteration(number=1, **values):
+    defaults = {
+        "reward_mean": 0.423, "reward_std": 0.156, "reward_min": 0.1, "reward_max": 0.7, "kl_divergence": 0.0,
+        "policy_loss": -0.01, "value_loss": 1.0, "entropy_loss": -2.0, "total_loss": 2.3451,
+        "response_length_mean": 20.0, "response_length_std": 3.0, "learning_rate": 5e-5, "clip_fraction": 0.1,
+        "approx_kl": 0.01, "explained_variance": 0.5, "reward_breakdown": {"a": 0.4}, "generation_time_sec": 0.7,
+        "reward_compute_time_sec": 0.1, "update_time_sec": 0.4, "total_time_sec": 1.2345,
+    }  # fmt: skip
+    return FinetuningIterationResult(iteration=number, **(defaults | values))
+
+
+def finished():
+    rewards = [0.5] * 46 + [0.7234, 0.6, 0.6, 0.687]
+    history = [iteration(number, reward_mean=reward) for number, reward in enumerate(rewards, start=1)]
+    return FinetuningResult("gpt2", history, 60.0, "runs/x/final")
+
+
+class Recorder(BaseKonicFinetuningCallback):
+    """Notes every hook that is called, in a list that several may share."""
+
+    def __init__(self, name, calls, stops=False):
+        self.name, self.calls, self.stops = name, calls, stops
+
+    def __getattribute__(self, hook):
+        if not hook.startswith("on_"):
+            return super().__getattribute__(hook)
+        return lambda *values: self.calls.append((self.name, hook, values))
+
+    def should_stop_early(self, result):
+        self.calls.append((self.name, "should_stop_early", (result,)))
+        return self.stops
+
+
+# --- what is printed ---
+
+
+def test_the_banner_is_the_contracts_and_needs_no_more_than_the_contracts_keys(capsys):
+    KonicFinetuningCallback().on_train_begin(CONFIG)
+    assert capsys.readouterr() == (BANNER, "")
+
+
+def test_further_settings_change_nothing_in_the_banner(capsys):
+    KonicFinetuningCallback().on_train_begin(CONFIG | {"gamma": 1.0, "rewards": ["a"], "iterations_done": 3})
+    assert capsys.readouterr().out == BANNER
+
+
+def test_an_iterations_line_is_the_contracts(capsys):
+    KonicFinetuningCallback().on_iteration_end(iteration())
+    assert capsys.readouterr() == (FIRST_LINE + "\n", "")
+
+
+def test_a_later_line_keeps_its_columns():
+    result = iteration(1234, reward_mean=-12.3456, reward_std=10.0, kl_divergence=1.23456, total_loss=-0.5)
+    line = iteration_line(result)
+    assert line == "[Iter 1234] Reward: -12.346 (+/- 10.000) | KL: 1.2346 | Loss: -0.5000 | Time: 1.2s"
+
+
+@pytest.mark.parametrize("kl", [-0.0, 0.0, 1e-9, -1e-9])
+def test_kl_is_never_printed_as_minus_zero(kl):
+    assert "| KL: 0.0000 |" in iteration_line(iteration(kl_divergence=kl))
+
+
+def test_an_iteration_without_any_reward_still_has_a_line():
+    assert "Reward:     nan" in iteration_line(iteration(reward_mean=float("nan")))
+
+
+def test_the_summary_block_is_the_contracts(capsys):
+    KonicFinetuningCallback().on_train_end(finished())
+    out, err = capsys.readouterr()
+    assert out.lstrip("\n").startswith(SUMMARY_START)
+    assert out.endswith("\n" + "=" * 50 + "\n")
+    assert err == ""
+
+
+@pytest.mark.parametrize(("interval", "printed"), [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [1, 3, 6]), (10, [1])])
+def test_log_interval_prints_the_first_and_every_so_many(capsys, interval, printed):
+    callback = KonicFinetuningCallback(log_interval=interval)
+    for number in range(1, 8):
+        callback.on_iteration_end(iteration(number))
+    assert [int(line[6:10]) for line in capsys.readouterr().out.splitlines()] == printed
+
+
+def whole_run(callback):
+    callback.on_train_begin(CONFIG)
+    callback.on_iteration_begin(1)
+    callback.on_generation_begin(["p0", "p1"])
+    callback.on_generation_end(["p0", "p1"], ["r0\n", "r1\x1b[31m"])
+    callback.on_reward_computed([0.5, float("nan")], {"a": [0.5, float("nan")]})
+    callback.on_iteration_end(iteration())
+    callback.should_stop_early(iteration())
+    callback.on_checkpoint_saved("runs/x/checkpoint-1", 1)
+    callback.on_train_end(finished())
+
+
+def test_not_verbose_prints_nothing(capsys):
+    whole_run(KonicFinetuningCallback(verbose=False, log_samples=True))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_whole_run_prints_banner_line_and_summary_and_nothing_on_standard_error(capsys):
+    whole_run(KonicFinetuningCallback())
+    out, err = capsys.readouterr()
+    assert out.startswith(BANNER + FIRST_LINE + "\n")
+    assert out.removeprefix(BANNER + FIRST_LINE).lstrip("\n").startswith(SUMMARY_START)
+    assert err == ""
+
+
+def test_samples_go_to_standard_error_with_their_rewards_and_without_control_characters(capsys):
+    whole_run(KonicFinetuningCallback(log_samples=True))
+    out, err = capsys.readouterr()
+    first, second = err.splitlines()
+    assert all(part in first for part in ("+0.500", "p0", "r0\\n"))
+    assert all(part in second for part in ("nan", "p1", "r1\\x1b[31m"))
+    assert "p0" not in out
+
+
+def test_at_most_so_many_samples_are_logged(capsys):
+    callback = KonicFinetuningCallback(log_samples=True, max_samples_to_log=2)
+    callback.on_generation_end([f"p{n}" for n in range(5)], ["r"] * 5)
+    callback.on_reward_computed([0.0] * 5, {})
+    err = capsys.readouterr().err
+    assert ["p0" in err, "p1" in err, "p2" in err] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain text, é and 漢字 and 😀!", "plain text, é and 漢字 and 😀!"),
+        ("a\nb\tc\r", "a\\nb\\tc\\r"),
+        ("\x1b[2J\x07\x00\x7f", "\\x1b[2J\\x07\\x00\\x7f"),
+        ("\x9b31m", "\\x9b31m"),  # the one-character form of ESC [
+        ("\u202eabc\u2066", "\\u202eabc\\u2066"),  # turns the direction of what follows
+        ("a\u2028b\u200bc", "a\\u2028b\\u200bc"),
+        ("\ud800", "\\ud800"),
+    ],
+)
+def test_printable_escapes_what_could_steer_a_terminal(text, shown):
+    assert printable(text) == shown
+
+
+def test_a_models_name_cannot_steer_a_terminal(capsys):
+    KonicFinetuningCallback().on_train_begin(CONFIG | {"model_name": "a\x1b[2J"})
+    assert "Model: a\\x1b[2J\n" in capsys.readouterr().out
+
+
+# --- early stopping ---
+
+
+@pytest.mark.parametrize(
+    ("patience", "kls", "stops"),
+    [
+        (1, [0.1, 0.3], [False, True]),
+        (2, [0.3, 0.3, 0.1], [False, True, False]),
+        (3, [0.3, 0.3, 0.1, 0.3, 0.3, 0.3], [False, False, False, False, False, True]),
+        (1, [0.2], [False]),  # at the threshold is not above it
+        (5, [9.0] * 5, [False] * 4 + [True]),
+    ],
+)
+def test_early_stopping_needs_so_many_iterations_in_a_row_above_the_threshold(patience, kls, stops):
+    callback = KonicFinetuningCallback(early_stop_kl_threshold=0.2, early_stop_patience=patience)
+    assert [callback.should_stop_early(iteration(kl_divergence=kl)) for kl in kls] == stops
+
+
+def test_the_count_of_iterations_above_starts_anew_with_each_run(capsys):
+    callback = KonicFinetuningCallback(early_stop_kl_threshold=0.2, early_stop_patience=2)
+    assert not callback.should_stop_early(iteration(kl_divergence=1.0))
+    callback.on_train_begin(CONFIG)
+    assert not callback.should_stop_early(iteration(kl_divergence=1.0))
+
+
+def test_without_a_threshold_nothing_stops_early():
+    callback = KonicFinetuningCallback(early_stop_patience=1)
+    assert not any(callback.should_stop_early(iteration(kl_divergence=kl)) for kl in (0.0, 1e9, float("inf")))
+
+
+@pytest.mark.parametrize("options", [{"log_interval": 0}, {"early_stop_patience": 0}])
+def test_counts_below_one_are_refused(options):
+    with pytest.raises(ConfigError, match="whole number of at least 1"):
+        KonicFinetuningCallback(**options)
+
+
+# --- several callbacks as one ---
+
+
+def test_the_base_class_has_every_hook_of_the_contract_and_does_nothing(capsys):
+    base = BaseKonicFinetuningCallback()
+    for hook, values in HOOKS.items():
+        assert getattr(base, hook)(*values) is None
+    assert base.should_stop_early("result") is False
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_options_are_those_of_the_contract_with_their_defaults():
+    parameters = inspect.signature(KonicFinetuningCallback).parameters
+    assert {name: parameter.default for name, parameter in parameters.items()} == {
+        "log_interval": 1, "log_samples": False, "max_samples_to_log": 3, "use_mlflow": False,
+        "early_stop_kl_threshold": None, "early_stop_patience": 5, "verbose": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_goes_to_every_callback_in_the_order_given(hook):
+    calls = []
+    silent = KonicFinetuningCallback(verbose=False)
+    values = {"on_iteration_end": (iteration(),), "on_train_end": (finished(),)}.get(hook, HOOKS[hook])
+    getattr(Callbacks([Recorder("a", calls), silent, Recorder("b", calls)]), hook)(*values)
+    assert calls == [("a", hook, values), ("b", hook, values)]
+
+
+@pytest.mark.parametrize("stops", [(False, False), (True, False), (False, True), (True, True)])
+def test_any_callback_may_stop_the_run_and_all_are_asked(stops):
+    calls = []
+    recorders = [Recorder(name, calls, stop) for name, stop in zip("ab", stops, strict=True)]
+    assert Callbacks(recorders).should_stop_early(iteration()) is any(stops)
+    assert [name for name, *_ in calls] == ["a", "b"]
+
+
+@pytest.mark.parametrize("given", [None, [], (), "recorder"])
+def test_a_printer_comes_first_where_none_is_given(capsys, given):
+    class Talker(BaseKonicFinetuningCallback):
+        def on_train_begin(self, config):
+            print("the user's own")
+
+    own = Talker() if given == "recorder" else given
+    Callbacks(own).on_train_begin(CONFIG)
+    assert capsys.readouterr().out == BANNER + ("the user's own\n" if given == "recorder" else "")
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_a_given_printer_is_the_only_one(capsys, as_list):
+    class Mine(KonicFinetuningCallback):
+        def on_iteration_end(self, result):
+            print("mine")
+
+    callbacks = Callbacks([Mine()] if as_list else Mine())
+    callbacks.on_train_begin(CONFIG)
+    callbacks.on_iteration_end(iteration())
+    assert capsys.readouterr().out == BANNER + "mine\n"
+
+
+def test_a_list_given_is_left_as_it_was():
+    given = [Recorder("a", [])]
+    Callbacks(given)
+    assert len(given) == 1
+
+
+@pytest.mark.parametrize("given", ["print", print, 3, [KonicFinetuningCallback(), None], object()])
+def test_what_is_no_callback_is_refused(given):
+    with pytest.raises(ConfigError, match="is not a BaseKonicFinetuningCallback"):
+        Callbacks(given)
+
+
+@pytest.mark.parametrize("given", [KonicFinetuningCallback, [KonicFinetuningCallback]])
+def test_a_class_in_place_of_a_callback_is_answered_with_how_to_make_one(given):
+    with pytest.raises(ConfigError, match=r"Give an instance: add \(\)"):
+        Callbacks(given)
+
+
+def test_every_hook_reaches_every_callback_in_order():
+    """Each hook of the base class is spelled out in the composite, or one added later would reach nobody."""
+    hooks = [name for name, member in vars(BaseKonicFinetuningCallback).items() if inspect.isfunction(member)]
+    assert len(hooks) == 10
+    assert not set(hooks) - vars(Callbacks).keys()
+    called = []
+
+    class Noted(KonicFinetuningCallback):
+        def __init__(self, name):
+            super().__init__(verbose=False)
+            self.name = name
+
+    for hook in hooks:
+        setattr(Noted, hook, lambda self, *values, hook=hook: called.append((self.name, hook, values)))
+    both = Callbacks([Noted("first"), Noted("second")])
+    for hook in hooks:
+        values = tuple(f"{hook} {name}" for name in list(inspect.signature(getattr(both, hook)).parameters))
+        getattr(both, hook)(*values)
+        assert called[-2:] == [("first", hook, values), ("second", hook, values)]

@@ -1,0 +1,482 @@
+import itertools
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from konic.finetuning.data.config import DatasetConfig, DatasetSource
+from konic.finetuning.data.prompts import Prompt, PromptSet, load_prompts, make_prompts
+from konic.finetuning.errors import ConfigError, DatasetError
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+
+
+def local(path, **options):
+    return load_prompts(DatasetConfig(source=DatasetSource.LOCAL, name=str(path), shuffle=False, **options))
+
+
+def memory(prompts, **options):
+    return load_prompts(DatasetConfig(source=DatasetSource.MEMORY, prompts=prompts, **options))
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8", newline="")
+    return path
+
+
+def contents(prompts):
+    return [prompt.content for prompt in prompts]
+
+
+def complaint(load, *args, **options):
+    with pytest.raises(DatasetError) as error:
+        load(*args, **options)
+    return str(error.value)
+
+
+# --- local files ---
+
+
+def test_csv_keeps_quotes_and_newlines_in_a_prompt_and_the_types_of_other_columns(tmp_path):
+    text = 'prompt,label,score,note\n"She said ""go"", then\nleft",3,0.5,a\nplain,-1,2.25,b\n'
+    rows = local(write(tmp_path / "data.csv", text)).rows
+    assert contents(rows) == ['She said "go", then\nleft', "plain"]
+    assert [row.columns for row in rows] == [
+        {"label": 3, "score": 0.5, "note": "a"},
+        {"label": -1, "score": 2.25, "note": "b"},
+    ]
+    assert [type(row.columns["label"]) for row in rows] == [int, int]
+
+
+def test_a_large_csv_may_have_newlines_anywhere(tmp_path):
+    """Above a mebibyte it is read in blocks, whose ends must not fall at a newline inside quotes."""
+    prompts = [f"{n}\n{'x' * 400}\n{'y' * 400}" for n in range(3000)]
+    path = write(tmp_path / "data.csv", "".join(["prompt\n", *(f'"{prompt}"\n' for prompt in prompts)]))
+    assert contents(local(path).rows) == prompts
+
+
+def test_json_is_a_list_of_rows_or_of_plain_strings(tmp_path):
+    rows = local(write(tmp_path / "a.json", json.dumps([{"prompt": "é", "tags": ["x"]}, {"prompt": "b"}]))).rows
+    assert contents(rows) == ["é", "b"]
+    assert rows[0].columns == {"tags": ["x"]}
+    assert contents(local(write(tmp_path / "b.json", '["one", "two"]')).rows) == ["one", "two"]
+
+
+def test_json_that_is_not_a_list_says_so(tmp_path):
+    assert "top level is a dict" in complaint(local, write(tmp_path / "a.json", '{"prompt": ["a"]}'))
+
+
+def test_jsonl_is_a_row_a_line_and_blank_lines_are_none(tmp_path):
+    text = '{"prompt": "a", "n": 1}\n\n{"prompt": "b\\nc", "n": 2}\n'
+    rows = local(write(tmp_path / "data.jsonl", text)).rows
+    assert [(row.row, row.content, row.columns) for row in rows] == [(0, "a", {"n": 1}), (1, "b\nc", {"n": 2})]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_jsonl_lines_end_at_newlines_only(tmp_path, separator):
+    """JSON allows these characters inside a string, and json.dumps(..., ensure_ascii=False) writes them as they are."""
+    prompts = [f"one{separator}two", "three"]
+    text = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts)
+    assert contents(local(write(tmp_path / "data.jsonl", text)).rows) == prompts
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0c"])
+def test_txt_lines_end_at_newlines_only(tmp_path, separator):
+    prompts = [f"one{separator}two", "three"]
+    assert contents(local(write(tmp_path / "data.txt", "\n".join(prompts) + "\n")).rows) == prompts
+
+
+def test_jsonl_with_windows_line_ends_and_a_byte_order_mark(tmp_path):
+    text = '\ufeff{"prompt": "a"}\r\n{"prompt": "b"}\r\n'
+    assert contents(local(write(tmp_path / "data.jsonl", text)).rows) == ["a", "b"]
+
+
+def test_a_bad_jsonl_line_is_named_by_its_number(tmp_path):
+    path = write(tmp_path / "data.jsonl", '{"prompt": "a"}\n\n{"prompt": \n{"prompt": "b"}\n')
+    message = complaint(local, path)
+    assert "line 3:" in message
+    assert str(path) in message
+
+
+def test_parquet_keeps_types_and_nested_columns(tmp_path):
+    table = pa.table({"prompt": ["a", "b"], "label": pa.array([1, None], pa.int8()), "chat": [CHAT, CHAT]})
+    pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
+    rows = local(tmp_path / "data.parquet").rows
+    assert [row.columns for row in rows] == [{"label": 1, "chat": CHAT}, {"label": None, "chat": CHAT}]
+    assert contents(local(tmp_path / "data.parquet", prompt_column="chat").rows) == [CHAT, CHAT]
+
+
+def test_txt_is_one_prompt_a_line_in_column_text(tmp_path):
+    path = write(tmp_path / "data.txt", 'first, "quoted"\nsecond line\r\nthird')
+    expected = ['first, "quoted"', "second line", "third"]
+    assert contents(local(path).rows) == expected
+    assert contents(local(path, prompt_column="text").rows) == expected
+
+
+def test_txt_has_no_other_column(tmp_path):
+    message = complaint(local, write(tmp_path / "data.txt", "a\n"), prompt_column="txt")
+    assert "no column 'txt'. Did you mean 'text'?" in message
+
+
+def test_a_folder_of_one_kind_is_read_in_the_order_of_its_names(tmp_path):
+    for name, prompt in (("b.jsonl", "two"), ("a.jsonl", "one"), ("c.jsonl", "three")):
+        write(tmp_path / name, json.dumps({"prompt": prompt, "file": name}) + "\n")
+    write(tmp_path / ".hidden", "not data")
+    rows = local(tmp_path).rows
+    assert [(row.row, row.content, row.columns["file"]) for row in rows] == [
+        (0, "one", "a.jsonl"),
+        (1, "two", "b.jsonl"),
+        (2, "three", "c.jsonl"),
+    ]
+
+
+def test_a_folder_of_several_kinds_is_refused_with_what_was_found(tmp_path):
+    write(tmp_path / "a.csv", "prompt\nx\n")
+    write(tmp_path / "b.txt", "x\n")
+    message = complaint(local, tmp_path)
+    assert "expected one kind of file" in message
+    assert message.endswith("found .csv, .txt.")
+
+
+@pytest.mark.parametrize("name", ["nowhere.csv", "empty_folder", "notes.docx"])
+def test_what_cannot_be_a_dataset_is_refused_by_name(tmp_path, name):
+    if name == "empty_folder":
+        (tmp_path / name).mkdir()
+    elif name == "notes.docx":
+        write(tmp_path / name, "x")
+    assert name in complaint(local, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("a.csv", b""), ("a.json", b"[1,"), ("a.jsonl", b"\xff\xfe\n"), ("a.parquet", b"PAR1"), ("a.txt", b"\xff\n")],
+)
+def test_a_damaged_file_is_refused_with_its_name_and_kind(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    message = complaint(local, tmp_path / name)
+    assert name in message
+    assert f"cannot be read as {name[2:]}" in message
+    assert message.endswith(("Save it as UTF-8.", "Mend it, or give it the ending of what it is."))
+
+
+def test_text_that_is_not_utf_8_and_a_file_that_is_not_there_are_told_with_what_to_do(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"prompt\nab\xff\xfec\n")
+    assert complaint(local, tmp_path / "a.csv").endswith("Save it as UTF-8.")
+    assert str(Path("gone.csv").absolute()) in complaint(local, "gone.csv")
+
+
+def test_a_capital_suffix_is_the_same_kind(tmp_path):
+    assert contents(local(write(tmp_path / "DATA.CSV", "prompt\na\n")).rows) == ["a"]
+
+
+# --- in memory, and bundled ---
+
+
+def test_memory_takes_strings_dicts_and_chats():
+    prompts = ["plain", {"prompt": "with", "label": 1}, CHAT, {"prompt": CHAT, "label": 2}]
+    rows = memory(prompts, shuffle=False).rows
+    assert [(row.row, row.content, row.columns) for row in rows] == [
+        (0, "plain", {}),
+        (1, "with", {"label": 1}),
+        (2, CHAT, {}),
+        (3, CHAT, {"label": 2}),
+    ]
+    assert [row.text for row in rows] == ["plain", "with", "Hello", "Hello"]
+
+
+def test_given_prompts_need_no_source_and_are_left_as_they_were():
+    row = {"prompt": "a", "label": 1}
+    assert load_prompts(DatasetConfig(prompts=[row])).rows == [Prompt(0, "a", {"label": 1})]
+    assert row == {"prompt": "a", "label": 1}
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"source": "memory"}, "needs prompts"),
+        ({"source": "bundled", "prompts": ["a"]}, "goes with source=MEMORY"),
+        ({"source": "local"}, "needs name="),
+        ({"source": "bundled", "split": "test"}, "train, held_out"),
+        ({"source": "hdfs"}, "source"),
+        ({"prompts": "one string"}, "prompts"),
+    ],
+)
+def test_a_source_at_odds_with_the_rest_is_refused(values, told):
+    with pytest.raises(ConfigError, match=told):
+        DatasetConfig(**values)
+
+
+def test_bundled_prompts_are_the_default_with_their_own_held_out_split():
+    prompts = load_prompts(DatasetConfig(held_out=5))
+    lines = {
+        split: files("konic.finetuning.data")
+        .joinpath("bundled", f"movie_reviews_{split}.txt")
+        .read_text(encoding="utf-8")
+        .splitlines()
+        for split in ("train", "held_out")
+    }
+    assert sorted(contents(prompts.rows)) == sorted(lines["train"])
+    assert contents(prompts.held_out) == lines["held_out"][:5]
+    assert contents(load_prompts(DatasetConfig(split="held_out", shuffle=False)).rows) == lines["held_out"]
+
+
+def word_runs(prompts, length):
+    runs = {}
+    for prompt in prompts:
+        words = re.findall(r"[a-z']+", prompt.lower())
+        for start in range(len(words) - length + 1):
+            runs.setdefault(tuple(words[start : start + length]), set()).add(prompt)
+    return runs
+
+
+def test_bundled_splits_are_large_distinct_and_share_no_run_of_five_words():
+    train, held_out = (
+        files("konic.finetuning.data").joinpath("bundled", name).read_text(encoding="utf-8").splitlines()
+        for name in ("movie_reviews_train.txt", "movie_reviews_held_out.txt")
+    )
+    assert len(train) >= 400
+    assert len(held_out) >= 50
+    assert len(set(train + held_out)) == len(train) + len(held_out)
+    assert all(line == line.strip() and line for line in train + held_out)
+    repeated = {run: prompts for run, prompts in word_runs(train + held_out, 5).items() if len(prompts) > 1}
+    assert not repeated
+
+
+# --- rows that cannot be prompts ---
+
+
+def test_a_missing_column_is_told_with_those_there_are_and_the_nearest():
+    message = complaint(memory, [{"promt": "a", "label": 1}])
+    assert "row 0 has no column 'prompt'. Did you mean 'promt'?" in message
+    assert "'promt', 'label'" in message
+    assert "prompt_column" in message
+
+
+def test_a_column_missing_from_a_later_row_is_told_with_its_number():
+    assert "row 1 has no column" in complaint(memory, [{"prompt": "a"}, {"text": "b"}])
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("", "empty"),
+        (" \n\t", "empty"),
+        (None, "missing"),
+        (float("nan"), "missing"),
+        (3, "int, not text"),
+        (b"bytes", "bytes, not text"),
+        ([], "no messages"),
+        (["text"], "without role and content"),
+        ([{"role": "user"}], "without role and content"),
+        ([{"role": "user", "content": None}], "content is not text"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "not the user's"),
+        ([{"role": "user", "content": "  "}], "the last message is empty"),
+    ],
+)
+def test_a_row_that_cannot_be_a_prompt_is_named_by_number_with_why(content, problem):
+    rows = [{"prompt": "good"}, {"prompt": content}, {"prompt": "good"}]
+    message = complaint(memory, rows)
+    assert "1 of 3 prompts in column 'prompt'" in message
+    assert re.search(rf"row 1 \([^)]*{problem}", message)
+
+
+def test_many_bad_rows_are_counted_and_the_first_ten_named():
+    message = complaint(make_prompts, ["good", *[""] * 25], DatasetConfig(), "Here")
+    assert message.startswith("Here: 25 of 26 prompts")
+    assert re.findall(r"row (\d+)", message) == [str(number) for number in range(1, 11)]
+    assert message.endswith("and 15 more.")
+
+
+def test_empty_cells_of_a_csv_are_named(tmp_path):
+    message = complaint(local, write(tmp_path / "a.csv", 'prompt,label\na,1\n"",2\nb,3\n'))
+    assert "row 1 (empty)" in message
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl", "a.txt"])
+def test_a_file_without_rows_is_refused(tmp_path, name):
+    text = {"a.csv": "prompt\n", "a.json": "[]"}.get(name, "")
+    message = complaint(local, write(tmp_path / name, text))
+    assert name in message
+    assert "no rows" in message
+
+
+def test_no_prompts_in_memory_are_refused():
+    assert "no rows" in complaint(memory, [])
+
+
+# --- selection ---
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_held_out_prompts_are_disjoint_from_the_rest_and_fixed(shuffle):
+    texts = [f"p{n}" for n in range(20)]
+    first, again = (memory(texts, held_out=6, shuffle=shuffle) for _ in range(2))
+    assert len(first.held_out) == 6
+    assert sorted(contents([*first.rows, *first.held_out])) == sorted(texts)
+    assert first.held_out == again.held_out
+    seen = {prompt.row for prompt in first.batch(0, 14 * 5)}
+    assert seen == {prompt.row for prompt in first.rows}
+
+
+def test_another_seed_holds_out_others():
+    texts = [f"p{n}" for n in range(50)]
+    one, other = (set(contents(memory(texts, held_out=10, shuffle_seed=seed).held_out)) for seed in (1, 2))
+    assert one != other
+
+
+@pytest.mark.parametrize("held_out", [3, 4])
+def test_at_least_one_row_is_left_to_learn_on(held_out):
+    assert "at most 2 rows can be held out" in complaint(memory, ["a", "b", "c"], held_out=held_out)
+
+
+def test_max_samples_are_drawn_at_random_where_rows_are_shuffled_and_the_first_where_not():
+    texts = [f"p{n}" for n in range(100)]
+    drawn = memory(texts, max_samples=10).rows
+    assert len({row.row for row in drawn}) == 10
+    assert [row.content for row in drawn] == [texts[row.row] for row in drawn]
+    assert sorted(row.row for row in drawn) != list(range(10))
+    assert drawn == memory(texts, max_samples=10).rows
+    assert contents(memory(texts, max_samples=10, shuffle=False).rows) == texts[:10]
+
+
+def test_max_samples_counts_the_held_out_rows():
+    prompts = memory([f"p{n}" for n in range(100)], max_samples=10, held_out=4)
+    assert (len(prompts.rows), len(prompts.held_out)) == (6, 4)
+
+
+# --- order ---
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 12), st.integers(1, 15), st.integers(0, 2**63 - 1))
+def test_no_prompt_comes_again_before_all_have_come(num_rows, batch_size, seed):
+    prompts = memory([f"p{n}" for n in range(num_rows)], shuffle_seed=seed)
+    batches = [prompts.batch(start, batch_size) for start in range(0, 4 * num_rows, batch_size)]
+    order = [prompt.row for batch in batches for prompt in batch]
+    for start in range(0, len(order) - num_rows + 1, num_rows):
+        assert sorted(order[start : start + num_rows]) == list(range(num_rows))
+
+
+def test_every_pass_is_another_order():
+    prompts = memory([f"p{n}" for n in range(30)])
+    passes = [tuple(contents(prompts.batch(30 * n, 30))) for n in range(5)]
+    assert len(set(passes)) == 5
+
+
+def test_a_batch_may_straddle_two_passes_and_batches_do_not_depend_on_their_size():
+    prompts = memory([f"p{n}" for n in range(7)])
+    whole = prompts.batch(0, 21)
+    assert prompts.batch(5, 4) == whole[5:9]
+    assert list(itertools.chain(*(prompts.batch(start, 3) for start in range(0, 21, 3)))) == whole
+
+
+def test_without_shuffle_the_order_is_the_datasets_in_every_pass():
+    prompts = memory(["a", "b", "c"], shuffle=False)
+    assert contents(prompts.batch(0, 7)) == ["a", "b", "c", "a", "b", "c", "a"]
+
+
+def test_the_seed_alone_decides_the_order():
+    texts = [f"p{n}" for n in range(30)]
+    first = contents(memory(texts, shuffle_seed=5).batch(0, 90))
+    assert contents(memory(texts, shuffle_seed=5).batch(0, 90)) == first
+    assert contents(memory(texts, shuffle_seed=6).batch(0, 90)) != first
+
+
+def test_two_seeds_order_the_same_rows_differently():
+    rows = make_prompts([f"p{n}" for n in range(30)], DatasetConfig(), "test")
+    one, other = (PromptSet(rows, [], shuffle=True, shuffle_seed=seed).batch(0, 30) for seed in (1, 2))
+    assert one != other
+    assert sorted(contents(one)) == sorted(contents(other))
+
+
+def test_a_prompt_keeps_its_row_and_columns_wherever_it_comes():
+    texts = [{"prompt": f"p{n}", "label": n * n, "n": n} for n in range(20)]
+    for prompt in memory(texts).batch(0, 50):
+        assert prompt == Prompt(prompt.row, f"p{prompt.row}", {"label": prompt.row**2, "n": prompt.row})
+
+
+def test_training_on_the_prompts_held_out_is_refused():
+    with pytest.raises(ConfigError, match="train on the very prompts"):
+        DatasetConfig(source=DatasetSource.BUNDLED, split="held_out", held_out=4)
+
+
+def test_a_csv_prompt_that_looks_like_a_number_stays_text(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,answer\n007,1\n42,2\n")
+    prompts = load_prompts(DatasetConfig(source="local", name=str(tmp_path / "p.csv"), shuffle=False)).rows
+    assert [prompt.content for prompt in prompts] == ["007", "42"]
+    assert [prompt.columns["answer"] for prompt in prompts] == [1, 2]
+
+
+def test_a_csv_with_two_columns_of_one_name_is_refused(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,prompt\na,b\n")
+    with pytest.raises(DatasetError, match="more than one column is named 'prompt'"):
+        load_prompts(DatasetConfig(source="local", name=str(tmp_path / "p.csv")))
+
+
+CHAT = [{"role": "user", "content": "Hello"}]
+
+
+def test_a_system_prompt_goes_before_chats_that_have_none():
+    own = [{"role": "system", "content": "Mine."}, *CHAT]
+    rows = load_prompts(DatasetConfig(prompts=[CHAT, own], system_prompt="Be kind.", shuffle=False)).rows
+    assert rows[0].content == [{"role": "system", "content": "Be kind."}, *CHAT]
+    assert rows[1].content == own
+    assert [row.text for row in rows] == ["Hello", "Hello"]
+    assert CHAT == [{"role": "user", "content": "Hello"}]
+
+
+def test_plain_strings_never_get_a_system_prompt():
+    with pytest.raises(DatasetError, match=r"row 0 \(plain text: system_prompt goes with chat messages"):
+        load_prompts(DatasetConfig(prompts=["Hello"], system_prompt="Be kind."))
+
+
+def test_a_template_makes_text_of_a_rows_columns_and_leaves_them_to_the_rewards(tmp_path):
+    (tmp_path / "r.csv").write_text("title,text\nUp,fine\nDown,dull\n")
+    config = DatasetConfig(name=str(tmp_path / "r.csv"), prompt_template="{title} - Review: {text}", shuffle=False)
+    assert config.source is DatasetSource.LOCAL
+    rows = load_prompts(config).rows
+    assert [row.content for row in rows] == ["Up - Review: fine", "Down - Review: dull"]
+    assert rows[1].columns == {"title": "Down", "text": "dull"}
+
+
+@pytest.mark.parametrize("template", ["no columns", "{}", "{text.__class__}", "{0}", "{text", "{a b}"])
+def test_a_template_must_name_columns(template):
+    with pytest.raises(ConfigError, match="prompt_template="):
+        DatasetConfig(prompts=["x"], prompt_template=template)
+
+
+def test_a_template_and_a_system_prompt_exclude_each_other():
+    with pytest.raises(ConfigError, match="give one"):
+        DatasetConfig(prompts=["x"], prompt_template="{text}", system_prompt="s")
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ({"name": "imdb"}, DatasetSource.HUGGINGFACE),
+        ({"prompts": ["a"]}, DatasetSource.MEMORY),
+        ({}, DatasetSource.BUNDLED),
+        ({"source": "bundled", "name": "x"}, "goes with source=HUGGINGFACE or LOCAL"),
+        ({"source": "huggingface"}, "needs name="),
+        ({"prompts": ["a"], "streaming": True}, "streaming goes with source=HUGGINGFACE"),
+        ({"prompts": ["a"], "subset": "s"}, "subset goes with source=HUGGINGFACE"),
+        ({"prompts": ["a"], "split": "test"}, "split='test' goes with"),
+    ],
+)
+def test_the_source_follows_from_what_is_given_and_nothing_is_ignored(settings, told):
+    if isinstance(told, DatasetSource):
+        assert DatasetConfig(**settings).source is told
+    else:
+        with pytest.raises(ConfigError, match=told):
+            DatasetConfig(**settings)
+
+
+def test_a_token_is_shown_nowhere():
+    config = DatasetConfig(name="imdb", token="hf_secret")
+    assert "hf_secret" not in repr(config)

@@ -1,0 +1,103 @@
+import pytest
+import torch
+
+from conftest import byte_tokenizer
+from konic.finetuning.data.config import DatasetConfig
+from konic.finetuning.data.prompts import Prompt, make_prompts
+from konic.finetuning.data.tokenization import encode_prompt, make_prompt_batch
+from konic.finetuning.errors import ConfigError, DatasetError, ModelError
+from konic.finetuning.models.positions import position_ids
+
+CPU = torch.device("cpu")
+
+
+def test_prompts_are_padded_on_the_left_under_a_mask_from_lengths():
+    tokenizer = byte_tokenizer("gpt2")
+    batch = make_prompt_batch(make_prompts(["abc", "z"], DatasetConfig(), "test"), tokenizer, 16, 0, CPU)
+    a, b, c, z = tokenizer("abcz").input_ids
+    assert batch.ids.tolist() == [[a, b, c], [0, 0, z]]
+    assert batch.mask.tolist() == [[True, True, True], [False, False, True]]
+    assert batch.texts == ["abc", "z"]
+
+
+def test_a_pad_token_inside_a_prompt_still_counts():
+    tokenizer = byte_tokenizer("gpt2")  # its pad token is its EOS
+    batch = make_prompt_batch(make_prompts(["a<eos>b"], DatasetConfig(), "test"), tokenizer, 16, 0, CPU)
+    assert 0 in batch.ids[0].tolist()
+    assert batch.mask.all()
+
+
+def test_long_prompts_keep_their_end_and_rewards_see_what_the_model_saw():
+    tokenizer = byte_tokenizer("gpt2")
+    ids, text = encode_prompt(Prompt(0, "abcdefgh"), tokenizer, 3)
+    assert text == "fgh"
+    assert ids == tokenizer("fgh").input_ids
+
+
+def test_a_bos_token_survives_the_cut():
+    tokenizer = byte_tokenizer("llama")
+    ids, text = encode_prompt(Prompt(0, "abcdefgh"), tokenizer, 4)
+    assert ids == tokenizer("fgh").input_ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert text == "fgh"
+
+
+def test_positions_count_the_tokens_before():
+    mask = torch.tensor([[True, True, True, True], [False, False, True, True], [False, True, True, False]])
+    assert position_ids(mask).tolist() == [[0, 1, 2, 3], [0, 0, 0, 1], [0, 0, 1, 2]]
+
+
+CHAT = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "hello there my friend"},
+]
+
+
+def test_messages_go_through_the_chat_template_and_strings_do_not():
+    tokenizer = byte_tokenizer("llama")
+    ids, text = encode_prompt(Prompt(0, CHAT), tokenizer, 100)
+    assert tokenizer.decode(ids) == "[system]be kind[user]hello there my friend[assistant]"
+    assert text == "hello there my friend"
+    plain, _ = encode_prompt(Prompt(0, "hello"), tokenizer, 100)
+    assert tokenizer.decode(plain) == "<bos>hello"
+
+
+def test_only_the_last_user_message_is_shortened_from_its_start():
+    tokenizer = byte_tokenizer("llama")
+    ids, text = encode_prompt(Prompt(0, CHAT), tokenizer, 40)
+    assert len(ids) == 40
+    assert tokenizer.decode(ids) == f"[system]be kind[user]{text}[assistant]"
+    assert CHAT[1]["content"].endswith(text)
+    assert text
+
+
+def test_messages_that_cannot_fit_name_their_row():
+    with pytest.raises(
+        DatasetError, match=r"Row 5: the messages before the last one take 3. tokens.*Raise max_prompt_"
+    ):
+        encode_prompt(Prompt(5, CHAT), byte_tokenizer("llama"), 20)
+
+
+def test_messages_need_a_chat_template():
+    with pytest.raises(ModelError, match="Row 3 holds chat messages, but the model's tokenizer has no chat template"):
+        encode_prompt(Prompt(3, CHAT), byte_tokenizer("gpt2"), 100)
+
+
+def test_a_prompt_without_tokens_names_its_row():
+    with pytest.raises(DatasetError, match="Row 2: the tokenizer makes no tokens"):
+        encode_prompt(Prompt(2, ""), byte_tokenizer("gpt2"), 10)
+
+
+@pytest.mark.parametrize("text", ["😀" * 20, "中" * 30, "é" * 40])
+def test_a_cut_through_a_character_ends_and_leaves_no_half_of_it(text):
+    tokenizer = byte_tokenizer("llama")
+    for length in range(30, 60):
+        ids, kept = encode_prompt(Prompt(0, [{"role": "user", "content": text}]), tokenizer, length)
+        assert len(ids) <= length
+        assert text.endswith(kept)
+        assert text.endswith(encode_prompt(Prompt(0, text), tokenizer, length)[1])
+
+
+def test_no_prompts_are_one_error():
+    with pytest.raises(ConfigError, match="no prompts to respond to"):
+        make_prompt_batch([], byte_tokenizer("gpt2"), 10, 0, CPU)

@@ -1,0 +1,41 @@
+"""The adaptive price of KL, worked by hand and as a closed loop."""
+
+import math
+
+import pytest
+
+from konic.finetuning.learning.kl_controller import adapted_kl_weight
+
+
+@pytest.mark.parametrize(
+    ("paid", "expected"),
+    [
+        (4.0, 0.05),  # on target
+        (4.4, 0.05 * (1 + 0.1 * 16 / 100)),
+        (4.8, 0.05 * (1 + 0.2 * 16 / 100)),  # the clip's corner
+        (40.0, 0.05 * (1 + 0.2 * 16 / 100)),
+        (3.6, 0.05 * (1 - 0.1 * 16 / 100)),
+        (0.0, 0.05 * (1 - 0.2 * 16 / 100)),
+    ],
+)
+def test_the_adaptive_weight_worked_by_hand(paid, expected):
+    assert adapted_kl_weight(0.05, paid, target=4.0, num_responses=16, horizon=100) == pytest.approx(expected)
+
+
+def test_a_batch_beyond_the_horizon_never_turns_the_weight_negative():
+    assert adapted_kl_weight(0.05, 0.0, 4.0, num_responses=10_000, horizon=10) == pytest.approx(0.05 * 0.8)
+
+
+def test_over_one_horizon_the_weight_changes_by_at_most_e_to_the_fifth():
+    weight = 1.0
+    for _ in range(100):
+        weight = adapted_kl_weight(weight, 1e9, 1.0, num_responses=1, horizon=100)
+    assert 0.99 * math.exp(0.2) < weight <= math.exp(0.2)
+
+
+@pytest.mark.parametrize("start", [0.001, 0.05, 10.0])
+def test_a_policy_whose_kl_falls_with_its_price_is_steered_to_the_target(start):
+    weight = start
+    for _ in range(600):
+        weight = adapted_kl_weight(weight, 1.0 / weight, target=4.0, num_responses=16, horizon=100)
+    assert weight == pytest.approx(0.25, rel=1e-3)

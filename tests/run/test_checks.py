@@ -1,0 +1,121 @@
+"""Self-checks: each fires on what it is for, once, and stays silent on a healthy run."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from test_measures import hand_made
+
+from konic.finetuning.config import GenerationConfig, TrainingConfig
+from konic.finetuning.errors import TrainingError
+from konic.finetuning.results.iteration import FinetuningIterationResult
+from konic.finetuning.run.checks import FINDINGS, new_findings, require_sound_rollout
+
+
+def iteration(**values):
+    """A healthy iteration."""
+    healthy = FinetuningIterationResult(
+        iteration=1, reward_mean=0.5, reward_std=0.3, reward_min=0.0, reward_max=1.0, kl_divergence=0.01,
+        policy_loss=0.0, value_loss=0.0, entropy_loss=-2.0, total_loss=0.0, response_length_mean=20.0,
+        response_length_std=5.0, learning_rate=1e-3, clip_fraction=0.1, approx_kl=0.01, explained_variance=0.1,
+        reward_breakdown={}, generation_time_sec=1.0, reward_compute_time_sec=0.0, update_time_sec=1.0,
+        total_time_sec=2.0, kl_per_response=0.2, entropy=2.0, ended_fraction=0.5, num_samples=8,
+    )  # fmt: skip
+    return replace(healthy, **values)
+
+
+GROUPS = TrainingConfig(algorithm="grpo", batch_size=8)
+BUDGET = TrainingConfig(kl_budget=5.0)
+PPO = TrainingConfig()
+HEALTHY = [iteration()] * 5
+CASES = {
+    "constant_reward": (PPO, [iteration(reward_std=0.0)] * 3),
+    "equal_groups": (GROUPS, [iteration(no_signal_fraction=0.95)] * 3),
+    "never_ends": (PPO, [iteration(ended_fraction=0.0)] * 4),
+    "stopped_ending": (PPO, [*HEALTHY, *[iteration(ended_fraction=0.0)] * 3]),
+    "empty_responses": (PPO, [*HEALTHY, *[iteration(response_length_mean=1.0, ended_fraction=1.0)] * 3]),
+    "entropy_collapse": (PPO, [*HEALTHY, *[iteration(entropy=0.19)] * 3]),
+    "no_rewards": (PPO, [*HEALTHY, *[iteration(num_unscored=8, reward_std=0.0)] * 3]),
+    "beyond_budget": (BUDGET, [*HEALTHY, iteration(kl_per_response=5.1)]),
+}
+SAID = {
+    "constant_reward": r"got the reward 0\.5: there is nothing to learn from",
+    "equal_groups": r"teaches grpo nothing\. Raise num_generations \(now 4\)",
+    "never_ends": r"None of the first 32 responses has ended by itself: each ran into max_new_tokens=48",
+    "stopped_ending": "used to end by themselves",
+    "empty_responses": "is empty: the policy ends at once",
+    "entropy_collapse": r"fell from 2\.00 to 0\.19 nats per token",
+    "no_rewards": "Every reward abstained from every response of the last 3 iterations: nothing was learned",
+    "beyond_budget": r"is 5\.1 nats per response from its reference, beyond kl_budget=5",
+}
+
+
+def test_every_check_has_a_case():
+    assert CASES.keys() == FINDINGS.keys() == SAID.keys()
+
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_a_check_fires_on_its_case_alone_and_once(name):
+    config, history = CASES[name]
+    found = new_findings(history, config, GenerationConfig())
+    assert list(found) == [name]
+    assert re.search(SAID[name], found[name])
+    told = [*history[:-1], replace(history[-1], checks=(name,))]
+    assert new_findings([*told, history[-1]], config, GenerationConfig()) == {}
+    assert new_findings(history[:-1], config, GenerationConfig()) == {}, "one iteration earlier it is not there yet"
+
+
+def test_responses_that_used_to_end_are_missed_once_chance_is_out_of_the_question():
+    for rate, count in ((0.26, 1), (0.25, 0)):
+        history = [iteration(ended_fraction=rate), *[iteration(ended_fraction=0.0)] * 3]
+        assert len(new_findings(history, PPO, GenerationConfig())) == count
+    small = [iteration(ended_fraction=0.25, num_samples=4), *[iteration(ended_fraction=0.0, num_samples=4)] * 7]
+    assert "stopped_ending" in new_findings(small, PPO, GenerationConfig())
+    assert "stopped_ending" not in new_findings(small[:-1], PPO, GenerationConfig())
+
+
+@pytest.mark.parametrize("config", [PPO, GROUPS, BUDGET])
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_a_healthy_run_is_left_alone(config, length):
+    assert new_findings(HEALTHY[:length], config, GenerationConfig()) == {}
+
+
+@pytest.mark.parametrize(
+    ("history", "config"),
+    [
+        ([*[iteration(reward_std=0.0)] * 2, iteration(reward_std=1e-9)], PPO),
+        ([iteration(reward_std=0.0, num_samples=1)] * 3, PPO),  # one sample has no spread to speak of
+        ([iteration(reward_std=0.0, num_samples=8, num_unscored=7)] * 3, PPO),
+        ([iteration(no_signal_fraction=0.89)] * 3, GROUPS),
+        ([*HEALTHY, *[iteration(ended_fraction=0.0)] * 2, iteration(ended_fraction=0.1)], PPO),
+        ([iteration(ended_fraction=0.25), *[iteration(ended_fraction=0.0)] * 3], PPO),  # 0.75^24 is above 1e-3
+        ([iteration(ended_fraction=0.0, num_samples=10)] * 3, PPO),
+        ([iteration(ended_fraction=0.0, num_samples=64)] * 2, PPO),
+        ([*HEALTHY, *[iteration(entropy=0.19)] * 2, iteration(entropy=0.2)], PPO),
+        ([*HEALTHY, *[iteration(num_unscored=8)] * 2, iteration(num_unscored=7)], PPO),
+        ([iteration(entropy=0.0)] * 3, PPO),
+        ([*HEALTHY, iteration(kl_per_response=5.0)], BUDGET),
+        ([*HEALTHY, iteration(kl_per_response=1e9)], PPO),
+        ([iteration(response_length_mean=1.0, ended_fraction=0.9)] * 3, PPO),
+        ([iteration(response_length_mean=1.1, ended_fraction=1.0)] * 3, PPO),
+    ],
+)
+def test_just_short_of_a_finding_nothing_is_said(history, config):
+    assert new_findings(history, config, GenerationConfig()) == {}
+
+
+def test_one_token_responses_are_not_called_empty():
+    history = [iteration(response_length_mean=1.0, ended_fraction=1.0)] * 3
+    assert new_findings(history, PPO, GenerationConfig(max_new_tokens=1)) == {}
+    history = [iteration(response_length_mean=1.0, ended_fraction=0.0)] * 4
+    assert new_findings(history, PPO, GenerationConfig(max_new_tokens=1)) == {}
+
+
+def test_an_untrained_policy_that_is_not_its_reference_stops_the_run():
+    rolled = hand_made()
+    require_sound_rollout(rolled, 2)
+    with pytest.raises(TrainingError, match=r"Before any training the policy is 0\.5 nats per token from"):
+        require_sound_rollout(rolled, 1)
+    require_sound_rollout(replace(rolled, kl=torch.zeros(2, 3)), 1)
+    require_sound_rollout(replace(rolled, in_full_precision=False), 1)

@@ -1,0 +1,68 @@
+"""Signals held back while a run's state changes."""
+
+import contextlib
+import os
+import signal
+
+import pytest
+
+from konic.finetuning.system.signals import sigterm_as_interrupt, uninterrupted
+
+
+@pytest.fixture
+def terminations():
+    """How often the process was asked to end."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(1))
+    yield came
+    signal.signal(signal.SIGTERM, before)
+
+
+def asked(*numbers, done, depth=1, error=None):
+    """A block held together that gets signals, notes that it went on, and may end by an error."""
+    with contextlib.ExitStack() as blocks:
+        for _ in range(depth):
+            blocks.enter_context(uninterrupted())
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        done.append("went on")
+        if error:
+            raise error
+
+
+def test_signals_wait_and_then_come():
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        asked(signal.SIGINT, done=done)
+    assert done
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        asked(signal.SIGINT, signal.SIGINT, done=done)
+    assert not done
+
+
+def test_a_termination_ends_the_process_once_the_run_has_ended(terminations):
+    with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert len(terminations) == 1
+
+
+def test_a_swallowed_termination_is_remembered(terminations):
+    with sigterm_as_interrupt() as handler:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            handler.check()
+    assert len(terminations) == 1
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_termination_in_a_block_that_fails_is_remembered_and_the_error_goes_on(terminations, depth):
+    with sigterm_as_interrupt() as handler:
+        with pytest.raises(ValueError, match="of the block"):
+            asked(signal.SIGTERM, done=[], depth=depth, error=ValueError("of the block"))
+        assert handler.came
+    assert len(terminations) == 1
