@@ -790,7 +790,7 @@ def full_disk_in_rust(*_, **__):
 @pytest.mark.parametrize(
     "where, fail",
     [
-        ("konic.finetuning.system.files.sync", full_disk_at_the_checkpoint),
+        ("konic.finetuning.system.files._sync", full_disk_at_the_checkpoint),
         ("konic.finetuning.run.checkpoint.save_file", full_disk_in_rust),
         ("konic.finetuning.run.checkpoint.seal", full_disk),
         ("peft.PeftModel.save_pretrained", full_disk),

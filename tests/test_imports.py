@@ -32,7 +32,7 @@ INSIDE = {
         "evaluation",
     ],
     "learning": ["advantages", "losses", "schedule", "kl_controller", "estimators", "update", "learner"],
-    "reward_models": ["texts", "classifier", "feedback", "training"],
+    "reward_models": ["texts", "classifier", "feedback", "saving", "training"],
     "callbacks": ["hooks", "trackers", "console", "composite"],
     "run": [
         "card", "environment", "state", "checkpoint", "resume", "checks", "measures", "folder", "saving", "session",

@@ -62,7 +62,7 @@ def test_a_full_disk_is_one_error_and_leaves_the_old_folder(tmp_path, monkeypatc
     def full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(folders, "sync", full)
+    monkeypatch.setattr(folders, "_sync", full)
     with pytest.raises(OutputError, match="No space left on device"), replacing_folder(target) as folder:
         (folder / "new").write_text("new")
     assert files_of(tmp_path) == ["x", "x/old"]

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from konic.finetuning.algorithms import ALGORITHMS, Algorithm, KLPlacement
 from konic.finetuning.errors import ConfigError, did_you_mean
 
-TokenId = Annotated[int, Field(ge=0)]
+_TokenId = Annotated[int, Field(ge=0)]
 
 
 if TYPE_CHECKING:
@@ -230,9 +230,9 @@ class GenerationConfig(Settings):
     """Divides positive and multiplies negative logits of tokens already present; not 1 changes the distribution."""
     stop: tuple[str, ...] | None = None
     """Strings that end a response; the text is cut before them."""
-    eos_token_id: TokenId | Annotated[tuple[TokenId, ...], Field(min_length=1)] | None = None
+    eos_token_id: _TokenId | Annotated[tuple[_TokenId, ...], Field(min_length=1)] | None = None
     """Tokens that end a response; None takes the model's and the tokenizer's."""
-    pad_token_id: TokenId | None = None
+    pad_token_id: _TokenId | None = None
     """The token written into padding; it never changes a result."""
 
     @model_validator(mode="before")

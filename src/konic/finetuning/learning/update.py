@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -124,28 +124,26 @@ def update(
             else:
                 steps.append(replace(step, grad_norm=norm))
 
-    def mean(name: str) -> float:
-        return sum(getattr(step, name) for step in steps) / len(steps) if steps else 0.0
-
-    policy_part = mean("policy_loss") + config.entropy_coef * mean("entropy_loss")
-    policy_part += advantages.kl_loss_weight * mean("kl_loss")
-    value_part = advantages.value_loss_weight * mean("value_loss")
+    means = _mean_over_steps(steps)
+    policy_part = means["policy_loss"] + config.entropy_coef * means["entropy_loss"]
+    policy_part += advantages.kl_loss_weight * means["kl_loss"]
+    value_part = advantages.value_loss_weight * means["value_loss"]
     return UpdateStats(
-        policy_loss=mean("policy_loss"),
-        value_loss=mean("value_loss"),
-        entropy_loss=mean("entropy_loss"),
+        **means,
         total_loss=value_part + (policy_part if schedule.train_policy else 0.0),
-        clip_fraction=mean("clip_fraction"),
-        approx_kl=mean("approx_kl"),
-        grad_norm=mean("grad_norm"),
         learning_rate=rate,
         explained_variance=_explained_variance(rollout, advantages),
         first_log_ratio=first_log_ratio,
         sampler_gap=sampler_gap,
-        kl_loss=mean("kl_loss"),
         num_steps=len(steps),
         num_nonfinite=num_nonfinite,
     )
+
+
+def _mean_over_steps(steps: list[_StepStats]) -> dict[str, float]:
+    """The means that become metrics, by name; 0 without a step."""
+    names = [field.name for field in fields(_StepStats) if field.name not in ("sampler_gap", "largest_log_ratio")]
+    return {name: sum(getattr(step, name) for step in steps) / len(steps) if steps else 0.0 for name in names}
 
 
 @contextmanager

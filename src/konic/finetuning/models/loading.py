@@ -48,7 +48,7 @@ def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.d
         ModelError: Nothing there, or nothing that loads.
     """
     check_model_kwargs(model_kwargs)
-    adapter = adapter_folder(base_model)
+    adapter = _adapter_folder(base_model)
     location = locate_model(base_model if adapter is None else _read_base_name(adapter))
     kwargs: dict[str, Any] = {"dtype": torch.float32, **model_kwargs}
     try:
@@ -112,7 +112,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def adapter_folder(base_model: str) -> Path | None:
+def _adapter_folder(base_model: str) -> Path | None:
     """The folder that a name stands for, if it holds a PEFT adapter."""
     folder = as_path(base_model, "base_model", ModelError)
     return folder.resolve() if (folder / "adapter_config.json").is_file() else None

@@ -45,13 +45,13 @@ def locate_model(base_model: str, option: str = "base_model") -> str:
         ModelError: A package that is not installed, or a path with nothing there.
     """
     if base_model in PACKAGED_MODELS:
-        packaged = packaged_path(base_model, option)
-        return str(packaged if packaged.is_dir() else dequantised_folder(packaged))
+        packaged = _packaged_path(base_model, option)
+        return str(packaged if packaged.is_dir() else _dequantised_folder(packaged))
     path = as_path(base_model, option, ModelError)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"{option}={base_model!r}: there is no such GGUF file. Check the path.")
-        return str(dequantised_folder(path))
+        return str(_dequantised_folder(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{option}={base_model!r}: the folder has no config.json, so it holds no model.")
@@ -64,7 +64,7 @@ def locate_model(base_model: str, option: str = "base_model") -> str:
     return base_model
 
 
-def packaged_path(name: str, option: str = "base_model") -> Path:
+def _packaged_path(name: str, option: str = "base_model") -> Path:
     """The GGUF file or folder of a model in :data:`PACKAGED_MODELS`; the package is found, not imported."""
     packaged = PACKAGED_MODELS[name]
     spec = importlib.util.find_spec(packaged.module)
@@ -76,18 +76,18 @@ def packaged_path(name: str, option: str = "base_model") -> Path:
     return Path(spec.origin).parent / packaged.file
 
 
-def cache_folder() -> Path:
+def _cache_folder() -> Path:
     """Where dequantised models are kept: $KONIC_CACHE, else $XDG_CACHE_HOME/konic, else ~/.cache/konic."""
     if "KONIC_CACHE" in os.environ:
         return Path(os.environ["KONIC_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "konic"
 
 
-def dequantised_folder(gguf_file: Path) -> Path:
+def _dequantised_folder(gguf_file: Path) -> Path:
     """The cached fp32 safetensors folder of a GGUF file, made on first use; named by the file's content."""
     with gguf_file.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    folder = cache_folder() / f"{gguf_file.stem}-{digest}"
+    folder = _cache_folder() / f"{gguf_file.stem}-{digest}"
     if folder.is_dir():
         return folder
     try:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-FILE = "value_head.safetensors"
+_FILE = "value_head.safetensors"
 
 
 class ValueHead(nn.Linear):
@@ -53,11 +53,11 @@ class ValueHead(nn.Linear):
 
     def save(self, folder: Path) -> None:
         """Write the head into a folder."""
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / FILE)
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / _FILE)
 
     def load(self, folder: Path) -> None:
         """Take the weights that :meth:`save` wrote."""
-        self.load_state_dict(load_file(folder / FILE))
+        self.load_state_dict(load_file(folder / _FILE))
 
 
 def shift_values(values: Tensor, mask: Tensor, shift: float) -> Tensor:

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 _COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "data2vec-text")
 """Encoders whose first position is the padding token's index plus one."""
-OUTPUTS = ("logit", "probability", "log_odds")
+_OUTPUTS = ("logit", "probability", "log_odds")
 
 
 class HuggingFaceRewardModel:
@@ -65,7 +65,7 @@ class HuggingFaceRewardModel:
         name: str | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        _check(output=(output, OUTPUTS), text_format=(text_format, ("auto", *TEXT_FORMATS)))
+        _check(output=(output, _OUTPUTS), text_format=(text_format, ("auto", *TEXT_FORMATS)))
         for option, number in (("max_length", max_length), ("batch_size", batch_size)):
             if not isinstance(number, int) or number < 1:
                 raise ConfigError(f"HuggingFaceRewardModel({option}={number!r}) must be a whole number of at least 1.")

@@ -8,13 +8,11 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard, ModelCardData
 from pydantic import Field
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -27,14 +25,14 @@ from konic.finetuning.models.locations import loading_failed, locate_model, quie
 from konic.finetuning.results.intervals import Interval, proportion
 from konic.finetuning.reward_models.classifier import batches_by_length, choose_text_format, forward, longest_input
 from konic.finetuning.reward_models.feedback import Labelled, Preference
+from konic.finetuning.reward_models.saving import RewardModelReport, save_reward_model
 from konic.finetuning.reward_models.texts import TextFormat, encode_pair
-from konic.finetuning.system.files import filling_folder
 
 logger = logging.getLogger(__name__)
 
 WARMUP_SHARE = 0.1
 MAX_GRAD_NORM = 1.0
-Encoded = dict[str, list[int]]
+_Encoded = dict[str, list[int]]
 
 
 class RewardTrainingConfig(Settings):
@@ -57,20 +55,6 @@ class RewardTrainingConfig(Settings):
     pair."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds which examples are held out, their order, and the new head."""
-
-
-@dataclass(frozen=True)
-class RewardModelReport:
-    """What came of a fit."""
-
-    folder: Path
-    num_examples: int
-    accuracy: Interval
-    """On the examples held out, with its 95 % interval; NaN without any."""
-    num_held_out: int
-    test_accuracy: Interval | None = None
-    """On other examples that were given for it."""
-    num_test: int = 0
 
 
 def train_reward_model(
@@ -113,14 +97,14 @@ def train_reward_model(
                 + (f", held-out accuracy {share.mean:.3f}" if held_out else "")
             )
     report = RewardModelReport(
-        Path(output).expanduser().absolute(),
-        len(train),
-        task.accuracy(model, held_out),
-        len(held_out),
-        task.accuracy(model, test) if test else None,
-        len(test),
+        folder=Path(output).expanduser().absolute(),
+        num_examples=len(train),
+        accuracy=task.accuracy(model, held_out),
+        num_held_out=len(held_out),
+        test_accuracy=task.accuracy(model, test) if test else None,
+        num_test=len(test),
     )
-    _save(model, tokenizer, task, base, report)
+    save_reward_model(model, tokenizer, task.text_format, task.labels, base, report)
     return report
 
 
@@ -130,7 +114,7 @@ class _Task:
     def __init__(self, tokenizer: Any, text_format: TextFormat, max_length: int, labels: list[str] | None) -> None:
         self.tokenizer, self.text_format, self.max_length, self.labels = tokenizer, text_format, max_length, labels
 
-    def encoded(self, example: Preference | Labelled) -> tuple[list[Encoded], int]:
+    def encoded(self, example: Preference | Labelled) -> tuple[list[_Encoded], int]:
         """The texts of an example, chosen before rejected, and the index of its label."""
         if isinstance(example, Labelled):
             assert self.labels is not None  # noqa: S101
@@ -138,10 +122,10 @@ class _Task:
         texts = (example.chosen, example.rejected)
         return [self._read(example.prompt, text, example.messages) for text in texts], 0
 
-    def _read(self, prompt: str, response: str, messages: Any = None) -> Encoded:
+    def _read(self, prompt: str, response: str, messages: Any = None) -> _Encoded:
         return encode_pair(self.tokenizer, prompt, response, self.text_format, self.max_length, messages)
 
-    def scores(self, model: Any, batch: Sequence[tuple[list[Encoded], int]]) -> Tensor:
+    def scores(self, model: Any, batch: Sequence[tuple[list[_Encoded], int]]) -> Tensor:
         """Log-probabilities of what is right [B, options]: of the labels, or of (chosen, rejected)."""
         logits = forward(model, [text for texts, _ in batch for text in texts]).float()
         if self.labels is None:
@@ -165,7 +149,7 @@ class _Task:
 
 
 def _epochs(
-    model: Any, examples: list[tuple[list[Encoded], int]], task: _Task, config: RewardTrainingConfig
+    model: Any, examples: list[tuple[list[_Encoded], int]], task: _Task, config: RewardTrainingConfig
 ) -> Iterator[float]:
     """Fit; after every epoch, its mean loss."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -253,38 +237,6 @@ def _text_format(config: RewardTrainingConfig, model: Any, tokenizer: Any, label
         return "response"
     natural = choose_text_format(model.config, tokenizer)
     return "pair" if natural == "joined" else natural
-
-
-def _save(model: Any, tokenizer: Any, task: _Task, base: str, report: RewardModelReport) -> None:
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-    model.config.konic_text_format = task.text_format
-    with filling_folder(report.folder) as target, quiet_transformers():
-        model.save_pretrained(target)
-        if tokenizer.is_fast:
-            tokenizer.backend_tokenizer.no_truncation()  # that of the last text read
-        tokenizer.save_pretrained(target)
-        (target / "README.md").write_text(_card(task, base, report), encoding="utf-8")
-
-
-def _card(task: _Task, base: str, report: RewardModelReport) -> str:
-    learned = "preference pairs" if task.labels is None else f"texts labelled {', '.join(task.labels)}"
-    header = ModelCardData(
-        base_model=base,
-        library_name="transformers",
-        pipeline_tag="text-classification",
-        tags=["konic", "reward-model"],
-    )
-    lines = ["# A reward model", ""]
-    lines += [f"Fitted to {report.num_examples} {learned}; it reads texts as {task.text_format!r}.", ""]
-    measured = [("held out", report.accuracy, report.num_held_out), ("test", report.test_accuracy, report.num_test)]
-    for name, share, size in measured:
-        if share is not None and size:
-            told = f"{share.mean:.3f} (95 % interval {share.low:.3f} to {share.high:.3f})"
-            lines.append(f"- accuracy, {name} ({size} examples): {told}")
-    lines += ["", "```python", "from konic.finetuning import HuggingFaceRewardModel", ""]
-    lines += ["reward_model = HuggingFaceRewardModel(FOLDER)", "```", ""]
-    return str(ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n".join(lines)))
 
 
 def _labels(examples: Sequence[Preference] | Sequence[Labelled]) -> list[str] | None:

@@ -89,26 +89,17 @@ def sample(
         if len(prompts) < num_rows:
             decoder.select(of_rows)
             hidden = hidden[of_rows]
-        shape = num_rows, generation.max_new_tokens
-        ids = torch.full(shape, special.pad, device=device)
-        mask = torch.zeros(shape, dtype=torch.bool, device=device)
-        log_probs = torch.zeros(shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=device)
-        kept = hidden.new_zeros(*shape, hidden.shape[-1])
-        ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
-        rows = torch.arange(num_rows, device=device)  # those that the decoder still goes on with
-        running = torch.ones_like(ended)
+        responses = _Responses(num_rows, generation.max_new_tokens, hidden, special.pad)
+        rows = torch.arange(num_rows, device=device)  # those that the decoder still continues
+        running = torch.ones(num_rows, dtype=torch.bool, device=device)
         for step in range(generation.max_new_tokens):
             logits = decoder.logits(hidden)
             chosen = torch.where(running, choose(logits, step, random[rows, step], rows), special.pad)
-            scaled = logits / generation.temperature
-            log_prob = scaled.gather(-1, chosen[:, None]).squeeze(-1) - scaled.logsumexp(dim=-1)
-            ids[rows, step], mask[rows, step] = chosen, running
-            log_probs[rows, step] = torch.where(running, log_prob, 0.0)
-            kept[rows, step] = torch.where(running[:, None], hidden, 0.0)
+            responses.add(step, rows, running, chosen, logits / generation.temperature, hidden)
             done = torch.isin(chosen, eos)
             if generation.stop:
-                done = done | _hit_stop(ids[rows, : step + 1], mask[rows, : step + 1], tokenizer, generation.stop)
-            ended[rows] |= running & done
+                done = done | responses.hit_stop(step, rows, tokenizer, generation.stop)
+            responses.ended[rows] |= running & done
             running = running & ~done
             if step + 1 == generation.max_new_tokens:
                 break
@@ -121,11 +112,48 @@ def sample(
                 decoder.select(left)
                 rows, chosen, running = rows[left], chosen[left], running[left]
             hidden = decoder.step(chosen, running)
-    used = int(mask.any(dim=0).sum())
-    ids, mask = ids[:, :used], mask[:, :used]
-    return Samples(
-        response_ids=ids, response_mask=mask, log_probs=log_probs[:, :used], ended=ended, hidden=kept[:, :used]
-    )
+    return responses.samples()
+
+
+class _Responses:
+    """The tokens of all rows so far, in tensors of their full length."""
+
+    def __init__(self, num_rows: int, num_tokens: int, hidden: Tensor, pad: int) -> None:
+        shape, device = (num_rows, num_tokens), hidden.device
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        self._ids = torch.full(shape, pad, device=device)
+        self._mask = torch.zeros(shape, dtype=torch.bool, device=device)
+        self._log_probs = torch.zeros(shape, dtype=wide, device=device)
+        self._hidden = hidden.new_zeros(*shape, hidden.shape[-1])
+        self.ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
+
+    def add(
+        self, step: int, rows: Tensor, running: Tensor, chosen: Tensor, scaled_logits: Tensor, hidden: Tensor
+    ) -> None:
+        """Write one token of some rows [n], with its log-prob and the hidden state [n, H] that it came from."""
+        log_prob = scaled_logits.gather(-1, chosen[:, None]).squeeze(-1) - scaled_logits.logsumexp(dim=-1)
+        self._ids[rows, step], self._mask[rows, step] = chosen, running
+        self._log_probs[rows, step] = torch.where(running, log_prob, 0.0)
+        self._hidden[rows, step] = torch.where(running[:, None], hidden, 0.0)
+
+    def hit_stop(self, step: int, rows: Tensor, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> Tensor:
+        """[n] True where the response of a row so far holds a stop string."""
+        ids, mask = self._ids[rows, : step + 1], self._mask[rows, : step + 1]
+        texts = [
+            tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in zip(ids, mask, strict=True)
+        ]
+        return torch.tensor([any(string in text for string in stop) for text in texts], device=ids.device)
+
+    def samples(self) -> Samples:
+        """All of it, as long as the longest response."""
+        used = int(self._mask.any(dim=0).sum())
+        return Samples(
+            response_ids=self._ids[:, :used],
+            response_mask=self._mask[:, :used],
+            log_probs=self._log_probs[:, :used],
+            ended=self.ended,
+            hidden=self._hidden[:, :used],
+        )
 
 
 def _chooser(
@@ -163,11 +191,3 @@ def _prompt_tokens(batch: PromptBatch, vocabulary: int) -> Tensor:
     """[B, V] True on the tokens of each prompt, padding left out."""
     counts = torch.zeros(len(batch), vocabulary, dtype=torch.int64, device=batch.ids.device)
     return counts.scatter_add(1, batch.ids, batch.mask.long()) > 0
-
-
-def _hit_stop(ids: Tensor, mask: Tensor, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> Tensor:
-    """[n] True where the response so far [n, R] holds a stop string."""
-    texts = [
-        tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in zip(ids, mask, strict=True)
-    ]
-    return torch.tensor([any(string in text for string in stop) for text in texts], device=ids.device)

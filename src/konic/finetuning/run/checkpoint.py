@@ -22,9 +22,9 @@ from konic.finetuning.system.files import replacing_folder, seal
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "trainer_state.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
-BEST_FILE = "best.safetensors"
+_STATE_FILE = "trainer_state.json"
+_OPTIMIZER_FILE = "optimizer.safetensors"
+_BEST_FILE = "best.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _NAMED = re.compile(r"checkpoint-[0-9]+")
 
@@ -46,11 +46,11 @@ def save_checkpoint(
             )
     with replacing_folder(folder) as target:
         policy.save(target)
-        save_file(_optimizer_tensors(policy, optimizer), target / OPTIMIZER_FILE)
+        save_file(_optimizer_tensors(policy, optimizer), target / _OPTIMIZER_FILE)
         if state.best_weights is not None:
-            save_file(state.best_weights, target / BEST_FILE)
+            save_file(state.best_weights, target / _BEST_FILE)
         record = state.to_dict() | {"settings": settings, "environment": environment(policy.device)}
-        (target / STATE_FILE).write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
+        (target / _STATE_FILE).write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
         seal(target)
 
 
@@ -70,7 +70,7 @@ def read_record(folder: Path) -> CheckpointRecord:
         OutputError: There is no checkpoint in the folder.
     """
     try:
-        values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        values = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
         record = CheckpointRecord(TrainerState.from_dict(values), values["settings"], values["environment"])
         for name in ("settings", "environment"):
             if not isinstance(getattr(record, name), dict):
@@ -91,8 +91,8 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
     state = read_record(folder).state
     try:
         policy.load(folder)
-        _restore_optimizer(policy, optimizer, load_file(folder / OPTIMIZER_FILE))
-        best_file = folder / BEST_FILE
+        _restore_optimizer(policy, optimizer, load_file(folder / _OPTIMIZER_FILE))
+        best_file = folder / _BEST_FILE
         best_weights = _own(load_file(best_file), policy) if best_file.is_file() else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise OutputError(
@@ -143,7 +143,7 @@ def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict
 
 def _own(weights: dict[str, Tensor], policy: Policy) -> dict[str, Tensor]:
     if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in policy.trainable().items()}:
-        raise ValueError(f"{BEST_FILE} holds other weights than this run's")
+        raise ValueError(f"{_BEST_FILE} holds other weights than this run's")
     return weights
 
 

@@ -22,7 +22,7 @@ MAX_REWARD = 1e15
 PATIENCE = 3
 """Iterations in a row that make a finding of what one batch may show by chance."""
 History = Sequence[FinetuningIterationResult]
-Finding = Callable[[History, TrainingConfig, GenerationConfig], str | None]
+_Finding = Callable[[History, TrainingConfig, GenerationConfig], str | None]
 
 
 def require_sound_rollout(rollout: Rollout, iteration: int) -> None:
@@ -182,7 +182,7 @@ def _no_rewards(history: History, config: TrainingConfig, generation: Generation
     )
 
 
-FINDINGS: dict[str, Finding] = {
+FINDINGS: dict[str, _Finding] = {
     "no_rewards": _no_rewards,
     "constant_reward": _constant_reward,
     "equal_groups": _equal_groups,

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-LIBRARIES = ("konic", "torch", "transformers", "peft", "datasets", "numpy")
+_LIBRARIES = ("konic", "torch", "transformers", "peft", "datasets", "numpy")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, processor, threads and device, by name."""
-    return {name: version(name) for name in LIBRARIES} | {
+    return {name: version(name) for name in _LIBRARIES} | {
         "python": platform.python_version(),
         "machine": _processor(),
         "threads": torch.get_num_threads(),

@@ -30,9 +30,9 @@ from konic.finetuning.system.files import as_path, discard, find_corruption, rep
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
-RUN_FILE = "run.json"
-LOCK_FILE = ".lock"
+_METRICS_FILE = "metrics.jsonl"
+_RUN_FILE = "run.json"
+_LOCK_FILE = ".lock"
 _PART = "reward/"
 
 
@@ -57,12 +57,12 @@ class RunFolder:
     @property
     def holds_a_run(self) -> bool:
         """True where an earlier run has written."""
-        return (self.path / METRICS_FILE).exists()
+        return (self.path / _METRICS_FILE).exists()
 
     @property
     def holds_no_checkpoint_yet(self) -> bool:
         """True where a run has begun that ended before its first checkpoint."""
-        return (self.path / RUN_FILE).exists() and not checkpoints(self.path)
+        return (self.path / _RUN_FILE).exists() and not checkpoints(self.path)
 
     def require_no_run(self) -> None:
         """Raise OutputError if an earlier run is in the folder."""
@@ -89,8 +89,8 @@ class RunFolder:
     def take_back_if_unused(self) -> None:
         """Remove the folders that :meth:`prepare` made for a run that came to nothing."""
         with suppress(OSError):
-            if self._made and not {path.name for path in self.path.iterdir()} - {RUN_FILE}:
-                (self.path / RUN_FILE).unlink(missing_ok=True)
+            if self._made and not {path.name for path in self.path.iterdir()} - {_RUN_FILE}:
+                (self.path / _RUN_FILE).unlink(missing_ok=True)
                 for folder in self._made:
                     folder.rmdir()
 
@@ -101,13 +101,13 @@ class RunFolder:
         Raises:
             OutputError: Another one does.
         """
-        path = self.path / LOCK_FILE
+        path = self.path / _LOCK_FILE
         lock = FileLock(path)
         try:
             lock.acquire(timeout=0)
         except Timeout:
             raise OutputError(
-                f"{self.path}: another run is writing here ({_owner(self.path / RUN_FILE)}). Stop it or wait for its "
+                f"{self.path}: another run is writing here ({_owner(self.path / _RUN_FILE)}). Stop it or wait for its "
                 "end, or name another checkpoint_dir."
             ) from None
         except OSError as error:
@@ -128,18 +128,18 @@ class RunFolder:
             "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
             "process": {"id": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M}"},
         }
-        write_text(self.path / RUN_FILE, json.dumps(record, indent=1, default=str))
+        write_text(self.path / _RUN_FILE, json.dumps(record, indent=1, default=str))
 
     def write_iteration(self, result: FinetuningIterationResult, rollout: Rollout, scores: Scores) -> None:
         """Write one iteration's completions, then its line of metrics: a line stands for whole files."""
         self._write_completions(result.iteration, rollout, scores)
         try:
-            with (self.path / METRICS_FILE).open("a", encoding="utf-8") as file:
+            with (self.path / _METRICS_FILE).open("a", encoding="utf-8") as file:
                 file.write(_line(result))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise unwritable(self.path / METRICS_FILE, error) from None
+            raise unwritable(self.path / _METRICS_FILE, error) from None
 
     def write_evaluation(self, iterations_done: int, evaluation: Evaluation) -> None:
         """Write what a policy made of the held-out prompts, named by the iterations it had learned from."""
@@ -198,12 +198,12 @@ class RunFolder:
                 if aside.exists():
                     shutil.rmtree(aside)
                 os.replace(folder, aside)
-        metrics = self.path / METRICS_FILE
+        metrics = self.path / _METRICS_FILE
         if metrics.is_file() and metrics.read_bytes().count(b"\n") > len(history):  # the models are of what is dropped
             for name in ("final", "best"):
                 if (self.path / name).is_dir():
                     shutil.rmtree(self.path / name)
-        for pattern in (".checkpoint-*", ".best-*", ".final-*", f".{METRICS_FILE}", f".{RUN_FILE}"):
+        for pattern in (".checkpoint-*", ".best-*", ".final-*", f".{_METRICS_FILE}", f".{_RUN_FILE}"):
             for left in self.path.glob(pattern):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         write_text(metrics, "".join(_line(result) for result in history))

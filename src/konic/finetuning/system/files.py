@@ -68,7 +68,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(old)
             else:
                 os.replace(temp_dir, folder)
-            sync(folder.parent)
+            _sync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise unwritable(folder, error) from error
 
@@ -120,7 +120,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
     try:
         try:
             yield temp_file
-            sync(temp_file)
+            _sync(temp_file)
             os.replace(temp_file, path)
         finally:
             with suppress(OSError):
@@ -156,8 +156,8 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
 
 def _sync_tree(folder: Path) -> None:
     for file in folder.rglob("*"):
-        sync(file)
-    sync(folder)
+        _sync(file)
+    _sync(folder)
 
 
 SEAL_FILE = "complete.json"
@@ -170,7 +170,7 @@ def seal(folder: Path) -> None:
     """
     files = {path.as_posix(): _fingerprint(folder / path) for path in _files(folder) if path.name != "README.md"}
     for name in files:
-        sync(folder / name)
+        _sync(folder / name)
     (folder / SEAL_FILE).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
 
 
@@ -197,7 +197,7 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Return when a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

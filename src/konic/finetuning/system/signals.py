@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class SigtermHandler:
@@ -39,7 +39,7 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     waiting: list[int] = []
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def hold(number: int, frame: FrameType | None) -> None:
         handler = before[signal.Signals(number)]
@@ -47,7 +47,7 @@ def uninterrupted() -> Iterator[None]:
             handler(number, frame)
         waiting.append(number)
 
-    for number in SIGNALS:
+    for number in _SIGNALS:
         signal.signal(number, hold)
     try:
         yield

@@ -1,0 +1,71 @@
+"""A fitted reward model -> a folder that `transformers` loads, with a model card."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from konic.finetuning.models.locations import quiet_transformers
+from konic.finetuning.results.intervals import Interval
+from konic.finetuning.reward_models.texts import TextFormat
+from konic.finetuning.system.files import filling_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelReport:
+    """The result of a fit."""
+
+    folder: Path
+    num_examples: int
+    accuracy: Interval
+    """On the examples held out, with its 95 % interval; NaN without any."""
+    num_held_out: int
+    test_accuracy: Interval | None = None
+    """On other examples that were given for it."""
+    num_test: int = 0
+
+
+def save_reward_model(
+    model: Any,
+    tokenizer: Any,
+    text_format: TextFormat,
+    labels: Sequence[str] | None,
+    base: str,
+    report: RewardModelReport,
+) -> None:
+    """Write the model, with a LoRA merged in, its tokenizer and its card into the folder of the report.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    model.config.konic_text_format = text_format
+    with filling_folder(report.folder) as target, quiet_transformers():
+        model.save_pretrained(target)
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.no_truncation()  # it still has that of the last text read
+        tokenizer.save_pretrained(target)
+        (target / "README.md").write_text(_card(text_format, labels, base, report), encoding="utf-8")
+
+
+def _card(text_format: TextFormat, labels: Sequence[str] | None, base: str, report: RewardModelReport) -> str:
+    learned = "preference pairs" if labels is None else f"texts labelled {', '.join(labels)}"
+    header = ModelCardData(
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["konic", "reward-model"],
+    )
+    lines = ["# A reward model", ""]
+    lines += [f"Fitted to {report.num_examples} {learned}; it reads texts as {text_format!r}.", ""]
+    measured = [("held out", report.accuracy, report.num_held_out), ("test", report.test_accuracy, report.num_test)]
+    for name, share, size in measured:
+        if share is not None and size:
+            interval = f"{share.mean:.3f} (95 % interval {share.low:.3f} to {share.high:.3f})"
+            lines.append(f"- accuracy, {name} ({size} examples): {interval}")
+    lines += ["", "```python", "from konic.finetuning import HuggingFaceRewardModel", ""]
+    lines += ["reward_model = HuggingFaceRewardModel(FOLDER)", "```", ""]
+    return str(ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n".join(lines)))
