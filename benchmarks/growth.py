@@ -22,7 +22,7 @@ from konic.finetuning.learning.schedule import Schedule
 from konic.finetuning.learning.update import make_optimizer, update
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.policy import Policy
-from konic.finetuning.rollout.local_sampler import sample
+from konic.finetuning.rollout.local_sampler import LocalSampler, sample
 from konic.finetuning.rollout.rollout import rollout
 from konic.finetuning.rollout.sampler import RandomKey, SpecialTokens
 
@@ -47,14 +47,17 @@ def measure(policy, batch_size, num_tokens, prompt_length, of_one_prompt=False):
     if of_one_prompt:
         batch.ids[:] = batch.ids[0]
         batch.sample_indices[:] = range(batch_size)
-    with measured() as sampling, policy.merged() as merged:
+    with measured() as sampling, policy.merged_adapter() as merged:
         sample(merged, policy.tokenizer, batch, generation, special, key)
     with measured() as both:
-        rolled = rollout(policy, batch, generation, special, key)
+        rolled = rollout(policy, LocalSampler(policy, special), batch, generation, special, key)
     config = TrainingConfig(batch_size=batch_size, ppo_epochs=1, num_minibatches=1)
     optimizer = make_optimizer(policy, config)
     zeros = torch.zeros_like(rolled.log_probs)
-    advantages = Advantages(torch.randn_like(zeros), zeros, rolled.response_mask, 0.1, 0.0)
+    advantages = Advantages(
+        advantages=torch.randn_like(zeros), returns=zeros, mask=rolled.response_mask, value_loss_weight=0.1,
+        kl_loss_weight=0.0,
+    )  # fmt: skip
     with measured() as updating:
         update(policy, optimizer, rolled, advantages, config, Schedule(0, 1, 0.0))
     seconds = sampling.seconds, max(0.0, both.seconds - sampling.seconds), updating.seconds

@@ -20,6 +20,7 @@ from konic.finetuning.data.tokenization import make_prompt_batch
 from konic.finetuning.learning.learner import build_learner
 from konic.finetuning.learning.losses import k1, k3
 from konic.finetuning.models.token_scores import map_tokens
+from konic.finetuning.rollout.local_sampler import LocalSampler
 from konic.finetuning.rollout.rollout import rollout
 from konic.finetuning.rollout.sampler import RandomKey
 
@@ -38,7 +39,9 @@ prompts = load_prompts(agent.get_dataset_config()).held_out
 def respond(prompts, iteration):
     length = generation.max_prompt_length
     batch = make_prompt_batch(prompts, policy.tokenizer, length, learner.special.pad, policy.device)
-    return rollout(policy, batch, generation, learner.special, RandomKey(0, iteration))
+    return rollout(
+        policy, LocalSampler(policy, learner.special), batch, generation, learner.special, RandomKey(0, iteration)
+    )
 
 
 def deviations(hidden, ref_hidden):

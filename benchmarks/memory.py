@@ -52,8 +52,14 @@ def whole_update(policy, num_rows):
     size = policy.language_model.causal_lm.config.hidden_size
     samples, batch = made_up_samples(num_rows, RESPONSE, size), made_up_batch(num_rows, 1)
     zeros = torch.zeros(samples.response_ids.shape)
-    rollout = Rollout(batch, samples, 1.0, True, zeros, zeros, zeros, zeros, zeros, torch.randn_like(samples.hidden))
-    advantages = Advantages(torch.randn(zeros.shape), zeros, samples.response_mask, 0.1, 0.05)
+    rollout = Rollout(
+        batch=batch, samples=samples, records=[], temperature=1.0, in_full_precision=True, log_probs=zeros,
+        ref_log_probs=zeros, kl=zeros, entropy=zeros, values=zeros, ref_hidden=torch.randn_like(samples.hidden),
+    )  # fmt: skip
+    advantages = Advantages(
+        advantages=torch.randn(zeros.shape), returns=zeros, mask=samples.response_mask, value_loss_weight=0.1,
+        kl_loss_weight=0.05,
+    )  # fmt: skip
     config = TrainingConfig(
         batch_size=num_rows, ppo_epochs=1, num_minibatches=1, gradient_accumulation_steps=num_rows * RESPONSE // 1024,
         self_checks=False,

@@ -22,7 +22,7 @@ from konic.finetuning.learning.schedule import Schedule
 from konic.finetuning.learning.update import make_optimizer, update
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.policy import Policy
-from konic.finetuning.rollout.local_sampler import sample
+from konic.finetuning.rollout.local_sampler import LocalSampler, sample
 from konic.finetuning.rollout.rollout import rollout
 from konic.finetuning.rollout.sampler import RandomKey, SpecialTokens
 
@@ -37,13 +37,16 @@ batch = make_prompt_batch(prompts, policy.tokenizer, 64, special.pad, policy.dev
 
 
 def sampled():
-    with policy.merged() as model:
+    with policy.merged_adapter() as model:
         sample(model, policy.tokenizer, batch, generation, special, key)
 
 
 def updated(rolled, optimizer):
     zeros = torch.zeros_like(rolled.log_probs)
-    advantages = Advantages(torch.randn_like(zeros), zeros, rolled.response_mask, 0.1, 0.0)
+    advantages = Advantages(
+        advantages=torch.randn_like(zeros), returns=zeros, mask=rolled.response_mask, value_loss_weight=0.1,
+        kl_loss_weight=0.0,
+    )  # fmt: skip
     update(policy, optimizer, rolled, advantages, config, Schedule(0, 4, 0.0))
 
 
@@ -51,7 +54,7 @@ def iteration():
     clock = [time.perf_counter()]
     sampled()
     clock.append(time.perf_counter())
-    rolled = rollout(policy, batch, generation, special, key)
+    rolled = rollout(policy, LocalSampler(policy, special), batch, generation, special, key)
     clock.append(time.perf_counter())
     updated(rolled, make_optimizer(policy, config))
     clock.append(time.perf_counter())
@@ -63,7 +66,7 @@ iteration()
 stages = [statistics.median(values) for values in zip(*(iteration() for _ in range(5)), strict=True)]
 print(", ".join(f"{name} {value:.2f} s" for name, value in zip(("sampling", "scoring", "update"), stages, strict=True)))
 with profile(activities=[ProfilerActivity.CPU]) as profiled:
-    rolled = rollout(policy, batch, generation, special, key)
+    rolled = rollout(policy, LocalSampler(policy, special), batch, generation, special, key)
     updated(rolled, make_optimizer(policy, config))
 operations = sorted(profiled.key_averages(), key=lambda entry: -entry.self_cpu_time_total)
 total = sum(entry.self_cpu_time_total for entry in operations)

@@ -40,4 +40,5 @@ def made_up_samples(num_rows, num_tokens, hidden_size, seed=1):
     ids = torch.randint(100, 40_000, (num_rows, num_tokens), generator=generator)
     hidden = torch.randn(num_rows, num_tokens, hidden_size, generator=generator)
     ended = torch.zeros(num_rows, dtype=torch.bool)
-    return Samples(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(ids.shape), hidden, ended, [""] * num_rows)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    return Samples(response_ids=ids, response_mask=mask, log_probs=torch.zeros(ids.shape), ended=ended, hidden=hidden)

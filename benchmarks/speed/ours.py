@@ -19,12 +19,12 @@ from konic.finetuning import (
     KonicLLMRewardComposer,
     LoraConfig,
     TrainingConfig,
-    decoding,
 )
 from konic.finetuning.data.prompts import make_prompts
 from konic.finetuning.data.tokenization import make_prompt_batch
 from konic.finetuning.learning.learner import build_learner
-from konic.finetuning.rollout.local_sampler import sample
+from konic.finetuning.rollout import decoding
+from konic.finetuning.rollout.local_sampler import LocalSampler
 from konic.finetuning.rollout.sampler import RandomKey
 
 model, prompts_file, what, tokens, output = sys.argv[1:]
@@ -73,11 +73,9 @@ if what.startswith("sample"):
     made = make_prompts(prompts, agent.get_dataset_config(), "bench")
     policy = learner.policy
     batch = make_prompt_batch(made, policy.tokenizer, 512, learner.special.pad, policy.device)
+    sampler = LocalSampler(policy, learner.special)
     for index, _ in enumerate(turn):
-        with policy.merged() as merged:
-            samples = sample(
-                merged, policy.tokenizer, batch, agent.get_generation_config(), learner.special, RandomKey(0, index)
-            )
+        samples = sampler(batch, agent.get_generation_config(), RandomKey(0, index))
         assert samples.response_mask.all()
 else:
     KonicFinetuningEngine.from_agent(agent, checkpoint_dir=f"{output}/run", callback=Turns()).train(100_000)
