@@ -2,6 +2,7 @@
 
 python benchmarks/bench.py run [--trl116 PYTHON] [--trl026 PYTHON] [--rounds 5] [--only NAME ...]
 python benchmarks/bench.py show
+python benchmarks/bench.py versus CHECKOUT [--rounds 5] [--only NAME ...]    this code and an older one, in turn
 
 Every system is a process of its own (benchmarks/speed/) that does one step when it is its turn. The first step of each
 is left out. `run` writes benchmarks/results/bench.json, `show` the tables of benchmarks/results/bench.md that the docs
@@ -72,8 +73,8 @@ COMPARISONS = (
 class Process:
     """A system that waits for its turn."""
 
-    def __init__(self, python, script, arguments, log):
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(SPEED)}
+    def __init__(self, python, script, arguments, log, path=(SPEED,)):
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(map(str, path))}
         command = [python, str(SPEED / script), *map(str, arguments)]
         self.log = log
         self.child = subprocess.Popen(
@@ -125,6 +126,39 @@ def compare(comparison, pythons, models, rounds, folder):
         "ours_peak_mb": ours.end(),
         "peer_peak_mb": peer.end(),
     }
+
+
+def versus(options):
+    """This code and an older checkout at the same work, in turn."""
+    older = Path(options.checkout).resolve()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        models = make_models(folder)
+        for comparison in COMPARISONS:
+            if options.only and comparison.name not in options.only:
+                continue
+            prompts = folder / "prompts.txt"
+            prompts.write_text("\n".join(comparison.prompts))
+            script, *what = comparison.ours
+            arguments = [models[comparison.model], prompts, *what, TOKENS]
+            sides = []
+            for side, root in (("now", HERE.parent), ("older", older)):
+                speed, work = root / "benchmarks" / "speed", folder / f"{side}-{len(comparison.name)}"
+                work.mkdir(exist_ok=True)
+                path = (speed, root / "src")
+                sides.append(Process(sys.executable, speed / script, [*arguments, work], work / "log", path))
+            for process in sides:
+                process.step()
+            pairs = [[process.step() for process in sides] for _ in range(options.rounds)]
+            now, before = (statistics.median(side) for side in zip(*pairs, strict=True))
+            ratios = [mine / theirs for mine, theirs in pairs]
+            memory = [process.end() for process in sides]
+            print(
+                f"| {comparison.name} | {now:.2f} s | {before:.2f} s | {statistics.median(ratios):.3f} "
+                f"({min(ratios):.3f}-{max(ratios):.3f}) | {memory[0]:.0f} MB | {memory[1]:.0f} MB |",
+                flush=True,
+            )
+        print(machine())
 
 
 def make_models(folder):
@@ -252,15 +286,18 @@ def _step(found, name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "show"))
+    parser.add_argument("command", choices=("run", "show", "versus"))
+    parser.add_argument("checkout", nargs="?", help="the older one, for versus")
     parser.add_argument("--trl116", default=".peers/trl-1.16/bin/python")
     parser.add_argument("--trl026", default=".peers/trl-0.26/bin/python")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*")
     options = parser.parse_args()
+    if options.command == "versus":
+        return versus(options)
     if options.command == "run":
         run(options)
-    show(json.loads(RESULTS.read_text()))
+    return show(json.loads(RESULTS.read_text()))
 
 
 if __name__ == "__main__":

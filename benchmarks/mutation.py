@@ -10,7 +10,14 @@ from collections import Counter
 from pathlib import Path
 
 KILLED = 1  # pytest's exit code when a test failed
-REQUIRED = {"advantages": 0.95, "losses": 0.95, "update": 0.85, "rollout": 0.85}
+REQUIRED = {
+    "learning/advantages": 0.95,
+    "learning/losses": 0.95,
+    "learning/update": 0.85,
+    "models/distributions": 0.95,
+    "models/value_head": 0.85,
+    "rollout/rollout": 0.85,
+}
 SAME = "changes no result: "
 EQUIVALENT = {
     # the line that the mutant has instead: why no test can tell

@@ -1,9 +1,9 @@
-"""The field's classic: GPT-2 learns to go on with movie reviews positively, judged by a sentiment classifier.
+"""The classic example of the field: GPT-2 learns to continue reviews positively, scored by a sentiment classifier.
 
-Published figures to beat, the last that TRL gave before it dropped PPO (its notebook `gpt2-sentiment`, the same model,
-classifier and data): the classifier's positive logit went from a mean of −0.513 to 1.677, and from a median of −0.464
-to 2.680. Not run by us at this size: it needs the weights from the Hub and, for a run of minutes, a GPU. A test runs
-this script on tiny models.
+Figures to compare with are in TRL's notebook `gpt2-sentiment`, which uses the same model, classifier and data. They are
+the last that TRL published before it dropped PPO. The classifier's positive logit went from a mean of −0.513 to 1.677,
+and from a median of −0.464 to 2.680. This script has not been run at that size: it needs the weights from the Hub and,
+to finish in minutes, a GPU. A test runs the script on tiny models.
 
     python examples/gpt2_imdb_classifier.py
 """
@@ -20,7 +20,7 @@ from konic.finetuning import *
 
 
 def review_openings(dataset: str, tokenizer, count: int) -> list[str]:
-    """The first two to eight tokens of so many reviews of more than 200 characters."""
+    """Return the first two to eight tokens of `count` reviews, taken from reviews of more than 200 characters."""
     draw = random.Random(0)  # noqa: S311
     reviews = load_dataset(dataset, split="train").shuffle(seed=0)
     texts = [row["text"] for row in reviews if len(row["text"]) > 200][:count]
@@ -42,7 +42,7 @@ def main():
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     openings = review_openings(options.dataset, AutoTokenizer.from_pretrained(options.model), options.prompts)
-    # the logit for "positive" of the review so far, prompt and response together
+    # "joined" because the classifier judges prompt and response together as one review; label 1 is "positive"
     classifier = HuggingFaceRewardModel(options.classifier, device=device, label_index=1, text_format="joined")
     agent = KonicFinetuningAgent(
         base_model=options.model,

@@ -1,6 +1,6 @@
-"""Rewards that a policy would game: `konic rewards examples/hackable_rewards.py` says how, before any training.
+"""Rewards that a policy would game: `konic rewards examples/hackable_rewards.py` shows how, before any training.
 
-Needs no GPU and no network: the model is the packaged one.
+The script needs no GPU and no network, because it uses the packaged model.
 """
 
 import random
@@ -15,32 +15,32 @@ from konic.finetuning import (
 
 
 class HackableRewards(KonicLLMRewardComposer):
-    """Every one of them looks sensible."""
+    """Four rewards. Each looks sensible, and each has a flaw."""
 
     @llm_reward
     def detail(self, prompt: str, response: str) -> float:
-        """More words, more detail; or just more words."""
+        """Meant to reward detail. In fact it rewards more words."""
         return len(response.split()) / 10
 
     @llm_reward
     def politeness(self, prompt: str, response: str) -> float:
-        """No response to this task ever contains it."""
+        """1 for a response with "please". No response to this task contains that word."""
         return float("please" in response.lower())
 
     @llm_reward
     def judge(self, prompt: str, response: str) -> float:
-        """A judge that cannot make up its mind."""
+        """A judge that gives a different score at every call."""
         return random.random()  # noqa: S311
 
     @llm_reward
     def variety(self, prompt: str, response: str) -> float:
-        """Different words over all words: no words, no answer."""
+        """Share of different words. It raises ZeroDivisionError on an empty response."""
         words = response.split()
         return len(set(words)) / len(words)
 
 
 def build_agent() -> KonicFinetuningAgent:
-    """The bundled openings of movie reviews, continued by the packaged model."""
+    """Return an agent with which the packaged model continues the bundled openings of movie reviews."""
     return KonicFinetuningAgent(
         base_model="smollm2-135m",
         reward_composer=HackableRewards(),

@@ -1,9 +1,9 @@
-"""A chat model learns to follow instructions, by a reward model made from preferences and by rules beside it.
+"""A chat model learns to follow instructions, from a reward model trained on preferences and from a few rules.
 
     python examples/instruction_following.py
 
-Runs offline on packaged models in about ten minutes on two CPU cores: preferences -> reward model -> PPO. For full
-scale change two names: BASE_MODEL to "Qwen/Qwen2.5-7B-Instruct" and REWARD_MODEL to
+The script runs offline on packaged models, in about ten minutes on two CPU cores: preferences -> reward model -> PPO.
+For full scale, change two names: BASE_MODEL to "Qwen/Qwen2.5-7B-Instruct" and REWARD_MODEL to
 "Skywork/Skywork-Reward-V2-Qwen3-0.6B".
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from konic.finetuning import *
 
 BASE_MODEL = "smollm2-135m"
-REWARD_MODEL = "reward-model-instructions"  # made from DATA / "preferences.jsonl" where there is none
+REWARD_MODEL = "reward-model-instructions"  # trained on DATA / "preferences.jsonl" if the folder is missing
 
 DATA = Path(__file__).parent / "data"
 SMALL_WORDS = frozenset(
@@ -26,35 +26,35 @@ SMALL_WORDS = frozenset(
 
 
 class InstructionRewards(KonicLLMRewardComposer):
-    """Rules that a neural reward forgets: stay on the subject, come to an end, and do not lecture."""
+    """Rules that a neural reward does not enforce: stay on the subject, come to an end, and stay short."""
 
     @llm_reward
     def on_topic(self, prompt: str, response: str) -> float:
-        """Share of the instruction's own words that the response takes up."""
+        """Share of the instruction's own words that also appear in the response."""
         asked = _words(prompt) - SMALL_WORDS
         return len(asked & _words(response)) / len(asked) if asked else 0.0
 
     @llm_reward
     def finished(self, prompt: str, response: str) -> float:
-        """1 for a response that ends with a sentence."""
+        """1 for a response that ends with the end of a sentence, else 0."""
         return float(response.rstrip().endswith((".", "!", "?", '."', ".)")))
 
     @llm_reward
     def measured(self, prompt: str, response: str) -> float:
-        """1 for up to 30 words, falling to 0 at 60; too short an answer is no answer."""
+        """1 for up to 30 words, falling to 0 at 60 words; 0 for fewer than 5 words, which are no answer."""
         count = len(response.split())
         return 0.0 if count < 5 else min(1.0, max(0.0, (60 - count) / 30))
 
 
 class StopWhenGoodEnough(KonicFinetuningCallback):
-    """Ends training once the held-out reward has not risen for some evaluations, or the policy has gone too far."""
+    """Stops training when the held-out reward has not risen for `patience` evaluations, or the KL is above `max_kl`."""
 
     def __init__(self, patience: int, max_kl: float):
         super().__init__()
         self.patience, self.max_kl, self.rewards = patience, max_kl, []
 
     def should_stop_early(self, result: FinetuningIterationResult) -> bool:
-        """True ends the run; its best model on the held-out prompts is in best/ all the same."""
+        """Return True to end the run. Its best model on the held-out prompts is in best/ in any case."""
         if not math.isnan(result.eval_reward_mean):  # this iteration was evaluated
             self.rewards.append(result.eval_reward_mean)
         is_stale = len(self.rewards) > self.patience and max(self.rewards) not in self.rewards[-self.patience :]
@@ -62,7 +62,7 @@ class StopWhenGoodEnough(KonicFinetuningCallback):
 
 
 def reward_model() -> HuggingFaceRewardModel:
-    """The reward model, made from the preferences first where there is none."""
+    """Return the reward model. If its folder is missing, train it on the preferences first."""
     if REWARD_MODEL.startswith("reward-model") and not Path(REWARD_MODEL).is_dir():
         from konic.finetuning.reward_models.feedback import read_preferences
         from konic.finetuning.reward_models.training import RewardTrainingConfig, train_reward_model
@@ -77,7 +77,7 @@ def reward_model() -> HuggingFaceRewardModel:
 
 
 def build_agent() -> KonicFinetuningAgent:
-    """The agent, for `konic train` and `konic rewards` too."""
+    """Return the agent; `konic train` and `konic rewards` call this function too."""
     instructions = (DATA / "instructions.txt").read_text(encoding="utf-8").splitlines()
     return KonicFinetuningAgent(
         base_model=BASE_MODEL,
@@ -101,10 +101,10 @@ def _words(text: str) -> set[str]:
 
 
 def main() -> None:
-    """Train, and show what changed on instructions that were held out."""
+    """Train, and print what changed on held-out instructions."""
     callback = StopWhenGoodEnough(patience=3, max_kl=12.0)
     result = KonicFinetuningEngine.from_agent(build_agent(), callback=callback).train(max_iterations=30)
-    if result.before is None or result.after is None:  # ended by Ctrl-C
+    if result.before is None or result.after is None:  # Ctrl-C ended the run
         return
     for index in range(3):
         print(f"\n{result.before.prompts[index]}")

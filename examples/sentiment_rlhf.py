@@ -1,8 +1,8 @@
-"""GPT-2 learns to go on from movie reviews kindly, briefly and without repeating itself.
+"""GPT-2 learns to continue movie reviews kindly, briefly and without repeating itself.
 
 python sentiment_rlhf.py
 
-Needs the Hugging Face Hub for `gpt2` and `imdb`. Without it: base_model="smollm2-135m" with
+The script needs the Hugging Face Hub for `gpt2` and `imdb`. Without the Hub, use base_model="smollm2-135m" with
 target_modules=["q_proj", "v_proj"], and DatasetConfig(source=DatasetSource.BUNDLED).
 """
 
@@ -34,7 +34,7 @@ POSITIVE_WORDS = {
 class SentimentRewardComposer(KonicLLMRewardComposer):
     @llm_reward
     def brevity_bonus(self, prompt: str, response: str) -> float:
-        """From 1 for nothing down to 0 at 300 characters."""
+        """From 1 for an empty response down to 0 at 300 characters."""
         return max(0.0, 1.0 - len(response) / 300)
 
     @llm_reward
@@ -45,7 +45,7 @@ class SentimentRewardComposer(KonicLLMRewardComposer):
 
     @llm_reward
     def coherence_penalty(self, prompt: str, response: str) -> float:
-        """Minus the share of words that only repeat an earlier one."""
+        """Minus the share of words that repeat an earlier word; −1 for an empty response."""
         words = response.lower().split()
         return len(set(words)) / len(words) - 1.0 if words else -1.0
 

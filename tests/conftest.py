@@ -71,7 +71,8 @@ def tiny_model(architecture, dtype=torch.float64, seed=0):
 
 
 def loaded_model(architecture, dtype=torch.float64, seed=0):
-    return LoadedModel(architecture, architecture, tiny_model(architecture, dtype, seed), byte_tokenizer(architecture))
+    model, tokenizer = tiny_model(architecture, dtype, seed), byte_tokenizer(architecture)
+    return LoadedModel(name=architecture, location=architecture, model=model, tokenizer=tokenizer)
 
 
 LORA_TARGETS = {"gpt2": ("c_attn", "c_proj"), "llama": ("q_proj", "v_proj")}
@@ -94,7 +95,8 @@ def tiny_learner(
     options = {"gradient_checkpointing": training.gradient_checkpointing, "seed": training.seed} | policy_options
     policy = Policy(loaded_model(architecture, dtype), adapter, **options)
     special = special_tokens(generation, policy.language_model, policy.tokenizer)
-    return Learner(policy, make_optimizer(policy, training), special, architecture)
+    optimizer = make_optimizer(policy, training)
+    return Learner(policy=policy, optimizer=optimizer, special=special, location=architecture)
 
 
 def prompt_batch(learner, texts=PROMPTS, max_length=32):

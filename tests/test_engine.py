@@ -444,9 +444,9 @@ def test_engine_options_are_checked(model_folders, tmp_path):
     agent = make_agent(model_folders["llama"])
     with pytest.raises(ConfigError, match=r"no option 'chekpoint_dir'.*Did you mean 'checkpoint_dir'"):
         KonicFinetuningEngine.from_agent(agent, chekpoint_dir=tmp_path)
-    with pytest.raises(ConfigError, match="device='cuda:99' is not there"):
+    with pytest.raises(ConfigError, match="device='cuda:99' is not available"):
         KonicFinetuningEngine.from_agent(agent, device="cuda:99")
-    with pytest.raises(ConfigError, match="device='quantum' is not there"):
+    with pytest.raises(ConfigError, match="device='quantum' is not available"):
         KonicFinetuningEngine.from_agent(agent, device="quantum")
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
@@ -660,13 +660,13 @@ def test_a_resumed_stream_is_read_again_to_where_the_run_stood(model_folders, tm
     def engine(run):
         made = make_engine(model_folders["llama"], run, dataset=DatasetConfig(prompts=PROMPTS))
         first, *others = make_prompts(list(PROMPTS) * 9, DatasetConfig(), "stream")
-        made._session._prompts = PromptSet([first], [], True, 3, iter(others))
+        made._session._prompts = PromptSet(rows=[first], held_out=[], shuffle=True, shuffle_seed=3, stream=iter(others))
         return made
 
     engine(tmp_path / "whole").train(5)
     engine(tmp_path / "parts").train(2)
     engine(tmp_path / "parts").train(5, resume_from_checkpoint=True)
-    assert "Read 16 rows of the stream again" in caplog.text
+    assert "Read the first 16 rows of the stream again" in caplog.text
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
     assert completions(tmp_path / "whole") == completions(tmp_path / "parts")
 
@@ -886,7 +886,7 @@ def test_an_error_in_an_update_leaves_the_best_weights_and_an_engine_that_says_w
         engine.train(5)
     assert "for 1 iterations" in (tmp_path / "best" / "README.md").read_text()
     assert not list(tmp_path.glob("checkpoint-*"))
-    with pytest.raises(TrainingError, match="Make a new engine"):
+    with pytest.raises(TrainingError, match="Create a new engine"):
         engine.train(5)
 
 
@@ -975,7 +975,7 @@ def test_a_broken_checkpoint_is_put_aside_not_deleted(model_folders, tmp_path, c
     (tmp_path / "checkpoint-3" / "value_head.safetensors").write_bytes(b"torn")
     (tmp_path / "checkpoint-2" / "README.md").write_text("a person's own notes")
     make_engine(model_folders["llama"], tmp_path).train(3, resume_from_checkpoint=True)
-    assert "checkpoint-3 is passed over: value_head.safetensors is not as it was written" in caplog.text
+    assert "checkpoint-3 is skipped: value_head.safetensors has changed since it was written" in caplog.text
     assert (tmp_path / "broken-checkpoint-3" / "value_head.safetensors").read_bytes() == b"torn"
     assert newest_checkpoint(tmp_path).name == "checkpoint-3"
 
@@ -985,7 +985,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(model_folders,
     make_engine(model_folders["llama"], tmp_path / "whole").train(3)
     shutil.rmtree(tmp_path / "run" / "checkpoint-2")
     make_engine(model_folders["llama"], tmp_path / "run").train(3, resume_from_checkpoint=True)
-    assert "It begins anew" in caplog.text
+    assert "It starts from the beginning" in caplog.text
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     with pytest.raises(OutputError, match="there is no whole checkpoint"):
         make_engine(model_folders["llama"], tmp_path / "nothing").train(3, resume_from_checkpoint=True)
@@ -1055,7 +1055,7 @@ def test_an_evaluation_that_cannot_be_read_is_made_anew(model_folders, tmp_path,
     make_engine(model_folders["llama"], tmp_path).train(1)
     (tmp_path / "evaluations" / "000000.parquet").write_bytes(b"torn")
     result = make_engine(model_folders["llama"], tmp_path).train(2, resume_from_checkpoint=True)
-    assert "is made anew" in caplog.text
+    assert "its prompts are evaluated again" in caplog.text
     assert result.before.prompts == result.after.prompts
 
 

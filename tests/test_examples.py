@@ -82,7 +82,7 @@ def test_the_hackable_rewards_are_seen_through(tmp_path):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
     told = " ".join(done.stdout.split())
     for warning in (
-        "'judge' gives other values",
+        "'judge' returns different values",
         "'variety' fails on a response that is empty",
         "'politeness' is constant",
         "a length reward in disguise",

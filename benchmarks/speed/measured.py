@@ -31,7 +31,8 @@ def made_up_batch(num_rows, num_tokens, seed=0):
     ids = torch.randint(100, 40_000, (num_rows, num_tokens), generator=generator)
     prompts = make_prompts([f"prompt {row}" for row in range(num_rows)], DatasetConfig(), "benchmark")
     texts = [prompt.content for prompt in prompts]
-    return PromptBatch(prompts, texts, ids, torch.ones_like(ids, dtype=torch.bool), [0] * num_rows)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    return PromptBatch(prompts=prompts, texts=texts, ids=ids, mask=mask, sample_indices=[0] * num_rows)
 
 
 def made_up_samples(num_rows, num_tokens, hidden_size, seed=1):

@@ -1,6 +1,6 @@
 """The demo: a small chat model learns to end movie reviews briefly, kindly and coherently.
 
-Also a script like a user's: `konic train` takes this file.
+This file is also an example script: `konic train` accepts it.
 """
 
 import re
@@ -48,7 +48,7 @@ MIN_WORDS = 5
 
 
 class MovieReviewRewards(KonicLLMRewardComposer):
-    """Three rewards between −1 and 1 each. A response of fewer than five words earns nothing from any of them."""
+    """Three rewards, each between −1 and 1. Each of them gives 0 to a response of fewer than five words."""
 
     @llm_reward
     def brevity(self, prompt: str, response: str) -> float:
@@ -95,16 +95,16 @@ def build_agent(max_minutes: float | None = None) -> KonicFinetuningAgent:
 
 
 def run_demo(max_iterations: int, max_minutes: float, output: Path | None) -> None:
-    """Train, with the held-out prompts tried before and after, and show what changed."""
+    """Train, evaluate on the held-out prompts before and after, and show what changed."""
     engine = KonicFinetuningEngine.from_agent(build_agent(max_minutes), checkpoint_dir=output)
     result = engine.train(max_iterations)
     if result.before is not None and result.after is not None:
         print_comparison(result.before, result.after)
-    print(f"\nThe model is in {result.model_path}; every response it gave is in completions/ beside it.")  # noqa: T201
+    print(f"\nThe model is in {result.model_path}; every response it gave is in completions/ next to it.")  # noqa: T201
 
 
 def print_comparison(before: Evaluation, after: Evaluation) -> None:
-    """Print a table of before and after on the same prompts, and four responses of each side by side."""
+    """Print a table that compares before and after on the same prompts, and four responses of each, side by side."""
     gain = paired_bootstrap(before.rewards, after.rewards)
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     table = Table(title=f"Before and after on {len(before.prompts)} held-out prompts", box=box.SIMPLE_HEAD)

@@ -45,7 +45,7 @@ def test_train_runs_a_scripts_agent_into_the_folder_named(model_folders, tmp_pat
     "text, told",
     [
         ("x = 1", "defines neither a module-level `agent` nor a function `build_agent()`"),
-        ("def build_agnet(): pass", "It has 'build_agnet': rename that."),
+        ("def build_agnet(): pass", "It defines 'build_agnet': rename it."),
         ("agent = 5", "its agent is a int, not a KonicFinetuningAgent"),
         ("import math\n\ndef helper():\n    return 1 / 0\n\nhelper()", "raised ZeroDivisionError while it was loaded"),
         ("def build_agent(:", "raised SyntaxError"),

@@ -162,7 +162,7 @@ def test_a_damaged_file_is_refused_with_its_name_and_kind(tmp_path, name, data):
     message = complaint(local, tmp_path / name)
     assert name in message
     assert f"cannot be read as {name[2:]}" in message
-    assert message.endswith(("Save it as UTF-8.", "Mend it, or give it the ending of what it is."))
+    assert message.endswith(("Save it as UTF-8.", "Fix the file, or rename it with the extension of its real format."))
 
 
 def test_text_that_is_not_utf_8_and_a_file_that_is_not_there_are_told_with_what_to_do(tmp_path):
@@ -390,7 +390,7 @@ def test_the_seed_alone_decides_the_order():
 
 def test_two_seeds_order_the_same_rows_differently():
     rows = make_prompts([f"p{n}" for n in range(30)], DatasetConfig(), "test")
-    one, other = (PromptSet(rows, [], shuffle=True, shuffle_seed=seed).batch(0, 30) for seed in (1, 2))
+    one, other = (PromptSet(rows=rows, held_out=[], shuffle=True, shuffle_seed=seed).batch(0, 30) for seed in (1, 2))
     assert one != other
     assert sorted(contents(one)) == sorted(contents(other))
 
@@ -402,7 +402,7 @@ def test_a_prompt_keeps_its_row_and_columns_wherever_it_comes():
 
 
 def test_training_on_the_prompts_held_out_is_refused():
-    with pytest.raises(ConfigError, match="train on the very prompts"):
+    with pytest.raises(ConfigError, match="train on the same prompts that held_out reserves"):
         DatasetConfig(source=DatasetSource.BUNDLED, split="held_out", held_out=4)
 
 

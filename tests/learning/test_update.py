@@ -359,8 +359,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_sample(ar
     with pytest.raises(TrainingError) as error:
         update(learner.policy, learner.optimizer, rolled, advantages, config, Schedule(0, 1, 1e-3))
     assert str(error.value) == (
-        "The loss is not finite for the sample of dataset row 2, prompt 'x'. The step was not taken. Usual causes: too "
-        "high a learning rate, half precision, or damaged weights."
+        "The loss is not finite for the sample of dataset row 2, prompt 'x'. The step was not taken. Usual causes: a "
+        "learning rate that is too high, half precision, or damaged weights."
     )
     assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.trainable().values(), strict=True))
 
@@ -449,13 +449,14 @@ def test_a_first_ratio_that_is_not_one_stops_the_run_before_the_step():
     rolled, advantages = roll_and_score(learner, config)
     rolled.log_probs[rolled.response_mask] += 2e-2
     before = [weight.clone() for weight in learner.policy.trainable().values()]
-    with pytest.raises(TrainingError, match=r"by \S+e-\d+ nats per token and up to 0\.02, over 0\.001 and 0\.01\. "):
+    limits = r"the limits are 0\.001 and 0\.01\. "
+    with pytest.raises(TrainingError, match=r"by \S+e-\d+ nats per token on average and by up to 0\.02; " + limits):
         update(learner.policy, learner.optimizer, rolled, advantages, config, Schedule(0, 1, 1e-3))
     assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.trainable().values(), strict=True))
     assert all(weight.grad is None for weight in learner.policy.trainable().values())
     rolled.log_probs[rolled.response_mask] -= 2e-2
     rolled.samples.log_probs[rolled.response_mask] += 2e-3
-    with pytest.raises(TrainingError, match=r"by 0\.002 nats per token and up to 0, over"):
+    with pytest.raises(TrainingError, match=r"by 0\.002 nats per token on average and by up to 0; the limits are"):
         update(learner.policy, learner.optimizer, rolled, advantages, config, Schedule(0, 1, 1e-3))
     half = replace(rolled, in_full_precision=False)
     update(learner.policy, learner.optimizer, half, advantages, config, Schedule(0, 1, 1e-3))
@@ -513,7 +514,7 @@ def test_a_trained_head_is_switched_off_where_the_reference_is_made(head):
     adapter = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=list(head) or None, task_type="CAUSAL_LM")
     policy = Policy(loaded_model("llama"), adapter)
     special = special_tokens(GENERATION, policy.language_model, policy.tokenizer)
-    learner = Learner(policy, make_optimizer(policy, config), special, "llama")
+    learner = Learner(policy=policy, optimizer=make_optimizer(policy, config), special=special, location="llama")
     base = tiny_model("llama")
     rolled, advantages = roll_and_score(learner, config)
     row = 3
@@ -544,13 +545,13 @@ def test_sampler_and_trainer_may_differ_by_what_is_allowed_and_no_more(limit, me
     with pytest.raises(TrainingError) as error:
         run_update("llama", dtype=torch.float32)
     assert str(error.value) == (
-        "Before the first step the policy is the one that sampled, but sampler and trainer disagree about the tokens "
-        f"sampled by {stats.sampler_gap:.2g} nats per token and up to {stats.first_log_ratio:.2g}, over "
-        f"{update_module.MAX_SAMPLER_GAP:g} and {update_module.MAX_FIRST_LOG_RATIO:g}. Either the model reads a cached "
-        "sequence differently from a whole one (try model_kwargs={'attn_implementation': 'eager'}; on a GPU, full fp32 "
-        "products: torch.set_float32_matmul_precision('highest')), or something in it changes from one pass to the "
-        "next, such as dropout, a batch norm or random routing. The step was not taken. "
-        "TrainingConfig(self_checks=False) goes on in spite of it."
+        "Before the first step the policy is the one that sampled, but the log-probs of sampler and trainer differ by "
+        f"{stats.sampler_gap:.2g} nats per token on average and by up to {stats.first_log_ratio:.2g}; the limits are "
+        f"{update_module.MAX_SAMPLER_GAP:g} and {update_module.MAX_FIRST_LOG_RATIO:g}. Either the model computes a "
+        "cached sequence differently from a whole one (try model_kwargs={'attn_implementation': 'eager'}; on a GPU, "
+        "full fp32 products: torch.set_float32_matmul_precision('highest')), or something in the model changes from "
+        "one pass to the next, such as dropout, a batch norm or random routing. The step was not taken. "
+        "To continue anyway, set TrainingConfig(self_checks=False)."
     )
 
 

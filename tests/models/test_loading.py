@@ -57,20 +57,20 @@ def test_a_folder_without_a_model_is_said(tmp_path):
 def test_a_broken_model_folder_is_one_error(tmp_path, model_folders):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ModelError, match=r"could not be loaded: .*\n.*whole model of the right kind"):
+    with pytest.raises(ModelError, match=r"could not be loaded: .*\n.*complete model of the right kind"):
         load_model(str(tmp_path), {}, CPU)
 
 
 def test_a_broken_gguf_file_is_one_error_and_leaves_no_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("KONIC_CACHE", str(tmp_path / "cache"))
     (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
-    with pytest.raises(ModelError, match=r"could not be loaded: .*\n.*file is whole"):
+    with pytest.raises(ModelError, match=r"could not be loaded: .*\n.*file is complete"):
         locate_model(str(tmp_path / "broken.gguf"))
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_the_hub_out_of_reach_names_the_model_that_needs_none():
-    with pytest.raises(ModelError, match=r"'some/model' is no folder here.*from the Hub.*\n.*smollm2-135m"):
+    with pytest.raises(ModelError, match=r"'some/model' is not a local folder.*from the Hub.*\n.*smollm2-135m"):
         load_model("some/model", {}, CPU)
 
 

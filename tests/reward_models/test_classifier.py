@@ -345,11 +345,11 @@ def test_a_label_is_chosen_by_index_or_name(classifiers, caplog, wanted, index):
     [
         ("bert-2", "positve", r"no label 'positve'\. Did you mean 'positive'\? Its labels: negative, positive"),
         ("bert-2", "1", r"no label '1'\. Its labels: negative, positive"),
-        ("bert-2", 2, r"label_index=2 is none of its labels: negative, positive"),
-        ("bert-2", -1, r"label_index=-1 is none of its labels"),
-        ("bert-2", True, r"label_index=True is none of its labels"),
-        ("bert-2", 1.0, r"label_index=1\.0 is none of its labels"),
-        ("bert-1", 1, r"label_index=1 is none of its labels: reward"),
+        ("bert-2", 2, r"label_index=2 is not one of its labels: negative, positive"),
+        ("bert-2", -1, r"label_index=-1 is not one of its labels"),
+        ("bert-2", True, r"label_index=True is not one of its labels"),
+        ("bert-2", 1.0, r"label_index=1\.0 is not one of its labels"),
+        ("bert-1", 1, r"label_index=1 is not one of its labels: reward"),
         (
             "bert-3",
             None,
@@ -731,9 +731,9 @@ def test_in_a_run_responses_are_read_by_the_classifiers_own_tokenizer(classifier
         ("batch_size", "16", r"batch_size='16'\) must be"),
         ("max_length", 0, r"max_length=0\) must be"),
         ("max_length", None, r"max_length=None\) must be"),
-        ("device", "gpu", r"device='gpu' is not there"),
+        ("device", "gpu", r"device='gpu' is not available"),
         ("model_kwargs", {"revison": "main"}, r"no key 'revison'.*Did you mean 'revision'"),
-        ("text_format", "chat", r"text_format='chat'\): its tokenizer has no template"),
+        ("text_format", "chat", r"text_format='chat'\): its tokenizer has no chat template. Use another text_format"),
     ],
 )
 def test_settings_that_cannot_be_are_named(classifiers, option, value, told):
@@ -746,7 +746,7 @@ def test_settings_that_cannot_be_are_named(classifiers, option, value, told):
     [
         ("./nowhere", r"model_id='\./nowhere': there is no such folder"),
         ("/nowhere/at/all", "there is no such folder"),
-        ("some/judge", r"'some/judge' is no folder here.*from the Hub: "),
+        ("some/judge", r"'some/judge' is not a local folder.*from the Hub: "),
     ],
 )
 def test_a_model_that_is_not_there_is_said(name, told):

@@ -564,8 +564,8 @@ PLAIN = {"prompt": "why", "chosen": "good", "rejected": "bad"}
     ("row", "told"),
     [
         ({"prompt": "why", "choosen": "a", "rejected": "b"}, r"no column 'chosen'\. Did you mean 'choosen'\?"),
-        ({"prompt": "why", "chosen": "a"}, r"no column 'rejected'.*It has: prompt, chosen"),
-        ("why", r"no column 'chosen'\. It has: none"),
+        ({"prompt": "why", "chosen": "a"}, r"no column 'rejected'.*The row has: prompt, chosen"),
+        ("why", r"no column 'chosen'\. The row has: none"),
         (PLAIN | {"chosen": ""}, "'chosen' or 'rejected' holds no response"),
         (PLAIN | {"rejected": " \n"}, "'chosen' or 'rejected' holds no response"),
         (PLAIN | {"rejected": None}, "holds no response"),
@@ -588,7 +588,7 @@ def test_a_row_that_is_no_pair_is_named(tmp_path, row, told):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ({"text": "good"}, r"row 1: there is no column 'label'\. It has: text"),
+        ({"text": "good"}, r"row 1: there is no column 'label'\. The row has: text"),
         ({"txt": "good", "label": "x"}, r"row 1: there is no column 'text'\. Did you mean 'txt'\?"),
         ({"text": " ", "label": "x"}, r"row 1: needs a text in 'text' and a label in 'label'"),
         ({"text": "good", "label": None}, "row 1: needs a text"),
@@ -616,7 +616,10 @@ def test_data_without_rows_or_out_of_reach_is_said(tmp_path):
         (toy_pairs(7), "7 examples are too few to learn from; give at least 8"),
         ([], "0 examples are too few"),
         (toy_texts(7), "7 examples are too few"),
-        ([Labelled(text.text, "same") for text in toy_texts(20)], "All texts have the label 'same'"),
+        (
+            [Labelled(text.text, "same") for text in toy_texts(20)],
+            r"All texts have the label 'same'\. Give texts of at least two",
+        ),
         ([Labelled("a", f"label {n}") for n in range(101)], "There are 101 different labels, such as label 0, label 1"),
     ],
 )
@@ -637,7 +640,7 @@ def test_labels_of_the_test_examples_count_too(bases, tmp_path):
     ("base", "told"),
     [
         ("./nowhere", r"base='\./nowhere': there is no such folder"),
-        ("some/base", r"base='some/base' is no folder here.*from the Hub: "),
+        ("some/base", r"base='some/base' is not a local folder.*from the Hub: "),
         ("all-minilm-l6", r"Did you mean 'all-minilm-l6-v2'\?"),
     ],
 )
@@ -817,8 +820,8 @@ def test_the_command_fits_labelled_texts_with_lora(konic, bases, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--text", "prompt"), "Error: --text and --label go together"),
-        (("--label", "chosen"), "Error: --text and --label go together"),
+        (("--text", "prompt"), "Error: Give --text and --label together"),
+        (("--label", "chosen"), "Error: Give --text and --label together"),
         (("--epochs", 0), "epochs"),
         (("--text", "prompt", "--label", "lable"), "there is no column 'lable'"),
         (("--base", "./nowhere"), "Error: base='./nowhere': there is no such folder"),

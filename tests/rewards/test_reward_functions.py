@@ -289,7 +289,7 @@ class Callable:
 )
 def test_a_function_without_a_name_needs_one(function):
     composer = Length()
-    with pytest.raises(ConfigError, match=r"has no name: give add_reward_function\(\.\.\., name='\.\.\.'\)"):
+    with pytest.raises(ConfigError, match=r"has no name: call add_reward_function\(\.\.\., name='\.\.\.'\)"):
         composer.add_reward_function(function)
     assert composer.reward_names == ["length"]
     assert composer.add_reward_function(function, name="named").reward_names == ["length", "named"]

@@ -262,7 +262,7 @@ def judges_badly(response):
 
 def test_the_third_says_that_the_rest_is_only_counted(caplog):
     scored(Sized(), ["raise"] * 9, **SKIP)
-    last = "Further ones like it are only counted."
+    last = "Further errors like this are only counted."
     assert [message.endswith(last) for message in caplog.messages] == [False, False, True]
 
 
@@ -557,7 +557,7 @@ def test_the_message_has_the_counts_and_the_last_fault():
         require_errors_within([iteration(1, 4)], scores, config)
     assert str(error.value) == (
         "Rewards failed on 4 of the last 8 responses, more than max_error_rate=0.02 of 100. "
-        "The last one: Reward 'odd' raised ValueError: number 2\nTraceback 2"
+        "The last error: Reward 'odd' raised ValueError: number 2\nTraceback 2"
     )
 
 
@@ -569,7 +569,7 @@ def test_without_a_fault_in_the_batch_the_message_ends_with_the_counts():
 
 # --- slow rewards ---
 
-ADVICE = " A reward that hangs can be stopped: TrainingConfig(reward_workers=2, reward_timeout_seconds=10)."
+ADVICE = " To stop a reward that hangs, set TrainingConfig(reward_workers=2, reward_timeout_seconds=10)."
 
 
 @pytest.fixture

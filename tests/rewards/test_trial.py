@@ -383,7 +383,7 @@ def test_what_gives_other_values_when_asked_again_is_found(function, is_determin
     composer = KonicLLMRewardComposer().add_reward_function(function, name="odd")
     trial = tried(composer, ["a", "bb", "cccc"], label=[1, 2, 3])
     assert reward(trial, "odd").is_deterministic is is_deterministic
-    assert any("gives other values" in warning for warning in trial.warnings) is not is_deterministic
+    assert any("returns different values" in warning for warning in trial.warnings) is not is_deterministic
 
 
 def test_the_first_values_are_the_ones_shown():
@@ -487,21 +487,24 @@ CASES = {
         adding(fails_where(lambda response, row: not response)),
         "'c' fails on a response that is empty: raised ValueError: no",
     ),
-    "is random": (adding(every_second()), "'c' gives other values when it is asked again: what is learned from it is"),
+    "is random": (
+        adding(every_second()),
+        "'c' returns different values for the same responses: the policy learns partly from noise.",
+    ),
     "depends on the order": (
         adding(lambda prompts, responses: [-0.01 * place for place in range(len(responses))]),
-        "'c' gives other values when it is asked again",
+        "'c' returns different values for the same responses",
     ),
     "is slow": (adding(sleepy), "'c' takes 0.1 s per response. Score a batch at once"),
-    "is constant": (adding(lambda prompt, response: 0.25), "'c' is constant (0.25): nothing can be learned from it."),
-    "outweighs": (reading(a=100.0, b=1.0), "'a' makes 100% of the total's variance: the others hardly count."),
+    "is constant": (adding(lambda prompt, response: 0.25), "'c' is constant (0.25): the policy cannot learn from it."),
+    "outweighs": (reading(a=100.0, b=1.0), "'a' makes up 100% of the total's variance: the other parts hardly count."),
     "likes length": (
         adding(lambda p, r: 0.54 * len(r) if set(r) == {"x"} else None),
-        "The total is a length reward in disguise (correlation +0.84, by 'c'): the quickest way to more of it is long",
+        "The total is a length reward in disguise (correlation +0.84, by 'c'): longer responses are the quickest way",
     ),
     "likes brevity": (
         adding(lambda p, r: 0.54 * (10 - len(r)) if set(r) == {"x"} else None),
-        "The total is a length reward in disguise (correlation -0.84, by 'c'): the quickest way to more of it is short",
+        "The total is a length reward in disguise (correlation -0.84, by 'c'): shorter responses are the quickest way",
     ),
     "likes nothing": (
         adding(lambda prompt, response: None if response else 5),
@@ -534,14 +537,14 @@ def test_nothing_is_said_of_clean_rewards(name, impatient):
 def test_every_warning_there_is_has_a_case():
     heads = {re.sub(r"'c'|'a'|[\d.]+", "", told)[:30] for _, told in CASES.values()}
     source = Path(reward_trial.__file__).read_text(encoding="utf-8")
-    assert source.count("told.append(") == len(heads) - 1, "one of the total's has two forms: empty and very long"
+    assert source.count("messages.append(") == len(heads) - 1, "one of the total's has two forms: empty and very long"
 
 
 def test_a_part_is_named_as_constant_only_where_it_was_seen_twice():
     values = {"a": [3, None, None], "b": [2, 2, None]}
     trial = tried(reading(a=1.0, b=1.0), ["r"] * 3, **values)
     assert [warning for warning in trial.warnings if "constant" in warning] == [
-        "'b' is constant (2): nothing can be learned from it."
+        "'b' is constant (2): the policy cannot learn from it."
     ]
 
 
@@ -724,7 +727,7 @@ def test_the_composer_of_a_script_is_found(text, weights, tmp_path):
         (COMPOSER + "    def __init__(self):\n        self.x = 1 / 0\n", "raised ZeroDivisionError"),
         (COMPOSER + "    def __init__(self, needed):\n        pass\n", r"raised TypeError.*'needed'"),
         ("import nothing_of_this_name", "raised ModuleNotFoundError"),
-        ("raise SystemExit(0)", r"left with sys\.exit\(\)"),
+        ("raise SystemExit(0)", r"called sys\.exit\(\)"),
         (COMPOSER + "Rewards(reward_weights={'sice': 1})\n", "Did you mean 'size'"),
     ],
 )
@@ -776,7 +779,7 @@ def test_the_command_shows_the_rewards_the_probes_and_the_warnings(texts, tmp_pa
     assert done.stderr == f"Loading {tmp_path / 'job.py'} ...\n"
     output = done.stdout
     assert "Rewards on 4 responses" in output
-    for headings in ("mean spread lowest highest moves total r(length) None", "ms each errors same again"):
+    for headings in ("mean spread lowest highest moves total r(length) None", "ms each errors repeatable"):
         assert headings in " ".join(output.split())
     size, dots, end = cells(output, "size"), cells(output, "style.dots"), cells(output, "style.end")
     lengths = [len(text) for text in TEXTS]
@@ -837,7 +840,7 @@ def test_mistakes_with_files_are_the_users(tmp_path):
 def test_without_texts_the_base_model_is_sampled(model_folders, tmp_path):
     path = script(tmp_path, AGENT.format(model=model_folders["llama"], seed=0))
     result = run(path, "--samples", 5, "--device", "cpu")
-    assert result.stderr == f"Loading {path} ...\nSampling 5 responses of {model_folders['llama']} ...\n"
+    assert result.stderr == f"Loading {path} ...\nSampling 5 responses from {model_folders['llama']} ...\n"
     assert "Rewards on 5 responses" in result.stdout
     agent = load_agent(path)
     trial = try_rewards(agent.get_reward_composer(), sample_responses(agent, 5, "cpu"))
@@ -860,7 +863,7 @@ def test_what_is_not_known_is_left_blank_and_noise_is_marked(capsys):
     show(tried(composer.add_reward_function(abstains), ["r"] * 3, a=[1, 0, 1]))
     output = capsys.readouterr().out
     assert cells(output, "abstains") == ["0%", "3"], "what moves and None; no mean, spread, lowest, highest, r"
-    assert cells(output, "abstains", 1)[1:] == ["0", "yes"], "errors, same again"
+    assert cells(output, "abstains", 1)[1:] == ["0", "yes"], "errors, repeatable"
     assert cells(output, "abstains", 2) == []
     assert cells(output, "odd", 1)[-1] == "NO"
     assert "nan" not in output
@@ -971,5 +974,5 @@ def test_long_names_can_be_told_apart_in_the_table(capsys):
             correctness_of_format=B,
         )
     )
-    table = capsys.readouterr().out.partition("Responses to be wary of")[0]
+    table = capsys.readouterr().out.partition("Unusual responses")[0]
     assert "correctness_of_answer" in table and "correctness_of_format" in table

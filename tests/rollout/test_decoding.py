@@ -248,7 +248,9 @@ def alone(batch, row):
     """One row of a batch, without padding."""
     ids = batch.ids[row][batch.mask[row]][None]
     index = [batch.sample_indices[row]]
-    return PromptBatch([batch.prompts[row]], [batch.texts[row]], ids, torch.ones_like(ids, dtype=torch.bool), index)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    prompts, texts = [batch.prompts[row]], [batch.texts[row]]
+    return PromptBatch(prompts=prompts, texts=texts, ids=ids, mask=mask, sample_indices=index)
 
 
 def texts_of(samples, learner, generation):

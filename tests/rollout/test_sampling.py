@@ -27,7 +27,9 @@ def rows_of(batch, rows):
     mask = batch.mask[rows]
     start = int(mask.any(dim=0).nonzero()[0])
     prompts, texts = [batch.prompts[row] for row in rows], [batch.texts[row] for row in rows]
-    return PromptBatch(prompts, texts, batch.ids[rows, start:], mask[:, start:], [0] * len(rows))
+    return PromptBatch(
+        prompts=prompts, texts=texts, ids=batch.ids[rows, start:], mask=mask[:, start:], sample_indices=[0] * len(rows)
+    )
 
 
 def texts_of(samples, learner, stop=None):

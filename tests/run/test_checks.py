@@ -42,7 +42,7 @@ CASES = {
 SAID = {
     "constant_reward": r"got the reward 0\.5: there is nothing to learn from",
     "equal_groups": r"teaches grpo nothing\. Raise num_generations \(now 4\)",
-    "never_ends": r"None of the first 32 responses has ended by itself: each ran into max_new_tokens=48",
+    "never_ends": r"None of the first 32 responses ended by itself: each was cut off at max_new_tokens=48",
     "stopped_ending": "used to end by themselves",
     "empty_responses": "is empty: the policy ends at once",
     "entropy_collapse": r"fell from 2\.00 to 0\.19 nats per token",

@@ -32,7 +32,7 @@ def hand_made():
     zeros = torch.zeros(2, 3, dtype=torch.float64)
     prompts = make_prompts(["a", "b"], DatasetConfig(), "test")
     ids = torch.ones(2, 1, dtype=torch.int64)
-    batch = PromptBatch(prompts, ["a", "b"], ids, ids.bool(), [0, 0])
+    batch = PromptBatch(prompts=prompts, texts=["a", "b"], ids=ids, mask=ids.bool(), sample_indices=[0, 0])
     sampled = torch.tensor([[-1.0, 0, 0], [-2.0, -3.0, -4.0]], dtype=torch.float64)
     ids, ended = torch.ones(2, 3, dtype=torch.int64), torch.tensor([True, False])
     samples = Samples(response_ids=ids, response_mask=mask, log_probs=sampled, ended=ended)

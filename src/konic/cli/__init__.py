@@ -1,4 +1,4 @@
-"""The `konic` command. Each command lives in a file of its own and imports the library only when it runs."""
+"""The `konic` command. Each subcommand has its own file, and imports the library only when it runs."""
 
 import sys
 
@@ -32,7 +32,7 @@ def _options(version: bool = typer.Option(False, "--version", help="Print the ve
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends in one message and exit code 1, without a traceback."""
+    """Run the command line. A user's mistake prints one message and exits with code 1, without a traceback."""
     try:
         app()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""`konic demo`: the main job on a real model, and what it changed."""
+"""`konic demo`: trains a small chat model and shows what changed."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,17 +7,15 @@ import typer
 
 
 def demo(
-    max_iterations: Annotated[int, typer.Option(help="Iterations at most.")] = 22,
-    max_minutes: Annotated[float, typer.Option(help="Minutes of training at most.")] = 4.75,
+    max_iterations: Annotated[int, typer.Option(help="Maximum number of iterations.")] = 22,
+    max_minutes: Annotated[float, typer.Option(help="Maximum minutes of training.")] = 4.75,
     output: Annotated[Path | None, typer.Option(help="The run's folder. Default: a new one under runs/.")] = None,
 ) -> None:
     """Teach a small chat model to end movie reviews briefly, kindly and coherently, and show what changed.
 
     Needs no GPU, no account and no network: about six minutes on two CPU cores. Example: konic demo --max-minutes 2
     """
-    typer.echo(
-        "konic demo: loading a 135M-parameter chat model (the first time, it is unpacked into a cache) ...", err=True
-    )
+    typer.echo("konic demo: loading a 135M-parameter chat model (the first run unpacks it into a cache) ...", err=True)
     from konic.demo import run_demo
 
     run_demo(max_iterations, max_minutes, output)

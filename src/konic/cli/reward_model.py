@@ -5,33 +5,33 @@ from typing import Annotated
 
 import typer
 
-reward_model = typer.Typer(help="Make reward models.", no_args_is_help=True)
+reward_model = typer.Typer(help="Train reward models.", no_args_is_help=True)
 
 
 @reward_model.callback()
 def _group() -> None:
-    """Make reward models."""
+    """Train reward models."""
 
 
 @reward_model.command()
 def train(
     data: Annotated[str, typer.Argument(help="A csv, json, jsonl or parquet file, or a dataset of the Hub.")],
-    base: Annotated[str, typer.Option(help="What to start from: a Hub id, a folder, a packaged model.")],
+    base: Annotated[str, typer.Option(help="The base model: a Hub id, a folder or a packaged model.")],
     output: Annotated[Path, typer.Option(help="The folder to write the model into.")] = Path("reward-model"),
-    text: Annotated[str | None, typer.Option(help="Column of texts, with --label instead of pairs.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column of texts; use it with --label, instead of pairs.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of labels.")] = None,
-    test: Annotated[str | None, typer.Option(help="More data of the same columns, to measure accuracy on.")] = None,
-    test_text: Annotated[str | None, typer.Option(help="Its column of texts, where it has another name.")] = None,
-    test_label: Annotated[str | None, typer.Option(help="Its column of labels, where it has another name.")] = None,
+    test: Annotated[str | None, typer.Option(help="Test data with the same columns, to measure accuracy.")] = None,
+    test_text: Annotated[str | None, typer.Option(help="Column of texts in --test, if its name differs.")] = None,
+    test_label: Annotated[str | None, typer.Option(help="Column of labels in --test, if its name differs.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 3,
-    learning_rate: Annotated[float | None, typer.Option(help="Default: 1e-4, with --lora-r 1e-3.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: 1e-4, or 1e-3 with --lora-r.")] = None,
     batch_size: Annotated[int, typer.Option(help="Pairs or texts per step.")] = 16,
-    max_length: Annotated[int, typer.Option(help="Tokens read of a text at most.")] = 256,
-    lora_r: Annotated[int | None, typer.Option(help="Train a LoRA of this rank, merged in the end.")] = None,
+    max_length: Annotated[int, typer.Option(help="Maximum number of tokens read from a text.")] = 256,
+    lora_r: Annotated[int | None, typer.Option(help="Train a LoRA of this rank and merge it at the end.")] = None,
     seed: Annotated[int, typer.Option(help="Seeds the split, the order and the new head.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """Fit a reward model to pairs (prompt, chosen, rejected), or with --text and --label to labelled texts.
+    """Train a reward model on pairs (prompt, chosen, rejected), or on labelled texts with --text and --label.
 
     Examples: konic reward-model train pairs.jsonl --base all-minilm-l6-v2
               konic reward-model train films.csv --base all-minilm-l6-v2 --text review --label sentiment
@@ -42,7 +42,9 @@ def train(
     from konic.finetuning.reward_models.training import RewardTrainingConfig, train_reward_model
 
     if (text is None) != (label is None):
-        raise ConfigError("--text and --label go together; without them the data are pairs (prompt, chosen, rejected).")
+        raise ConfigError(
+            "Give --text and --label together; without them the data are pairs (prompt, chosen, rejected)."
+        )
     config = RewardTrainingConfig(
         epochs=epochs,
         learning_rate=learning_rate,

@@ -1,4 +1,4 @@
-"""`konic rewards SCRIPT`: the rewards of a script, tried on responses without training."""
+"""`konic rewards SCRIPT`: tries a script's rewards on responses, without training."""
 
 import math
 from pathlib import Path
@@ -17,13 +17,13 @@ def rewards(
     texts: Annotated[
         str | None, typer.Option(help="A csv, json, jsonl or parquet file with columns `prompt` and `response`.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Without --texts: responses to sample from the base model.", min=1)] = 32,
+    samples: Annotated[int, typer.Option(help="Without --texts: number of responses to sample.", min=1)] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """Try the rewards that SCRIPT defines, on given texts or on fresh samples of its base model.
+    """Try the rewards that SCRIPT defines, on given texts or on new samples of its base model.
 
-    Shows what each reward does, what moves the total, and what could go wrong, before any time is spent on training.
-    With --texts a composer is enough; samples need an agent, which names a model.
+    Shows what each reward does, what moves the total, and what could go wrong, before you spend time on training.
+    With --texts, SCRIPT needs only a composer. Without it, SCRIPT needs an agent, which names the base model.
 
     Examples: konic rewards my_rewards.py
               konic rewards my_rewards.py --texts responses.jsonl
@@ -36,13 +36,13 @@ def rewards(
         composer, tried = load_composer(script), read_responses(texts)
     else:
         agent = load_agent(script)
-        typer.echo(f"Sampling {samples} responses of {agent.get_base_model()} ...", err=True)
+        typer.echo(f"Sampling {samples} responses from {agent.get_base_model()} ...", err=True)
         composer, tried = agent.get_reward_composer(), sample_responses(agent, samples, device)
     show(try_rewards(composer, tried))
 
 
 def sample_responses(agent: "KonicFinetuningAgent", count: int, device: str = "auto") -> "list[Sample]":
-    """Responses of the agent's base model to rows of its dataset."""
+    """Sample responses of the agent's base model to rows of its dataset."""
     from konic.finetuning.data.prompts import load_prompts
     from konic.finetuning.learning.learner import build_learner
     from konic.finetuning.models.loading import pick_device
@@ -52,14 +52,14 @@ def sample_responses(agent: "KonicFinetuningAgent", count: int, device: str = "a
     generation, seed = agent.get_generation_config(), agent.get_training_config().seed
     size = len(dataset.rows)
     samples: list[Sample] = []
-    for pass_number, start in enumerate(range(0, count, size)):  # each pass has random numbers of its own
+    for pass_number, start in enumerate(range(0, count, size)):  # each pass uses its own random numbers
         chosen = dataset.batch(start, min(size, count - start))
         samples += respond(learner.policy, chosen, generation, learner.special, seed + pass_number)
     return samples
 
 
 def show(trial: "ComposerTrial") -> None:
-    """Print a trial: what the rewards give, how their calls went, what they make of the probes, and the warnings."""
+    """Print a trial: the values of the rewards, their calls, their values on the probes, and the warnings."""
     from rich.console import Console
     from rich.text import Text
 
@@ -89,14 +89,14 @@ def show(trial: "ComposerTrial") -> None:
         ]
         for reward in trial.rewards
     }
-    console.print(_table("Calls", ("ms each", "errors", "same again"), calls))
+    console.print(_table("Calls", ("ms each", "errors", "repeatable"), calls))
     probes = {
         part.name: [
             "error" if probe in faults.get(part.reward, ()) else _number(part.probes[probe]) for probe in PROBES
         ]
         for part in rows
     }
-    console.print(_table("Responses to be wary of", tuple(PROBES), probes, trial.total.name))
+    console.print(_table("Unusual responses", tuple(PROBES), probes, trial.total.name))
     for warning in trial.warnings:
         console.print(Text(f"! {printable(warning)}", style="yellow"))
     if not trial.warnings:

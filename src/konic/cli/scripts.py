@@ -1,4 +1,4 @@
-"""A user's script -> the agent it defines. The script is imported, not run as `__main__`."""
+"""A user's script -> the agent or composer that it defines. The script is imported, not run as `__main__`."""
 
 import difflib
 import importlib.util
@@ -11,10 +11,10 @@ from konic.finetuning import ConfigError, KonicError, KonicFinetuningAgent, Koni
 
 
 def load_agent(script: Path) -> KonicFinetuningAgent:
-    """The module-level `agent` of a script, or what its `build_agent()` returns.
+    """Load the module-level `agent` of a script, or the agent that its `build_agent()` returns.
 
     Raises:
-        ConfigError: No such file, no agent in it, or an error while it was imported.
+        ConfigError: The file does not exist, defines no agent, or raised an error while it was imported.
     """
     if not script.is_file():
         raise ConfigError(f"{script}: there is no such file.")
@@ -30,7 +30,7 @@ def _find_agent(script: Path, module: Any) -> KonicFinetuningAgent:
             near = difflib.get_close_matches("agent", names, n=1) or difflib.get_close_matches(
                 "build_agent", names, n=1
             )
-            hint = f" It has {near[0]!r}: rename that." if near else ""
+            hint = f" It defines {near[0]!r}: rename it." if near else ""
             raise ConfigError(f"{script}: defines neither a module-level `agent` nor a function `build_agent()`.{hint}")
         agent = _call(script, build)
     if not isinstance(agent, KonicFinetuningAgent):
@@ -39,7 +39,7 @@ def _find_agent(script: Path, module: Any) -> KonicFinetuningAgent:
 
 
 def load_composer(script: Path) -> KonicLLMRewardComposer:
-    """The composer of a script's agent, else its module-level composer, else one of its only composer class."""
+    """Load a script's composer: its agent's, else its module-level one, else an instance of its only composer class."""
     if not script.is_file():
         raise ConfigError(f"{script}: there is no such file.")
     module = _import(script)
@@ -51,7 +51,10 @@ def load_composer(script: Path) -> KonicLLMRewardComposer:
     if not found:
         found = [_call(script, kind) for kind in kinds if issubclass(kind, KonicLLMRewardComposer)]
     if len(found) != 1:
-        raise ConfigError(f"{script}: defines {len(found) or 'no'} composers and no agent; name one `agent`'s.")
+        raise ConfigError(
+            f"{script}: defines {len(found) or 'no'} composers and no agent. Define one composer, or an `agent` that "
+            "has the composer to try."
+        )
     found[0].check()
     return found[0]
 
@@ -71,15 +74,13 @@ def _import(script: Path) -> Any:
 
 
 def _call(script: Path, function: Any, *values: Any) -> Any:
-    """What the user's code returns; its error with the part of the traceback that is the user's."""
+    """Call the user's code; an error becomes a ConfigError that shows the user's part of the traceback."""
     try:
         return function(*values)
     except KonicError:
         raise
     except SystemExit:
-        raise ConfigError(
-            f"{script}: left with sys.exit() while it was loaded; it must only define its agent."
-        ) from None
+        raise ConfigError(f"{script}: called sys.exit() while it was loaded; it must only define its agent.") from None
     except Exception as error:
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename][1:]
         lines = "".join(traceback.format_list(own) + traceback.format_exception_only(error)).rstrip()

@@ -1,4 +1,4 @@
-"""`konic train SCRIPT`: train the agent that a script defines."""
+"""`konic train SCRIPT`: trains the agent that a script defines."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,18 +8,21 @@ import typer
 
 def train(
     script: Annotated[Path, typer.Argument(help="A Python file with a module-level `agent` or a `build_agent()`.")],
-    max_iterations: Annotated[int, typer.Option(help="Iterations to do.")] = 100,
+    max_iterations: Annotated[int, typer.Option(help="Number of iterations.")] = 100,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     output: Annotated[Path | None, typer.Option(help="The run's folder. Default: a new one under runs/.")] = None,
     save_every: Annotated[
-        int | None, typer.Option(help="Iterations between checkpoints. Default: one when ten minutes have passed.")
+        int | None, typer.Option(help="Iterations between checkpoints. Default: a checkpoint every ten minutes.")
     ] = None,
-    save_total_limit: Annotated[int | None, typer.Option(help="Checkpoints kept, the newest. Default: all.")] = None,
+    save_total_limit: Annotated[
+        int | None, typer.Option(help="Number of newest checkpoints to keep. Default: all.")
+    ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in --output.")
+        bool, typer.Option("--resume", help="Resume from the newest complete checkpoint in --output.")
     ] = False,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="Resume with other settings, which makes it another run.")
+        bool,
+        typer.Option("--allow-changes", help="Resume although settings differ; the result is then a different run."),
     ] = False,
 ) -> None:
     """Train the agent that SCRIPT defines.

@@ -1,4 +1,4 @@
-"""What to train, on what, towards what: one record of the user's choices, checked before anything is loaded."""
+"""The user's choices for a run: model, rewards, prompts and settings, checked before anything is loaded."""
 
 import os
 from collections.abc import Mapping
@@ -11,21 +11,21 @@ from konic.finetuning.rewards.composer import KonicLLMRewardComposer
 
 
 class KonicFinetuningAgent:
-    """A base model, a reward composer, and how to train. Configs may be dicts.
+    """What to train and how: a base model, a reward composer and configs. Each config may be a dict.
 
     Args:
         base_model: A Hub id, a folder, a `.gguf` file, or a packaged model such as "smollm2-135m".
-        reward_composer: What scores responses.
+        reward_composer: Scores the responses.
         lora_config: The adapter, as konic's or PEFT's LoraConfig; None trains every weight.
-        dataset_config: Where prompts come from; None takes the bundled ones.
-        training_config: How to learn.
-        generation_config: How to sample.
-        model_kwargs: For `from_pretrained`: revision, token, dtype, attn_implementation, trust_remote_code,
+        dataset_config: Where prompts come from; None takes the bundled prompts.
+        training_config: How to train.
+        generation_config: How to sample responses.
+        model_kwargs: Passed to `from_pretrained`: revision, token, dtype, attn_implementation, trust_remote_code,
             quantization_config.
 
     Raises:
-        ConfigError: A value that cannot be; the message names it.
-        RewardError: A composer without rewards.
+        ConfigError: A value is invalid; the message names it.
+        RewardError: The composer has no rewards.
     """
 
     def __init__(
@@ -62,35 +62,35 @@ class KonicFinetuningAgent:
             )
 
     def get_base_model(self) -> str:
-        """The base model, as it was named."""
+        """Return the base model, as the user gave it."""
         return self._base_model
 
     def get_reward_composer(self) -> KonicLLMRewardComposer:
-        """What scores responses."""
+        """Return the reward composer, which scores the responses."""
         return self._reward_composer
 
     def get_lora_config(self) -> Any:
-        """Konic's or PEFT's LoraConfig, or None in full finetuning."""
+        """Return konic's or PEFT's LoraConfig, or None for full finetuning."""
         return self._lora_config
 
     def get_dataset_config(self) -> DatasetConfig:
-        """Where prompts come from."""
+        """Return the dataset config: where prompts come from."""
         return self._dataset_config
 
     def get_training_config(self) -> TrainingConfig:
-        """How to learn."""
+        """Return the training config: how to train."""
         return self._training_config
 
     def get_generation_config(self) -> GenerationConfig:
-        """How to sample."""
+        """Return the generation config: how to sample responses."""
         return self._generation_config
 
     def get_model_kwargs(self) -> dict[str, Any]:
-        """What `from_pretrained` gets."""
+        """Return a copy of the arguments for `from_pretrained`."""
         return dict(self._model_kwargs)
 
     def settings(self, uses_lora: bool) -> dict[str, Any]:
-        """Every setting by name, as plain values without tokens; training's own at the top level."""
+        """Return every setting by name, as plain values without access tokens; training's own at the top level."""
         lora = self._lora_config
         return {
             **self._training_config.model_dump(),
@@ -107,13 +107,13 @@ class KonicFinetuningAgent:
 
     @property
     def kl_penalty_weight(self) -> float:
-        """β: the composer's where it has one, else the training config's."""
+        """β: the composer's value if it has one, else the training config's value."""
         own = self._reward_composer.kl_penalty_weight
         return self._training_config.kl_penalty_weight if own is None else own
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with sets as sorted lists: a set's order is another one in every process."""
+    """Return the values with sets as sorted lists, because a set's order differs between processes."""
     return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
 
 
@@ -125,13 +125,13 @@ def _lora_config(value: Any) -> Any:
     if isinstance(value, peft.LoraConfig):
         if value.init_lora_weights is False:
             raise ConfigError(
-                "lora_config: init_lora_weights=False starts from a random change of the model: the reference would "
-                "be another model than the one that samples. Leave it True."
+                "lora_config: init_lora_weights=False starts from a random change of the model, so the reference "
+                "policy would differ from the model that samples. Set init_lora_weights=True."
             )
         return value
     if isinstance(value, peft.PeftConfig):
         raise ConfigError(
-            f"lora_config: {type(value).__name__} is not supported; it would change what the model reads or how the "
-            "reference is told from it. Use LoraConfig(r=8, lora_alpha=16)."
+            f"lora_config: {type(value).__name__} is not supported; it would change what the model reads, or how the "
+            "reference policy is separated from the model. Use LoraConfig(r=8, lora_alpha=16)."
         )
     raise ConfigError(f"lora_config must be a LoraConfig, a dict of its fields or None, got {value!r}.")

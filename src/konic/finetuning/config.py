@@ -1,6 +1,6 @@
-"""What a user sets: validated, keyword-only, frozen values. Loads no torch.
+"""A user's settings -> validated, keyword-only, frozen values. Loads no torch.
 
-Defaults come from a paper or from a measurement, named beside them. Derived numbers are properties.
+A default comes from a paper or from a measurement, which its docstring names. Derived numbers are properties.
 """
 
 import math
@@ -56,39 +56,38 @@ class TrainingConfig(Settings):
     """How to learn. Sources: N, the 37 details (2023); N+, arXiv 2403.17031; Schulman 2016 (GAE), 2017 (PPO)."""
 
     algorithm: AlgorithmName = "ppo"
-    """A row of the table in `algorithms.py`: "ppo" with a value head, "reinforce++" without one; "rloo", "grpo" and
-    "dr_grpo" compare the responses to one prompt."""
+    """The name of a row in `algorithms.py`. Each row says how its algorithm differs from the others."""
     num_generations: int | None = Field(default=None, ge=1)
-    """Responses per prompt; None takes 4 for "rloo", "grpo" and "dr_grpo", and 1 for the others."""
+    """Responses per prompt; None takes the algorithm's own: 4 where it compares groups, else 1."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak step size of Adam; None takes the measured default of the mode, LoRA or full."""
     batch_size: int = Field(default=4, ge=1)
     """Responses collected per iteration."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Micro-batches that each optimizer step is split into: less memory, the same result but for rounding."""
+    """Micro-batches of one optimizer step. More of them need less memory; the result differs by rounding only."""
     ppo_epochs: int = Field(default=4, ge=1)
     """Passes over each iteration's responses."""
     num_minibatches: int = Field(default=1, ge=1)
     """Optimizer steps per pass."""
     kl_penalty_weight: float = Field(default=0.05, ge=0)
-    """β, the price of one nat of divergence from the reference, in units of reward; with kl_target, where it starts."""
+    """β, the price of one nat of divergence from the reference, in units of reward; with kl_target, its first value."""
     kl_placement: KLPlacement | None = None
-    """Where the price is paid: "reward" takes β times the sampled token's log-ratio off its reward, "loss" adds β times
-    the exact KL, with its gradient. None takes the algorithm's own: "loss" for "grpo" and "dr_grpo", else "reward"."""
+    """Where the KL penalty goes: "reward" subtracts β times the log-ratio of the sampled token from its reward, "loss"
+    adds β times the exact KL, with its gradient. None takes the algorithm's own."""
     kl_target: float | None = Field(default=None, gt=0)
-    """Nats per response that an adaptive β steers to (Ziegler et al. 2019); None keeps β fixed."""
+    """Nats per response. An adaptive β keeps the KL near it (Ziegler et al. 2019); None keeps β fixed."""
     kl_horizon: int = Field(default=100, ge=1)
     """Responses over which the adaptive β changes by about a fifth at most."""
     kl_budget: float | None = Field(default=None, gt=0)
-    """Nats per response that the best weights may have paid; a run that goes beyond says so and goes on."""
+    """Nats per response that the best weights may cost. A run beyond it warns once and continues."""
     clip_ratio: float = Field(default=0.2, gt=0, lt=1)
     """ε of PPO's clipped objective; the value loss is clipped by the same amount."""
     target_kl: float | None = Field(default=None, gt=0)
-    """Nats per token that one update may move the policy; beyond, its remaining steps are left out."""
+    """Nats per token that one update may move the policy; beyond it, the remaining steps are skipped."""
     vf_coef: float = Field(default=0.1, ge=0)
     """Weight of the value loss (N)."""
     value_warmup_iterations: int = Field(default=0, ge=0)
-    """First iterations in which only the value head learns, and the policy stays where it is; "ppo" only."""
+    """Number of first iterations in which only the value head learns; for algorithms that learn values."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus."""
     gamma: float = Field(default=1.0, gt=0, le=1)
@@ -96,35 +95,36 @@ class TrainingConfig(Settings):
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     """λ of generalised advantage estimation (N)."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this norm."""
+    """Gradients with a larger norm are scaled down to it."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps over which the learning rate rises from zero."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    """The learning rate after warm-up: constant, or falling to zero, reached one step after the last planned."""
+    """The learning rate after warm-up: constant, or falling so that the step after the last would have zero."""
     missing_eos_penalty: float | None = Field(default=None, ge=0)
     """Subtracted from the score of a response cut off by max_new_tokens (N+)."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: a fraction of the memory for one more forward pass a step."""
+    """Recompute activations in the backward pass: far less memory, for one more forward pass per step."""
     eval_every: int | None = Field(default=None, ge=1)
-    """Evaluate on the held-out prompts every so many iterations, besides before the first and after the last."""
+    """Iterations between evaluations on the held-out prompts; without it there is one before and one after the run."""
     max_minutes: float | None = Field(default=None, gt=0)
     """Stop after the iteration that passes this many minutes."""
     on_reward_error: Literal["raise", "skip"] = "raise"
-    """What a reward's error on a response does: "raise" stops the run, "skip" leaves the response out and counts it."""
+    """When a reward fails on a response: "raise" stops the run, "skip" leaves the response out and counts it."""
     max_error_rate: float = Field(default=0.1, ge=0, le=1)
-    """With "skip", the share of the last 100 responses that may fail; beyond, the run stops."""
+    """With on_reward_error="skip": the share of the last 100 responses that may fail before the run stops."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a NaN or infinity does: "stop" ends the run before the step, "skip" drops the batch or step, counted."""
+    """At a NaN or infinity: "stop" ends the run before the step, "skip" drops the batch or step and counts it."""
     reward_workers: int = Field(default=0, ge=0)
-    """Processes that call reward methods and functions; 0 calls them in the run's own. Reward models stay in it."""
+    """Worker processes that call reward methods and functions; 0 calls them in the process of the run, where reward
+    models are always called."""
     reward_timeout_seconds: float | None = Field(default=None, gt=0)
-    """Seconds that a worker may take over one response, or over a batch method's batch; then it is killed."""
+    """Seconds that a worker may take for one response, or for the batch of a batch method, before it is killed."""
     self_checks: bool = True
-    """Watch every run for what goes wrong unseen: broken invariants stop it, other findings are told once."""
+    """Watch the run for silent faults: a broken invariant stops it, any other finding is reported once."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seeds samples, minibatches and adapter weights; the order of prompts is DatasetConfig.shuffle_seed's."""
+    """Seeds samples, minibatches and adapter weights. DatasetConfig.shuffle_seed seeds the order of prompts."""
 
     @model_validator(mode="after")
     def _check_divisions(self) -> Self:
@@ -213,27 +213,28 @@ class GenerationConfig(Settings):
     """How responses are sampled, in training, `evaluate` and `generate` alike."""
 
     max_new_tokens: int = Field(default=48, ge=1)
-    """Tokens at most per response, the end-of-sequence token counted."""
+    """The most tokens of a response; the end-of-sequence token counts."""
     min_new_tokens: int = Field(default=1, ge=0)
-    """Tokens at least per response, the end-of-sequence token counted; above 1 it changes the distribution."""
+    """The fewest tokens of a response; the end-of-sequence token counts. Above 1 it changes the distribution."""
     max_prompt_length: int = Field(default=256, ge=1)
-    """Prompt tokens kept, from the end."""
+    """The most tokens of a prompt; a longer one loses its beginning."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides the logits, in sampling and in training alike."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the smallest set of tokens with this much probability; below 1 it changes the distribution."""
     top_k: int = Field(default=0, ge=0)
-    """Sample from this many tokens; 0 means all. Above 0 it changes the distribution."""
+    """Sample from so many of the likeliest tokens; 0 means all. Above 0 it changes the distribution."""
     do_sample: bool = True
     """False takes the likeliest token."""
     repetition_penalty: float = Field(default=1.0, gt=0)
-    """Divides positive and multiplies negative logits of tokens already present; not 1 changes the distribution."""
+    """Divides the positive and multiplies the negative logits of tokens that are in the text already. Other values than
+    1 change the distribution."""
     stop: tuple[str, ...] | None = None
-    """Strings that end a response; the text is cut before them."""
+    """Strings that end a response. Its text is cut before them."""
     eos_token_id: _TokenId | Annotated[tuple[_TokenId, ...], Field(min_length=1)] | None = None
-    """Tokens that end a response; None takes the model's and the tokenizer's."""
+    """Tokens that end a response; None takes those of the model and of the tokenizer."""
     pad_token_id: _TokenId | None = None
-    """The token written into padding; it never changes a result."""
+    """The token that fills padding. It never changes a result."""
 
     @model_validator(mode="before")
     @classmethod
@@ -252,7 +253,7 @@ class GenerationConfig(Settings):
 
     @property
     def distribution_filters(self) -> list[str]:
-        """The settings under which samples are not drawn from the distribution that is trained, as `name=value`."""
+        """The settings that make sampling draw from another distribution than the one trained, as `name=value`."""
         neutral = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "do_sample": True}
         names = [name for name, value in neutral.items() if getattr(self, name) != value]
         if self.min_new_tokens > 1:
@@ -268,15 +269,15 @@ class LoraConfig(Settings):
     lora_alpha: float = Field(default=16, gt=0)
     """The adapter's output is scaled by lora_alpha / r."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Kept in the adapter's file; no dropout is applied here, or ratios would not start at one."""
+    """Written to the adapter's file. konic applies no dropout, because ratios would then not start at one."""
     target_modules: tuple[str, ...] | str | None = None
-    """Names of the layers to adapt, a regular expression, or "all-linear"; None takes PEFT's choice for the model."""
+    """Names of the layers to adapt, a regular expression, or "all-linear"; None takes what PEFT has for the model."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases train too; other than "none" costs a frozen copy of the model as the reference."""
+    """Which biases train too. Other than "none" needs a frozen copy of the model as the reference."""
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
-    """The only task there is here."""
+    """The only supported task."""
     fan_in_fan_out: bool | None = None
-    """Whether weights lie transposed, as in GPT-2's Conv1D; read off the layers, whatever is set."""
+    """Whether weights are stored transposed, as in GPT-2's Conv1D. konic reads it from the layers and ignores this."""
 
 
 def _explain(kind: type[BaseModel], error: ValidationError) -> str:

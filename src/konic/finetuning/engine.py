@@ -1,4 +1,4 @@
-"""The engine: what a user holds to train an agent's model, and to evaluate, sample and save it."""
+"""The engine: trains the model of an agent, evaluates it, samples from it and saves it."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -67,19 +67,19 @@ class KonicFinetuningEngine:
         save_total_limit: int | None = None,
         allow_changes: bool = False,
     ) -> FinetuningResult:
-        """Run iterations of sampling, scoring and updating; called again, it goes on.
+        """Run iterations of sampling, scoring and updating. A second call continues from where the first ended.
 
         A checkpoint is also written at the end, after Ctrl-C, and after SIGTERM, which then ends the process.
 
         Args:
-            max_iterations: Iterations to do; with `resume_from_checkpoint`, the total.
-            save_every: Write a checkpoint every so many iterations; None writes one when ten minutes have passed.
+            max_iterations: Iterations to run; with `resume_from_checkpoint`, the total.
+            save_every: Iterations between checkpoints; None writes one whenever ten minutes have passed.
             resume_from_checkpoint: True for the newest whole checkpoint in `checkpoint_dir`, or a checkpoint's folder.
-            save_total_limit: Keep so many checkpoints, the newest; None keeps all.
-            allow_changes: Resume with other settings than the checkpoint's, which makes it another run.
+            save_total_limit: How many of the newest checkpoints to keep; None keeps all.
+            allow_changes: Resume although settings differ from the checkpoint's, which makes it another run.
 
         Raises:
-            KonicError: Something the user can fix; up to the last whole iteration nothing is lost.
+            KonicError: Something the user can fix. Every whole iteration before it is kept.
         """
         session, callbacks = self._current_session(), Callbacks(self.callback)
         with sigterm_as_interrupt() as sigterm, session.scorer:

@@ -1,4 +1,4 @@
-"""Every error a user can cause. Each message says what happened, where, and what to do about it."""
+"""Every error that a user can cause. Each message says what happened, where, and what to do about it."""
 
 import difflib
 import unicodedata
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 
 def printable(text: str) -> str:
-    """Text with its control and format characters escaped, so that it cannot steer a terminal; one line."""
+    """Return text on one line, with control and format characters escaped so that it cannot control a terminal."""
     return "".join(
         char if char == " " or unicodedata.category(char)[0] not in "CZ" else char.encode("unicode_escape").decode()
         for char in text
@@ -14,14 +14,14 @@ def printable(text: str) -> str:
 
 
 class KonicError(Exception):
-    """The parent of every error that a user can cause and mend; its message is safe to show in a terminal."""
+    """The base class of every error that a user can cause and fix. Its message is safe to show in a terminal."""
 
     def __init__(self, message: object = "") -> None:
         super().__init__("\n".join(map(printable, str(message).split("\n"))))
 
 
 class ConfigError(KonicError, ValueError):
-    """A setting is missing, misspelt, out of bounds or at odds with another one."""
+    """A setting is missing, misspelt, out of bounds or in conflict with another setting."""
 
 
 class ModelError(KonicError):
@@ -29,27 +29,27 @@ class ModelError(KonicError):
 
 
 class DatasetError(KonicError):
-    """A dataset cannot be read, or holds rows that cannot be prompts."""
+    """A dataset cannot be read, or holds rows that cannot be used as prompts."""
 
 
 class RewardError(KonicError):
-    """A reward is missing, misnamed, raised, or returned something that is not a number."""
+    """A reward is missing or misnamed, raised an error, or returned something that is not a number."""
 
 
 class OutputError(KonicError):
-    """A folder cannot be written, or does not hold what it should."""
+    """A folder cannot be written, or does not hold what it should hold."""
 
 
 class TrainingError(KonicError):
-    """A number of the run broke one of its invariants; the weights are as they were before the step."""
+    """A number of the run violated an invariant; the weights are those from before the step."""
 
 
 class NotFiniteError(TrainingError):
-    """A number is NaN or infinite; with on_nonfinite="skip" what it belongs to is dropped instead."""
+    """A number is NaN or infinite. With on_nonfinite="skip" training drops its batch or step instead."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the known name nearest to a misspelt one, or an empty string."""
+    """Return ` Did you mean 'x'?` for the known name closest to a misspelt one, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
@@ -58,45 +58,45 @@ _KINDS = (
     (
         {"GatedRepoError"},
         "it is gated",
-        "Accept its terms on its page, then `hf auth login` or give {token}.",
+        "Accept the terms on its Hub page, then run `hf auth login` or give {token}.",
     ),
-    ({"RevisionNotFoundError"}, "there is no such revision", "Check revision; without one the main branch is taken."),
+    ({"RevisionNotFoundError"}, "there is no such revision", "Check revision; the default is the main branch."),
     (
         {"RepositoryNotFoundError", "DatasetNotFoundError"},
-        "the Hub has nothing public of that name",
-        "Check the spelling; for a private one, log in with `hf auth login` or give {token}.",
+        "the Hub has nothing public with that name",
+        "Check the spelling. For a private repository, log in with `hf auth login` or give {token}.",
     ),
     (
         {"RemoteProtocolError", "ReadTimeout", "ReadError"},
-        "the download broke off",
-        "Run it again: files that arrived whole are kept.",
+        "the download was interrupted",
+        "Run it again: completely downloaded files are kept.",
     ),
     (
         {"ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"},
-        "the Hub is out of reach, and the cache does not hold it",
+        "the Hub cannot be reached, and the cache holds no copy",
         "Check the connection. {offline} needs no Hub.",
     ),
 )
 
 
 def explain_hub_error(error: BaseException, token: str, offline: str) -> str:
-    """What happened, and on a new line what to do about it.
+    """Return what happened, and on a new line what to do about it.
 
     Args:
         error: What `huggingface_hub`, `datasets` or `transformers` raised.
-        token: Where a user gives a token.
-        offline: What a user can train with instead, without the Hub.
+        token: The setting that takes an access token.
+        offline: A setting that works without the Hub.
     """
     chain = list(_chain(error))
     kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
-    told = " ".join(str(error).split())
-    if "is a gated" in told:  # datasets drops the cause
+    message = " ".join(str(error).split())
+    if "is a gated" in message:  # `datasets` drops the cause
         kinds.add("GatedRepoError")
     for names, what, remedy in _KINDS:
         if kinds & names:
             return f"{what}.\n{remedy.format(token=token, offline=offline)}"
-    told = told if len(told) <= 400 else told[:400] + " …"
-    return f"{type(error).__name__}: {told}"
+    message = message if len(message) <= 400 else message[:400] + " …"
+    return f"{type(error).__name__}: {message}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

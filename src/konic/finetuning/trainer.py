@@ -1,4 +1,4 @@
-"""The loop, and what one iteration needs.
+"""Session -> trained weights: the loop, and what one iteration needs.
 
 prompts → rollout → rewards → advantages → update → result → callbacks → checkpoint
 """
@@ -49,7 +49,7 @@ class Trainer:
         self._sampler = sampler or LocalSampler(session.learner.policy, session.learner.special)
 
     def run(self, sigterm: SigtermHandler) -> str | None:
-        """Do the iterations that are left; why it ended before the last one, or None."""
+        """Run the remaining iterations. Returns why it stopped before the last one, or None."""
         session, callbacks, state = self._session, self._callbacks, self._session.state
         clock = RunClock(state.elapsed_seconds, session.training.max_minutes)
         for iteration in range(state.iteration + 1, self._last_iteration + 1):
@@ -74,7 +74,7 @@ class Trainer:
             kl_weight = state.kl_penalty_weight(session.agent.kl_penalty_weight, session.training)
             advantages = compute_advantages(sampled, scores, session.training, kl_weight)
 
-            with uninterrupted():  # Ctrl-C waits: an iteration counts as a whole or not at all
+            with uninterrupted():  # Ctrl-C waits, so that an iteration counts as a whole or not at all
                 is_best = self._is_best(sampled, scores, evaluation)
                 best_weights = snapshot(session.learner.policy) if is_best else state.best_weights
                 stats = self._update(iteration, sampled, advantages, shift)
@@ -96,14 +96,14 @@ class Trainer:
         return None
 
     def _evaluate_if_due(self, iteration: int) -> Evaluation | None:
-        """What the policy that is to sample makes of the held-out prompts, every `eval_every` iterations."""
+        """The policy on the held-out prompts, before it samples; every `eval_every` iterations, else None."""
         every = self._session.training.eval_every
         if not self._session.prompts.held_out or not every or (iteration - 1) % every:
             return None
         return self._session.evaluate_held_out(self._session.state.iteration)
 
     def _next_prompts(self, iteration: int) -> PromptBatch:
-        """The prompts of an iteration, each as often as it gets responses."""
+        """The prompts of an iteration, each repeated once for every response that it gets."""
         config, learner = self._session.training, self._session.learner
         count, repeats = config.prompts_per_iteration, config.responses_per_prompt
         rows = self._session.prompts.batch((iteration - 1) * count, count)
@@ -127,7 +127,7 @@ class Trainer:
         return sampled
 
     def _score(self, sampled: Rollout) -> Scores:
-        """The rewards; marked as dropped where a number of the batch is not finite and on_nonfinite is "skip"."""
+        """The rewards. They are marked as dropped if a number is not finite and on_nonfinite is "skip"."""
         session = self._session
         scores = session.scorer.score(sampled.records, session.state.reward_moments, learns=True)
         session.scorer.require_few_faults(session.state.history, scores)
@@ -140,7 +140,7 @@ class Trainer:
         return replace(scores, is_dropped=True, moments=session.state.reward_moments)
 
     def _value_shift(self, scores: Scores) -> float:
-        """By how much the value head is raised at the first batch with a score; 0 at all others."""
+        """How much the value head is raised: at the first batch that has a score, and 0 at all others."""
         config, state = self._session.training, self._session.state
         has_started = any(result.num_unscored < result.num_samples for result in state.history)
         if has_started or scores.is_dropped or not config.algorithm_row.learns_values:
@@ -148,7 +148,7 @@ class Trainer:
         return self._session.learner.policy.value_head.starting_shift(scores.valid_rewards())
 
     def _is_best(self, sampled: Rollout, scores: Scores, evaluation: Evaluation | None) -> bool:
-        """True where the policy that sampled is the best so far: on held-out prompts with eval_every, else by batch."""
+        """True if the policy that sampled is the best so far: on held-out prompts with eval_every, else its batch."""
         selection = self._session.selection
         if scores.is_dropped:
             return False
@@ -176,7 +176,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _changing_weights(self) -> Iterator[None]:
-        """From its first optimizer step on the weights are between two iterations; an error then leaves them there."""
+        """Marks the weights as unfinished from the first optimizer step on; an error leaves the mark."""
         session = self._session
 
         def mark(*_: Any) -> None:
@@ -190,7 +190,7 @@ class Trainer:
         session.weights_are_whole = True
 
     def _check(self, result: FinetuningIterationResult) -> FinetuningIterationResult:
-        """The result with the names of what it shows for the first time, after a warning about each."""
+        """The result with the names of the self-checks that fail for the first time; each is also a warning."""
         session = self._session
         if not session.training.self_checks:
             return result

@@ -1,4 +1,4 @@
-"""The callback or callbacks of a user as one, with every hook spelled out for the type checker."""
+"""Combines the user's callbacks into one callback; every hook is written out for the type checker."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ from konic.finetuning.results.summary import FinetuningResult
 
 
 class Callbacks(BaseKonicFinetuningCallback):
-    """Calls each hook of all callbacks in order; a KonicFinetuningCallback comes first where none is among them.
+    """Calls each hook of all callbacks in order. If no KonicFinetuningCallback is among them, one is added first.
 
     Raises:
-        ConfigError: Something that is not a callback.
+        ConfigError: One of the objects is not a callback.
     """
 
     def __init__(self, given: Any) -> None:
@@ -30,7 +30,7 @@ class Callbacks(BaseKonicFinetuningCallback):
 
     @contextmanager
     def reporting_errors(self) -> Iterator[None]:
-        """Within it an error reaches `on_train_error` of all of them before it goes on."""
+        """Within the block, an error is passed to `on_train_error` of all callbacks before it is raised again."""
         try:
             yield
         except BaseException as error:
@@ -83,5 +83,5 @@ class Callbacks(BaseKonicFinetuningCallback):
             callback.on_train_error(error)
 
     def should_stop_early(self, result: FinetuningIterationResult) -> bool:
-        """True if any of them asks for it; all of them are asked."""
+        """True if any callback returns True; every callback is called."""
         return True in [callback.should_stop_early(result) for callback in self._callbacks]

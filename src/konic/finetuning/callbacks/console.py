@@ -14,15 +14,15 @@ from konic.finetuning.results.summary import FinetuningResult
 
 
 class KonicFinetuningCallback(BaseKonicFinetuningCallback):
-    """Prints a run's lines, draws progress on a terminal, logs to MLflow if asked, and stops when KL runs away.
+    """Prints a run's lines, draws progress on a terminal, logs to MLflow if asked, and stops when KL gets too high.
 
     Args:
-        log_interval: Print every so many iterations, and the first.
-        log_samples: Show prompts and responses too, on standard error.
-        max_samples_to_log: How many of them.
+        log_interval: Print the first iteration, and every iteration whose number is a multiple of this.
+        log_samples: Also print prompts and responses, on standard error.
+        max_samples_to_log: Number of samples to print per iteration.
         use_mlflow: Log settings and metrics to the active MLflow run, or to a new one.
-        early_stop_kl_threshold: Nats per token; None never stops.
-        early_stop_patience: Iterations in a row above the threshold that end the run.
+        early_stop_kl_threshold: KL above which an iteration counts, in nats per token; None never stops.
+        early_stop_patience: Number of iterations in a row above the threshold that end the run.
         verbose: False prints nothing.
     """
 
@@ -45,8 +45,8 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         threshold = early_stop_kl_threshold
         if threshold is not None and not (isinstance(threshold, int | float) and threshold >= 0):
             raise ConfigError(
-                f"KonicFinetuningCallback(early_stop_kl_threshold={threshold!r}): it must be nats per token, of at "
-                "least 0, or None."
+                f"KonicFinetuningCallback(early_stop_kl_threshold={threshold!r}): it must be a number of at least 0 "
+                "(nats per token), or None."
             )
         self.log_interval = log_interval
         self.log_samples = log_samples
@@ -88,7 +88,7 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
             self._progress.start()
 
     def on_iteration_begin(self, iteration: int) -> None:
-        """Show the phase: where an iteration evaluates, it does so first."""
+        """Show the phase: an iteration that evaluates does so first."""
         self._phase("evaluating")
 
     def on_generation_begin(self, prompts: list[str]) -> None:
@@ -120,14 +120,14 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         self._phase("saving")
 
     def on_train_end(self, result: FinetuningResult) -> None:
-        """Print the summary; end the progress bar and the MLflow run that was started here."""
+        """Print the summary; end the progress bar, and the MLflow run if this callback started it."""
         self._end_progress()
         self._tracker.on_train_end(result)
         if self.verbose:
             _print(result.summary())
 
     def on_train_error(self, error: BaseException) -> None:
-        """End the progress bar and the MLflow run that was started here."""
+        """End the progress bar, and the MLflow run if this callback started it."""
         self._end_progress()
         self._tracker.on_train_error(error)
 

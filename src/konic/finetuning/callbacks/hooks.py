@@ -7,35 +7,35 @@ from konic.finetuning.results.summary import FinetuningResult
 
 
 class BaseKonicFinetuningCallback:
-    """Every hook, doing nothing. Subclass it and override what you need."""
+    """Base class with all hooks; they do nothing. Subclass it and override the hooks that you need."""
 
     def on_train_begin(self, config: dict[str, Any]) -> None:
-        """Before the first iteration; `config` holds the run's settings by name."""
+        """Called before the first iteration; `config` holds the run's settings by name."""
 
     def on_iteration_begin(self, iteration: int) -> None:
-        """Before an iteration, counted from 1."""
+        """Called before an iteration; iterations are counted from 1."""
 
     def on_generation_begin(self, prompts: list[str]) -> None:
-        """Before responses are sampled."""
+        """Called before responses are sampled."""
 
     def on_generation_end(self, prompts: list[str], responses: list[str]) -> None:
-        """After responses are sampled."""
+        """Called after responses are sampled."""
 
     def on_reward_computed(self, rewards: list[float], reward_breakdown: dict[str, list[float]]) -> None:
-        """After responses are scored; NaN where a sample, or a part of it, has no value."""
+        """Called after responses are scored; a value is NaN if a sample, or a part of it, has none."""
 
     def on_iteration_end(self, result: FinetuningIterationResult) -> None:
-        """After an iteration's update."""
+        """Called after an iteration's update."""
 
     def on_checkpoint_saved(self, path: str, iteration: int) -> None:
-        """After a checkpoint is whole on disk."""
+        """Called after a checkpoint is completely written to disk."""
 
     def on_train_end(self, result: FinetuningResult) -> None:
-        """After the last iteration, when everything is saved."""
+        """Called after the last iteration, when everything is saved."""
 
     def on_train_error(self, error: BaseException) -> None:
-        """When an error ends the run, before it is raised."""
+        """Called when an error ends the run, before the error is raised."""
 
     def should_stop_early(self, result: FinetuningIterationResult) -> bool:
-        """True to end the run after this iteration."""
+        """Return True to end the run after this iteration."""
         return False

@@ -1,4 +1,4 @@
-"""Settings and metrics -> an experiment tracker. A tracker is a callback: give it to the engine like any other."""
+"""Settings and metrics -> an experiment tracker. A tracker is a callback: pass it to the engine like any other."""
 
 from typing import Any
 
@@ -39,11 +39,11 @@ class MLflowTracker(BaseKonicFinetuningCallback):
         self._mlflow.log_metrics(values, step=result.iteration)
 
     def on_train_end(self, result: FinetuningResult) -> None:
-        """End the run if it was started here."""
+        """End the MLflow run if this tracker started it."""
         self._end("FINISHED")
 
     def on_train_error(self, error: BaseException) -> None:
-        """End the run as failed if it was started here."""
+        """End the MLflow run with the status FAILED if this tracker started it."""
         self._end("FAILED")
 
     def _end(self, status: str) -> None:

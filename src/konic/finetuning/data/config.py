@@ -1,4 +1,4 @@
-"""Where prompts come from: validated values."""
+"""Where prompts come from: validated settings."""
 
 import string
 from enum import StrEnum
@@ -16,48 +16,53 @@ class DatasetSource(StrEnum):
     """Where prompts come from."""
 
     HUGGINGFACE = "huggingface"
-    """`name` is a dataset of the Hub: `imdb`, `yelp_polarity`, `tatsu-lab/alpaca`."""
+    """`name` is a Hub dataset: `imdb`, `yelp_polarity`, `tatsu-lab/alpaca`."""
     LOCAL = "local"
-    """`name` is a csv, json, jsonl, parquet or txt file (one prompt a line, column `text`), or a folder of one kind."""
+    """`name` is a csv, json, jsonl, parquet or txt file, or a folder of files of one kind. A txt file holds one prompt
+    per line, in the column `text`."""
     MEMORY = "memory"
-    """`prompts` holds them: strings, lists of chat messages, or dicts with more columns."""
+    """`prompts` holds the prompts: strings, lists of chat messages, or dicts with more columns."""
     BUNDLED = "bundled"
-    """Openings of movie reviews that come with the package, split for good into `train` and `held_out`."""
+    """Openings of movie reviews, shipped with the package, in two fixed splits: `train` and `held_out`."""
 
 
 class DatasetConfig(Settings):
-    """Which prompts to learn on. Without `source`, a path is LOCAL, another name HUGGINGFACE, prompts are MEMORY."""
+    """Which prompts to train on.
+
+    Without `source`, the source is MEMORY if `prompts` is given, LOCAL if `name` is an existing path, HUGGINGFACE for
+    any other `name`, and BUNDLED if neither is given.
+    """
 
     source: DatasetSource = DatasetSource.BUNDLED
-    """Where they come from."""
+    """Where the prompts come from."""
     name: str | None = None
-    """A dataset of the Hub, or a file or folder."""
+    """A Hub dataset, or a file or folder."""
     prompts: tuple[Any, ...] | None = Field(default=None, repr=False)
-    """The prompts themselves, for MEMORY."""
+    """The prompts, for MEMORY."""
     prompt_column: str = "prompt"
     """The column that holds a prompt: a string, or a list of chat messages."""
     split: str = "train"
-    """The split to learn on, of HUGGINGFACE and BUNDLED."""
+    """The split to train on, for HUGGINGFACE and BUNDLED."""
     subset: str | None = None
-    """The configuration of a dataset of the Hub that has several."""
+    """The configuration to load, for a Hub dataset that has several."""
     revision: str | None = None
-    """A branch, tag or commit of a dataset of the Hub."""
+    """A branch, tag or commit of a Hub dataset."""
     token: str | None = Field(default=None, repr=False)
-    """For gated or private datasets; None takes the one you are logged in with. Never written to a run's files."""
+    """Access token for gated or private datasets; None uses your login's token. Never written to a run's files."""
     streaming: bool = False
-    """Read a dataset of the Hub row by row as it is used, instead of downloading it first."""
+    """Read the rows of a Hub dataset one by one when they are needed, instead of downloading the dataset first."""
     max_samples: int | None = Field(default=None, ge=1)
-    """Rows kept; with `shuffle`, drawn at random."""
+    """Number of rows to keep, drawn at random with `shuffle`; None keeps all."""
     shuffle: bool = True
-    """Every pass goes through the rows in a new random order; False keeps the dataset's order."""
+    """True uses a new random order of the rows in every pass; False keeps the dataset's order."""
     shuffle_seed: int = Field(default=42, ge=0, lt=2**63)
-    """Seeds which rows are kept, which are held out, and the order of every pass."""
+    """Random seed for which rows are kept, which rows are held out, and the order of every pass."""
     held_out: int = Field(default=0, ge=0)
-    """Prompts kept aside for evaluation; of BUNDLED, the first ones of its own held-out split."""
+    """Number of prompts reserved for evaluation; for BUNDLED, the first prompts of its own held-out split."""
     system_prompt: str | None = None
-    """A system message put before chat messages that have none."""
+    """A system message to put first in chats that have none."""
     prompt_template: str | None = None
-    """Plain text made of a row's columns, `"Review: {text}"`; it takes the place of `prompt_column`."""
+    """A template that builds plain text from a row's columns, `"Review: {text}"`; it replaces `prompt_column`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -81,14 +86,19 @@ class DatasetConfig(Settings):
         if source is not DatasetSource.MEMORY and self.prompts is not None:
             raise ValueError(f"prompts=[...] goes with source=MEMORY, not {source.name}")
         if source in (DatasetSource.LOCAL, DatasetSource.HUGGINGFACE) and not self.name:
-            what = "the path of a file or folder" if source is DatasetSource.LOCAL else "a dataset of the Hub"
+            what = "the path of a file or folder" if source is DatasetSource.LOCAL else "a Hub dataset"
             raise ValueError(f"source={source.name} needs name=, {what}")
         if source is DatasetSource.BUNDLED and self.name:
             raise ValueError(f"name={self.name!r} goes with source=HUGGINGFACE or LOCAL, not BUNDLED")
         if source is DatasetSource.BUNDLED and self.split not in BUNDLED_SPLITS:
-            raise ValueError(f"split={self.split!r} is not one of the bundled prompts': {', '.join(BUNDLED_SPLITS)}")
+            raise ValueError(
+                f"split={self.split!r} is not a split of the bundled prompts; use one of: {', '.join(BUNDLED_SPLITS)}"
+            )
         if source is DatasetSource.BUNDLED and self.split == "held_out" and self.held_out:
-            raise ValueError("split='held_out' would train on the very prompts that held_out keeps aside")
+            raise ValueError(
+                "split='held_out' would train on the same prompts that held_out reserves for evaluation: "
+                "use split='train' or held_out=0"
+            )
         if source in (DatasetSource.LOCAL, DatasetSource.MEMORY) and self.split != "train":
             raise ValueError(f"split={self.split!r} goes with source=HUGGINGFACE or BUNDLED, not {source.name}")
         if source is not DatasetSource.HUGGINGFACE:
@@ -110,6 +120,6 @@ class DatasetConfig(Settings):
                 )
             if self.system_prompt is not None:
                 raise ValueError(
-                    "prompt_template makes plain text, and system_prompt goes with chat messages: give one"
+                    "prompt_template makes plain text, but system_prompt needs chat messages: give one of them"
                 )
         return self

@@ -1,4 +1,4 @@
-"""Names of sources -> rows: files, the shipped prompts, and datasets of the Hugging Face Hub."""
+"""A source's name -> rows: reads files, the bundled prompts, and datasets from the Hugging Face Hub."""
 
 import contextlib
 import json
@@ -15,32 +15,33 @@ from konic.finetuning.system.files import as_path
 
 BUNDLED_SPLITS = {"train": "movie_reviews_train.txt", "held_out": "movie_reviews_held_out.txt"}
 STREAM_BUFFER = 10_000
-"""Rows among which a shuffled stream draws the next one."""
+"""Buffer size, in rows, from which a shuffled stream draws its next row."""
 _ROW_NUMBER = "__konic_row_number"
 
 
 def read_bundled(split: str) -> list[Any]:
-    """The shipped prompts of a split, in order."""
+    """Return the bundled prompts of a split, in order."""
     text = files("konic.finetuning.data").joinpath("bundled", BUNDLED_SPLITS[split]).read_text(encoding="utf-8")
     return [{"prompt": line} for line in text.splitlines()]
 
 
 def read_local(name: str, *text_columns: str) -> list[Any]:
-    """The rows of a csv, json, jsonl, parquet or txt file, or of a folder that holds one kind of them.
+    """Return the rows of a csv, json, jsonl, parquet or txt file, or of a folder that holds one kind of these files.
 
-    A csv says nothing of types: its `text_columns` are text whatever they look like.
+    A csv file does not declare types: its `text_columns` are read as text, even where a value looks like a number.
 
     Raises:
-        DatasetError: Nothing there, several kinds, or a file that cannot be read as what its name says.
+        DatasetError: The path does not exist, the folder holds several kinds of files, or a file cannot be read in the
+            format of its extension.
     """
     path = as_path(name, "DatasetConfig(name)", DatasetError)
     if not path.exists():
-        raise DatasetError(f"Dataset {name!r}: there is no such file or folder as {str(path.absolute())!r}.")
+        raise DatasetError(f"Dataset {name!r}: there is no such file or folder: {str(path.absolute())!r}.")
     paths = sorted(file for file in path.iterdir() if not file.name.startswith(".")) if path.is_dir() else [path]
     suffixes = {file.suffix.lower() for file in paths}
     if len(suffixes) != 1 or not suffixes <= _READERS.keys():
         raise DatasetError(
-            f"Dataset {name!r}: expected one kind of file out of {', '.join(_READERS)}, found "
+            f"Dataset {name!r}: expected one kind of file (one of {', '.join(_READERS)}), found "
             f"{', '.join(sorted(suffixes)) or 'nothing'}."
         )
     suffix = suffixes.pop()
@@ -51,20 +52,25 @@ def read_local(name: str, *text_columns: str) -> list[Any]:
         return rows
     except (OSError, ValueError, UnicodeError, RecursionError) as error:
         where = f", in {file.name!r}," if path.is_dir() else ""
-        told = str(error).rstrip(".")
-        mend = "Save it as UTF-8." if "utf" in told.lower() else "Mend it, or give it the ending of what it is."
-        raise DatasetError(f"Dataset {name!r}{where} cannot be read as {suffix[1:]}: {told}. {mend}") from None
+        reason = str(error).rstrip(".")
+        fix = (
+            "Save it as UTF-8."
+            if "utf" in reason.lower()
+            else "Fix the file, or rename it with the extension of its real format."
+        )
+        raise DatasetError(f"Dataset {name!r}{where} cannot be read as {suffix[1:]}: {reason}. {fix}") from None
 
 
 def read_hub(
     name: str, subset: str | None, split: str, revision: str | None, token: str | None, streaming: bool
 ) -> Any:
-    """A dataset of the Hub: a `datasets.Dataset` of its rows, or an `IterableDataset` that is read as it is used.
+    """Load a Hub dataset: a `datasets.Dataset`, or with `streaming` an `IterableDataset` that reads rows when needed.
 
-    Today's `datasets` wants `namespace/name`; a bare name such as `imdb` is resolved to it first.
+    Current versions of `datasets` require `namespace/name`. A bare name such as `imdb` is resolved to that form first.
 
     Raises:
-        DatasetError: Out of reach, a wrong name, gated without a token, no such subset or split, a broken download.
+        DatasetError: The Hub cannot be reached, the name is wrong, the dataset is gated and there is no token, the
+            subset or split does not exist, or the download was interrupted.
     """
     import datasets
 
@@ -81,7 +87,7 @@ def read_hub(
 
 
 def stream_rows(dataset: Any, shuffle_seed: int | None, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number in the dataset, row) of a streamed dataset; with a seed, drawn at random among the next 10,000."""
+    """Yield (number in the dataset, row) of a stream; with a seed, drawn at random from the next 10,000 rows."""
     numbered = dataset.map(lambda row, index: {**row, _ROW_NUMBER: index}, with_indices=True)
     if shuffle_seed is not None:
         numbered = numbered.shuffle(seed=shuffle_seed, buffer_size=STREAM_BUFFER)
@@ -93,18 +99,18 @@ def stream_rows(dataset: Any, shuffle_seed: int | None, where: str) -> Iterator[
             return
         except Exception as error:
             what = explain_hub_error(error, "DatasetConfig(token=...)", "DatasetConfig(source=DatasetSource.BUNDLED)")
-            raise DatasetError(f"{where}, while it was streamed: {what}") from error
+            raise DatasetError(f"{where}, during streaming: {what}") from error
         yield row.pop(_ROW_NUMBER), row
 
 
 def _hub_failed(name: str, subset: str | None, split: str, error: BaseException) -> str:
     what = explain_hub_error(error, "DatasetConfig(token=...)", "DatasetConfig(source=DatasetSource.BUNDLED)")
     asked = f"split {split!r}" if subset is None else f"subset {subset!r}, split {split!r}"
-    return f"Dataset {name!r} of the Hub ({asked}): {what}"
+    return f"Dataset {name!r} on the Hub ({asked}): {what}"
 
 
 def _canonical_id(name: str, token: str | None) -> str:
-    """`namespace/name` of a dataset named without a namespace: asked of the Hub, or offline of its cache."""
+    """Return `namespace/name` for a name without a namespace, from the Hub, or when offline from the Hub cache."""
     import huggingface_hub
 
     if not huggingface_hub.constants.is_offline_mode():
@@ -152,12 +158,12 @@ def _read_parquet(path: Path, text_columns: tuple[str, ...]) -> list[Any]:
 
 
 def _read_txt(path: Path, text_columns: tuple[str, ...]) -> list[Any]:
-    names = {"text"} | ({"prompt"} & set(text_columns))  # `prompt` is what a config that names no column asks for
+    names = {"text"} | ({"prompt"} & set(text_columns))  # `prompt` is the default prompt column
     return [dict.fromkeys(names, line) for line in _lines(path)]
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a text file; only a newline ends one, not the other separators of Unicode that text may hold."""
+    """Return the lines of a text file. Only a newline ends a line: text may hold the other Unicode line separators."""
     text = path.read_text(encoding="utf-8-sig").removesuffix("\n")
     return text.split("\n") if text else []
 

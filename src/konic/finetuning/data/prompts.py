@@ -1,4 +1,4 @@
-"""DatasetConfig -> PromptSet: prompts in an order fixed by a seed, each with its row's index and other columns."""
+"""DatasetConfig -> PromptSet: loads prompts in an order fixed by a seed, each with its row index and other columns."""
 
 import hashlib
 import json
@@ -23,42 +23,45 @@ class Prompt:
     """One row of a dataset."""
 
     row: int
-    """Index in the dataset, before any shuffle; random numbers are keyed by it."""
+    """Index in the dataset, before any shuffle. Random numbers are keyed by this index."""
     content: str | list[dict[str, str]]
-    """Plain text, or chat messages that end with the user's."""
+    """Plain text, or chat messages that end with a user message."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns."""
 
     @property
     def messages(self) -> list[dict[str, str]] | None:
-        """The chat; None for plain text."""
+        """The chat messages; None for plain text."""
         return None if isinstance(self.content, str) else self.content
 
     @property
     def text(self) -> str:
-        """What rewards get as `prompt`: the plain text, or the text of the last message."""
+        """The `prompt` that rewards get: the plain text, or the text of the last message."""
         return self.content if isinstance(self.content, str) else self.content[-1]["content"]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PromptSet:
-    """The prompts of a run. Which come when follows from the seed and a running count: a resume needs nothing else."""
+    """The prompts of a run.
+
+    Their order follows from the seed and a running count alone, so a resume needs no other state.
+    """
 
     rows: list[Prompt]
     held_out: list[Prompt]
     shuffle: bool
     shuffle_seed: int
     stream: Iterator[Prompt] | None = None
-    """More rows, read as they are used; the first pass takes them in the stream's own seeded order."""
+    """More rows, read when they are needed. The first pass uses them in the stream's own seeded order."""
 
     def batch(self, start: int, size: int) -> list[Prompt]:
-        """The `size` prompts after the first `start` of the run; each pass through the rows is a new seeded shuffle."""
+        """Return the `size` prompts after the first `start` of the run. Each pass is a new seeded shuffle."""
         if self.stream is not None:
             self.rows.extend(islice(self.stream, max(0, start + size - len(self.rows))))
         return [self.rows[self._index(position)] for position in range(start, start + size)]
 
     def fingerprint(self) -> str | None:
-        """SHA-256 of all rows and the held-out ones; None of a stream, whose rows are not known beforehand."""
+        """Return the SHA-256 of all rows, held-out rows too; None for a stream, whose rows are not known in advance."""
         if self.stream is not None:
             return None
         digest = hashlib.sha256()
@@ -75,59 +78,60 @@ class PromptSet:
 
 
 def load_prompts(config: DatasetConfig) -> PromptSet:
-    """Read, check, select and split the prompts that a config names.
+    """Read, check, select and split the prompts that a config describes.
 
     Raises:
-        DatasetError: Nothing to read, a column that is not there, rows that are empty or not text (with their
-            numbers), or too few rows to hold some out.
+        DatasetError: There is nothing to read, a column is missing, rows are empty or not text (the message lists their
+            numbers), or there are too few rows to hold some out.
     """
     if config.streaming:
         return _open_stream(config)
     rows = _read(config)
     if not len(rows):
-        raise DatasetError(f"{_where(config)}: there are no rows to learn on.")
+        raise DatasetError(f"{_where(config)}: there are no rows to train on.")
     order = _permutation(len(rows), config.shuffle_seed, 0) if config.shuffle else np.arange(len(rows))
     kept = order[: config.max_samples].tolist()
     picked = rows.select(kept) if hasattr(rows, "select") else [rows[index] for index in kept]
     prompts = _prompts(zip(kept, picked, strict=True), config, _where(config))
     if config.source is DatasetSource.BUNDLED:
-        aside = make_prompts(read_bundled("held_out"), config, "The bundled prompts")
-        held_out, available = aside[: config.held_out], len(aside)
+        candidates = make_prompts(read_bundled("held_out"), config, "The bundled prompts")
+        held_out, available = candidates[: config.held_out], len(candidates)
     else:
         available = len(prompts) - 1
         split_at = len(prompts) - min(config.held_out, available)
         prompts, held_out = prompts[:split_at], prompts[split_at:]
     if config.held_out > available:
         raise DatasetError(
-            f"{_where(config)}: held_out={config.held_out}, but at most {available} rows can be held out."
+            f"{_where(config)}: held_out={config.held_out}, but at most {available} rows can be held out. "
+            "Lower held_out."
         )
-    return PromptSet(prompts, held_out, config.shuffle, config.shuffle_seed)
+    return PromptSet(rows=prompts, held_out=held_out, shuffle=config.shuffle, shuffle_seed=config.shuffle_seed)
 
 
 def make_prompts(rows: Sequence[Any], config: DatasetConfig, where: str) -> list[Prompt]:
-    """Prompts of rows that are strings, lists of chat messages, or mappings with a prompt column.
+    """Make prompts from rows that are strings, lists of chat messages, or mappings with a prompt column.
 
     Raises:
-        DatasetError: A row has no such column (names those it has), or rows whose prompt is empty or not text.
+        DatasetError: A row lacks the column (the message lists its columns), or prompts are empty or not text.
     """
     return _prompts(enumerate(rows), config, where)
 
 
 def _prompts(numbered: Iterable[tuple[int, Any]], config: DatasetConfig, where: str) -> list[Prompt]:
-    made = [_make_prompt(index, row, config, where) for index, row in numbered]
-    bad = sorted((index, problem) for index, problem in made if isinstance(problem, str))
+    results = [_make_prompt(index, row, config, where) for index, row in numbered]
+    bad = sorted((index, problem) for index, problem in results if isinstance(problem, str))
     if bad:
         named = ", ".join(f"row {index} ({problem})" for index, problem in bad[:10])
         more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
         column = config.prompt_column
         raise DatasetError(
-            f"{where}: {len(bad)} of {len(made)} prompts in column {column!r} cannot be used: {named}{more}."
+            f"{where}: {len(bad)} of {len(results)} prompts in column {column!r} cannot be used: {named}{more}."
         )
-    return [prompt for _, prompt in made if isinstance(prompt, Prompt)]
+    return [prompt for _, prompt in results if isinstance(prompt, Prompt)]
 
 
 def _make_prompt(index: int, row: Any, config: DatasetConfig, where: str) -> tuple[int, Prompt | str]:
-    """The row's number with its prompt, or with the reason why it has none."""
+    """Return the row's number with its prompt, or with the reason why the row has no usable prompt."""
     columns = dict(row) if isinstance(row, Mapping) else {config.prompt_column: row}
     if config.prompt_template is not None:
         content = _fill_template(config.prompt_template, index, columns, where)
@@ -160,12 +164,12 @@ def _missing_column(name: str, index: int, columns: Mapping[str, Any], where: st
     present = ", ".join(map(repr, columns)) or "none"
     return DatasetError(
         f"{where}: row {index} has no column {name!r}.{hint} Its columns: {present}. "
-        f"Name the one that holds prompts with {setting}."
+        f"Name the column that holds prompts in {setting}."
     )
 
 
 def _find_problem(content: Any) -> str | None:
-    """Why a prompt cannot be used, or None."""
+    """Return why a prompt cannot be used, or None if it can."""
     if isinstance(content, str):
         return _find_text_problem(content, "empty")
     if content is None or (isinstance(content, float) and math.isnan(content)):
@@ -190,7 +194,7 @@ def _find_text_problem(text: str, empty: str | None = None) -> str | None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "not text: it holds half a character (a lone surrogate)"
+        return "not valid text: it contains half a character (a lone surrogate)"
     return None if text.strip() else empty
 
 
@@ -203,7 +207,7 @@ def _permutation(size: int, seed: int, pass_number: int) -> np.ndarray:
 
 
 def _read(config: DatasetConfig) -> Any:
-    """All rows of a source, in its order: a list, or a `datasets.Dataset`."""
+    """Return all rows of a source, in the source's order: a list, or a `datasets.Dataset`."""
     if config.source is DatasetSource.MEMORY:
         return config.prompts
     if config.source is DatasetSource.BUNDLED:
@@ -214,12 +218,14 @@ def _read(config: DatasetConfig) -> Any:
 
 
 def _open_stream(config: DatasetConfig) -> PromptSet:
-    """A prompt set that reads its rows as they are used; the first `held_out` of the stream are kept aside."""
+    """Return a prompt set that reads rows when they are needed; the stream's first `held_out` rows are held out."""
     where = _where(config)
     dataset = read_hub(str(config.name), config.subset, config.split, config.revision, config.token, streaming=True)
     numbered = stream_rows(dataset, config.shuffle_seed if config.shuffle else None, where)
     rows = (prompt for pair in islice(numbered, config.max_samples) for prompt in _prompts([pair], config, where))
     held_out, first = list(islice(rows, config.held_out)), list(islice(rows, 1))
     if not first:
-        raise DatasetError(f"{where}: there are no rows to learn on beside held_out={config.held_out}.")
-    return PromptSet(first, held_out, config.shuffle, config.shuffle_seed, rows)
+        raise DatasetError(f"{where}: no rows are left to train on after held_out={config.held_out}.")
+    return PromptSet(
+        rows=first, held_out=held_out, shuffle=config.shuffle, shuffle_seed=config.shuffle_seed, stream=rows
+    )

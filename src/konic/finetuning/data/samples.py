@@ -1,4 +1,4 @@
-"""Prompts + responses -> Samples: one record for each response, which rewards, files and checks read."""
+"""Prompts + responses -> Samples: makes one record for each response, for rewards, files and checks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,7 +7,7 @@ from typing import Any, Self
 from konic.finetuning.data.prompts import Prompt
 
 RESERVED = ("self", "prompt", "prompts", "response", "responses", "completions")
-"""Names of parameters that no column of a dataset fills."""
+"""Parameter names that a dataset column never fills."""
 _MESSAGES = "messages"
 
 
@@ -18,22 +18,22 @@ class Sample:
     row: int
     """Index of the prompt in the dataset."""
     prompt: str
-    """The text that the model read, without chat markup; of a chat, its last message."""
+    """The text that the model read, without chat markup; for a chat, the text of its last message."""
     response: str
-    """The text of the response: without special tokens, cut before a stop string."""
+    """The text of the response, without special tokens and cut before a stop string."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """What rewards may ask for by name: the other columns of the row, and `messages` where the batch holds chats. All
-    samples of a batch have the same names; a value that a row does not have is None."""
+    """Values that rewards can request by name: the other columns of the row, and `messages` if the batch holds chats.
+    All samples of a batch have the same names; a value that the row lacks is None."""
     token_ids: Sequence[int] = ()
-    """The tokens of the response, an end-of-sequence token counted."""
+    """The tokens of the response, including an end-of-sequence token."""
 
     @property
     def messages(self) -> list[dict[str, str]] | None:
-        """The chat that the prompt is the last message of; None for plain text."""
+        """The chat whose last message is the prompt; None for plain text."""
         return self.columns.get(_MESSAGES)
 
     def with_columns(self, names: Sequence[str]) -> Self:
-        """The sample for a reward that asks for these columns only, with its chat and without its tokens."""
+        """Return the sample for a reward that requests these columns: it has only these, its chat, and no tokens."""
         kept = {name: self.columns[name] for name in (*names, _MESSAGES) if name in self.columns}
         return replace(self, columns=kept, token_ids=())
 
@@ -44,22 +44,22 @@ def make_samples(
     responses: Sequence[str],
     token_ids: Sequence[Sequence[int]] | None = None,
 ) -> list[Sample]:
-    """The samples of a batch.
+    """Return the samples of a batch.
 
     Args:
         prompts: [B] rows of the dataset.
-        texts: [B] what the model read of them.
-        responses: [B].
-        token_ids: [B] the tokens of each response; none if None.
+        texts: [B] the text of each prompt that the model read.
+        responses: [B] the text of each response.
+        token_ids: [B] the tokens of each response; None gives samples without tokens.
     """
-    every = zip(prompts, texts, responses, collect_columns(prompts), token_ids or [()] * len(prompts), strict=True)
-    return [Sample(prompt.row, text, response, columns, ids) for prompt, text, response, columns, ids in every]
+    records = zip(prompts, texts, responses, collect_columns(prompts), token_ids or [()] * len(prompts), strict=True)
+    return [Sample(prompt.row, text, response, columns, ids) for prompt, text, response, columns, ids in records]
 
 
 def samples_from_texts(
     prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
 ) -> list[Sample]:
-    """The samples of texts [B] that come from no dataset, with the values [B] of each column."""
+    """Return the samples of texts [B] that do not come from a dataset, with the values [B] of each column."""
     return [
         Sample(row, prompt, response, {name: values[row] for name, values in columns.items()})
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
@@ -67,7 +67,7 @@ def samples_from_texts(
 
 
 def collect_columns(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """What rewards may ask for [B]: the other columns of each row, and its chat as `messages` where there are chats."""
+    """Return the columns that rewards can request [B]: each row's other columns, and `messages` if there are chats."""
     taken = (*RESERVED, _MESSAGES)
     names = dict.fromkeys(str(name) for prompt in prompts for name in prompt.columns if name not in taken)
     columns = [{name: prompt.columns.get(name) for name in names} for prompt in prompts]

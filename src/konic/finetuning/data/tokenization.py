@@ -1,6 +1,6 @@
-"""Prompts -> PromptBatch: chat template, truncation from the left, left padding.
+"""Prompts -> PromptBatch: applies the chat template, truncates on the left, and pads on the left.
 
-Shapes: B prompts, P prompt tokens of the longest. A mask is True where a token counts.
+Shapes: B prompts, P tokens of the longest prompt. A mask is True where a token counts.
 """
 
 from collections.abc import Sequence
@@ -16,22 +16,22 @@ from konic.finetuning.data.prompts import Prompt
 from konic.finetuning.errors import ConfigError, DatasetError, ModelError
 
 _HALF_A_CHARACTER = "\ufffd"
-"""What is left of a character that a cut went through."""
+"""The replacement character, which decoding gives for a character that a cut split."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PromptBatch:
     """Prompts as the model reads them."""
 
     prompts: Sequence[Prompt]
     texts: list[str]
-    """What rewards get as `prompt`: the text that the model read, without chat markup."""
+    """The `prompt` that rewards get: the text that the model read, without chat markup."""
     ids: Tensor
     """[B, P] int64, padded on the left."""
     mask: Tensor
-    """[B, P] True on prompt tokens."""
+    """[B, P] bool, True on prompt tokens."""
     sample_indices: list[int]
-    """Which response to its row each one is: a row that stands twice in a batch gets different random numbers."""
+    """[B] number of earlier prompts in the batch from the same row; gives repeats of a row different random numbers."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -44,9 +44,9 @@ def make_prompt_batch(
     pad_token_id: int,
     device: torch.device,
 ) -> PromptBatch:
-    """The prompts tokenised, each cut to its last `max_prompt_length` tokens, padded on the left to one length."""
+    """Tokenise the prompts, at most `max_prompt_length` tokens each, and pad them on the left to one length."""
     if not prompts:
-        raise ConfigError("There are no prompts to respond to.")
+        raise ConfigError("There are no prompts to respond to. Give at least one.")
     encoded = [encode_prompt(prompt, tokenizer, max_prompt_length) for prompt in prompts]
     length = max(len(ids) for ids, _ in encoded)
     ids = torch.full((len(encoded), length), pad_token_id, dtype=torch.int64)
@@ -56,25 +56,31 @@ def make_prompt_batch(
         mask[row, length - len(tokens) :] = True
     rows = [prompt.row for prompt in prompts]
     sample_indices = [rows[:position].count(row) for position, row in enumerate(rows)]
-    return PromptBatch(prompts, [text for _, text in encoded], ids.to(device), mask.to(device), sample_indices)
+    return PromptBatch(
+        prompts=prompts,
+        texts=[text for _, text in encoded],
+        ids=ids.to(device),
+        mask=mask.to(device),
+        sample_indices=sample_indices,
+    )
 
 
 def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], str]:
-    """The tokens of one prompt, at most `max_length`, and the text they stand for.
+    """Return the tokens of one prompt, at most `max_length`, and the text that they represent.
 
-    Plain text keeps its end, and a beginning-of-sequence token if the tokenizer puts one. Chat messages go through the
-    model's template; only the last user message is shortened, from its start.
+    Plain text that is cut keeps its end, and the beginning-of-sequence token if the tokenizer adds one. Chat messages
+    go through the model's chat template; only the last user message is shortened, from its start.
 
     Raises:
-        DatasetError: A prompt without tokens, or messages that do not fit even with the last one emptied.
-        ModelError: Chat messages for a tokenizer without a chat template.
+        DatasetError: The prompt has no tokens, or the messages do not fit even if the last one is empty.
+        ModelError: The prompt is a chat, and the tokenizer has no chat template or its template fails.
     """
     if isinstance(prompt.content, str):
         ids, text = _encode_text(prompt.content, tokenizer, max_length)
     else:
         ids, text = _encode_chat(prompt, tokenizer, max_length)
     if not ids:
-        raise DatasetError(f"Row {prompt.row}: the tokenizer makes no tokens of the prompt {prompt.text!r}.")
+        raise DatasetError(f"Row {prompt.row}: the tokenizer makes no tokens from the prompt {prompt.text!r}.")
     return ids, text
 
 
@@ -92,14 +98,14 @@ def _encode_chat(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length:
     if not tokenizer.chat_template:
         raise ModelError(
             f"Row {prompt.row} holds chat messages, but the model's tokenizer has no chat template. "
-            "Use a chat model, or prompts that are plain text."
+            "Use a chat model, or plain-text prompts."
         )
     messages = [dict(message) for message in prompt.content if isinstance(message, dict)]
     ids, text = shorten_chat(messages, [], tokenizer, max_length)
     if len(ids) > max_length:
         raise DatasetError(
-            f"Row {prompt.row}: the messages before the last one take {len(ids)} tokens, over "
-            f"max_prompt_length={max_length}, and only the last is shortened. Raise max_prompt_length."
+            f"Row {prompt.row}: the messages before the last one take {len(ids)} tokens, more than "
+            f"max_prompt_length={max_length}, and only the last message is shortened. Raise max_prompt_length."
         )
     return ids, text
 
@@ -110,13 +116,16 @@ def shorten_chat(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> tuple[list[int], str]:
-    """The tokens of a chat, and its last message's text, cut from its start until at most `max_length` tokens are left.
+    """Return the tokens of a chat and the text of its last message, after shortening that message from its start.
+
+    The last message loses text until the chat has at most `max_length` tokens, or the message is empty. In the second
+    case the chat may still have more than `max_length` tokens.
 
     Args:
-        messages: The chat, ending with the message that may be cut; emptied, it may still leave too many tokens.
-        answer: A message that follows and stays whole; without one the template opens the assistant's turn.
-        tokenizer: One with a chat template.
-        max_length: Tokens.
+        messages: The chat. Only its last message may be shortened.
+        answer: A message that follows and is not shortened; if empty, the template opens the assistant's turn.
+        tokenizer: A tokenizer with a chat template.
+        max_length: Maximum number of tokens of the chat, answer included.
     """
     *before, last = messages
     words = tokenizer(last["content"], add_special_tokens=False, verbose=False).input_ids

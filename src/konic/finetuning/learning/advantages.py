@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 def token_rewards(scores: Tensor, log_ratios: Tensor, response_mask: Tensor, kl_penalty_weight: float) -> Tensor:
-    """The reward of every token: the KL penalty at each, and the score once, on the last (Ziegler et al. 2019; N+).
+    """Return the reward of every token: the KL penalty, plus the score on the last token (Ziegler et al. 2019; N+).
 
     Args:
-        scores: [B] one per sequence.
+        scores: [B] one score per sequence.
         log_ratios: [B, R] log π(token) − log π_ref(token) of the sampled tokens, nats.
         response_mask: [B, R] True on response tokens; every row has at least one.
         kl_penalty_weight: β ≥ 0.
 
     Returns:
-        [B, R]; a row sums to its score − β Σ log_ratios; 0 outside the mask.
+        [B, R] the rewards, 0 outside the mask. A row sums to its score − β Σ log_ratios.
     """
     rewards = torch.where(response_mask, -kl_penalty_weight * log_ratios, 0.0)
     positions = torch.arange(response_mask.shape[1], device=scores.device)
@@ -28,10 +28,10 @@ def token_rewards(scores: Tensor, log_ratios: Tensor, response_mask: Tensor, kl_
 def gae(
     rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates and the returns to regress on (Schulman et al. 2016, eq. 16).
+    """Return generalised advantage estimates, and the returns as value targets (Schulman et al. 2016, eq. 16).
 
-    A_t = δ_t + γλ A_{t'} with δ_t = r_t + γ V_{t'} − V_t, where t' is the next token that counts. After the last one
-    both the value and the advantage are 0. Masked positions are stepped over, whatever they hold.
+    A_t = δ_t + γλ A_{t'} with δ_t = r_t + γ V_{t'} − V_t, where t' is the next token that counts. After the last
+    token that counts, both the value and the advantage are 0. Masked positions are skipped, whatever they contain.
 
     Args:
         rewards: [B, R].
@@ -58,7 +58,7 @@ def gae(
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Values shifted to mean 0 and scaled to unbiased standard deviation 1 over the mask, 0 outside it (N).
+    """Return values with mean 0 and unbiased standard deviation 1 over the mask, and 0 outside the mask (N).
 
     Fewer than two values, or values that are all equal, become 0.
 
@@ -68,28 +68,28 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
     """
     counted = values[mask]
     if counted.numel() < 2 or counted.min() == counted.max():
-        return torch.zeros_like(values)  # the mean of equal values is off by rounding, which must not be scaled up
+        return torch.zeros_like(values)  # the mean of equal values has a rounding error, which must not be scaled up
     return torch.where(mask, (values - counted.mean()) / (counted.std() + 1e-8), 0.0)
 
 
 def leave_one_out(scores: Tensor, mask: Tensor) -> Tensor:
-    """Each score less the mean of its group's others, n/(n − 1) · (r − mean); RLOO (arXiv 2402.14740).
+    """Return each score minus the mean of the others in its group, n/(n − 1) · (r − mean); RLOO (arXiv 2402.14740).
 
     Args:
         scores: [G, n].
-        mask: [G, n] False where a response has no score: it gets 0 and is left out of the others' mean.
+        mask: [G, n] False where a response has no score. It gets 0 and is left out of the mean of the others.
 
     Returns:
-        [G, n]; exactly 0 in groups whose scores are equal, or that have fewer than two.
+        [G, n] the relative scores. They are exactly 0 in groups with equal scores or with fewer than two scores.
     """
     num_scores = mask.sum(dim=1, keepdim=True)
     return group_centred(scores, mask) * num_scores / (num_scores - 1).clamp(min=1)
 
 
 def group_normalised(scores: Tensor, mask: Tensor) -> Tensor:
-    """(r − mean) / (std + 1e-4) within each group, with the unbiased std; GRPO (arXiv 2402.03300, section 4.1).
+    """Return (r − mean) / (std + 1e-4) within each group, with the unbiased std; GRPO (arXiv 2402.03300, section 4.1).
 
-    Arguments and shapes as in :func:`leave_one_out`.
+    Arguments and shapes are those of :func:`leave_one_out`.
     """
     centred = group_centred(scores, mask)
     variance = centred.square().sum(dim=1, keepdim=True) / (mask.sum(dim=1, keepdim=True) - 1).clamp(min=1)
@@ -97,12 +97,12 @@ def group_normalised(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def group_centred(scores: Tensor, mask: Tensor) -> Tensor:
-    """R − mean within each group: GRPO without its division by the std, Dr. GRPO (arXiv 2503.20783).
+    """Return r − mean within each group: Dr. GRPO, which is GRPO without the division by the std (arXiv 2503.20783).
 
-    Arguments and shapes as in :func:`leave_one_out`.
+    Arguments and shapes are those of :func:`leave_one_out`.
     """
     total = torch.where(mask, scores, 0.0).sum(dim=1, keepdim=True)
     centred = scores - total / mask.sum(dim=1, keepdim=True).clamp(min=1)
     highest = torch.where(mask, scores, -torch.inf).amax(dim=1, keepdim=True)
     lowest = torch.where(mask, scores, torch.inf).amin(dim=1, keepdim=True)
-    return torch.where(mask & (lowest < highest), centred, 0.0)  # the mean of equal scores is off by rounding
+    return torch.where(mask & (lowest < highest), centred, 0.0)  # the mean of equal scores has rounding error

@@ -1,4 +1,4 @@
-"""Rollout + Scores -> Advantages: what the choice of each token was worth, by the rule of the algorithm.
+"""Rollout + Scores -> Advantages: computes the advantage of each token by the rule of the algorithm.
 
 Shapes: B sequences, R response tokens; G groups of n responses to one prompt, B = G·n.
 """
@@ -25,18 +25,18 @@ from konic.finetuning.rollout.rollout import Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class Advantages:
-    """What the update learns from. Tensors are 0 where `mask` is False."""
+    """The training signal of an update. Tensors are 0 where `mask` is False."""
 
     advantages: Tensor
-    """[B, R] no gradient."""
+    """[B, R] without gradient."""
     returns: Tensor
-    """[B, R] the targets of the value head, in units of reward; unused where values do not learn."""
+    """[B, R] the targets of the value head, in units of reward; unused if no values are learned."""
     mask: Tensor
     """[B, R] True on response tokens of samples that have a score."""
     value_loss_weight: float
-    """0 where the algorithm has no values."""
+    """0 if the algorithm learns no values."""
     kl_loss_weight: float
-    """β of the exact KL in the loss; 0 where the penalty is in the reward."""
+    """β of the exact KL in the loss; 0 if the KL penalty is in the reward."""
 
 
 Estimator = Callable[[Tensor, Rollout, Tensor, TrainingConfig], tuple[Tensor, Tensor]]
@@ -46,11 +46,11 @@ Estimator = Callable[[Tensor, Rollout, Tensor, TrainingConfig], tuple[Tensor, Te
 def compute_advantages(
     rollout: Rollout, scores: Scores, config: TrainingConfig, kl_penalty_weight: float
 ) -> Advantages:
-    """The advantages of a batch by the configured algorithm.
+    """Return the advantages of a batch, computed by the configured algorithm.
 
-    The score goes on the last token, less `missing_eos_penalty` where the response was cut off. The KL penalty goes on
-    every token, by the log-ratio of the sampled token, or the exact KL goes into the loss. A sample without a score
-    gets advantage 0, teaches the value head nothing, and is left out of its group.
+    The score goes on the last token, minus `missing_eos_penalty` if the response was cut off. The KL penalty goes
+    either on the reward of every token, as the log-ratio of the sampled token, or into the loss, as the exact KL. A
+    sample without a score gets advantage 0, does not train the value head, and is left out of its group.
 
     Args:
         rollout: The responses.
@@ -79,7 +79,7 @@ def compute_advantages(
 
 
 def _gae(rewards: Tensor, rollout: Rollout, has_score: Tensor, config: TrainingConfig) -> tuple[Tensor, Tensor]:
-    """GAE with the value head, whitened over the batch (N)."""
+    """Return GAE with the value head, whitened over the batch (N)."""
     advantages, returns = gae(rewards, rollout.values, rollout.response_mask, config.gamma, config.gae_lambda)
     return whiten(advantages, rollout.response_mask & has_score[:, None]), returns
 
@@ -87,14 +87,14 @@ def _gae(rewards: Tensor, rollout: Rollout, has_score: Tensor, config: TrainingC
 def _reward_to_go(
     rewards: Tensor, rollout: Rollout, has_score: Tensor, config: TrainingConfig
 ) -> tuple[Tensor, Tensor]:
-    """The sum of the rewards from each token on, whitened over the batch (arXiv 2501.03262)."""
+    """Return the sum of the rewards from each token to the end, whitened over the batch (arXiv 2501.03262)."""
     no_values = torch.zeros_like(rewards)
     to_go, _ = gae(rewards, no_values, rollout.response_mask, config.gamma, gae_lambda=1.0)
     return whiten(to_go, rollout.response_mask & has_score[:, None]), no_values
 
 
 def _by_group(relative: Callable[[Tensor, Tensor], Tensor]) -> Estimator:
-    """The whole response is one action: every token gets the reward of the response, relative to its group."""
+    """Return an estimator that gives every token the reward of its whole response, relative to the response's group."""
 
     def estimate(rewards: Tensor, rollout: Rollout, has_score: Tensor, config: TrainingConfig) -> tuple[Tensor, Tensor]:
         groups = (-1, config.responses_per_prompt)

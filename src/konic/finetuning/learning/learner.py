@@ -1,4 +1,4 @@
-"""Agent -> Learner: the model loaded, with everything around it that learning needs."""
+"""Agent -> Learner: loads the model and builds everything that learning needs around it."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,20 +14,26 @@ from konic.finetuning.models.policy import Policy
 from konic.finetuning.rollout.sampler import SpecialTokens, special_tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Learner:
-    """What is built once: the policy, what moves it, and where plain `transformers` finds its base model."""
+    """The parts that are built once: policy, optimizer, special tokens, and the location of the base model."""
 
     policy: Policy
     optimizer: torch.optim.Optimizer
     special: SpecialTokens
     location: str
+    """The Hub id or folder from which plain `transformers` loads the base model."""
     base_sha256: str = ""
-    """Of some of every base weight's numbers: which model it was."""
+    """Hash of some numbers of every base weight, which identifies the base model."""
 
 
 def build_learner(agent: KonicFinetuningAgent, device: torch.device) -> Learner:
-    """Load the agent's model onto a device and put everything around it that learning needs."""
+    """Load the agent's model onto a device and build everything that learning needs around it.
+
+    Raises:
+        ConfigError: Prompt and response do not fit into the model's context.
+        ModelError: The tokenizer has more tokens than the model's vocabulary.
+    """
     config, generation = agent.get_training_config(), agent.get_generation_config()
     loaded = load_model(agent.get_base_model(), agent.get_model_kwargs(), device)
     model_config = loaded.model.config.get_text_config()
@@ -35,26 +41,32 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device) -> Learner:
     if context is not None and generation.max_prompt_length + generation.max_new_tokens > context:
         raise ConfigError(
             f"GenerationConfig: max_prompt_length={generation.max_prompt_length} + max_new_tokens="
-            f"{generation.max_new_tokens} is over the {context} positions of {agent.get_base_model()!r}. Lower either."
+            f"{generation.max_new_tokens} is over the {context} positions of {agent.get_base_model()!r}. Lower one."
         )
     vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
     if len(loaded.tokenizer) > vocabulary:
         raise ModelError(
-            f"base_model={agent.get_base_model()!r}: its tokenizer has {len(loaded.tokenizer)} tokens, the model a "
-            f"vocabulary of only {vocabulary}. Give the model's own tokenizer, or a model with resized embeddings."
+            f"base_model={agent.get_base_model()!r}: its tokenizer has {len(loaded.tokenizer)} tokens, but the "
+            f"model's vocabulary has only {vocabulary}. Use the model's own tokenizer, or resize its embeddings."
         )
     base_sha256 = _fingerprint(loaded.model)
     policy = Policy(loaded, agent.get_lora_config(), config.gradient_checkpointing, config.seed)
     special = special_tokens(generation, policy.language_model, policy.tokenizer)
     policy.check_reference()
-    return Learner(policy, make_optimizer(policy, config), special, loaded.location, base_sha256)
+    return Learner(
+        policy=policy,
+        optimizer=make_optimizer(policy, config),
+        special=special,
+        location=loaded.location,
+        base_sha256=base_sha256,
+    )
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """SHA-256 of up to 64 numbers of every weight, evenly spaced: another model differs, and it costs no time."""
+    """Return a SHA-256 over up to 64 evenly spaced numbers per weight: fast, and different for another model."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         flat = weight.detach().flatten()
-        some = flat[:: max(1, len(flat) // 64)][:64].cpu().contiguous()
-        digest.update(name.encode() + some.view(torch.uint8).numpy().tobytes())
+        some_numbers = flat[:: max(1, len(flat) // 64)][:64].cpu().contiguous()
+        digest.update(name.encode() + some_numbers.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

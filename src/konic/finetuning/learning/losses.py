@@ -1,7 +1,8 @@
 """Log-probs, values and advantages -> losses per token. Pure functions of tensors and floats.
 
-Shapes: B sequences, R response tokens, V vocabulary. A mask is True where a token counts. Losses come back per token
-and are 0 outside the mask: whoever takes the step sums them over the whole step and divides by its true token count.
+Shapes: B sequences, R response tokens, V vocabulary. A mask is True where a token counts. Losses are returned per
+token and are 0 outside the mask. The caller sums them over the whole optimizer step and divides by the true token
+count of the step.
 """
 
 from collections.abc import Callable
@@ -12,19 +13,19 @@ from torch import Tensor
 from konic.finetuning.algorithms import PolicyLoss, RatioLevel
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to ± this before exp: e^20 is past every clip range and far from overflow."""
+"""Log-ratios are clamped to ± this value before exp: e^20 is beyond every clip range and far from overflow."""
 
 
 def log_ratio(new_log_probs: Tensor, old_log_probs: Tensor, mask: Tensor) -> Tensor:
-    """Returns log π_new − log π_old [B, R], 0 outside the mask and clamped to ±20, so that exp never overflows."""
+    """Return log π_new − log π_old [B, R], 0 outside the mask and clamped to ±20 so that exp never overflows."""
     return torch.where(mask, new_log_probs - old_log_probs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def level_log_ratios(log_ratios: Tensor, mask: Tensor, level: RatioLevel) -> Tensor:
-    """The log-ratios [B, R] that a policy loss looks at: each token's own, or one for the whole response.
+    """Return the log-ratios [B, R] that a policy loss uses: one per token, or one for the whole response.
 
-    The ratio of a response is s = (π(y) / π_old(y))^(1/length): its logarithm is the mean of the log-ratios of the
-    tokens, and stands on each of them (GSPO, arXiv 2507.18071, eq. 7).
+    The ratio of a response is s = (π(y) / π_old(y))^(1/length). Its logarithm is the mean log-ratio of the response's
+    tokens, and every token of the response gets it (GSPO, arXiv 2507.18071, eq. 7).
     """
     if level == "token":
         return log_ratios
@@ -35,11 +36,13 @@ def level_log_ratios(log_ratios: Tensor, mask: Tensor, level: RatioLevel) -> Ten
 def clipped_policy_loss(
     log_ratios: Tensor, advantages: Tensor, mask: Tensor, clip_ratios: tuple[float, float]
 ) -> Tensor:
-    """PPO's clipped loss −min(ρA, clip(ρ, 1 − ε_low, 1 + ε_high)A) per token [B, R] (Schulman et al. 2017, eq. 7).
+    """Return PPO's clipped loss −min(ρA, clip(ρ, 1 − ε_low, 1 + ε_high)A) per token [B, R].
+
+    The formula is eq. 7 of Schulman et al. 2017, with one ε for each side.
 
     Args:
         log_ratios: [B, R] log ρ, from :func:`log_ratio`.
-        advantages: [B, R], no gradient.
+        advantages: [B, R] without gradient.
         mask: [B, R].
         clip_ratios: ε_low in (0, 1) and ε_high > 0.
     """
@@ -50,12 +53,12 @@ def clipped_policy_loss(
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_ratio: float) -> Tensor:
-    """0.5 · max of the squared errors of V and of V kept within ±ε of its old value, per token [B, R] (N).
+    """Return 0.5 · max of the squared errors of V and of V clipped to ±ε around its old value, per token [B, R] (N).
 
     Args:
-        values: [B, R] V now.
+        values: [B, R] the current V.
         old_values: [B, R] V when the responses were sampled.
-        returns: [B, R] what V regresses on.
+        returns: [B, R] the targets of V.
         mask: [B, R].
         clip_ratio: ε > 0, in units of reward.
     """
@@ -65,30 +68,30 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 
 def k1(log_ratios: Tensor) -> Tensor:
-    """The plain KL estimate log π(y) − log π_ref(y) of a sampled token: unbiased, of either sign (Schulman)."""
+    """Return the plain KL estimate log π(y) − log π_ref(y) of a sampled token: unbiased, of either sign (Schulman)."""
     return log_ratios
 
 
 def k3(log_ratios: Tensor) -> Tensor:
-    """The KL estimate (1/ρ − 1) + log ρ of a token sampled from π: unbiased and never negative (Schulman)."""
+    """Return the KL estimate (1/ρ − 1) + log ρ of a token sampled from π: unbiased and never negative (Schulman)."""
     return torch.expm1(-log_ratios) + log_ratios
 
 
 def clipped_tokens(log_ratios: Tensor, mask: Tensor, clip_ratios: tuple[float, float]) -> Tensor:
-    """True [B, R] where a token counts and its ratio has left [1 − ε_low, 1 + ε_high]."""
+    """Return True [B, R] where a token counts and its ratio is outside [1 − ε_low, 1 + ε_high]."""
     low, high = clip_ratios
     change = log_ratios.exp() - 1.0
     return mask & ((change > high) | (-change > low))
 
 
 def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """1 − Var(targets − predictions) / Var(targets) over the mask: 1 is perfect, 0 no better than a constant.
+    """Return 1 − Var(targets − predictions) / Var(targets) over the mask: 1 is perfect, 0 no better than a constant.
 
-    NaN where the targets do not vary.
+    The result is NaN if the targets do not vary.
     """
     counted = targets[mask]
     residual = (targets - predictions)[mask].var(correction=0)
-    varies = counted.min() < counted.max()  # the variance of equal targets is rounding, not 0
+    varies = counted.min() < counted.max()  # the computed variance of equal targets is a rounding error, not 0
     return torch.where(varies, 1.0 - residual / counted.var(correction=0), torch.nan)
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """Where in the run an update's optimizer steps stand."""
+    """The position of an update's optimizer steps in the run."""
 
     first_step: int
-    """Optimizer steps taken before."""
+    """Optimizer steps taken before this update."""
     total_steps: int
     """Optimizer steps planned over the whole run."""
     peak: float
@@ -19,14 +19,14 @@ class Schedule:
 
 
 def learning_rate_at(step: int, total_steps: int, peak: float, warmup_steps: int, schedule: str) -> float:
-    """The learning rate of an optimizer step.
+    """Return the learning rate of an optimizer step.
 
     Args:
         step: The step about to be taken, counted from 0 over the whole run.
-        total_steps: Steps planned over the whole run; only the falling schedules look at it.
-        peak: The rate at the end of warm-up.
-        warmup_steps: Step i of these runs at peak · (i + 1) / warmup_steps.
-        schedule: "constant", "linear" (to zero at total_steps) or "cosine" (half a period, to zero at total_steps).
+        total_steps: Steps planned over the whole run. Only the decaying schedules use it.
+        peak: The learning rate at the end of warm-up.
+        warmup_steps: Number of warm-up steps. Step i of them uses peak · (i + 1) / warmup_steps.
+        schedule: "constant", "linear" (to 0 at total_steps) or "cosine" (half a period, to 0 at total_steps).
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

@@ -1,6 +1,6 @@
-"""Rollout + Advantages -> UpdateStats: epochs, minibatches, micro-batches, one optimizer step after another.
+"""Rollout + Advantages -> UpdateStats: trains the policy in epochs, minibatches and micro-batches.
 
-Shapes: B sequences, R response tokens; b sequences of one micro-batch.
+Shapes: B sequences, R response tokens.
 """
 
 import logging
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateStats:
-    """What an update comes to; `results.iteration` says what each metric means."""
+    """Metrics of one update. `results.iteration` explains each."""
 
     policy_loss: float
     value_loss: float
@@ -56,7 +56,7 @@ class UpdateStats:
 
 @dataclass(frozen=True, kw_only=True)
 class _StepStats:
-    """One optimizer step: means over its tokens."""
+    """Statistics of one optimizer step: means over its tokens."""
 
     policy_loss: float
     value_loss: float
@@ -66,19 +66,19 @@ class _StepStats:
     approx_kl: float
     sampler_gap: float
     largest_log_ratio: float
-    """Over its tokens, in absolute value."""
+    """Largest absolute log-ratio of the step's tokens."""
     grad_norm: float = 0.0
-    """Before clipping."""
+    """Gradient norm before clipping."""
 
 
 MAX_SAMPLER_GAP = 1e-3
-"""Mean |Δ log-prob| per token, nats, between sampler and trainer in fp32; rounding stays below a hundredth of it."""
+"""Limit of the mean |Δ log-prob| per token, nats, between sampler and trainer in fp32; rounding is below 1 % of it."""
 MAX_FIRST_LOG_RATIO = 1e-2
-"""Largest |log-ratio| before the first step in fp32; rounding stays below a hundredth of it."""
+"""Limit of the largest |log-ratio| before the first step in fp32; rounding stays below 1 % of this limit."""
 
 
 def make_optimizer(policy: Policy, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over everything that learns, with eps 1e-5 (N, N+)."""
+    """Return AdamW over all trainable parameters, with eps 1e-5 (N, N+)."""
     return torch.optim.AdamW(policy.trainable().values(), lr=0.0, eps=1e-5, weight_decay=config.weight_decay)
 
 
@@ -92,11 +92,12 @@ def update(
 ) -> UpdateStats:
     """Train the policy on its own responses: `ppo_epochs` passes of `num_minibatches` optimizer steps each.
 
-    A token average is a sum over the whole optimizer step divided by its true token count, whatever the micro-batches.
+    A token average is a sum over the whole optimizer step divided by its true token count, for any micro-batches.
 
     Raises:
-        NotFiniteError: A loss or gradient is not finite; the step is not taken. Not raised with on_nonfinite="skip".
-        TrainingError: The policy is not the one that sampled; no step is taken.
+        NotFiniteError: A loss or gradient is not finite. The step is not taken. With on_nonfinite="skip" the update
+            logs a warning instead.
+        TrainingError: The policy is not the one that sampled. No step is taken.
     """
     steps: list[_StepStats] = []
     first_log_ratio = sampler_gap = rate = 0.0
@@ -105,7 +106,7 @@ def update(
         for index, rows in enumerate(_minibatches(len(rollout.batch), config, schedule.first_step)):
             num_tokens = int(advantages.mask[rows].sum())
             if num_tokens == 0:
-                continue  # every sample abstained: there is nothing to follow
+                continue  # no sample of this minibatch has a score, so there is no gradient
             try:
                 step = _accumulate(policy, rollout, advantages, rows, num_tokens, config, schedule.train_policy)
                 if not steps:
@@ -141,14 +142,14 @@ def update(
 
 
 def _mean_over_steps(steps: list[_StepStats]) -> dict[str, float]:
-    """The means that become metrics, by name; 0 without a step."""
+    """Return the means that become metrics, by name; 0 if no step was taken."""
     names = [field.name for field in fields(_StepStats) if field.name not in ("sampler_gap", "largest_log_ratio")]
     return {name: sum(getattr(step, name) for step in steps) / len(steps) if steps else 0.0 for name in names}
 
 
 @contextmanager
 def _gradients_dropped_after(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """On leaving, by an error too, no gradient of a step that was not taken stays behind."""
+    """Drop all gradients when the context ends, also after an error. A step that was not taken leaves none behind."""
     try:
         yield
     finally:
@@ -156,7 +157,7 @@ def _gradients_dropped_after(optimizer: torch.optim.Optimizer) -> Iterator[None]
 
 
 def _minibatches(num_rows: int, config: TrainingConfig, first_step: int) -> Iterator[np.ndarray]:
-    """The rows of every optimizer step: each epoch is a new permutation, keyed by seed, first step and epoch."""
+    """Yield the rows of every optimizer step. Each epoch is a new permutation, keyed by seed, first step and epoch."""
     for epoch in range(config.ppo_epochs):
         if config.num_minibatches == 1:
             yield np.arange(num_rows)
@@ -174,7 +175,7 @@ def _accumulate(
     config: TrainingConfig,
     train_policy: bool,
 ) -> _StepStats:
-    """Add the gradients of one optimizer step; its means over its tokens."""
+    """Accumulate the gradients of one optimizer step; return the means over its tokens."""
     row, clip_ratios = config.algorithm_row, config.clip_ratios
     totals: dict[str, float] = {}
     largest = 0.0
@@ -218,8 +219,8 @@ def _accumulate(
                 "approx_kl": torch.where(mask, k3(-token_ratios), 0.0),
                 "sampler_gap": gaps,
             }
-            found = torch.stack([tensor.double().sum() for tensor in sums.values()]).tolist()
-            totals = {name: totals.get(name, 0.0) + value for name, value in zip(sums, found, strict=True)}
+            group_sums = torch.stack([tensor.double().sum() for tensor in sums.values()]).tolist()
+            totals = {name: totals.get(name, 0.0) + value for name, value in zip(sums, group_sums, strict=True)}
             largest = max(largest, token_ratios.abs().max().item())
     return _StepStats(**{name: total / num_tokens for name, total in totals.items()}, largest_log_ratio=largest)
 
@@ -229,13 +230,13 @@ def _require_same_policy(step: _StepStats, rollout: Rollout, config: TrainingCon
     agrees = gap <= MAX_SAMPLER_GAP and largest <= MAX_FIRST_LOG_RATIO
     if config.self_checks and rollout.in_full_precision and not agrees:
         raise TrainingError(
-            "Before the first step the policy is the one that sampled, but sampler and trainer disagree about the "
-            f"tokens sampled by {gap:.2g} nats per token and up to {largest:.2g}, over {MAX_SAMPLER_GAP:g} and "
-            f"{MAX_FIRST_LOG_RATIO:g}. Either the model reads a cached sequence differently from a whole one (try "
-            "model_kwargs={'attn_implementation': 'eager'}; on a GPU, full fp32 products: "
-            "torch.set_float32_matmul_precision('highest')), or something in it changes from one pass to the next, "
-            "such as dropout, a batch norm or random routing. The step was not taken. "
-            "TrainingConfig(self_checks=False) goes on in spite of it."
+            "Before the first step the policy is the one that sampled, but the log-probs of sampler and trainer "
+            f"differ by {gap:.2g} nats per token on average and by up to {largest:.2g}; the limits are "
+            f"{MAX_SAMPLER_GAP:g} and {MAX_FIRST_LOG_RATIO:g}. Either the model computes a cached sequence "
+            "differently from a whole one (try model_kwargs={'attn_implementation': 'eager'}; on a GPU, full fp32 "
+            "products: torch.set_float32_matmul_precision('highest')), or something in the model changes from one "
+            "pass to the next, such as dropout, a batch norm or random routing. The step was not taken. "
+            "To continue anyway, set TrainingConfig(self_checks=False)."
         )
 
 
@@ -245,7 +246,8 @@ def _require_finite(losses: Tensor, mask: Tensor, rollout: Rollout, rows: Tensor
         prompt = rollout.batch.prompts[int(rows[int(bad[0])])]
         raise NotFiniteError(
             f"The loss is not finite for the sample of dataset row {prompt.row}, prompt {prompt.text[:100]!r}. "
-            "The step was not taken. Usual causes: too high a learning rate, half precision, or damaged weights."
+            "The step was not taken. Usual causes: a learning rate that is too high, half precision, or damaged "
+            "weights."
         )
 
 
@@ -255,7 +257,7 @@ def _learning_rate(schedule: Schedule, index: int, config: TrainingConfig) -> fl
 
 
 def _step(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_grad_norm: float) -> float:
-    """Take one optimizer step with the accumulated gradients; their norm before clipping."""
+    """Take one optimizer step with the accumulated gradients; return their norm before clipping."""
     parameters = policy.trainable()
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
     if not norm.isfinite():

@@ -1,4 +1,5 @@
 """base_model -> weights -> hidden states -> distributions and values.
 
-In: a model's name and a LoRA config. Out: `Policy`, with its reference, value head and `LanguageModel`; token scores.
+Input: a model name and a LoRA config. Output: `Policy` (with its reference, value head and `LanguageModel`) and token
+scores.
 """

@@ -1,4 +1,4 @@
-"""LoraConfig -> PEFT's, checked against a model's layers; and what is done to layers around it."""
+"""LoraConfig -> PEFT adapter: checks the targets, creates, loads and merges adapters, and switches dropout off."""
 
 import copy
 import re
@@ -20,14 +20,16 @@ from konic.finetuning.config import LoraConfig
 from konic.finetuning.errors import ConfigError, ModelError, did_you_mean
 
 REFERENCE_ADAPTER = "start"
-"""The name of the frozen second adapter that is the reference where training starts from an adapter."""
+"""Name of the second, frozen adapter, which is the reference if training starts from an existing adapter."""
 
 
 def peft_config(lora: LoraConfig | peft.LoraConfig, causal_lm: PreTrainedModel) -> peft.LoraConfig:
-    """The PEFT config for a model: targets checked against its layers, `fan_in_fan_out` read off them.
+    """Return the PEFT config for a model.
+
+    The targets are checked against the model's layers, and `fan_in_fan_out` is derived from the layers.
 
     Raises:
-        ConfigError: A target that matches no layer, with the candidates.
+        ConfigError: A target matches no layer. The message lists the candidates.
     """
     if isinstance(lora, LoraConfig):
         values = lora.model_dump()
@@ -58,17 +60,23 @@ def _check_targets(targets: list[str], causal_lm: PreTrainedModel, layers: dict[
     ]
     candidates = sorted({name.rsplit(".", 1)[-1] for name in layers})
     if not targets:
-        raise ConfigError(f"LoraConfig.target_modules is empty. Its candidates: {', '.join(candidates)}.")
+        raise ConfigError(f"LoraConfig.target_modules is empty. Name at least one of: {', '.join(candidates)}.")
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise ConfigError(
                 f"LoraConfig.target_modules: {target!r} matches no layer of {type(causal_lm).__name__}."
-                f"{did_you_mean(target, candidates)} Its candidates: {', '.join(candidates)}."
+                f"{did_you_mean(target, candidates)} Candidates: {', '.join(candidates)}."
             )
 
 
 def new_adapter(causal_lm: PreTrainedModel, adapter: peft.LoraConfig, seed: int) -> peft.PeftModel:
-    """The model with a fresh adapter, whose random weights follow the seed and leave the global generator alone."""
+    """Return the model with a new adapter.
+
+    The adapter's random weights depend on the seed. The global random generator stays unchanged.
+
+    Raises:
+        ConfigError: The adapter config does not fit the model. The message lists candidates for the targets.
+    """
     try:
         with torch.random.fork_rng(), _without_renaming_advice():
             torch.manual_seed(seed)
@@ -84,13 +92,16 @@ def new_adapter(causal_lm: PreTrainedModel, adapter: peft.LoraConfig, seed: int)
 
 
 def load_adapter(causal_lm: PreTrainedModel, folder: Path) -> peft.PeftModel:
-    """The model with the adapter of a folder twice: one that learns, and one that stays as the reference.
+    """Return the model with the folder's adapter loaded twice: one copy is trained, the other stays as the reference.
 
     Raises:
-        ModelError: The adapter does not fit the model.
+        ModelError: The adapter cannot be loaded or does not fit the model.
     """
     if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(f"{folder}: there is no adapter_model.safetensors, and pickled weights are not read.")
+        raise ModelError(
+            f"{folder}: there is no adapter_model.safetensors, and pickled weights are not read. Save the adapter as "
+            "safetensors."
+        )
     try:
         with _without_renaming_advice():
             adapted = peft.PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=True)
@@ -100,14 +111,17 @@ def load_adapter(causal_lm: PreTrainedModel, folder: Path) -> peft.PeftModel:
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the adapter cannot be loaded: {type(error).__name__}: {error}") from error
     if weights.keys() != own.keys():
-        odd = sorted(weights.keys() ^ own.keys())
+        unmatched = sorted(weights.keys() ^ own.keys())
         raise ModelError(
             f"{folder}: adapter_model.safetensors does not hold the weights that adapter_config.json describes: "
-            f"{odd[0]!r} and {len(odd) - 1} more are in one of them alone. Give both files of one adapter."
+            f"{unmatched[0]!r} and {len(unmatched) - 1} more are in only one of the two files. Use both files of the "
+            "same adapter."
         )
     broken = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
     if broken is not None:
-        raise ModelError(f"{folder}: the adapter's weights {broken} are not finite (NaN or infinity).")
+        raise ModelError(
+            f"{folder}: the adapter's weights {broken} are not finite (NaN or infinity). Use an undamaged adapter."
+        )
     adapted.set_adapter("default")
     return adapted
 
@@ -115,20 +129,20 @@ def load_adapter(causal_lm: PreTrainedModel, folder: Path) -> peft.PeftModel:
 @contextmanager
 def _without_renaming_advice() -> Iterator[None]:
     with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 by a name that is on its way out
+        # PEFT 0.21 uses a name that transformers 5.23 deprecates
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        # looked at key by key after loading
+        # load_adapter compares the keys itself
         warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
         yield
 
 
 def adapter_off_is_base(adapter: peft.LoraConfig) -> bool:
-    """False where the adapter trains or rewrites weights of the base model itself."""
+    """Return False if the adapter trains or rewrites weights of the base model itself, else True."""
     return adapter.bias == "none" and adapter.init_lora_weights in (True, False, "gaussian", "orthogonal")
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Every dropout to 0: with any, the first ratio of an update is not one, and KL is noise."""
+    """Set every dropout probability to 0. With dropout, the first ratio of an update is not 1 and the KL is noise."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -138,14 +152,17 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 
 def can_merge(layer: Any) -> bool:
-    """True for plain layers of floating-point weights; quantised ones are sampled with the adapter beside them."""
+    """Return True for plain layers with floating-point weights.
+
+    Quantised layers keep the adapter unmerged during sampling.
+    """
     base = layer.get_base_layer()
     return isinstance(base, nn.Linear | Conv1D | nn.Embedding) and base.weight.is_floating_point()
 
 
 def merged_layer(layer: Any) -> nn.Module:
-    """A copy of an adapted layer's base layer with the adapter merged in."""
+    """Return a copy of an adapted layer's base layer with the adapter merged in."""
     with torch.no_grad():
-        twin = copy.deepcopy(layer)
-        twin.merge()
-    return twin.get_base_layer()
+        layer_copy = copy.deepcopy(layer)
+        layer_copy.merge()
+    return layer_copy.get_base_layer()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-prob of each token, and all log-probs, of softmax(logits / temperature).
+    """Return the log-prob of each token under softmax(logits / temperature), and all log-probs.
 
     Args:
         logits: [..., V], computed in fp32 or better.
@@ -23,16 +23,22 @@ def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple
 
 
 def entropies(log_softmax: Tensor) -> Tensor:
-    """−Σ_v π(v) log π(v) of each distribution [..., V] -> [...], nats; a token of probability 0 adds nothing."""
+    """Return the entropy −Σ_v π(v) log π(v) [...] of each distribution [..., V], in nats.
+
+    A token of probability 0 contributes 0.
+    """
     return -(log_softmax.exp() * _finite(log_softmax)).sum(dim=-1)
 
 
 def exact_kl(log_softmax: Tensor, ref_log_softmax: Tensor) -> Tensor:
-    """KL(π ‖ π_ref) = Σ_v π(v) (log π(v) − log π_ref(v)) of each distribution [..., V] -> [...], nats, clamped at 0.
+    """Return KL(π ‖ π_ref) = Σ_v π(v) (log π(v) − log π_ref(v)) [...] of each distribution [..., V], in nats.
 
-    Non-negative in exact arithmetic; the clamp takes off rounding. Less variance than any estimate from the sampled
-    token alone (arXiv 2504.10637). Computed as Σ_v π (log π − log π_ref) + π_ref − π, which adds 1 − 1 and makes the
-    gradient at π = π_ref exactly 0 rather than rounding, which Adam would follow at its full step size.
+    The KL is non-negative in exact arithmetic; a clamp at 0 removes negative rounding errors. It has less variance than
+    any estimate from the sampled token alone (arXiv 2504.10637).
+
+    It is computed as Σ_v π (log π − log π_ref) + π_ref − π. The two extra terms sum to 1 − 1 and make the gradient at
+    π = π_ref exactly 0. Without them that gradient would be a rounding error, and Adam would follow it at its full step
+    size.
     """
     probabilities, ref_probabilities = log_softmax.exp(), ref_log_softmax.exp()
     terms = probabilities * (_finite(log_softmax) - _finite(ref_log_softmax)) + (ref_probabilities - probabilities)
@@ -40,12 +46,12 @@ def exact_kl(log_softmax: Tensor, ref_log_softmax: Tensor) -> Tensor:
 
 
 def entropy_and_kl_(log_softmax: Tensor, ref_log_softmax: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`entropies` of the first and :func:`exact_kl` of both, without gradient; what is given is overwritten.
+    """Return :func:`entropies` of the first and :func:`exact_kl` of both, without gradient; overwrites both arguments.
 
-    Writing over what is there is worth a name: on a CPU the pages of one new [n, V] cost more than the arithmetic.
+    Overwriting saves time: on a CPU, the memory pages of one new [n, V] tensor cost more than the arithmetic.
     """
-    for given in (log_softmax, ref_log_softmax):
-        given.clamp_(min=_least(given))
+    for tensor in (log_softmax, ref_log_softmax):
+        tensor.clamp_(min=_least(tensor))
     probabilities = log_softmax.exp()
     entropy = -torch.einsum("...v,...v->...", probabilities, log_softmax)
     terms = log_softmax.sub_(ref_log_softmax).mul_(probabilities)
@@ -54,12 +60,12 @@ def entropy_and_kl_(log_softmax: Tensor, ref_log_softmax: Tensor) -> tuple[Tenso
 
 
 def log_softmax_(logits: Tensor, temperature: float) -> Tensor:
-    """Log softmax(logits / temperature) [..., V] without gradient, in the logits' own memory."""
+    """Return log softmax(logits / temperature) [..., V] without gradient, in the memory of `logits`."""
     return torch.log_softmax(logits.div_(temperature), dim=-1, out=logits)
 
 
 def _finite(log_softmax: Tensor) -> Tensor:
-    """Log-probs of −inf (a masked-out vocabulary entry) made finite, so that 0 · log 0 is 0."""
+    """Replace log-probs of −inf (masked-out vocabulary entries) by a finite number, so that 0 · log 0 is 0."""
     return log_softmax.clamp(min=_least(log_softmax))
 
 

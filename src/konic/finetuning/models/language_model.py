@@ -1,4 +1,4 @@
-"""A causal language model taken apart at its last hidden state.
+"""Tokens -> last hidden states -> logits: a causal language model split at its last hidden state.
 
 Shapes: B sequences, T tokens of prompt and response, R response tokens, H hidden size, V vocabulary.
 """
@@ -20,7 +20,7 @@ from konic.finetuning.models.prepacked import Product
 
 
 class LanguageModel:
-    """A causal language model taken apart at its last hidden state."""
+    """A causal language model split at its last hidden state: :meth:`decode` computes it, :meth:`logits` reads it."""
 
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         self.causal_lm = causal_lm
@@ -31,25 +31,27 @@ class LanguageModel:
 
     @property
     def vocabulary_size(self) -> int:
-        """V: the width of the head, which may be above the tokenizer's count."""
+        """V: the width of the head. It may be larger than the number of tokens in the tokenizer."""
         return self.causal_lm.get_output_embeddings().weight.shape[0]
 
     @property
     def is_plain(self) -> bool:
-        """True where logits are a plain layer of the hidden states and nothing more."""
+        """True if the logits are a plain linear layer of the hidden states, without scaling or soft cap."""
         return type(self.causal_lm.get_output_embeddings()) is nn.Linear and self.scale == 1.0 and self.softcap is None
 
     @property
     def head_learns(self) -> bool:
-        """True where the weights that make logits of hidden states are trained too."""
+        """True if the head, which turns hidden states into logits, is trained too."""
         return any(weight.requires_grad for weight in self.causal_lm.get_output_embeddings().parameters())
 
     def decode(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None) -> Tensor:
-        """Last hidden states [B, T, H] of the given tokens; a cache holds the keys of those before and takes theirs.
+        """Return the last hidden states [B, T, H] of the given tokens.
+
+        A cache holds the keys and values of the earlier tokens; this call appends those of the given tokens.
 
         Args:
             ids: [B, T].
-            mask: [B, T' ≥ T] True on tokens that count, those in the cache first.
+            mask: [B, T' ≥ T] True on tokens that count. The tokens in the cache come first.
             positions: [B, T].
             cache: A `transformers` cache, or None.
         """
@@ -63,32 +65,32 @@ class LanguageModel:
         return output.last_hidden_state
 
     def response_hidden(self, ids: Tensor, mask: Tensor, num_response_tokens: int) -> Tensor:
-        """The hidden states [B, R, H] from which each of the last R tokens is predicted.
+        """Return the hidden states [B, R, H] from which each of the last R tokens is predicted.
 
-        What is padding in every row is not computed; on the right it is 0. A prompt of several rows is read once
-        where that saves more tokens than one more pass costs.
+        Columns that are padding in every row are not computed; on the right they are filled with 0. A prompt that
+        several rows share is read once if that saves more tokens than one more pass costs (:data:`COST_OF_A_PASS`).
         """
         columns = mask.any(dim=0).nonzero().squeeze(-1)
         first, last = int(columns[0]), int(columns[-1])  # nothing is predicted from the last token
         length, unused = ids.shape[1] - num_response_tokens - first, ids.shape[1] - last - 1
         ids, mask = ids[:, first:last], mask[:, first:last]
         positions = position_ids(mask)
-        prompts, prompt_mask, of_rows = distinct_prompts(ids[:, :length], mask[:, :length])
+        prompts, prompt_mask, prompt_of_row = distinct_prompts(ids[:, :length], mask[:, :length])
         cache = DynamicCache(config=self.causal_lm.config)
         can_share = not self.causal_lm.training and all(type(layer) is DynamicLayer for layer in cache.layers)
         if not can_share or (len(ids) - len(prompts)) * length <= COST_OF_A_PASS:
             hidden = self.decode(ids, mask, positions)[:, length - 1 :]
         else:
             hidden = self.decode(prompts, prompt_mask, position_ids(prompt_mask), cache)[:, -1:]
-            hidden = hidden.index_select(0, of_rows)
+            hidden = hidden.index_select(0, prompt_of_row)
             if ids.shape[1] > length:
-                cache.reorder_cache(of_rows)
+                cache.reorder_cache(prompt_of_row)
                 after = self.decode(ids[:, length:], mask, positions[:, length:], cache)
                 hidden = torch.cat([hidden, after], dim=1)
         return functional.pad(hidden, (0, 0, 0, unused))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., H], in fp32 or better."""
+        """Return the logits [..., V] of hidden states [..., H], in fp32 or better."""
         if self._prepacked_head is None:
             logits = self.causal_lm.get_output_embeddings()(hidden)
         else:
@@ -103,9 +105,9 @@ class LanguageModel:
 
     @contextmanager
     def prepacked_head(self, num_rows: int | None) -> Iterator[None]:
-        """Within it :meth:`logits` takes a packed copy of a plain head, without gradient; with None it does not.
+        """Make :meth:`logits` use a packed copy of a plain head inside the context; None changes nothing.
 
-        One packed for few rows serves hundreds as well.
+        The packed head has no gradient. A head packed for few rows also works for hundreds of rows.
         """
         head, is_prepacked = self.causal_lm.get_output_embeddings(), self._prepacked_head is not None
         if num_rows is None or is_prepacked or type(head) is not nn.Linear:
@@ -118,7 +120,7 @@ class LanguageModel:
             self._prepacked_head = None
 
     def check_logits(self) -> None:
-        """Raise ModelError where a model has no cache, or makes logits in a way :meth:`logits` does not know."""
+        """Raise ModelError if the model has no cache, or computes its logits differently from :meth:`logits`."""
         ids = torch.arange(8, device=self.causal_lm.device)[None] % self.causal_lm.config.get_text_config().vocab_size
         mask = torch.ones_like(ids, dtype=torch.bool)
         cache = DynamicCache(config=self.causal_lm.config)
@@ -126,13 +128,14 @@ class LanguageModel:
             self.decode(ids, mask, position_ids(mask), cache)
             if all(type(layer) is DynamicLayer for layer in cache.layers) and not cache.get_seq_length():
                 raise ModelError(
-                    f"{type(self.causal_lm).__name__} keeps no cache of the tokens it has read, from which responses "
-                    "are sampled one token after another. Use a model of another architecture."
+                    f"{type(self.causal_lm).__name__} keeps no cache of the tokens it has read. Sampling needs "
+                    "the cache to generate responses token by token. Use a model of another architecture."
                 )
             truth = self.causal_lm(input_ids=ids, use_cache=False).logits.to(torch.float32)
             ours = self.logits(self.decode(ids, mask, position_ids(mask))).to(torch.float32)
         if not torch.allclose(ours, truth, atol=1e-2, rtol=1e-2):
             raise ModelError(
-                f"{type(self.causal_lm).__name__} transforms its logits in a way that is not supported here: they "
-                f"differ by up to {(ours - truth).abs().max().item():.2g} from its head's output."
+                f"{type(self.causal_lm).__name__} transforms its logits in a way that is not supported: they "
+                f"differ by up to {(ours - truth).abs().max().item():.2g} from its head's output. Use a model of "
+                "another architecture."
             )

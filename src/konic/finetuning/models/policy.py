@@ -1,4 +1,8 @@
-"""Base model + adapter + value head = Policy. The reference is the same weights with the adapter switched off."""
+"""LoadedModel + LoraConfig -> Policy: base model, adapter, value head and reference policy.
+
+With a new LoRA adapter, the reference policy is the same weights with the adapter switched off.
+:meth:`Policy.reference` lists the other cases.
+"""
 
 import copy
 import logging
@@ -39,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class Policy:
-    """The model that learns, with the reference it is held to and the value head on its last hidden state."""
+    """The model that is trained, with its reference policy and a value head on its last hidden state."""
 
     def __init__(
         self,
@@ -69,10 +73,10 @@ class Policy:
             if adapter is not None:
                 self._adapted = new_adapter(causal_lm, adapter, seed)
         elif lora is not None:
-            logger.warning("%s is an adapter and brings its own settings: lora_config is not used.", loaded.name)
+            logger.warning("%s is an adapter with its own settings: lora_config is ignored.", loaded.name)
         if self._adapted is None and causal_lm.dtype.itemsize < 4:
             logger.warning(
-                "Full finetuning in %s: steps smaller than its rounding are lost. Train in float32, or with LoRA, "
+                "Full finetuning in %s: steps smaller than its rounding error are lost. Train in float32, or use LoRA, "
                 "whose weights stay in float32.",
                 causal_lm.dtype,
             )
@@ -85,7 +89,7 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.language_model.causal_lm.device
 
     @property
@@ -95,17 +99,17 @@ class Policy:
 
     @property
     def model(self) -> PreTrainedModel | peft.PeftModel:
-        """The model to look at or save: with its adapter, if it has one."""
+        """The model to inspect or save, with its adapter if it has one."""
         return self._adapted if self._adapted is not None else self.language_model.causal_lm
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Every parameter that learns, by name, the value head's last."""
+        """Return every trainable parameter by name. Those of the value head come last."""
         named = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         return named | {f"value_head.{name}": weight for name, weight in self.value_head.named_parameters()}
 
     @contextmanager
     def training_mode(self) -> Iterator[None]:
-        """Within it gradient checkpointing works, if it is on: `transformers` does it in train mode only."""
+        """Enable train mode inside the context if gradient checkpointing is on: `transformers` needs it for that."""
         self.language_model.causal_lm.train(self._gradient_checkpointing)
         try:
             with eager_free(self._gradient_checkpointing):
@@ -115,7 +119,10 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[LanguageModel]:
-        """The model that the policy is held to: the adapter switched off, or as it was loaded, or a frozen copy."""
+        """Yield the reference policy.
+
+        It is the model with the adapter switched off, or with the adapter as it was loaded, or a frozen copy.
+        """
         if self._frozen_copy is not None:
             yield self._frozen_copy
         elif self._adapted is not None and self._resumes_adapter:
@@ -130,19 +137,19 @@ class Policy:
 
     @torch.no_grad()
     def reference_logits(self, hidden: Tensor) -> Tensor:
-        """The reference's logits [..., V] of its own hidden states [..., H], in fp32 or better."""
+        """Return the reference's logits [..., V] for its own hidden states [..., H], in fp32 or better."""
         head = self.language_model.causal_lm.get_output_embeddings()
         if self._frozen_copy is None and not isinstance(head, BaseTunerLayer | ModulesToSaveWrapper):
-            return self.language_model.logits(hidden)  # one head for both: nothing to switch off
+            return self.language_model.logits(hidden)  # policy and reference share the head
         with self.reference() as reference:
             return reference.logits(hidden)
 
     @contextmanager
     def merged_adapter(self, reference: bool = False) -> Iterator[LanguageModel]:
-        """The policy with each adapter merged into a copy of its layer, for sampling: fewer, larger products.
+        """Yield the policy with each adapter merged into a copy of its layer, for sampling with fewer, larger products.
 
-        The layers themselves are put aside and back, never merged and unmerged: rounding would move the reference.
-        `reference` gives the reference instead, with its layers as plain.
+        The original layers are set aside and put back. They are never merged and unmerged, because rounding would
+        change the reference. With `reference`, the context yields the reference instead, also with plain layers.
         """
         with self.reference() if reference else nullcontext(self.language_model) as model:
             originals = [
@@ -162,22 +169,22 @@ class Policy:
                         setattr(parent, name, layer)
 
     def check_reference(self) -> None:
-        """Raise TrainingError if the reference is no longer the model that was loaded."""
+        """Raise TrainingError if the reference is no longer the model that was loaded, judged by its logits."""
         with self.reference() as reference:
             difference = (self._probe_logits(reference) - self._reference_logits).abs().max().item()
         if not difference <= 1e-4:
             raise TrainingError(
                 f"The reference policy has moved: its logits differ by {difference:.2g} from the loaded model's. "
-                "Something trains weights outside the adapter; use an adapter that leaves the base model alone."
+                "Something changes weights outside the adapter. Use an adapter that does not change the base model."
             )
 
     def save(self, folder: Path) -> None:
-        """Write the adapter (or the full model), the tokenizer and the value head into a folder, as safetensors."""
+        """Write the adapter (or the full model), the tokenizer and the value head to a folder, as safetensors."""
         self.save_model(folder)
         self.value_head.save(folder)
 
     def save_model(self, folder: Path) -> None:
-        """Write the adapter (or the full model) and the tokenizer into a folder, as PEFT and `transformers` do."""
+        """Write the adapter (or the full model) and the tokenizer to a folder, as PEFT and `transformers` do."""
         with quiet_transformers():
             if self._adapted is not None:
                 self._adapted.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
@@ -186,7 +193,7 @@ class Policy:
             self.tokenizer.save_pretrained(folder)
 
     def save_merged(self, folder: Path) -> None:
-        """Write the full model with the adapter merged in, and the tokenizer."""
+        """Write the full model, with the adapter merged in, and the tokenizer to a folder."""
         model = self.language_model.causal_lm
         if self._adapted is not None:
             model = copy.deepcopy(self._adapted).merge_and_unload()
@@ -195,12 +202,16 @@ class Policy:
             self.tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        """Take the weights that :meth:`save` wrote."""
+        """Load the weights that :meth:`save` wrote.
+
+        Raises:
+            ValueError: The adapter in the folder has different layers or a different rank.
+        """
         if self._adapted is not None:
             weights = load_file(folder / "adapter_model.safetensors")
             own = peft.get_peft_model_state_dict(self._adapted, save_embedding_layers=False)
             if {name: t.shape for name, t in weights.items()} != {name: t.shape for name, t in own.items()}:
-                raise ValueError("its adapter has other layers or another rank than this run's")
+                raise ValueError("its adapter has different layers or a different rank than this run's adapter")
             peft.set_peft_model_state_dict(self._adapted, weights)
         else:
             with quiet_transformers():
@@ -219,5 +230,5 @@ class Policy:
 def _frozen_copy(causal_lm: PreTrainedModel) -> PreTrainedModel:
     frozen = copy.deepcopy(causal_lm).requires_grad_(False)
     size = sum(weight.numel() * weight.element_size() for weight in frozen.parameters())
-    logger.warning("The reference policy is a frozen copy of the model: %.0f MB more memory.", size / 1e6)
+    logger.warning("The reference policy is a frozen copy of the model. It needs %.0f MB more memory.", size / 1e6)
     return frozen

@@ -1,5 +1,10 @@
 """Hidden states -> log-probs, entropy and exact KL of tokens, in chunks: memory does not grow with B·R·V.
 
+Why the gradients are written by hand, in closed form: autograd would keep tensors as large as the logits [n, V] for
+the backward pass, and `torch.utils.checkpoint` would compute the logits twice. The closed form computes each gradient
+[n, H] together with its value and keeps nothing larger. For 16,384 response tokens at a vocabulary of 49,152, one fp32
+copy of the logits would be 3,072 MB; the clipped loss and the exact KL with their gradient add 178 MB (docs/speed.md).
+
 Shapes: B sequences, R response tokens, H hidden size, V vocabulary.
 """
 
@@ -16,20 +21,20 @@ from konic.finetuning.models.distributions import entropies, exact_kl, log_softm
 from konic.finetuning.models.language_model import LanguageModel
 
 MAX_LOGITS = 2**23
-"""Logits in one tensor when tokens are scored, whatever the batch: 32 MB in fp32, which glibc frees at once."""
+"""Logits in one tensor when tokens are scored, for any batch: 32 MB in fp32, a size that glibc frees at once."""
 MAX_KEPT_LOGITS = 2**26
-"""Logits kept for the backward pass where the head learns: 256 MB in fp32; beyond them they are computed twice."""
+"""Most logits kept for the backward pass if the head is trained: 256 MB in fp32. More are computed twice instead."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenScores:
-    """What tokens are worth. Tensors are [B, R], 0 outside the mask."""
+    """Scores of tokens under a model. Tensors are [B, R] and 0 outside the mask."""
 
     log_probs: Tensor
     entropy: Tensor | None
-    """Nats; None unless asked for."""
+    """In nats; None unless requested."""
     kl: Tensor | None
-    """Exact KL from the reference, nats; None without one."""
+    """Exact KL from the reference, in nats; None without a reference."""
 
 
 def score_tokens(
@@ -42,32 +47,32 @@ def score_tokens(
     needs_entropy: bool,
     reference: tuple[Callable[[Tensor], Tensor], Tensor] | None,
 ) -> TokenScores:
-    """What the tokens that count are worth under a model, and how far it is from a reference there.
+    """Return log-probs, entropy and exact KL from a reference for every token that counts.
 
-    Memory does not grow with B·R·V: every chunk's logits are dropped before the next chunk's are made. Only where the
-    head learns are up to 2^26 logits kept for the backward pass.
+    Memory does not grow with B·R·V: the logits of a chunk are freed before the next chunk is computed. Only if the head
+    is trained, up to 2^26 logits are kept for the backward pass.
 
     Args:
-        model: Its head makes the logits.
-        hidden: [B, R, H] from which each token is predicted.
+        model: The model whose head computes the logits.
+        hidden: [B, R, H] the hidden state from which each token is predicted.
         tokens: [B, R] ids.
-        mask: [B, R]; only these are computed.
+        mask: [B, R] True on tokens that count. Only these are computed.
         temperature: > 0.
-        needs_entropy: False leaves it out, and lets a plain head's gradients be formed without autograd.
+        needs_entropy: False skips the entropy, and lets a plain head use closed-form gradients instead of autograd.
         reference: The reference's function from hidden states to logits, without gradient, and its hidden states
-            [B, R, H] at the same tokens; None where no KL is needed.
+            [B, R, H] at the same tokens; None if no KL is needed.
     """
-    tensors_kept = 1 if reference is None else 3  # of the size of the logits
-    is_much = model.head_learns and tensors_kept * int(mask.sum()) * model.vocabulary_size > MAX_KEPT_LOGITS
+    tensors_kept = 1 if reference is None else 3  # each as large as the logits
+    must_recompute = model.head_learns and tensors_kept * int(mask.sum()) * model.vocabulary_size > MAX_KEPT_LOGITS
 
     def score(hidden: Tensor, tokens: Tensor, *ref_hidden: Tensor) -> tuple[Tensor, ...]:
         log_probs, log_softmax = token_log_probs(model.logits(hidden), tokens, temperature)
-        found = [log_probs]
+        results = [log_probs]
         if needs_entropy:
-            found.append(entropies(log_softmax))
+            results.append(entropies(log_softmax))
         if reference is not None:
-            found.append(exact_kl(log_softmax, (reference[0](ref_hidden[0]) / temperature).log_softmax(dim=-1)))
-        return tuple(found)
+            results.append(exact_kl(log_softmax, (reference[0](ref_hidden[0]) / temperature).log_softmax(dim=-1)))
+        return tuple(results)
 
     head = model.causal_lm.get_output_embeddings()
     closed_form = not needs_entropy and model.is_plain
@@ -77,7 +82,7 @@ def score_tokens(
             return score(hidden, tokens, *ref_hidden)
         if model.head_learns:
             inputs = hidden, tokens, *ref_hidden
-            return checkpoint(score, *inputs, use_reentrant=False) if is_much else score(*inputs)
+            return checkpoint(score, *inputs, use_reentrant=False) if must_recompute else score(*inputs)
         if not closed_form:
             return _PerToken.apply(score, hidden, tokens, *ref_hidden)  # type: ignore[no-untyped-call]
         ref = None if reference is None else log_softmax_(reference[0](ref_hidden[0]), temperature)
@@ -86,15 +91,15 @@ def score_tokens(
     inputs = (hidden, tokens) if reference is None else (hidden, tokens, reference[1])
     log_probs, *rest = map_tokens(score_chunk, mask, model.vocabulary_size, *inputs)
     entropy = rest.pop(0) if needs_entropy else None
-    return TokenScores(log_probs, entropy, rest.pop() if rest else None)
+    return TokenScores(log_probs=log_probs, entropy=entropy, kl=rest.pop() if rest else None)
 
 
 class _LogProbs(torch.autograd.Function):
-    """log π(token) of hidden states [n, H] under a plain head, and KL(π ‖ π_ref) if asked, with their gradients.
+    """Computes log π(token) of hidden states [n, H] under a plain head, and KL(π ‖ π_ref) if needed, with gradients.
 
     With logits = hidden Wᵀ + b and π = softmax(logits / T):
-    ∂ log π(token) / ∂ hidden = (onehot − π) W / T, and ∂ KL / ∂ hidden = π (log π − log π_ref − KL) W / T, which is
-    exactly 0 where π is exactly π_ref.
+    ∂ log π(token) / ∂ hidden = (onehot − π) W / T and ∂ KL / ∂ hidden = π (log π − log π_ref − KL) W / T.
+    The gradient of the KL is exactly 0 where π is exactly π_ref.
     """
 
     @staticmethod
@@ -129,10 +134,10 @@ class _LogProbs(torch.autograd.Function):
 
 
 class _PerToken(torch.autograd.Function):
-    """A function of hidden states [n, H], token by token, that keeps its gradient [n, H] instead of logits [n, V].
+    """Applies a function token by token to hidden states [n, H] and keeps its gradient [n, H] instead of logits [n, V].
 
-    As each result belongs to one token alone, the gradient of a result's sum holds every token's own, which the
-    backward pass only scales: nothing is computed twice.
+    Each entry of a result depends on one token alone. The gradient of the result's sum therefore holds the gradient of
+    every token, and the backward pass only scales it. Nothing is computed twice.
     """
 
     @staticmethod
@@ -153,7 +158,7 @@ class _PerToken(torch.autograd.Function):
 
 
 def _scaled(scales: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """Σ scale · gradient [n, H] of several results [n]."""
+    """Return Σ scale · gradient [n, H] over several results [n]."""
     total = scales[0][:, None] * gradients[0]
     for scale, gradient in zip(scales[1:], gradients[1:], strict=True):
         total = total + scale[:, None] * gradient
@@ -163,12 +168,12 @@ def _scaled(scales: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
 def map_tokens(
     function: Callable[..., tuple[Tensor, ...]], mask: Tensor, vocabulary: int, *inputs: Tensor
 ) -> tuple[Tensor, ...]:
-    """`function` over the tokens that count, in chunks of at most 2^23 logits; results [B, R] are 0 outside the mask.
+    """Apply `function` to the tokens that count, in chunks of about 2^23 logits; results [B, R] are 0 outside the mask.
 
     Args:
-        function: Takes the chunk's part [n, ...] of every input, returns tensors [n].
+        function: Takes the chunk's part [n, ...] of every input and returns tensors [n].
         mask: [B, R] with at least one True.
-        vocabulary: V, which sets the chunk's length.
+        vocabulary: V. It determines the length of a chunk.
         inputs: [B, R, ...] each.
     """
     counted = [tensor.flatten(0, 1) if mask.all() else tensor[mask] for tensor in inputs]

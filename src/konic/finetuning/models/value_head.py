@@ -1,9 +1,10 @@
-"""The value head of PPO: all that is special to it, but for GAE and its loss.
+"""Hidden states -> values: everything specific to the value head of PPO, except GAE and the value loss.
 
-It sits on the last hidden state of the policy, so that values need no second model. It starts at 0 everywhere. At the
-first batch with a score its bias is set so that the batch is valued at its mean score. From 0 the clipped value loss
-would take several iterations to get there, and until then advantages would separate late tokens from early ones, not
-good responses from bad ones. (N normalises rewards to mean 0 before training, for the same reason.)
+The head reads the last hidden state of the policy, so values need no second model. All parameters start at 0. At the
+first batch with a score, the bias is set so that the mean value of the batch is the batch's mean score. From 0, the
+clipped value loss would take several iterations to reach that level. Until then, advantages would separate late tokens
+from early ones, not good responses from bad ones. (N normalises rewards to mean 0 before training, for the same
+reason.)
 
 Shapes: B sequences, R response tokens, H hidden size. A mask is True where a token counts.
 """
@@ -21,10 +22,10 @@ _FILE = "value_head.safetensors"
 
 
 class ValueHead(nn.Linear):
-    """Hidden state [..., H] -> expected sum of the rewards to come, in units of reward."""
+    """Hidden state [..., H] -> expected sum of future rewards, in units of reward."""
 
     def __init__(self, output_embedding: Tensor, device: torch.device) -> None:
-        """A head of zeros for a model with this output embedding [V, H]; in fp32, or float64 if that is."""
+        """Create a head of zeros for a model with this output embedding [V, H], in float64 if that is, else in fp32."""
         dtype = torch.float64 if output_embedding.dtype == torch.float64 else torch.float32
         super().__init__(output_embedding.shape[1], 1, device="meta", dtype=dtype)
         self.to_empty(device=device)
@@ -32,16 +33,16 @@ class ValueHead(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """The value [...] of each hidden state [..., H]."""
+        """Return the value [...] of each hidden state [..., H]."""
         return super().forward(hidden.to(self.weight.dtype)).squeeze(-1)
 
     def starting_shift(self, scores: Sequence[float]) -> float:
-        """How far the values of a head that has not learned yet are below the mean of the first scores."""
+        """Return the mean of the first scores minus the value that an untrained head gives; 0 without scores."""
         return fmean(scores) - self.bias.item() if scores else 0.0
 
     @contextmanager
     def shifted(self, shift: float) -> Iterator[None]:
-        """Within it and from then on every value is higher by a constant; an error undoes it."""
+        """Add a constant to every value, in the context and afterwards. An error in the context undoes the change."""
         before = self.bias.detach().clone()
         with torch.no_grad():
             self.bias.add_(shift)
@@ -52,14 +53,14 @@ class ValueHead(nn.Linear):
             raise
 
     def save(self, folder: Path) -> None:
-        """Write the head into a folder."""
+        """Write the head to a folder."""
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / _FILE)
 
     def load(self, folder: Path) -> None:
-        """Take the weights that :meth:`save` wrote."""
+        """Load the weights that :meth:`save` wrote."""
         self.load_state_dict(load_file(folder / _FILE))
 
 
 def shift_values(values: Tensor, mask: Tensor, shift: float) -> Tensor:
-    """Values [B, R] as a head would give them that is :meth:`ValueHead.shifted`; 0 outside the mask."""
+    """Return the values [B, R] that the head gives after :meth:`ValueHead.shifted`; 0 outside the mask."""
     return torch.where(mask, values + shift, 0.0)

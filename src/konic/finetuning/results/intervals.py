@@ -1,4 +1,4 @@
-"""Before and after -> what changed, and how sure that is. Pure functions of plain numbers and texts."""
+"""Values before and after training -> changes with confidence intervals. Pure functions of plain numbers and texts."""
 
 import math
 from collections.abc import Sequence
@@ -17,20 +17,20 @@ class Interval:
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean, NaN of none."""
+    """The mean; NaN if there are no values."""
     return math.fsum(values) / len(values) if values else math.nan
 
 
 def paired_bootstrap(
     before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000
 ) -> Interval:
-    """The mean of after − before, with the percentile bootstrap's 95 % interval over pairs (Efron 1979).
+    """The mean of after − before, with a 95 % interval by the percentile bootstrap over pairs (Efron 1979).
 
     Args:
         before: [N] one value per prompt; a pair with a NaN is left out.
         after: [N] for the same prompts.
         seed: Seeds the resampling.
-        resamples: How many times the N pairs are drawn anew, with replacement.
+        resamples: How many times N pairs are drawn with replacement.
     """
     pairs = zip(before, after, strict=True)
     gains = np.array([late - early for early, late in pairs if not math.isnan(late - early)])
@@ -43,7 +43,10 @@ def paired_bootstrap(
 
 
 def distinct_n(responses: Sequence[str], n: int = 2) -> float:
-    """Different word n-grams over all word n-grams of the responses; near 0 if one phrase returns (Li et al. 2016)."""
+    """Number of different word n-grams in the responses, divided by the number of all of them (Li et al. 2016).
+
+    Near 0 if the same phrase occurs again and again.
+    """
     grams = [
         tuple(words[start : start + n])
         for words in (response.lower().split() for response in responses)
@@ -63,5 +66,5 @@ def proportion(successes: int, total: int) -> Interval:
 
 
 def nanmean(values: Sequence[float]) -> float:
-    """The mean of the values that are not NaN, NaN of none."""
+    """The mean of the values that are not NaN; NaN if there are none."""
     return mean([value for value in values if not math.isnan(value)])

@@ -15,53 +15,57 @@ class FinetuningIterationResult:
     """One iteration. Reward, KL, entropy and lengths are those of the policy that sampled, before its update."""
 
     iteration: Annotated[int, Metric("counted from 1", "count", "trainer")]
-    reward_mean: Annotated[float, Metric("over the samples that have a reward; null if none has", "reward", "rewards")]
+    reward_mean: Annotated[
+        float, Metric("mean over the samples that have a reward; null if none has", "reward", "rewards")
+    ]
     reward_std: Annotated[float, Metric("unbiased; 0 for fewer than two rewards", "reward", "rewards")]
     reward_min: Annotated[float, Metric("the lowest of the batch", "reward", "rewards")]
     reward_max: Annotated[float, Metric("the highest of the batch", "reward", "rewards")]
     kl_divergence: Annotated[
         float,
-        Metric("exact KL(π ‖ π_ref) where each token was drawn, over all tokens; never negative", PER_TOKEN, "rollout"),
+        Metric("exact KL(π ‖ π_ref) at each sampled token, mean over all tokens; never negative", PER_TOKEN, "rollout"),
     ]
     policy_loss: Annotated[float, Metric("the loss of the policy, mean over the optimizer steps", "", "update")]
     value_loss: Annotated[float, Metric("half the clipped squared error of the value head", "reward²", "update")]
     entropy_loss: Annotated[
         float,
-        Metric("−entropy: during the update where `entropy_coef` > 0, else where it was sampled", PER_TOKEN, "update"),
+        Metric("−entropy: from the update if `entropy_coef` > 0, else from the rollout", PER_TOKEN, "update"),
     ]
     total_loss: Annotated[
         float,
         Metric(
-            "policy_loss + vf_coef · value_loss + entropy_coef · entropy_loss + β · kl_loss, as far as the algorithm "
-            "learns from them; the `Loss` of the printed line",
+            "policy_loss + vf_coef · value_loss + entropy_coef · entropy_loss + β · kl_loss, only the terms that the "
+            "algorithm learns from; the `Loss` of the printed line",
             "",
             "update",
         ),
     ]
-    response_length_mean: Annotated[float, Metric("an end-of-sequence token counts", "tokens", "rollout")]
+    response_length_mean: Annotated[float, Metric("mean; an end-of-sequence token counts", "tokens", "rollout")]
     response_length_std: Annotated[float, Metric("unbiased; 0 for fewer than two responses", "tokens", "rollout")]
     learning_rate: Annotated[float, Metric("of the last optimizer step", "", "update")]
     clip_fraction: Annotated[
-        float, Metric("tokens whose ratio had left the clip range, over all optimizer steps", "share", "update")
+        float, Metric("tokens whose ratio was outside the clip range, over all optimizer steps", "share", "update")
     ]
     approx_kl: Annotated[
-        float, Metric("how far the update moved the policy: k3, over all optimizer steps", PER_TOKEN, "update")
+        float, Metric("how far the update moved the policy: k3 estimate over all optimizer steps", PER_TOKEN, "update")
     ]
     explained_variance: Annotated[
         float,
         Metric(
-            "of the returns by the value head before the update: 1 is perfect, 0 no better than a constant; null where "
-            "returns do not vary",
+            "share of the returns' variance that the value head explains before the update: 1 is perfect, 0 is no "
+            "better than a constant; null if the returns do not vary",
             "share",
             "update",
         ),
     ]
     reward_breakdown: Annotated[
         dict[str, float],
-        Metric("each reward's mean before its weight, where it did not abstain", "each reward's own", "rewards"),
+        Metric(
+            "mean of each reward before its weight, over the samples that have a value", "each reward's own", "rewards"
+        ),
     ]
     generation_time_sec: Annotated[
-        float, Metric("sampling, and scoring under policy and reference", "seconds", "clock")
+        float, Metric("sampling, and scoring the tokens under the policy and the reference", "seconds", "clock")
     ]
     reward_compute_time_sec: Annotated[float, Metric("your rewards", "seconds", "clock")]
     update_time_sec: Annotated[float, Metric("the optimizer steps", "seconds", "clock")]
@@ -72,7 +76,7 @@ class FinetuningIterationResult:
     kl_k1: Annotated[
         float,
         Metric(
-            "mean of log π − log π_ref of the sampled tokens: unbiased, noisy, of either sign", PER_TOKEN, "rollout"
+            "mean of log π − log π_ref of the sampled tokens: unbiased, noisy, may be negative", PER_TOKEN, "rollout"
         ),
     ] = 0.0
     kl_k3: Annotated[
@@ -80,31 +84,34 @@ class FinetuningIterationResult:
     ] = 0.0
     kl_loss: Annotated[
         float,
-        Metric(
-            "exact KL from the reference during the update; 0 where the penalty is in the reward", PER_TOKEN, "update"
-        ),
+        Metric("exact KL from the reference during the update; 0 if the penalty is in the reward", PER_TOKEN, "update"),
     ] = 0.0
     kl_penalty_weight: Annotated[
         float, Metric("β of this iteration; it changes with `kl_target`", "reward per nat", "trainer")
     ] = 0.0
-    entropy: Annotated[float, Metric("of the sampling distribution", PER_TOKEN, "rollout")] = 0.0
+    entropy: Annotated[float, Metric("mean entropy of the sampling distribution", PER_TOKEN, "rollout")] = 0.0
     sampler_gap: Annotated[
         float,
         Metric(
-            "mean difference of log-probs between what sampled and what trains, over the tokens of the first step: "
-            "rounding, or a bug",
+            "mean difference between the log-probs of the sampler and those of the training forward pass, over the "
+            "tokens of the first step; only rounding or a bug makes it differ from 0",
             PER_TOKEN,
             "update",
         ),
     ] = 0.0
     first_log_ratio: Annotated[
-        float, Metric("largest log-ratio before the first optimizer step: rounding, or a bug", "nats", "update")
+        float,
+        Metric(
+            "largest log-ratio before the first optimizer step; only rounding or a bug makes it differ from 0",
+            "nats",
+            "update",
+        ),
     ] = 0.0
     grad_norm: Annotated[float, Metric("before clipping, mean over the optimizer steps", "", "update")] = 0.0
     num_steps: Annotated[
         int,
         Metric(
-            "optimizer steps taken: fewer than planned where `target_kl` stopped the update or no sample had a reward",
+            "optimizer steps taken: fewer than planned if `target_kl` stopped the update or no sample had a reward",
             "count",
             "update",
         ),
@@ -112,8 +119,8 @@ class FinetuningIterationResult:
     no_signal_fraction: Annotated[
         float,
         Metric(
-            "samples whose advantages are all 0, of those with a reward: for group methods, the groups of equal "
-            "penalised rewards",
+            "of the samples with a reward, those whose advantages are all 0: for group methods, the groups whose "
+            "penalised rewards are all equal",
             "share",
             "advantages",
         ),
@@ -140,14 +147,18 @@ class FinetuningIterationResult:
         ),
     ] = 0
     eval_reward_mean: Annotated[
-        float, Metric("of the same policy on the held-out prompts; null where not evaluated", "reward", "evaluation")
+        float,
+        Metric("mean reward of the same policy on the held-out prompts; null if not evaluated", "reward", "evaluation"),
     ] = math.nan
     eval_kl_per_response: Annotated[
-        float, Metric("its KL there; null where not evaluated", PER_RESPONSE, "evaluation")
+        float,
+        Metric("KL of the same policy on the held-out prompts; null if not evaluated", PER_RESPONSE, "evaluation"),
     ] = math.nan
     checks: Annotated[
         tuple[str, ...],
-        Metric("self-checks that this iteration was the first to fail ([checks.md](checks.md))", "names", "checks"),
+        Metric(
+            "self-checks that failed for the first time in this iteration ([checks.md](checks.md))", "names", "checks"
+        ),
     ] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,7 +167,7 @@ class FinetuningIterationResult:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "FinetuningIterationResult":
-        """The result that :meth:`to_dict` made."""
+        """The result whose :meth:`to_dict` gave these values."""
         floats = {name for name, kind in get_type_hints(cls).items() if kind is float}
         filled: dict[str, Any] = {n: math.nan if v is None and n in floats else v for n, v in values.items()}
         filled["checks"] = tuple(values.get("checks", ()))
@@ -169,7 +180,7 @@ METRICS = declared_metrics(FinetuningIterationResult)
 
 
 def json_values(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with numbers that are not finite as None, as JSON has none of them."""
+    """The values, with None for each number that is not finite, as JSON cannot represent it."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""A metric's declaration: its name, meaning, unit and source stand in one place, beside its field.
+"""The declaration of a metric: its name, meaning, unit and source are in one place, next to its field.
 
-`results.iteration` declares them; `run.measures` fills those that come from the update, files write them, and the table
-of docs/metrics.md is made from them.
+`results.iteration` declares the metrics, `run.measures` fills those that come from the update, and the files of a run
+store them. docs/make.py writes the table of docs/metrics.md from the declarations.
 """
 
 import dataclasses
@@ -13,17 +13,21 @@ Source = Literal["trainer", "rollout", "rewards", "advantages", "update", "clock
 
 @dataclass(frozen=True)
 class Metric:
-    """What a field of a record means."""
+    """The meaning, unit and source of a record's field."""
 
     meaning: str
     unit: str = ""
     """Empty for a pure number."""
     source: Source = "trainer"
-    """The stage that it comes from."""
+    """The stage that computes the value."""
 
 
 def declared_metrics(record: Any) -> dict[str, Metric]:
-    """The declarations of a dataclass whose every field is `Annotated[type, Metric(...)]`, by name, in order."""
+    """The metrics of a dataclass by field name, in order.
+
+    Raises:
+        TypeError: A field is not declared as `Annotated[type, Metric(...)]`.
+    """
     hints = get_type_hints(record, include_extras=True)
     found = {}
     for field in dataclasses.fields(record):

@@ -12,15 +12,15 @@ from konic.finetuning.results.iteration import FinetuningIterationResult, json_v
 
 @dataclass(frozen=True)
 class Selection:
-    """How the best iteration is chosen: by the mean reward of its sampling policy, where that kept to its budget."""
+    """How the best iteration is chosen: by the mean reward of its sampling policy, within the KL budget."""
 
     on_held_out: bool = False
-    """On the held-out prompts, with eval_every; else on the iteration's own batch."""
+    """True to use the reward on the held-out prompts (with eval_every), False that on the iteration's own batch."""
     kl_budget: float | None = None
-    """Nats per response; a policy that paid more is out."""
+    """Nats per response; a policy with a higher KL is excluded."""
 
     def reward(self, result: FinetuningIterationResult) -> float:
-        """What an iteration is chosen by, NaN where it is out."""
+        """The reward that an iteration is chosen by; NaN if the iteration is excluded."""
         if result.num_nonfinite and not result.num_steps:
             return math.nan
         if self.on_held_out:
@@ -28,14 +28,14 @@ class Selection:
         return self.allowed(result.reward_mean, result.kl_per_response)
 
     def allowed(self, reward: float, kl_per_response: float) -> float:
-        """A reward, or NaN where the KL paid for it is beyond the budget."""
+        """The reward, or NaN if its KL is above the budget."""
         is_in_budget = self.kl_budget is None or kl_per_response <= self.kl_budget
         return reward if is_in_budget else math.nan
 
 
 @dataclass(frozen=True)
 class FinetuningResult:
-    """A whole run, across resumes."""
+    """The result of a whole run, including the iterations before it was resumed."""
 
     model_name: str
     history: list[FinetuningIterationResult] = field(repr=False)
@@ -43,40 +43,46 @@ class FinetuningResult:
     model_path: str | None
     """The folder of the final model."""
     stopped_because: str | None = None
-    """Why it ended before max_iterations, or None."""
+    """Why the run ended before max_iterations, or None."""
     selection: Selection = Selection()
     """How the best iteration is chosen."""
     before: Evaluation | None = field(default=None, repr=False)
-    """The held-out prompts before training; None without any."""
+    """Evaluation on the held-out prompts before training; None without held-out prompts."""
     after: Evaluation | None = field(default=None, repr=False)
-    """The same prompts with the same random numbers after it; None without any, or after Ctrl-C."""
+    """Evaluation after training, on the same prompts with the same random numbers.
+
+    None without held-out prompts, or after Ctrl-C.
+    """
 
     @property
     def total_iterations(self) -> int:
-        """Iterations done."""
+        """Number of iterations done."""
         return len(self.history)
 
     @property
     def best(self) -> FinetuningIterationResult | None:
-        """The iteration with the highest reward by `selection`; the first of equals."""
+        """The iteration with the highest reward by `selection`; the first of several equal ones."""
         allowed = [result for result in self.history if not math.isnan(self.selection.reward(result))]
         return max(allowed, key=self.selection.reward, default=None)
 
     @property
     def held_out_gain(self) -> Interval | None:
-        """After less before, per held-out prompt, with its 95 % interval; None without both."""
+        """Mean of `after` − `before` per held-out prompt, with its 95 % interval; None unless both are there."""
         if self.before is None or self.after is None:
             return None
         return paired_bootstrap(self.before.rewards, self.after.rewards)
 
     @property
     def best_iteration(self) -> int:
-        """Its number; 0 before any. The weights kept for it are those that sampled, before its update."""
+        """Number of the best iteration; 0 if there is none.
+
+        The weights kept for it are those that sampled, before its update.
+        """
         return self.best.iteration if self.best else 0
 
     @property
     def best_reward(self) -> float:
-        """Its mean reward, on held-out prompts with eval_every; NaN before any iteration."""
+        """Mean reward of the best iteration, on the held-out prompts with eval_every; NaN if there is none."""
         return self.selection.reward(self.best) if self.best else math.nan
 
     @property
@@ -91,7 +97,7 @@ class FinetuningResult:
 
     @property
     def total_samples(self) -> int:
-        """Responses sampled for training."""
+        """Number of responses sampled for training."""
         return sum(result.num_samples for result in self.history)
 
     def get_reward_curve(self) -> list[float]:

@@ -1,4 +1,4 @@
-"""HuggingFaceRewardModel: a sequence classifier as a reward, read through its own tokenizer."""
+"""Prompts + responses -> scores: HuggingFaceRewardModel, a sequence classifier with its own tokenizer as a reward."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,37 +18,37 @@ from konic.finetuning.reward_models.texts import TEXT_FORMATS, TextFormat, encod
 logger = logging.getLogger(__name__)
 
 _COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "data2vec-text")
-"""Encoders whose first position is the padding token's index plus one."""
+"""Types of encoders that number positions from the padding token's index plus one."""
 _OUTPUTS = ("logit", "probability", "log_odds")
 
 
 class HuggingFaceRewardModel:
-    """Scores responses by a sequence classifier of the Hub or a folder. Give it to a composer's `reward_models`.
+    """Scores responses with a sequence classifier from the Hub or a folder. Give it to a composer's `reward_models`.
 
-    The policy's text is encoded anew by the classifier's own tokenizer, so that the two may differ. A text over
-    `max_length` loses the start of its prompt, not of its response.
+    The classifier's own tokenizer encodes the text again, so the policy may use a different tokenizer. A text longer
+    than `max_length` loses the start of its prompt, not of its response.
 
     Args:
         model_id: A Hub id or a folder.
         device: "auto" (CUDA if there is one, else the CPU), or a torch device.
-        dtype: A torch dtype or its name; None takes the checkpoint's on CUDA and float32 on the CPU.
-        max_length: Tokens that the classifier reads at most.
-        label_index: Which label's score is the reward, as index or name; a single label needs none, of two the
-            second is taken where none is given.
-        normalize: In training, count scores in standard deviations from their running mean.
+        dtype: A torch dtype or its name; None takes the checkpoint's dtype on CUDA and float32 on the CPU.
+        max_length: Maximum number of tokens that the classifier reads.
+        label_index: The label whose score is the reward, as an index or a name. A classifier with one label needs none;
+            with two labels, None takes the second.
+        normalize: During training, express scores in standard deviations from their running mean.
         output: "logit"; "probability", by softmax, or by a sigmoid for a single label or a multi-label classifier; or
             "log_odds", the logarithm of p / (1 − p).
-        text_format: What is read: "chat" (the tokenizer's chat template), "pair" (prompt and response as a text pair),
-            "joined" (both as one text), or "response" (that alone). "auto" is what the model was trained with, if
-            konic trained it; else "chat" where there is a template, else "joined".
-        batch_size: Texts scored at once, sorted by length.
-        name: The reward's name; None makes it of the id.
-        model_kwargs: For `from_pretrained`: revision, token, attn_implementation, trust_remote_code,
+        text_format: What the classifier reads: "chat" (the tokenizer's chat template), "pair" (prompt and response as a
+            text pair), "joined" (both as one text), or "response" (the response alone). "auto" takes the format that
+            konic trained the model with; for other models "chat" if the tokenizer has a template, else "joined".
+        batch_size: Number of texts scored at once, after sorting by length.
+        name: The reward's name; None derives it from `model_id`.
+        model_kwargs: Passed to `from_pretrained`: revision, token, attn_implementation, trust_remote_code,
             quantization_config.
 
     Raises:
-        ConfigError: A label that is not there, or a setting out of bounds.
-        ModelError: Nothing there, nothing that loads, or no trained classification head.
+        ConfigError: The label does not exist, or a setting is out of bounds.
+        ModelError: There is no model at `model_id`, it cannot be loaded, or it has no trained classification head.
     """
 
     def __init__(
@@ -83,18 +83,19 @@ class HuggingFaceRewardModel:
         self.batch_size = batch_size
         if self.text_format == "chat" and not self.tokenizer.chat_template:
             raise ConfigError(
-                f"HuggingFaceRewardModel({model_id!r}, text_format='chat'): its tokenizer has no template."
+                f"HuggingFaceRewardModel({model_id!r}, text_format='chat'): its tokenizer has no chat template. "
+                "Use another text_format."
             )
 
     def score(
         self, prompts: Sequence[str], responses: Sequence[str], messages: Sequence[Any] | None = None
     ) -> list[float]:
-        """The score of each response.
+        """Return the score of each response.
 
         Args:
-            prompts: [B].
-            responses: [B].
-            messages: [B] the chats that the prompts are the last messages of, None for plain prompts.
+            prompts: [B] the text of each prompt.
+            responses: [B] the text of each response.
+            messages: [B] the chat whose last message is the prompt; None for a plain prompt.
         """
         chats = messages or [None] * len(prompts)
         encoded = [
@@ -109,7 +110,7 @@ class HuggingFaceRewardModel:
         return scores
 
     def _scores(self, logits: Tensor) -> list[float]:
-        """[B, labels] logits -> [B] scores."""
+        """Convert [B, labels] logits to [B] scores."""
         is_alone = logits.shape[1] == 1 or self.model.config.problem_type == "multi_label_classification"
         own = logits[:, self.label]
         if self.output == "logit":
@@ -123,14 +124,14 @@ class HuggingFaceRewardModel:
 
 
 def reward_name(model_id: str) -> str:
-    """`hf_` and the id, of a folder its last part, with `/` and `-` turned into `_`."""
+    """Return `hf_` plus the Hub id or the last part of a folder's path, with `/` and `-` replaced by `_`."""
     path = Path(model_id).expanduser()
     is_folder = path.is_dir() or path.is_absolute()
     return "hf_" + (path.resolve().name if is_folder else str(model_id)).replace("/", "_").replace("-", "_")
 
 
 def choose_text_format(config: Any, tokenizer: Any) -> TextFormat:
-    """What konic trained the model with, else a chat where the tokenizer has a template, else one text."""
+    """Return the format that konic trained the model with, else "chat" if there is a template, else "joined"."""
     trained_with = getattr(config, "konic_text_format", None)
     if trained_with in TEXT_FORMATS:
         return trained_with
@@ -138,7 +139,7 @@ def choose_text_format(config: Any, tokenizer: Any) -> TextFormat:
 
 
 def longest_input(model: Any, tokenizer: Any) -> int:
-    """Tokens that the model and its tokenizer can read."""
+    """Return the maximum number of tokens that the model and its tokenizer can read."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and model.config.model_type in _COUNTS_FROM_PADDING:
         positions -= (model.config.pad_token_id or 0) + 1
@@ -147,14 +148,14 @@ def longest_input(model: Any, tokenizer: Any) -> int:
 
 
 def batches_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices in batches of like lengths, the longest first, so that little is padding and memory peaks at once."""
+    """Yield indices in batches of similar lengths, longest first: little padding, and the memory peak comes at once."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
 
 def forward(model: Any, encoded: Sequence[Mapping[str, list[int]]]) -> Tensor:
-    """Logits [B, labels] of texts, padded on the right; each row's are those it would have alone."""
+    """Return the logits [B, labels] of texts, padded on the right. Padding does not change the logits of a text."""
     length = max(len(text["input_ids"]) for text in encoded)
     present = {token for text in encoded for token in text["input_ids"]}
     with _padding(model, present) as pad, torch.set_grad_enabled(model.training):
@@ -170,7 +171,10 @@ def forward(model: Any, encoded: Sequence[Mapping[str, list[int]]]) -> Tensor:
 
 @contextmanager
 def _padding(model: Any, present: set[int]) -> Iterator[int]:
-    """The token to pad with. Decoders read the last token that is not padding, so where none is set it must be new."""
+    """Yield the token to pad with: the model's padding token, or without one a token that is not in the texts.
+
+    A decoder reads the last token that is not padding, so no token of the texts may count as padding.
+    """
     own = model.config.pad_token_id
     pad = (
         own
@@ -201,12 +205,12 @@ def _load(model_id: str, device: torch.device, dtype: Any, model_kwargs: Mapping
     except Exception as error:
         raise ModelError(loading_failed(f"reward model {model_id!r}", location, error)) from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise ModelError(f"reward model {model_id!r} comes without a tokenizer: its folder must hold its own.")
+        raise ModelError(f"reward model {model_id!r} has no tokenizer: its folder must contain one.")
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ModelError(
             f"reward model {model_id!r} has no trained classification head ({missing} would be random). Give a "
-            f"sequence classifier, or make one of it: konic reward-model train DATA --base {model_id}"
+            f"sequence classifier, or train one from it: konic reward-model train DATA --base {model_id}"
         )
     if not getattr(model, "is_quantized", False):
         model.to(device)
@@ -214,7 +218,7 @@ def _load(model_id: str, device: torch.device, dtype: Any, model_kwargs: Mapping
 
 
 def _label(config: Any, wanted: int | str | None, name: str) -> int:
-    """The index of the label whose score is the reward."""
+    """Return the index of the label whose score is the reward."""
     labels = [config.id2label[index] for index in range(config.num_labels)]
     if isinstance(wanted, str):
         if wanted not in labels:
@@ -224,14 +228,14 @@ def _label(config: Any, wanted: int | str | None, name: str) -> int:
         return labels.index(wanted)
     if wanted is None and len(labels) > 2:
         raise ConfigError(
-            f"{name} has {len(labels)} labels; say which is the reward by label_index, such as {labels[-1]!r}. "
+            f"{name} has {len(labels)} labels. Select the reward with label_index, such as {labels[-1]!r}. "
             f"Its labels: {', '.join(labels)}."
         )
     if wanted is None and len(labels) == 2:
         logger.warning("%s: label_index is not given; the reward is the score of label 1, %r.", name, labels[1])
     index = len(labels) - 1 if wanted is None else wanted
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(labels):
-        raise ConfigError(f"{name}: label_index={wanted!r} is none of its labels: {', '.join(labels)}.")
+        raise ConfigError(f"{name}: label_index={wanted!r} is not one of its labels: {', '.join(labels)}.")
     return index
 
 

@@ -1,4 +1,4 @@
-"""Files and datasets -> preference pairs or labelled texts."""
+"""A file, folder or Hub dataset -> preference pairs or labelled texts: reads and checks the rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from konic.finetuning.errors import DatasetError, did_you_mean
 
 @dataclass(frozen=True)
 class Preference:
-    """Two responses to one prompt, of which the first was preferred."""
+    """Two responses to one prompt: `chosen` was preferred to `rejected`."""
 
     prompt: str
     chosen: str
     rejected: str
     messages: list[dict[str, str]] | None = None
-    """The chat that the prompt is the last message of."""
+    """The chat whose last message is the prompt; None for plain text."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Labelled:
 
 
 def read_preferences(data: str) -> list[Preference]:
-    """Preference pairs of a csv, json, jsonl or parquet file, a folder of one kind, or a dataset of the Hub.
+    """Return preference pairs from a csv, json, jsonl or parquet file, a folder of one kind, or a Hub dataset.
 
-    Rows hold `chosen` and `rejected`, as texts beside a `prompt`, or as chats whose last message is the response.
+    Rows hold `chosen` and `rejected`, as texts next to a `prompt`, or as chats whose last message is the response.
 
     Raises:
-        DatasetError: A row that holds something else; the message names it.
+        DatasetError: A row holds something else; the message names the row.
     """
     rows = _rows(data, "prompt", "chosen", "rejected")
     _require_columns(data, rows, ("chosen", "rejected"))
@@ -42,10 +42,10 @@ def read_preferences(data: str) -> list[Preference]:
 
 
 def read_labelled(data: str, text: str, label: str) -> list[Labelled]:
-    """Labelled texts of a file, a folder of one kind, or a dataset of the Hub.
+    """Return labelled texts from a file, a folder of one kind, or a Hub dataset.
 
     Raises:
-        DatasetError: No such columns, or a row without a text or a label.
+        DatasetError: A column is missing, or a row has no text or no label.
     """
     rows = _rows(data, text, label)
     _require_columns(data, rows, (text, label))
@@ -72,7 +72,7 @@ def _require_columns(data: str, rows: Sequence[Any], names: Sequence[str]) -> No
             known = list(rows[missing]) if isinstance(rows[missing], Mapping) else []
             raise DatasetError(
                 f"{data}, row {missing}: there is no column {name!r}.{did_you_mean(name, known)} "
-                f"It has: {', '.join(map(str, known)) or 'none'}."
+                f"The row has: {', '.join(map(str, known)) or 'none'}."
             )
 
 
@@ -87,7 +87,7 @@ def _preference(row: Mapping[str, Any], where: str) -> Preference:
 
 
 def _chat(value: Any, where: str) -> list[dict[str, str]]:
-    """Messages; a plain text is one of them."""
+    """Return chat messages; a plain text becomes one message."""
     if isinstance(value, str):
         return [{"role": "user", "content": value}] if value.strip() else []
     if value is None:

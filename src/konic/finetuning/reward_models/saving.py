@@ -1,4 +1,4 @@
-"""A fitted reward model -> a folder that `transformers` loads, with a model card."""
+"""A trained reward model -> a folder that `transformers` loads: saves the model, its tokenizer and a model card."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from konic.finetuning.system.files import filling_folder
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelReport:
-    """The result of a fit."""
+    """The result of training a reward model."""
 
     folder: Path
     num_examples: int
     accuracy: Interval
-    """On the examples held out, with its 95 % interval; NaN without any."""
+    """Accuracy on the held-out examples, with its 95 % interval; NaN if there are none."""
     num_held_out: int
     test_accuracy: Interval | None = None
-    """On other examples that were given for it."""
+    """Accuracy on the separate test examples; None if there are none."""
     num_test: int = 0
 
 
@@ -35,10 +35,10 @@ def save_reward_model(
     base: str,
     report: RewardModelReport,
 ) -> None:
-    """Write the model, with a LoRA merged in, its tokenizer and its card into the folder of the report.
+    """Write the model (after merging a LoRA adapter), its tokenizer and its model card into the report's folder.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The folder cannot be written.
     """
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
@@ -46,7 +46,7 @@ def save_reward_model(
     with filling_folder(report.folder) as target, quiet_transformers():
         model.save_pretrained(target)
         if tokenizer.is_fast:
-            tokenizer.backend_tokenizer.no_truncation()  # it still has that of the last text read
+            tokenizer.backend_tokenizer.no_truncation()  # otherwise the truncation of the last text is saved too
         tokenizer.save_pretrained(target)
         (target / "README.md").write_text(_card(text_format, labels, base, report), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""(prompt, response) -> what a sequence classifier reads, never losing the response to make room."""
+"""(prompt, response) -> classifier inputs: encodes both, and shortens the prompt before the response."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -17,10 +17,10 @@ def encode_pair(
     max_length: int,
     messages: Sequence[Mapping[str, str]] | None = None,
 ) -> dict[str, list[int]]:
-    """The classifier's inputs for one response, at most `max_length` tokens.
+    """Return the classifier's inputs for one response, at most `max_length` tokens.
 
-    What does not fit is cut from the start of the prompt, in a chat of the last user message; then, where the response
-    alone is too long, from the response's start.
+    Text that does not fit is cut from the start of the prompt, or for a chat from the start of the last user message.
+    If the response alone is too long, its start is cut too.
     """
     if text_format == "chat":
         chat = [dict(message) for message in messages or [{"role": "user", "content": prompt}]]
@@ -40,7 +40,7 @@ def encode_pair(
             encoded = tokenizer(text, truncation=True, max_length=max_length, verbose=False)
     finally:
         tokenizer.truncation_side = side
-    if not encoded["input_ids"]:  # an empty text, and no special tokens around it
+    if not encoded["input_ids"]:  # an empty text, and the tokenizer adds no special tokens
         ends = (tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
         return {"input_ids": [next(token for token in ends if token is not None)], "attention_mask": [1]}
     return {name: list(values) for name, values in encoded.items()}

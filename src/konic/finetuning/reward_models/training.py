@@ -1,7 +1,7 @@
-"""Preferences or labelled texts -> a reward model, a sequence classifier that plain `transformers` loads too.
+"""Preferences or labelled texts -> a reward model: trains a sequence classifier that plain `transformers` can load.
 
-From pairs it fits a Bradley-Terry head: P(chosen over rejected) = σ(r(chosen) − r(rejected)), by maximum likelihood
-(Bradley and Terry 1952; Ouyang et al. 2022, equation 1). From labelled texts it fits a softmax over the labels.
+Preference pairs train a Bradley-Terry head: P(chosen over rejected) = σ(r(chosen) − r(rejected)), by maximum likelihood
+(Bradley and Terry 1952; Ouyang et al. 2022, equation 1). Labelled texts train a softmax over the labels.
 """
 
 import logging
@@ -36,25 +36,26 @@ _Encoded = dict[str, list[int]]
 
 
 class RewardTrainingConfig(Settings):
-    """How a reward model is fitted."""
+    """How to train a reward model."""
 
     epochs: int = Field(default=3, ge=1)
     """Passes over the examples."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak step size of AdamW, after a tenth of the steps, falling to zero; None takes 1e-4, with LoRA 1e-3."""
+    """Peak learning rate of AdamW, reached after a tenth of the steps and then falling to zero; None takes 1e-4, or
+    1e-3 with LoRA."""
     batch_size: int = Field(default=16, ge=1)
     """Pairs or texts per optimizer step."""
     max_length: int = Field(default=256, ge=8)
-    """Tokens read of a text at most."""
+    """Maximum number of tokens read from a text."""
     held_out: float = Field(default=0.2, ge=0, lt=1)
-    """Share of the examples kept aside to measure accuracy on."""
+    """Share of the examples held out to measure accuracy."""
     lora_r: int | None = Field(default=None, ge=1)
-    """Rank of a LoRA on every linear layer, merged before saving; None trains every weight."""
+    """Rank of a LoRA adapter on every linear layer, merged before saving; None trains every weight."""
     text_format: Literal["auto", "chat", "pair", "joined", "response"] = "auto"
-    """What the model reads: see HuggingFaceRewardModel. "auto": a chat where there is a template, else for pairs a text
-    pair."""
+    """What the model reads: see HuggingFaceRewardModel. "auto" is "response" for labelled texts; for pairs it is "chat"
+    if the tokenizer has a template, else "pair"."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seeds which examples are held out, their order, and the new head."""
+    """Random seed for which examples are held out, their order, and the initial weights of the new head."""
 
 
 def train_reward_model(
@@ -66,21 +67,21 @@ def train_reward_model(
     device: str = "auto",
     tell: Callable[[str], None] = logger.info,
 ) -> RewardModelReport:
-    """Fit a reward model and write it into a folder.
+    """Train a reward model and write it into a folder.
 
     Args:
         examples: Preference pairs, or labelled texts.
-        base: What to start from: a Hub id, a folder, or a packaged model such as "all-minilm-l6-v2".
-        output: The folder.
-        config: How to fit.
-        test: More examples, to measure accuracy on.
+        base: The model to start from: a Hub id, a folder, or a packaged model such as "all-minilm-l6-v2".
+        output: The folder to write.
+        config: How to train.
+        test: More examples, used only to measure accuracy.
         device: "auto", or a torch device.
-        tell: Gets a line per epoch.
+        tell: Called with one line of text per epoch.
 
     Raises:
-        DatasetError: Too few examples, or a single label.
-        ModelError: A base that cannot be loaded.
-        TrainingError: The loss is no longer finite; nothing is written.
+        DatasetError: There are too few examples, or only one label.
+        ModelError: The base model cannot be loaded.
+        TrainingError: The loss or a weight is no longer finite; nothing is written.
     """
     config = config or RewardTrainingConfig()
     labels = _labels([*examples, *test])
@@ -109,13 +110,13 @@ def train_reward_model(
 
 
 class _Task:
-    """What is read of an example, what is lost on a batch, and which are right: of pairs, or of labelled texts."""
+    """The training task, for preference pairs or labelled texts: encoding, log-probs of the options, accuracy."""
 
     def __init__(self, tokenizer: Any, text_format: TextFormat, max_length: int, labels: list[str] | None) -> None:
         self.tokenizer, self.text_format, self.max_length, self.labels = tokenizer, text_format, max_length, labels
 
     def encoded(self, example: Preference | Labelled) -> tuple[list[_Encoded], int]:
-        """The texts of an example, chosen before rejected, and the index of its label."""
+        """Return the encoded texts of an example, chosen before rejected, and the index of its label (0 for pairs)."""
         if isinstance(example, Labelled):
             assert self.labels is not None  # noqa: S101
             return [self._read("", example.text)], self.labels.index(example.label)
@@ -126,14 +127,14 @@ class _Task:
         return encode_pair(self.tokenizer, prompt, response, self.text_format, self.max_length, messages)
 
     def scores(self, model: Any, batch: Sequence[tuple[list[_Encoded], int]]) -> Tensor:
-        """Log-probabilities of what is right [B, options]: of the labels, or of (chosen, rejected)."""
+        """Return the log-probs [B, options] of each option being right: each label, or (chosen, rejected)."""
         logits = forward(model, [text for texts, _ in batch for text in texts]).float()
         if self.labels is None:
             logits = logits.view(len(batch), 2)
         return logits.log_softmax(dim=1)
 
     def accuracy(self, model: Any, examples: Sequence[Preference] | Sequence[Labelled]) -> Interval:
-        """Share of examples whose right option is strictly the likeliest, with its 95 % interval."""
+        """Return the share of examples whose right option is strictly the most likely one, with its 95 % interval."""
         encoded = [self.encoded(example) for example in examples]
         right = 0
         was_training = model.training
@@ -151,7 +152,7 @@ class _Task:
 def _epochs(
     model: Any, examples: list[tuple[list[_Encoded], int]], task: _Task, config: RewardTrainingConfig
 ) -> Iterator[float]:
-    """Fit; after every epoch, its mean loss."""
+    """Train the model; yield the mean loss after every epoch."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     rate = config.learning_rate or (1e-3 if config.lora_r else 1e-4)
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.01)
@@ -182,7 +183,7 @@ def _epochs(
 
 
 def _random_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Every index once, in batches of like lengths, so that little is padding, in random order."""
+    """Return every index once, in batches of similar lengths (for little padding), with the batches in random order."""
     order = torch.randperm(len(lengths)).tolist()
     pools = [order[start : start + 8 * size] for start in range(0, len(order), 8 * size)]
     batches = [
@@ -194,7 +195,7 @@ def _random_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 def _base(base: str, labels: list[str] | None, config: RewardTrainingConfig, device: torch.device) -> tuple[Any, Any]:
-    """The base model with a new head, and its tokenizer."""
+    """Load the base model, with a new head, and its tokenizer."""
     location = locate_model(base, option="base")
     names = labels or ["reward"]
     try:
@@ -225,7 +226,7 @@ def _base(base: str, labels: list[str] | None, config: RewardTrainingConfig, dev
             target_modules="all-linear",
             exclude_modules=r".*pre_classifier",
         )
-        with warnings.catch_warnings(action="ignore"):  # advice on GPT-2's layers, which PEFT follows by itself
+        with warnings.catch_warnings(action="ignore"):  # a warning on GPT-2's layers, which PEFT handles itself
             model = peft.get_peft_model(model, adapter)
     return model.to(device), tokenizer
 
@@ -240,15 +241,16 @@ def _text_format(config: RewardTrainingConfig, model: Any, tokenizer: Any, label
 
 
 def _labels(examples: Sequence[Preference] | Sequence[Labelled]) -> list[str] | None:
-    """The labels in order, None for preference pairs."""
+    """Return the labels in sorted order; None for preference pairs."""
     if not examples or isinstance(examples[0], Preference):
         return None
     labels = sorted({example.label for example in examples if isinstance(example, Labelled)})
     if len(labels) < 2:
-        raise DatasetError(f"All texts have the label {labels[0]!r}: there is nothing to tell apart.")
+        raise DatasetError(f"All texts have the label {labels[0]!r}. Give texts of at least two labels.")
     if len(labels) > 100:
         raise DatasetError(
-            f"There are {len(labels)} different labels, such as {', '.join(labels[:3])}: is that a label?"
+            f"There are {len(labels)} different labels, such as {', '.join(labels[:3])}; at most 100 are "
+            "allowed. Check that the label column is the right one."
         )
     return labels
 
@@ -256,9 +258,9 @@ def _labels(examples: Sequence[Preference] | Sequence[Labelled]) -> list[str] | 
 def _split(
     examples: Sequence[Preference] | Sequence[Labelled], config: RewardTrainingConfig
 ) -> tuple[list[Any], list[Any]]:
-    """Examples to learn from, and those held out."""
+    """Return the training examples and the held-out examples."""
     if len(examples) < 8:
-        raise DatasetError(f"{len(examples)} examples are too few to learn from; give at least 8, better hundreds.")
+        raise DatasetError(f"{len(examples)} examples are too few to learn from; give at least 8, preferably hundreds.")
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed)).tolist()
     count = min(round(config.held_out * len(examples)), len(examples) - 4)
     return [examples[row] for row in order[count:]], [examples[row] for row in order[:count]]

@@ -1,4 +1,4 @@
-"""Samples -> Scores: the user's rewards, called here or in workers, weighted and reduced to one number per response.
+"""Samples -> Scores: calls the user's rewards, weights their parts and reduces them to one number per response.
 
-In: a composer and samples. Out: `Scores`, with every part and every fault.
+In: a composer and samples. Out: `Scores`, with every part and every fault. Rewards run in this process or in workers.
 """

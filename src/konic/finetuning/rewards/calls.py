@@ -1,6 +1,6 @@
-"""One reward, a batch of samples -> an outcome per sample: its parts, nothing where it abstained, or a fault.
+"""One reward and a batch of samples -> one outcome per sample: its parts, no parts if it abstained, or a fault.
 
-The same code runs in this process and in workers, so that both give the same outcomes.
+This process and the workers run the same code, so both give the same outcomes.
 """
 
 import asyncio
@@ -27,13 +27,14 @@ from konic.finetuning.rewards.signatures import TextParameters, requested_column
 _FAILURES = (Exception, SystemExit, asyncio.CancelledError)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""Values by place, and by name."""
+"""Positional arguments and keyword arguments."""
 
 
 def call_reward(reward: Reward, samples: Sequence[Sample], timeout: float | None = None) -> Iterator[Outcome]:
-    """One outcome per sample, in order; those of a reward of single samples come as they are made.
+    """Yield one outcome per sample, in the samples' order.
 
-    An async reward of single samples is awaited on all of them together, each for at most `timeout` seconds.
+    A sync reward of single samples yields each outcome as soon as it is computed. An async reward of single samples is
+    awaited on all samples concurrently, each for at most `timeout` seconds.
 
     Raises:
         RewardError: The reward asks for a column that the samples do not have.
@@ -57,7 +58,7 @@ def call_reward(reward: Reward, samples: Sequence[Sample], timeout: float | None
 
 
 def _arguments(names: TextParameters, prompt: Any, response: Any, columns: dict[str, Any]) -> Arguments:
-    """What a reward is called with: texts by name or by place, and columns by name."""
+    """Return a reward's arguments: the texts by keyword or by position, and the columns by keyword."""
     if names is None:
         return (prompt, response), columns
     return (), {name: text for name, text in zip(names, (prompt, response), strict=True) if name} | columns
@@ -70,7 +71,7 @@ def _call_together(reward: Reward, calls: list[Arguments], timeout: float | None
                 return await reward.call(*places, **named)
         except TimeoutError as error:
             return timeout_fault(reward, timeout) if bound.expired() else _fault(reward, error)
-        except (SystemExit, KeyboardInterrupt) as error:  # they would end the loop
+        except (SystemExit, KeyboardInterrupt) as error:  # these would stop the event loop
             return _fault(reward, error)
 
     async def all_of_them() -> list[Any]:
@@ -106,7 +107,7 @@ def _call_with_batch(
 
 
 def _listed(returned: Any, count: int) -> list[Any]:
-    """The values that a batch reward returned: a list, tuple, array or tensor of one per sample."""
+    """Return a batch reward's values as a list. The reward may return a list, tuple, array or tensor."""
     is_sequence = isinstance(returned, Sequence) and not isinstance(returned, str | bytes)
     shape = getattr(returned, "shape", None)
     if not is_sequence and not (shape is not None and len(shape) >= 1):
@@ -128,15 +129,15 @@ def _outcome(reward: Reward, make: Callable[[], Any]) -> Outcome:
 
 def _fault(reward: Reward, error: BaseException) -> Fault:
     try:
-        told = str(error)
+        message = str(error)
     except Exception:
-        told = "its message could not be read"
-    what = f"raised {type(error).__name__}: {told}" if told else f"raised {type(error).__name__}"
+        message = "its message could not be read"
+    what = f"raised {type(error).__name__}: {message}" if message else f"raised {type(error).__name__}"
     return Fault(reward.who, what, users_traceback(error), error)
 
 
 def _finished(value: Any) -> Any:
-    """A value, or what an awaitable comes to."""
+    """Return the value itself, or the result of an awaitable."""
     if not inspect.isawaitable(value):
         return value
 
@@ -147,16 +148,19 @@ def _finished(value: Any) -> Any:
 
 
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """What a coroutine returns, run in one loop of its own thread, which works inside a notebook's running loop too."""
+    """Run a coroutine and return its result.
+
+    All coroutines share one event loop in a thread of its own, which also works inside a notebook's running loop.
+    """
 
     async def result() -> tuple[Any, BaseException | None]:
         try:
             return await coroutine, None
-        except (SystemExit, KeyboardInterrupt) as error:  # they would end the loop
+        except (SystemExit, KeyboardInterrupt) as error:  # these would stop the event loop
             return None, error
 
     loop, thread = _event_loop()
-    if threading.current_thread() is thread:  # a reward that scores by another composer: its loop cannot wait on itself
+    if threading.current_thread() is thread:  # the reward calls another composer: the loop cannot wait for itself
         with concurrent.futures.ThreadPoolExecutor(1) as other:
             value, error = other.submit(asyncio.run, result()).result()
     else:
@@ -167,7 +171,7 @@ def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
             future.cancel()
             raise
     if error is not None:
-        raise RuntimeError(f"raised {error!r} in the reward") if isinstance(error, KeyboardInterrupt) else error
+        raise RuntimeError(f"the reward raised {error!r}") if isinstance(error, KeyboardInterrupt) else error
     return value
 
 

@@ -22,25 +22,26 @@ from konic.finetuning.rewards.totals import (
 
 
 class RewardModel(Protocol):
-    """What :meth:`KonicLLMRewardComposer.add_reward_model` takes: any object with a name that scores in batches."""
+    """Interface for :meth:`KonicLLMRewardComposer.add_reward_model`: any object with a name that scores in batches."""
 
     name: str
 
     def score(self, prompts: list[str], responses: list[str]) -> Sequence[float | None]:
-        """One number per response, or None to abstain; further parameters are filled with the dataset's columns."""
+        """Return per response a number, or None to abstain. Further parameters receive the dataset's columns."""
 
 
 class KonicLLMRewardComposer:
-    """Subclass it and mark methods with :func:`llm_reward`; their values are weighted and reduced to one reward.
+    """Base class of the user's rewards: subclass it and mark methods with :func:`llm_reward`.
 
-    A method that overrides a reward is one too; `name = None` in a subclass takes it away.
+    The values of all rewards are weighted and reduced to one reward per response. A method that overrides a reward is
+    a reward too, marked or not; `name = None` in a subclass removes the reward of that name.
 
     Args:
         reward_models: Objects with a `name` and `score(prompts, responses)`, each with weight 1.
-        reward_weights: Weight per reward name; 1 where none is given. A reward that returns a dict gives parts named
-            `reward.key`, which may have weights of their own.
-        reducer: A class or instance with `reduce(dict[str, float]) -> float`; the class attribute where None.
-        kl_penalty_weight: Wins over TrainingConfig's, where given.
+        reward_weights: Weight per reward name; the default is 1. A reward that returns a dict has parts named
+            `reward.key`, and each part may have its own weight.
+        reducer: A class or instance with `reduce(dict[str, float]) -> float`; None uses the class attribute.
+        kl_penalty_weight: Overrides TrainingConfig's, if given.
         reward_functions: Plain functions, as :meth:`add_reward_function` takes them.
     """
 
@@ -50,7 +51,7 @@ class KonicLLMRewardComposer:
     _reward_weights: dict[str, float]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """State is made here, so that a subclass whose `__init__` forgets `super().__init__()` works."""
+        """Create the state here, so that a subclass works even if its `__init__` never calls `super().__init__()`."""
         self = super().__new__(cls)
         self._added = {}
         self._reward_weights = {}
@@ -83,11 +84,11 @@ class KonicLLMRewardComposer:
 
     @property
     def reward_names(self) -> list[str]:
-        """The marked methods in the order they were written, then what was added."""
+        """Names of the marked methods in the order they were written, then of the added functions and models."""
         return [reward.name for reward in list_rewards(self)]
 
     def settings(self) -> dict[str, Any]:
-        """What decides a reward: names, weights, the reducer, and the SHA-256 of the rewards' own source lines."""
+        """The settings that determine a reward: names, weights, reducer, SHA-256 of the rewards' own source lines."""
         kind = self.reducer if isinstance(self.reducer, type) else type(self.reducer)
         rewards = list_rewards(self)
         sources = "\n".join(f"{reward.name}: {_source_of(reward)}" for reward in rewards)
@@ -99,10 +100,12 @@ class KonicLLMRewardComposer:
         }
 
     def add_reward_model(self, model: RewardModel, weight: float = 1.0) -> Self:
-        """Add a reward model under its name. One whose `normalize` is true is normalised, as a marked method may be.
+        """Add a reward model under its own name.
+
+        If its attribute `normalize` is True, its values are normalised as in `@llm_reward(normalize=True)`.
 
         Raises:
-            ConfigError: The object cannot score, or its name is taken.
+            ConfigError: The object has no name or no method `score`, or its name is already in use.
         """
         name = getattr(model, "name", None)
         if not isinstance(name, str) or not callable(getattr(model, "score", None)):
@@ -121,21 +124,21 @@ class KonicLLMRewardComposer:
         normalize: bool = False,
         clip: tuple[float, float] | None = None,
     ) -> Self:
-        """Add a plain function, `async` or not, under its own name or another.
+        """Add a plain function, `async` or not, under its own name or under `name`.
 
-        Its parameters say what it takes: `(prompt, response)`, `(prompts, responses)` for a whole batch, or TRL's
-        `(prompts, completions, **columns)`, which may leave out the prompts.
+        Its parameter names decide how it is called: `(prompt, response)` with one response, `(prompts, responses)` with
+        a whole batch, or TRL's `(prompts, completions, **columns)`, where `prompts` may be left out.
 
         Raises:
-            ConfigError: Its name is taken, or it has none.
-            RewardError: It takes something else.
+            ConfigError: The name is already in use, or the function has none.
+            RewardError: The function has other parameters.
         """
         if not callable(function) or isinstance(function, type):
             raise ConfigError(f"A reward function must be a function, got {function!r}.")
         name = name or getattr(function, "__name__", None)
         if not name or name == "<lambda>":
             raise ConfigError(
-                f"The reward function {function!r} has no name: give add_reward_function(..., name='...')."
+                f"The reward function {function!r} has no name: call add_reward_function(..., name='...')."
             )
         mark = find_mark(function) or Mark(False, False, None)
         clip = checked_clip(clip) or mark.clip
@@ -143,7 +146,7 @@ class KonicLLMRewardComposer:
         return self._add(Reward(name, function, shape, normalize=normalize or mark.normalize, clip=clip), weight)
 
     def set_reward_weight(self, name: str, weight: float) -> Self:
-        """Set the factor that a reward, or one part `reward.key` of it, is multiplied by.
+        """Set the factor that multiplies a reward, or one of its parts `reward.key`.
 
         Raises:
             ConfigError: There is no such reward, or the weight is not a finite number.
@@ -167,9 +170,10 @@ class KonicLLMRewardComposer:
     def compose_batch(
         self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[Any]
     ) -> tuple[list[float], dict[str, list[float]]]:
-        """The rewards of a batch, and each part's own values before weights; NaN where a part, or all, abstained.
+        """Return the rewards of a batch, and each part's own values before weights.
 
-        Values are clipped where a reward has bounds; they are normalised in training only, which has a running mean.
+        A part's value is NaN if the part abstained; a reward is NaN if every part abstained. For the reward, values are
+        clipped if their part has bounds. They are not normalised: only training has a running mean.
 
         Args:
             prompts: [B].
@@ -189,7 +193,7 @@ class KonicLLMRewardComposer:
         return rewards, collect_breakdown(parts)
 
     def check(self) -> None:
-        """Raise RewardError where there is nothing to score with, or a reducer that cannot reduce."""
+        """Raise RewardError if the composer has no rewards, or if its reducer has no method `reduce`."""
         if not self.reward_names:
             raise RewardError(
                 f"{type(self).__name__} has no rewards. Mark at least one method (self, prompt, response) with "
@@ -200,7 +204,7 @@ class KonicLLMRewardComposer:
             raise RewardError(f"{type(self).__name__}.reducer has no method reduce(parts): {self.reducer!r}.")
 
     def check_columns(self, columns: Mapping[str, Any]) -> None:
-        """Raise RewardError where a reward asks for a column that the dataset does not have."""
+        """Raise RewardError if a reward asks for a column that the dataset does not have."""
         for reward in list_rewards(self):
             requested_columns(reward, columns)
 
@@ -229,17 +233,17 @@ def list_rewards(composer: KonicLLMRewardComposer) -> list[Reward]:
 
 
 def describe_weighting(composer: KonicLLMRewardComposer) -> Weighting:
-    """What makes one number of the parts of a sample."""
+    """The composer's rewards, weights and reducer, which turn a sample's parts into one number."""
     return Weighting(list_rewards(composer), composer._reward_weights, composer.reducer)
 
 
 def without_models(composer: KonicLLMRewardComposer) -> KonicLLMRewardComposer:
-    """A copy with the marked methods and functions alone: what a worker process gets."""
+    """A copy without reward models, for a worker process: it keeps the marked methods and the functions."""
     copied: KonicLLMRewardComposer = object.__new__(type(composer))
     copied.__dict__.update(composer.__dict__)
     copied._added = {name: reward for name, reward in composer._added.items() if not reward.is_model}
     copied._reward_weights = dict(composer._reward_weights)
-    copied.__dict__.pop("reducer", None)  # it stays with the weights
+    copied.__dict__.pop("reducer", None)  # only the run's own process weights and reduces
     return copied
 
 
@@ -249,8 +253,8 @@ def _check_kl_penalty_weight(weight: Any) -> None:
 
 
 def _source_of(reward: Reward) -> str:
-    """A reward's source lines; its name alone where there are none, or where it is a model's."""
+    """A reward's source lines; empty if it has none or is a reward model, so that only its name is hashed."""
     try:
         return "" if reward.is_model else inspect.getsource(inspect.unwrap(reward.call))
-    except (OSError, TypeError, ValueError):  # written in a notebook or an interactive session, or not in Python
+    except (OSError, TypeError, ValueError):  # typed into a notebook or interpreter, or not written in Python
         return ""

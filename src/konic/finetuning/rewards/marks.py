@@ -30,25 +30,25 @@ def llm_reward(
 def llm_reward(
     method: Any = None, *, batch: bool = False, normalize: bool = False, clip: tuple[float, float] | None = None
 ) -> Any:
-    """Marks a composer's method `(self, prompt: str, response: str)` as a reward; it may be `async`.
+    """Mark a composer's method `(self, prompt: str, response: str)` as a reward; the method may be `async`.
 
-    It returns a number, a dict of named numbers, or None to abstain. Further parameters are filled with the dataset's
-    columns of the same names, and `messages` with the chat that a prompt came from.
+    The method returns a number, a dict of named numbers, or None to abstain. Further parameters receive the dataset's
+    columns of the same names; a parameter `messages` receives the chat that the prompt came from.
 
     Args:
-        method: The method, where the mark is used without brackets.
-        batch: The method is `(self, prompts, responses)` and returns a list with a value per response.
-        normalize: In training, count each value in standard deviations from the running mean of its part.
-        clip: The lowest and the highest value that count, after normalising.
+        method: The method, if the decorator is used without parentheses.
+        batch: The method takes `(self, prompts, responses)` and returns a list with one value per response.
+        normalize: In training, convert each value to standard deviations from the running mean of its part.
+        clip: Lowest and highest value; values outside are clipped to these bounds, after normalising.
 
     Raises:
-        ConfigError: Bounds in the wrong order.
+        ConfigError: The bounds are not a lower and a higher number.
     """
     mark = Mark(batch, normalize, checked_clip(clip))
 
     def marked(function: Any) -> Any:
         if not callable(function):
-            raise ConfigError(f"@llm_reward marks a method, got {function!r}. Its options are named: batch=, clip=.")
+            raise ConfigError(f"@llm_reward marks a method, got {function!r}. Pass options by name: batch=, clip=.")
         setattr(function, _MARK, mark)
         return function
 
@@ -56,15 +56,15 @@ def llm_reward(
 
 
 def find_mark(member: Any) -> Mark | None:
-    """The mark of a member of a class, if it has one."""
+    """Return the mark of a class member, or None if it has no mark."""
     return getattr(member, _MARK, None) or getattr(getattr(member, "__func__", None), _MARK, None)
 
 
 def checked_clip(clip: Any) -> tuple[float, float] | None:
-    """The bounds as floats.
+    """Return the bounds as floats, or None if there are none.
 
     Raises:
-        ConfigError: They are not a lower and a higher number.
+        ConfigError: The bounds are not a lower and a higher number.
     """
     if clip is None:
         return None

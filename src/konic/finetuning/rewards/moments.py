@@ -1,4 +1,4 @@
-"""Mean and spread of a stream of numbers, in one pass (Welford, Technometrics 4(3), 1962)."""
+"""Mean and standard deviation of a stream of numbers, in one pass (Welford, Technometrics 4(3), 1962)."""
 
 import math
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ class RunningMoments:
         return math.sqrt(max(0.0, self.squares / (self.count - 1))) if self.count > 1 else 0.0
 
     def after(self, values: Iterable[float]) -> "RunningMoments":
-        """The moments with more numbers counted in, one by one in their order."""
+        """Return the moments after adding more numbers, one by one in their order."""
         count, mean, squares = self.count, self.mean, self.squares
         for value in values:
             count += 1
@@ -30,7 +30,10 @@ class RunningMoments:
         return RunningMoments(count, mean, squares)
 
     def normalised(self, value: float) -> float:
-        """How many standard deviations a value lies above the mean; 0 without spread, itself before any number."""
+        """Return a value's distance above the mean, in standard deviations.
+
+        The result is 0 if the standard deviation is 0, and the value itself before the first number is added.
+        """
         if self.count == 0:
             return value
         return (value - self.mean) / self.std if self.std > 0 else 0.0

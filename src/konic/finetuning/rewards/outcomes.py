@@ -1,4 +1,4 @@
-"""What a reward returned -> its parts, nothing where it abstained, or a fault."""
+"""A reward's return value -> one outcome: its parts, no parts if the reward abstained, or a fault."""
 
 import asyncio
 import concurrent.futures
@@ -14,34 +14,37 @@ from typing import Any, Literal
 from konic.finetuning.errors import RewardError
 
 Parts = dict[str, float]
-"""Values by part name, before weights: one under the reward's own name, or several as `reward.key`; none: abstained."""
+"""Values by part name, before weights: one under the reward's own name, or several named `reward.key`.
+
+Empty if the reward abstained.
+"""
 _MAX_TRACEBACK = 4000
 _NOT_THE_USERS = (os.path.dirname(__file__) + os.sep, asyncio.__path__[0], concurrent.futures.__path__[0])
 
 
 @dataclass(frozen=True)
 class Reward:
-    """One reward of a composer: what is called, how, and what happens to its values."""
+    """One reward of a composer: what to call, with which arguments, and how to process its values."""
 
     name: str
     call: Callable[..., Any]
     shape: Literal["sample", "batch", "completions"] = "sample"
-    """(prompt, response), (prompts, responses), or by keyword as TRL does: prompts=, completions=."""
+    """Arguments: (prompt, response), (prompts, responses), or TRL's keywords prompts= and completions=."""
     is_model: bool = False
-    """Stays in the run's own process, where its memory is."""
+    """True for a reward model. It runs in the run's own process, which holds the model in memory."""
     normalize: bool = False
-    """Values are counted in standard deviations from their running mean."""
+    """True to convert values to standard deviations from their running mean."""
     clip: tuple[float, float] | None = None
-    """Bounds of a value, after it is normalised."""
+    """Lowest and highest value, applied after normalising."""
 
     @property
     def is_async(self) -> bool:
-        """True where calling it gives a coroutine."""
+        """True if a call returns a coroutine."""
         return inspect.iscoroutinefunction(self.call) or inspect.iscoroutinefunction(type(self.call).__call__)
 
     @property
     def who(self) -> str:
-        """How errors name it."""
+        """The reward's name in error messages."""
         return f"Reward model {self.name!r}" if self.is_model else f"Reward {self.name!r}"
 
 
@@ -52,19 +55,19 @@ class Fault:
     who: str
     """`Reward 'kind'`."""
     what: str
-    """What it did: raised, returned something that is no number, took too long."""
+    """What the reward did: raised an error, returned something that is not a number, or took too long."""
     traceback: str = ""
-    """The part of the traceback that is the user's code."""
+    """The traceback, only the frames of the user's code."""
     cause: BaseException | None = field(default=None, compare=False, repr=False)
-    """The exception itself; it does not cross processes."""
+    """The exception itself; dropped when the fault is sent to another process."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Fault, (self.who, self.what, self.traceback)
 
     def error(self, prompt: str, response: str) -> RewardError:
-        """The error that stops a run: what failed, on which sample, and where in the user's code."""
-        told = f"{self.who} {self.what}{sample_text(prompt, response)}"
-        error = RewardError(f"{told}\n{self.traceback}".rstrip())
+        """The error that stops a run. It shows what failed, on which sample, and where in the user's code."""
+        message = f"{self.who} {self.what}{sample_text(prompt, response)}"
+        error = RewardError(f"{message}\n{self.traceback}".rstrip())
         error.__cause__ = self.cause
         return error
 
@@ -73,7 +76,7 @@ Outcome = Parts | Fault
 
 
 class NotANumberError(ValueError):
-    """Something returned cannot be a reward; the message says what was returned, `key` in which part of a dict."""
+    """A returned value cannot be a reward. The message shows the value; `key` is its key in a returned dict."""
 
     def __init__(self, what: str, key: object = None) -> None:
         super().__init__(what)
@@ -81,15 +84,15 @@ class NotANumberError(ValueError):
 
 
 def timeout_fault(reward: Reward, timeout: float | None) -> Fault:
-    """What a call that was stopped by the clock comes to."""
+    """Outcome of a call that timed out."""
     return Fault(reward.who, f"took longer than reward_timeout_seconds={timeout:g} and was stopped.")
 
 
 def read_parts(name: str, value: Any) -> Parts:
-    """What a reward returned for one sample, by part; a None among the values of a dict is left out.
+    """Convert a reward's return value for one sample to parts; None values of a dict are left out.
 
     Raises:
-        NotANumberError: There is something in it that is not a finite number.
+        NotANumberError: A value is not a finite number.
     """
     if value is None:
         return {}
@@ -99,10 +102,10 @@ def read_parts(name: str, value: Any) -> Parts:
 
 
 def number(value: Any, key: object = None) -> float:
-    """A returned value as a float; scalars of numpy and torch, and booleans, count as what they stand for.
+    """Convert a returned value to a float; numpy scalars, torch scalars and booleans give their numeric value.
 
     Raises:
-        NotANumberError: It is not a number, or not finite.
+        NotANumberError: The value is not a number, or not finite.
     """
     real = value
     if callable(getattr(value, "item", None)):
@@ -114,7 +117,7 @@ def number(value: Any, key: object = None) -> float:
         raise NotANumberError(f"returned {shorten(value)}, not a number.", key)
     try:
         real = float(real)
-    except OverflowError:  # an integer past the range of floats
+    except OverflowError:  # an integer beyond the range of floats
         real = math.inf
     if not math.isfinite(real):
         raise NotANumberError(f"returned {shorten(value)}, not a finite number.", key)
@@ -122,28 +125,28 @@ def number(value: Any, key: object = None) -> float:
 
 
 def users_traceback(error: BaseException) -> str:
-    """The traceback of an error and its causes, without the frames that lie in this library."""
-    told = traceback.TracebackException.from_exception(error)
-    link: traceback.TracebackException | None = told
+    """The traceback of an error and its causes, without frames of this package, asyncio and concurrent.futures."""
+    report = traceback.TracebackException.from_exception(error)
+    link: traceback.TracebackException | None = report
     while link is not None:
         frames = [frame for frame in link.stack if not frame.filename.startswith(_NOT_THE_USERS)]
         link.stack = traceback.StackSummary.from_list(frames)
         link = link.__cause__ or link.__context__
-    text = "".join(told.format()).rstrip()
+    text = "".join(report.format()).rstrip()
     return text if len(text) <= _MAX_TRACEBACK else "… " + text[-_MAX_TRACEBACK:]
 
 
 def sample_text(prompt: str, response: str) -> str:
-    """Two lines that show a sample in an error."""
+    """Two lines that show a sample in an error message."""
     return f"\n  prompt:   {shorten(prompt)}\n  response: {shorten(response)}"
 
 
 def shorten(value: Any) -> str:
-    """The repr of a value, of the first 200 characters of a long text."""
+    """The repr of a value: a text is cut after 200 characters, the repr of anything else after 400."""
     if isinstance(value, str) and len(value) > 200:
         return repr(value[:200]) + f" … ({len(value)} characters)"
     try:
-        told = repr(value)
+        text = repr(value)
     except Exception:
-        told = f"a {type(value).__name__} that cannot be shown"
-    return told if len(told) <= 400 else told[:400] + " …"
+        text = f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= 400 else text[:400] + " …"

@@ -1,14 +1,14 @@
-"""A sample's parts, each already multiplied by its weight -> one reward."""
+"""A sample's parts, each already multiplied by its weight -> one reward: their sum, mean or maximum."""
 
 import math
 from typing import Protocol
 
 
 class Reducer(Protocol):
-    """Makes one reward of a sample's parts, each already multiplied by its weight."""
+    """Reduces a sample's parts, each already multiplied by its weight, to one reward."""
 
     def reduce(self, parts: dict[str, float]) -> float:
-        """The sample's reward; `parts` has at least one."""
+        """Return the sample's reward; `parts` has at least one entry."""
 
 
 class WeightedSumReducer:

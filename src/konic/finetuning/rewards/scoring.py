@@ -1,4 +1,7 @@
-"""Prompts and responses -> Scores by a run's settings: here or in workers, stopping at a fault or skipping it."""
+"""Samples -> Scores: calls all rewards, in this process or in workers, and raises or skips faults.
+
+The run's settings decide both.
+"""
 
 import contextlib
 import logging
@@ -28,9 +31,9 @@ from konic.finetuning.rewards.workers import RewardPool
 logger = logging.getLogger(__name__)
 
 SLOW_SECONDS = 30.0
-"""After this long in one reward it is named on screen."""
+"""A warning names a reward that has been running for this long."""
 ERROR_WINDOW = 100
-"""Responses over which max_error_rate is taken."""
+"""Number of the last responses that max_error_rate applies to."""
 _FAULTS_SHOWN = 3
 
 
@@ -39,33 +42,33 @@ class Scores:
     """The rewards of a batch of B responses."""
 
     rewards: list[float]
-    """[B] each sample's reward; NaN where every part abstained or one failed."""
+    """[B] each sample's reward; NaN if every part abstained or one failed."""
     breakdown: dict[str, list[float]]
-    """Each part's own values [B], before normalising and weights; NaN where it abstained or failed."""
+    """Each part's own values [B], before normalising and weights; NaN if it abstained or failed."""
     faults: list[Fault | None] = field(default_factory=list)
-    """[B] what failed first on each sample; empty where nothing can."""
+    """[B] the first fault on each sample, or None; an empty list if nothing can fail."""
     moments: dict[str, RunningMoments] = field(default_factory=dict)
-    """Of every part that is normalised, with this batch counted in."""
+    """The running moments of every part that is normalised, including this batch."""
     is_dropped: bool = False
-    """True where a number of the batch is not finite and nothing is to be learned from it."""
+    """True if a number of the batch is not finite, so that the policy must not learn from the batch."""
 
     @property
     def has_score(self) -> list[bool]:
-        """[B] False where there is no reward."""
+        """[B] False for a sample without a reward, and for every sample of a dropped batch."""
         return [not self.is_dropped and not math.isnan(reward) for reward in self.rewards]
 
     @property
     def num_faults(self) -> int:
-        """Samples on which a reward failed."""
+        """Number of samples on which a reward failed."""
         return sum(fault is not None for fault in self.faults)
 
     @property
     def errors(self) -> list[str | None]:
-        """[B] what failed on each sample, in a line."""
+        """[B] one line that shows what failed on each sample, or None."""
         return [f"{fault.who} {fault.what}" if fault else None for fault in self.faults or [None] * len(self.rewards)]
 
     def filled(self) -> list[float]:
-        """[B] the rewards, 0 where there is none."""
+        """[B] the rewards, with 0 for a sample that has none."""
         return [0.0 if math.isnan(reward) else reward for reward in self.rewards]
 
     def valid_rewards(self) -> list[float]:
@@ -74,7 +77,10 @@ class Scores:
 
 
 class Scorer:
-    """Scores batches by a composer, as a run's settings say; `with` it, worker processes end with the block."""
+    """Scores batches with a composer, according to the run's settings.
+
+    As a context manager, it starts the worker processes and ends them with the `with` block.
+    """
 
     def __init__(self, composer: KonicLLMRewardComposer, config: TrainingConfig) -> None:
         self._composer = composer
@@ -91,18 +97,19 @@ class Scorer:
         self._pool.close()
 
     def require_few_faults(self, history: Sequence[FinetuningIterationResult], scores: Scores) -> None:
-        """Raise RewardError where rewards have failed on more responses than max_error_rate allows."""
+        """Raise RewardError if rewards have failed on more responses than max_error_rate allows."""
         require_errors_within(history, scores, self._config)
 
     def score(
         self, samples: Sequence[Sample], moments: Mapping[str, RunningMoments] | None = None, learns: bool = False
     ) -> Scores:
-        """The rewards of a batch.
+        """Score a batch.
 
         Args:
             samples: [B].
-            moments: Of the parts that are normalised, so far; where there are none yet, the batch's own are taken.
-            learns: Count the batch's values in before normalising.
+            moments: Running moments so far, by the name of a part that is normalised. A part that has none yet uses the
+                batch's own.
+            learns: Add the batch's values to the moments before normalising.
 
         Raises:
             RewardError: A reward failed on a sample and on_reward_error is "raise", or a reducer failed.
@@ -120,7 +127,7 @@ class Scorer:
         )
 
     def _outcomes(self, rewards: Sequence[Reward], samples: Sequence[Sample]) -> list[list[Outcome]]:
-        """Of every reward, its outcome on each sample; with on_reward_error="raise" there is no fault among them."""
+        """The outcomes per reward and per sample; with on_reward_error="raise" none of them is a fault."""
         isolated = [reward for reward in rewards if self._config.reward_workers and not reward.is_model]
         coming = self._pool.submit(isolated, samples) if isolated else {}
         coming |= {r.name: call_reward(r, samples) for r in rewards if r.name not in coming}
@@ -133,7 +140,7 @@ class Scorer:
         return [found[reward.name] for reward in rewards]
 
     def _accepted(self, outcomes: Iterator[Outcome], samples: Sequence[Sample]) -> Iterator[Outcome]:
-        """The outcomes as they come; a fault is raised or reported."""
+        """Yield the outcomes as they arrive; raise a fault or log it."""
         for outcome, sample in zip(outcomes, samples, strict=True):
             if isinstance(outcome, Fault):
                 error = outcome.error(sample.prompt, sample.response)
@@ -147,23 +154,27 @@ class Scorer:
         kind = fault.who, fault.what.split(":" if fault.what.startswith("raised ") else " ", 1)[0]
         self._shown[kind] = self._shown.get(kind, 0) + 1
         if self._shown[kind] <= _FAULTS_SHOWN:
-            last = " Further ones like it are only counted." if self._shown[kind] == _FAULTS_SHOWN else ""
+            last = " Further errors like this are only counted." if self._shown[kind] == _FAULTS_SHOWN else ""
             logger.warning("Skipped a response: %s%s", error, last)
 
 
 @contextlib.contextmanager
 def warn_if_slow(reward: Reward, count: int) -> Iterator[list[Outcome]]:
-    """Within it a reward that takes over 30 s is named on screen, with the response it is at, after those done."""
+    """Within the block, warn if the reward runs for over 30 s, and name the response that it is working on.
+
+    Yields:
+        The list to add finished outcomes to; its length gives the position of the current response.
+    """
     done: list[Outcome] = []
 
-    def tell() -> None:
+    def warn() -> None:
         alone = reward.shape == "sample" and not reward.is_async
         where = f"response {len(done) + 1} of {count}" if alone else f"{count} responses at once"
-        advice = "A reward that hangs can be stopped: TrainingConfig(reward_workers=2, reward_timeout_seconds=10)."
-        told = "" if reward.is_model else f" {advice}"
-        logger.warning("%s has been running for %.0f s (%s).%s", reward.who, SLOW_SECONDS, where, told)
+        advice = " To stop a reward that hangs, set TrainingConfig(reward_workers=2, reward_timeout_seconds=10)."
+        hint = "" if reward.is_model else advice
+        logger.warning("%s has been running for %.0f s (%s).%s", reward.who, SLOW_SECONDS, where, hint)
 
-    timer = threading.Timer(SLOW_SECONDS, tell)
+    timer = threading.Timer(SLOW_SECONDS, warn)
     timer.daemon = True
     timer.start()
     try:
@@ -173,12 +184,12 @@ def warn_if_slow(reward: Reward, count: int) -> Iterator[list[Outcome]]:
 
 
 def require_errors_within(history: Sequence[FinetuningIterationResult], scores: Scores, config: TrainingConfig) -> None:
-    """See that rewards have failed on no more than max_error_rate of the last 100 responses.
+    """Check that rewards have failed on at most max_error_rate of the last 100 responses.
 
-    Before there are as many, the rate is taken as if the rest had been scored without a fault.
+    If there are fewer than 100 responses, the missing ones count as scored without a fault.
 
     Raises:
-        RewardError: They have, and what failed last.
+        RewardError: Rewards have failed on more responses than that. The message shows the last fault.
     """
     counts = [(result.num_reward_errors, result.num_samples) for result in history]
     errors = seen = 0
@@ -188,8 +199,8 @@ def require_errors_within(history: Sequence[FinetuningIterationResult], scores: 
         errors, seen = errors + failed, seen + size
     if errors > config.max_error_rate * max(seen, ERROR_WINDOW) + 1e-9:  # 0.29 × 100 is less than 29 in floats
         last = next(fault for fault in reversed(scores.faults or [None]) if fault) if scores.num_faults else None
-        told = f" The last one: {last.who} {last.what}\n{last.traceback}" if last else ""
+        detail = f" The last error: {last.who} {last.what}\n{last.traceback}" if last else ""
         raise RewardError(
             f"Rewards failed on {errors} of the last {seen} responses, more than max_error_rate="
-            f"{config.max_error_rate:g} of {max(seen, ERROR_WINDOW)}.{told}".rstrip()
+            f"{config.max_error_rate:g} of {max(seen, ERROR_WINDOW)}.{detail}".rstrip()
         )

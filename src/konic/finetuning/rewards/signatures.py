@@ -1,4 +1,4 @@
-"""A reward's parameters -> how it is called: with which texts, and which columns of the dataset."""
+"""A reward's parameters -> how to call it: with which texts, and with which columns of the dataset."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -15,17 +15,19 @@ _TEXTS = {
 }
 
 TextParameters = tuple[str | None, str | None] | None
-"""The names of the parameters for the prompt and the response; None where both are given by place."""
+"""Names of the parameters for the prompt and the response; None if both are passed by position."""
 
 
 def detect_shape(function: Callable[..., Any]) -> Literal["sample", "batch", "completions"]:
-    """How a plain function wants to be called, by its parameters' names.
+    """Decide from the parameter names of a plain function how to call it.
 
-    `completions`, or `prompts` and `**columns` alone, make it TRL's `(prompts, completions, **columns)`; `prompts` or
-    `responses` one of a whole batch; else it is one of `(prompt, response)`.
+    - With `completions`, or with `prompts` and `**columns` but no `responses`: as TRL's
+      `(prompts, completions, **columns)`.
+    - Else with `prompts` or `responses`: as `(prompts, responses)`, on a whole batch.
+    - Else: as `(prompt, response)`.
 
     Raises:
-        RewardError: It takes neither.
+        RewardError: The parameters fit none of these.
     """
     try:
         parameters = inspect.signature(function).parameters
@@ -47,9 +49,13 @@ def detect_shape(function: Callable[..., Any]) -> Literal["sample", "batch", "co
 
 
 def text_parameters(reward: Reward, columns: Mapping[str, Any]) -> TextParameters:
-    """The parameters that take the prompt and the response, whatever their order; None where both are taken by place.
+    """Find the parameters for the prompt and the response by name, in any order.
 
-    One that is named alone leaves the other to the first parameter that no column fills.
+    If only the prompt's name is there, the response goes to the first parameter that no column fills. If only the
+    response's name is there, the prompt goes to the parameter before it, if that is the first and no column fills it.
+
+    Returns:
+        Both names, or None if both texts are passed by position.
 
     Raises:
         RewardError: There is no parameter for the response.
@@ -75,10 +81,10 @@ def text_parameters(reward: Reward, columns: Mapping[str, Any]) -> TextParameter
 
 
 def requested_columns(reward: Reward, columns: Mapping[str, Any]) -> list[str]:
-    """The dataset's columns that a reward's parameters, besides prompt and response, ask for.
+    """The dataset's columns that a reward asks for by its parameters other than prompt and response.
 
     Raises:
-        RewardError: It asks for one that the dataset does not have.
+        RewardError: The reward asks for a column that the dataset does not have.
     """
     parameters = list(inspect.signature(reward.call).parameters.values())
     taken = text_parameters(reward, columns)

@@ -1,4 +1,4 @@
-"""Outcomes of all rewards -> one reward for each sample: collected, normalised, clipped, weighted, reduced."""
+"""Outcomes of all rewards -> one reward per sample: collects, normalises, clips, weights and reduces the parts."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,11 +14,11 @@ from konic.finetuning.rewards.outcomes import Fault, NotANumberError, Outcome, P
 
 @dataclass(frozen=True)
 class Weighting:
-    """What makes one number of the parts of a sample."""
+    """Rewards, weights and reducer, which turn a sample's parts into one number."""
 
     rewards: Sequence[Reward]
     weights: Mapping[str, float]
-    """By the name of a part or of its reward; 1 where there is none."""
+    """Weight by the name of a part or of its reward; the default is 1."""
     reducer: Any
     """A class or an object with `reduce(dict[str, float]) -> float`."""
 
@@ -30,10 +30,10 @@ def compute_totals(
     samples: Sequence[Sample],
     moments: Mapping[str, RunningMoments],
 ) -> list[float]:
-    """The reward of each sample [B]; NaN where a reward failed, or every part abstained.
+    """The reward of each sample [B]; NaN if one of its rewards failed, or if every part abstained.
 
     Raises:
-        RewardError: As :func:`compute_total`.
+        RewardError: See :func:`compute_total`.
     """
     return [
         math.nan if fault else compute_total(weighting, own, sample, moments)
@@ -44,7 +44,7 @@ def compute_totals(
 def compute_total(
     weighting: Weighting, parts: Parts, sample: Sample, moments: Mapping[str, RunningMoments] | None = None
 ) -> float:
-    """The reward of one sample: each part normalised, clipped and weighted, then all reduced; NaN without parts.
+    """The reward of one sample: normalise, clip and weight each part, then reduce the parts; NaN without parts.
 
     Raises:
         RewardError: The reducer raised an error, or returned something that is not a number.
@@ -64,7 +64,7 @@ def compute_total(
 
 
 def weighted_parts(weighting: Weighting, parts: Parts, moments: Mapping[str, RunningMoments] | None = None) -> Parts:
-    """What the reducer gets: each part normalised, clipped and multiplied by its weight."""
+    """The input of the reducer: each part normalised, clipped and multiplied by its weight."""
     weights, weighted = weighting.weights, {}
     for part, reward in find_owners(weighting.rewards, parts).items():
         value = parts[part]
@@ -77,7 +77,10 @@ def weighted_parts(weighting: Weighting, parts: Parts, moments: Mapping[str, Run
 
 
 def find_owners(rewards: Iterable[Reward], parts: Iterable[str]) -> dict[str, Reward]:
-    """The reward that each part came from: the one with its name, or with its name before `.key`, if there is one."""
+    """Map each part to its reward, whose name is the part's name or the part's name before `.key`.
+
+    A part without a reward is left out.
+    """
     by_name = {reward.name: reward for reward in rewards}
     before_key = {part: [name for name in by_name if part == name or part.startswith(f"{name}.")] for part in parts}
     return {part: by_name[max(names, key=len)] for part, names in before_key.items() if names}
@@ -86,7 +89,7 @@ def find_owners(rewards: Iterable[Reward], parts: Iterable[str]) -> dict[str, Re
 def moments_after(
     rewards: Iterable[Reward], moments: Mapping[str, RunningMoments], parts: Sequence[Parts]
 ) -> dict[str, RunningMoments]:
-    """The running moments of every part that is normalised, with the values of a batch counted in."""
+    """The running moments of every part that is normalised, after adding the values of a batch."""
     after = dict(moments)
     for part, reward in find_owners(rewards, dict.fromkeys(name for own in parts for name in own)).items():
         if reward.normalize:
@@ -96,7 +99,7 @@ def moments_after(
 
 
 def evaluation_moments(rewards: Iterable[Reward], evaluation: Evaluation | None) -> dict[str, RunningMoments]:
-    """The moments of the values of an evaluation, which put later ones on its scale; none without an evaluation."""
+    """The moments of an evaluation's values; later evaluations are normalised by them. Empty without an evaluation."""
     if evaluation is None:
         return {}
     parts = [
@@ -108,10 +111,10 @@ def evaluation_moments(rewards: Iterable[Reward], evaluation: Evaluation | None)
 
 
 def require_no_fault(outcomes: Iterable[Outcome], samples: Sequence[Sample]) -> list[Parts]:
-    """The parts of each sample by one reward.
+    """The parts of each sample, from the outcomes of one reward.
 
     Raises:
-        RewardError: The first fault among the outcomes.
+        RewardError: One of the outcomes is a fault; the first one is raised.
     """
     parts: list[Parts] = []
     for outcome, sample in zip(outcomes, samples, strict=True):
@@ -122,7 +125,7 @@ def require_no_fault(outcomes: Iterable[Outcome], samples: Sequence[Sample]) -> 
 
 
 def collect_parts(outcomes: Sequence[Sequence[Outcome]], num_samples: int) -> list[Parts]:
-    """The parts of each sample from all rewards; a fault gives none."""
+    """The parts of each sample from all rewards; a fault has no parts."""
     parts: list[Parts] = [{} for _ in range(num_samples)]
     for by_one_reward in outcomes:
         for own, outcome in zip(parts, by_one_reward, strict=True):
@@ -132,7 +135,7 @@ def collect_parts(outcomes: Sequence[Sequence[Outcome]], num_samples: int) -> li
 
 
 def first_faults(outcomes: Sequence[Sequence[Outcome]], num_samples: int) -> list[Fault | None]:
-    """The first fault of each sample, over all rewards."""
+    """The first fault of each sample over all rewards, or None."""
     return [
         next((fault for by_one in outcomes if isinstance(fault := by_one[index], Fault)), None)
         for index in range(num_samples)
@@ -140,6 +143,6 @@ def first_faults(outcomes: Sequence[Sequence[Outcome]], num_samples: int) -> lis
 
 
 def collect_breakdown(parts: Sequence[Parts]) -> dict[str, list[float]]:
-    """The values of each part over the samples; NaN where there is none."""
+    """The values of each part over the samples; NaN for a sample that does not have the part."""
     names = dict.fromkeys(name for own in parts for name in own)
     return {name: [own.get(name, math.nan) for own in parts] for name in names}

@@ -1,4 +1,4 @@
-"""A composer, tried on responses without training: what each reward does, what moves the total, what could go wrong."""
+"""A composer and responses -> a trial without training: each reward's values, what moves the total, and warnings."""
 
 import math
 import statistics
@@ -32,52 +32,55 @@ PROBES = {
     "not English": "这部电影非常感人。 Der Film ist großartig! Фильм мне не понравился. فيلم رائع",
     "emoji": "😀🎬🔥 👍👍👍 ❤️‍🔥",
 }
-"""Responses that a policy may stumble upon, or that find bugs."""
+"""Responses that a policy may find by chance, or that reveal bugs in rewards."""
 MIN_BATCH = 4
-"""Responses below which a correlation says nothing, and that a batch reward gets a probe among."""
+"""With fewer responses a correlation means nothing. A batch reward gets each probe in a batch of at most this size."""
 MOST_OF_THE_VARIANCE = 0.9
 LENGTH_CORRELATION = 0.7
 SLOW_SECONDS = 0.5
-"""Per response; a batch of 16 then waits 8 s for its rewards."""
+"""Per response: a batch of 16 then waits 8 s for its rewards."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PartTrial:
-    """One part of the rewards, over the responses tried. Values are as the reward returned them, before weights."""
+    """Statistics of one part over the responses tried. Values are as the reward returned them, before weights."""
 
     name: str
     reward: str
-    """The reward that it came from."""
+    """Name of the reward that the part comes from."""
     mean: float
     std: float
     low: float
     high: float
     share_of_variance: float
-    """Covariance of the weighted part with the total, over the total's variance: of a weighted sum they add up to 1."""
+    """Covariance of the weighted part with the total, divided by the total's variance.
+
+    If the total is a weighted sum, the shares of its parts add up to 1.
+    """
     length_correlation: float
-    """Pearson's r of its value and the response's characters; NaN where either does not vary."""
+    """Pearson's r of the value and the response's number of characters; NaN if either does not vary."""
     num_none: int
     probes: dict[str, float]
-    """Its value on each of :data:`PROBES`; NaN where it abstained or failed."""
+    """The part's value on each of :data:`PROBES`; NaN if it abstained or failed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RewardTrial:
-    """One reward: what it costs, and whether it can be relied on."""
+    """One reward over the responses tried: its time, its faults, and whether its values are reproducible."""
 
     name: str
     milliseconds: float
-    """Per response, mean."""
+    """Mean time per response."""
     faults: list[Fault]
-    """Over the responses tried."""
+    """Faults on the responses tried."""
     is_deterministic: bool
-    """The same values again, with the responses in reverse order."""
+    """True if a second call, with the responses in reverse order, gave the same values."""
     probe_faults: dict[str, Fault]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ComposerTrial:
-    """What came of trying a composer on N responses."""
+    """Result of trying a composer on N responses."""
 
     num_responses: int
     total: PartTrial
@@ -86,72 +89,76 @@ class ComposerTrial:
 
     @property
     def warnings(self) -> list[str]:
-        """What could go wrong in training, in plain words."""
+        """Messages about what could go wrong in training."""
         return [*self._about_rewards(), *self._about_parts(), *self._about_the_total()]
 
     def _about_rewards(self) -> list[str]:
-        told = []
+        messages = []
         for reward in self.rewards:
             name = repr(reward.name)
             if reward.faults:
                 first = reward.faults[0]
-                told.append(f"{name} failed on {len(reward.faults)} of {self.num_responses} responses: {first.what}")
+                messages.append(
+                    f"{name} failed on {len(reward.faults)} of {self.num_responses} responses: {first.what}"
+                )
             for probe, fault in reward.probe_faults.items():
                 if not reward.faults:
-                    told.append(f"{name} fails on a response that is {probe}: {fault.what}")
+                    messages.append(f"{name} fails on a response that is {probe}: {fault.what}")
             if not reward.is_deterministic:
-                told.append(
-                    f"{name} gives other values when it is asked again: what is learned from it is partly noise."
+                messages.append(
+                    f"{name} returns different values for the same responses: the policy learns partly from noise."
                 )
             if reward.milliseconds > 1000 * SLOW_SECONDS:
-                told.append(
+                messages.append(
                     f"{name} takes {reward.milliseconds / 1000:.1f} s per response. Score a batch at once "
                     "(@llm_reward(batch=True)), make it async, or set reward_workers."
                 )
-        return told
+        return messages
 
     def _about_parts(self) -> list[str]:
-        told = []
+        messages = []
         for part in self.parts:
             if part.std == 0 and self.num_responses - part.num_none > 1:
-                told.append(f"{part.name!r} is constant ({part.mean:g}): nothing can be learned from it.")
+                messages.append(f"{part.name!r} is constant ({part.mean:g}): the policy cannot learn from it.")
         moving = [part for part in self.parts if part.share_of_variance > MOST_OF_THE_VARIANCE]
         if moving and len(self.parts) > 1:
-            told.append(
-                f"{moving[0].name!r} makes {moving[0].share_of_variance:.0%} of the total's variance: the others "
-                "hardly count. Change weights, or normalise."
+            messages.append(
+                f"{moving[0].name!r} makes up {moving[0].share_of_variance:.0%} of the total's variance: the other "
+                "parts hardly count. Change the weights, or normalise."
             )
-        return told
+        return messages
 
     def _about_the_total(self) -> list[str]:
-        told = []
+        messages = []
         total, correlation = self.total, self.total.length_correlation
         if abs(correlation) > LENGTH_CORRELATION and self.num_responses >= MIN_BATCH:
             what = "longer" if correlation > 0 else "shorter"
             by = [part.name for part in self.parts if abs(part.length_correlation) > LENGTH_CORRELATION]
-            told.append(
+            messages.append(
                 f"The total is a length reward in disguise (correlation {correlation:+.2f}"
                 + (f", by {', '.join(map(repr, by))}" if by else "")
-                + f"): the quickest way to more of it is {what} responses."
+                + f"): {what} responses are the quickest way to raise it."
             )
         for probe in ("empty", "very long"):
             if total.probes.get(probe, math.nan) > total.high:
-                told.append(
+                messages.append(
                     f"A response that is {probe} gets {total.probes[probe]:.3g}, more than the best of the "
                     f"{self.num_responses} ({total.high:.3g}): expect the policy to find that."
                 )
-        return told
+        return messages
 
 
 def try_rewards(composer: KonicLLMRewardComposer, samples: Sequence[Sample]) -> ComposerTrial:
-    """Score responses twice, in order and in reverse, and the probes once; what is normalised, by these responses.
+    """Score responses twice, in order and in reverse, and the probes once.
+
+    Parts that are normalised use the moments of these responses.
 
     Args:
-        composer: Whose rewards.
-        samples: [N] with the columns that rewards ask for.
+        composer: The composer whose rewards are tried.
+        samples: [N], with the columns that the rewards ask for.
 
     Raises:
-        RewardError: A reward asks for a column that is not there, or the reducer fails.
+        RewardError: A reward asks for a column that the samples do not have, or the reducer fails.
     """
     weighting = describe_weighting(composer)
     probes = [replace(samples[0], response=probe) for probe in PROBES.values()]
@@ -174,14 +181,14 @@ def try_rewards(composer: KonicLLMRewardComposer, samples: Sequence[Sample]) -> 
             on_probe = {probe: own.get(name, math.nan) for probe, own in zip(PROBES, probed, strict=True)}
             trials.append(_part(name, one.trial.name, values, _share(moved, totals), lengths, on_probe))
     total = _part("total", "", totals, 1.0, lengths, dict(zip(PROBES, probe_totals, strict=True)))
-    return ComposerTrial(len(samples), total, trials, [one.trial for one in tried])
+    return ComposerTrial(num_responses=len(samples), total=total, parts=trials, rewards=[one.trial for one in tried])
 
 
 def read_responses(name: str) -> list[Sample]:
-    """The samples of a file with columns `prompt` and `response`; its other columns go to the rewards.
+    """Read samples from a file with columns `prompt` and `response`; its other columns go to the rewards.
 
     Raises:
-        DatasetError: No such file, no rows, or a row without a response.
+        DatasetError: The file does not exist or has no rows, or a row has no response.
     """
     rows = read_local(name, "prompt", "response")
     for number, row in enumerate(rows):
@@ -206,19 +213,25 @@ def _try_reward(reward: Reward, samples: Sequence[Sample]) -> _Tried:
         outcomes = list(call_reward(reward, samples))
     milliseconds = 1000 * (time.perf_counter() - started) / len(samples)
     again = list(call_reward(reward, samples[::-1]))[::-1]
-    others = [] if reward.shape == "sample" else list(samples[: MIN_BATCH - 1])  # a batch may need more than one
+    others = [] if reward.shape == "sample" else list(samples[: MIN_BATCH - 1])  # a batch reward may need several
     probed = [
         next(iter(call_reward(reward, [replace(samples[0], response=probe), *others]))) for probe in PROBES.values()
     ]
     faults = [outcome for outcome in outcomes if isinstance(outcome, Fault)]
     probe_faults = {name: fault for name, fault in zip(PROBES, probed, strict=True) if isinstance(fault, Fault)}
     is_deterministic = all(map(_same, outcomes, again))
-    trial = RewardTrial(reward.name, milliseconds, faults, is_deterministic, probe_faults)
+    trial = RewardTrial(
+        name=reward.name,
+        milliseconds=milliseconds,
+        faults=faults,
+        is_deterministic=is_deterministic,
+        probe_faults=probe_faults,
+    )
     return _Tried(trial, outcomes, probed)
 
 
 def _same(one: Outcome, other: Outcome) -> bool:
-    """True of equal outcomes, but for what rounding does to a model's score in another batch."""
+    """True if outcomes are equal, up to the rounding of a model's score in a different batch."""
     if isinstance(one, Fault) or isinstance(other, Fault) or one.keys() != other.keys():
         return one == other
     return all(math.isclose(value, other[part], rel_tol=1e-4, abs_tol=1e-6) for part, value in one.items())
@@ -234,11 +247,22 @@ def _part(
     by_length = correlation(known, [length for _, length in present]) if len(present) > 1 else math.nan
     missing = len(values) - len(present)
     centre = scale * fmean([value / scale for value in known])
-    return PartTrial(name, reward, centre, spread, min(known), max(known), share, by_length, missing, probes)
+    return PartTrial(
+        name=name,
+        reward=reward,
+        mean=centre,
+        std=spread,
+        low=min(known),
+        high=max(known),
+        share_of_variance=share,
+        length_correlation=by_length,
+        num_none=missing,
+        probes=probes,
+    )
 
 
 def _share(part: list[float], totals: list[float]) -> float:
-    """The covariance of a part and the total over the total's variance; NaN where the total does not vary."""
+    """The covariance of a part and the total, divided by the total's variance; NaN if the total does not vary."""
     present = [(value, total) for value, total in zip(part, totals, strict=True) if not math.isnan(total)]
     if len({total for _, total in present}) < 2:
         return math.nan
@@ -252,7 +276,7 @@ def _share(part: list[float], totals: list[float]) -> float:
 
 
 def correlation(left: Sequence[float], right: Sequence[float]) -> float:
-    """Pearson's r; NaN where either does not vary."""
+    """Pearson's r; NaN if either does not vary."""
     if len(set(left)) < 2 or len(set(right)) < 2:
         return math.nan
     scales = [max(map(abs, values)) for values in (left, right)]

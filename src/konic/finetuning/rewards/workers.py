@@ -1,7 +1,8 @@
-"""Rewards called in worker processes that can be killed; same outcomes as in this process, in the same order.
+"""Rewards and samples -> outcomes: calls the rewards in worker processes, which can be killed.
 
-The pool is pebble's. A worker gets the composer's methods and functions by value (cloudpickle): it neither imports the
-user's script nor is forked from a process in which torch has threads.
+The outcomes and their order are the same as in this process. The pool is pebble's. A worker receives the composer's
+methods and functions by value (cloudpickle). It does not import the user's script, and it is not forked from a process
+in which torch has threads.
 """
 
 import contextlib
@@ -31,21 +32,21 @@ from konic.finetuning.rewards.outcomes import Fault, Outcome, Reward, timeout_fa
 from konic.finetuning.rewards.signatures import requested_columns
 
 RESTARTS = 3
-"""Times that a pool which broke down is made anew for one call."""
+"""How many times a broken pool is restarted for one call."""
 CALLS_PER_WORKER = 10_000
-"""After these a worker is replaced, so that what a reward leaks stays bounded."""
+"""Number of calls after which a worker is replaced, so that leaks of a reward stay bounded."""
 START_SECONDS = 120.0
 _GRACE_SECONDS = 0.5
-"""An async reward is stopped by its own loop; where that is blocked, its process is killed this much later."""
+"""The event loop stops an async reward. If the loop is blocked, the process is killed this much later."""
 
 
 class RewardPool:
-    """Worker processes that score by a composer's methods and functions; started on first use.
+    """Worker processes that call a composer's methods and functions; they start on first use.
 
     Args:
-        composer: Whose rewards; its reward models are left out.
-        workers: Processes.
-        timeout: Seconds that one call may take, of a sample or of a whole batch; None sets no bound.
+        composer: The composer whose rewards are called, without its reward models.
+        workers: Number of processes.
+        timeout: Seconds that one call may take, on a sample or on a whole batch; None sets no limit.
     """
 
     def __init__(self, composer: KonicLLMRewardComposer, workers: int, timeout: float | None) -> None:
@@ -73,10 +74,13 @@ class RewardPool:
             self._loaded = self._pool.schedule(_load_error, timeout=START_SECONDS)
 
     def submit(self, rewards: Sequence[Reward], samples: Sequence[Sample]) -> dict[str, Iterator[Outcome]]:
-        """Start calling rewards on a batch; of each, by name, its outcomes in the samples' order as they come.
+        """Start calling rewards on a batch.
+
+        Returns:
+            By reward name, an iterator over the outcomes. It yields them in the samples' order, as they arrive.
 
         Raises:
-            RewardError: The composer cannot be sent to a worker, or not be loaded there.
+            RewardError: The composer cannot be sent to a worker, or cannot be loaded there.
         """
         self.start()
         try:
@@ -89,7 +93,7 @@ class RewardPool:
         return {name: (outcome for call in parts for outcome in call.outcomes()) for name, parts in calls.items()}
 
     def close(self) -> None:
-        """End all workers, whatever they are doing."""
+        """End all workers, even in the middle of a call."""
         if self._pool is not None:
             self._pool.stop()  # type: ignore[no-untyped-call]
             self._pool.join()
@@ -98,22 +102,22 @@ class RewardPool:
     def schedule(
         self, reward: Reward, samples: Sequence[Sample]
     ) -> tuple[pebble.ProcessPool, pebble.ProcessFuture[list[Outcome]]]:
-        """The pool, and what a call in it will return."""
+        """Queue a call; return the pool that runs it, and the future of its outcomes."""
         limit = self.timeout + _GRACE_SECONDS if self.timeout and reward.is_async else self.timeout
         for _ in range(RESTARTS):
             self.start()
             assert self._pool is not None  # noqa: S101
-            with contextlib.suppress(RuntimeError):  # it broke down since it was looked at
+            with contextlib.suppress(RuntimeError):  # the pool broke after the check
                 future = self._pool.schedule(_call, args=(reward.name, samples, self.timeout), timeout=limit)
                 return self._pool, future
         raise RewardError(f"reward_workers: the worker processes ended {RESTARTS} times before any call.")
 
     def is_current(self, pool: pebble.ProcessPool) -> bool:
-        """True where what was given to a pool will be answered."""
+        """True if this pool is still in use and active, so that its queued calls will return."""
         return self._pool is pool and pool.active
 
     def replace(self, broken: pebble.ProcessPool) -> None:
-        """Make the pool anew, unless another call has done so."""
+        """Close a broken pool, so that the next call starts a new one, unless another call has done so."""
         if self._pool is broken:
             self.close()
 
@@ -124,7 +128,7 @@ class RewardPool:
         size = 1
         if reward.shape != "sample":
             size = len(samples)
-        elif reward.is_async:  # awaited together
+        elif reward.is_async:  # each worker awaits its samples concurrently
             size = -(-len(samples) // self._workers)
         return _Call(self, reward, [sample.with_columns(names) for sample in samples]).split(size)
 
@@ -136,7 +140,7 @@ class _Call:
         self._owner, self._reward, self._samples = pool, reward, samples
 
     def split(self, size: int) -> list["_Call"]:
-        """Calls of so many samples each, started."""
+        """Split into calls of at most `size` samples each, and start them."""
         parts = [self._samples[start : start + size] for start in range(0, len(self._samples), size)]
         calls = [_Call(self._owner, self._reward, part) for part in parts]
         for call in calls:
@@ -144,11 +148,11 @@ class _Call:
         return calls
 
     def start(self) -> None:
-        """Put it into the workers' queue."""
+        """Put the call into the workers' queue."""
         self._pool, self._future = self._owner.schedule(self._reward, self._samples)
 
     def outcomes(self) -> list[Outcome]:
-        """What came of it, per sample; a fault where the worker hung or died."""
+        """Wait for the call; return one outcome per sample, a fault if the worker hung or died."""
         for _ in range(RESTARTS):
             try:
                 while not wait([self._future], timeout=1.0).done:
@@ -162,23 +166,23 @@ class _Call:
                 return self._failed(timeout_fault(self._reward, self._owner.timeout))
             except pebble.ProcessExpired as error:
                 return self._failed(Fault(self._reward.who, f"ended its worker process (exit code {error.exitcode})."))
-            except Exception as error:  # what it is called with cannot be pickled
-                told = f"cannot be called in a worker process: {type(error).__name__}: {error}"
-                return self._failed(Fault(self._reward.who, told))
+            except Exception as error:  # the arguments cannot be pickled
+                message = f"cannot be called in a worker process: {type(error).__name__}: {error}"
+                return self._failed(Fault(self._reward.who, message))
         return self._failed(Fault(self._reward.who, f"lost its worker process {RESTARTS} times."))
 
     def _failed(self, fault: Fault) -> list[Outcome]:
-        """The fault for every sample; samples that shared a call are called again, each alone."""
+        """Return the fault for every sample. If single samples shared the call, call each again on its own instead."""
         if self._reward.shape == "sample" and len(self._samples) > 1:
             return [outcome for call in self.split(1) for outcome in call.outcomes()]
         return [fault] * len(self._samples)
 
 
 class _Process(SpawnProcess):
-    """A fresh Python that leaves the user's script alone, and that is killed rather than asked to end."""
+    """A new Python process that does not import the user's script, and that is killed instead of terminated."""
 
     def terminate(self) -> None:
-        """Kill it and what it started: a reward that hangs in C code or ignores SIGTERM hears nothing else."""
+        """Kill the process and its children; SIGTERM does not stop a reward that hangs in C code or ignores it."""
         with contextlib.suppress(ProcessLookupError, PermissionError, AttributeError):
             os.killpg(self.pid or 0, signal.SIGKILL)
         self.kill()
@@ -198,13 +202,13 @@ _spawning = threading.Lock()
 
 @contextlib.contextmanager
 def _main_left_alone() -> Iterator[None]:
-    """Within it, a process that this thread spawns is not told where the user's script is."""
+    """Within the block, a process that this thread spawns does not get the path of the user's script."""
     thread = threading.get_ident()
     with _spawning:
-        told = spawn.get_preparation_data
+        original = spawn.get_preparation_data
 
         def without_main(name: str) -> dict[str, Any]:
-            data = told(name)
+            data = original(name)
             if threading.get_ident() == thread:
                 data = {key: value for key, value in data.items() if not key.startswith("init_main")}
             return data
@@ -213,11 +217,11 @@ def _main_left_alone() -> Iterator[None]:
         try:
             yield
         finally:
-            spawn.get_preparation_data = told
+            spawn.get_preparation_data = original
 
 
 def _pickled(composer: KonicLLMRewardComposer) -> bytes:
-    """The composer without its models, with the code of the user's own modules in it."""
+    """Pickle the composer without its reward models, together with the code of the user's own modules."""
     bare = without_models(composer)
     functions = [reward.call for reward in list_rewards(bare)]
     names = {getattr(thing, "__module__", None) for thing in (*type(bare).__mro__, *functions)}
@@ -229,8 +233,8 @@ def _pickled(composer: KonicLLMRewardComposer) -> bytes:
     except Exception as error:
         raise RewardError(
             f"reward_workers: {type(composer).__name__} cannot be sent to worker processes: {type(error).__name__}: "
-            f"{error}. Leave out what its methods or attributes hold open (a lock, a file, a connection) and open it "
-            "inside the reward, or set reward_workers=0."
+            f"{error}. If a method or attribute holds something open (a lock, a file, a connection), open it inside "
+            "the reward instead, or set reward_workers=0."
         ) from error
     finally:
         for module in modules:
@@ -238,7 +242,10 @@ def _pickled(composer: KonicLLMRewardComposer) -> bytes:
 
 
 def _is_the_users(module: ModuleType) -> bool:
-    """True of a script or module that is neither installed nor a part of konic: a worker need not find it."""
+    """True for a module of the user's own, which is not installed and not part of konic.
+
+    Its code is sent by value, so a worker does not have to find the module.
+    """
     file = getattr(module, "__file__", None)
     if module.__name__ == "__main__" or module.__name__.split(".")[0] == "konic" or file is None:
         return False
@@ -252,12 +259,16 @@ _find_problem: str | None = None
 
 
 def _begin_worker(pickled: bytes) -> None:
-    """Load the rewards, before any call's time is taken; leave a session and a death tied to the parent's."""
+    """Load the rewards before any call is timed.
+
+    The worker leaves its parent's process group, so that it can be killed with its children, and it ends when its
+    parent ends.
+    """
     global _find_problem
     if hasattr(os, "setsid"):
         os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if sys.platform == "linux":  # where the thread cannot run, because a reward hangs in C code
+    if sys.platform == "linux":  # also works when a reward hangs in C code and the thread cannot run
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         _rewards.update({reward.name: reward for reward in list_rewards(cloudpickle.loads(pickled))})

@@ -1,4 +1,4 @@
 """PromptBatch -> Rollout: responses by a sampler, and how policy and reference score every token of them.
 
-In: a policy and prompts. Out: `Samples`, `Rollout`, and `Evaluation` of given prompts.
+Input: a policy and prompts. Output: `Samples`, `Rollout`, and an `Evaluation` of given prompts.
 """

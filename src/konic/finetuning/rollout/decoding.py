@@ -1,4 +1,6 @@
-"""One token after another from a key-value cache: the general way for any model, a fused one for two shapes.
+"""Tokens -> hidden states: decodes token by token with a key-value cache.
+
+`GeneralDecoder` serves any model; a fused decoder serves models of the Llama and GPT-2 shapes.
 
 Shapes: B rows, P prompt tokens, T tokens so far, H hidden size, V vocabulary. A mask is True where a token counts.
 """
@@ -21,29 +23,29 @@ from konic.finetuning.system.memory import return_freed_memory
 
 
 class Decoder(Protocol):
-    """What sampling asks of a model."""
+    """The interface through which sampling runs a model."""
 
     def prefill(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Take the prompts [B, P], padded on the left; the last hidden state [B, H] of each."""
+        """Read the prompts [B, P], padded on the left; return the last hidden state [B, H] of each."""
 
     def step(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        """Take one more token of each row [B], and whether it counts [B]; the hidden states [B, H].
+        """Read one more token of each row [B], and whether it counts [B]; return the hidden states [B, H].
 
-        Those of a row whose token does not count mean nothing, nor do any that follow.
+        If a row's token does not count, the row's hidden states from this step on are meaningless.
         """
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows [n] of the ones so far, in this order; a row may be named more than once."""
+        """Continue with these rows [n] of the current batch, in this order. A row may occur more than once."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [B, V] of hidden states [B, H], in fp32 or better."""
+        """Return the logits [B, V] of hidden states [B, H], in fp32 or better."""
 
 
 @contextmanager
 def open_decoder(model: LanguageModel, num_rows: int, num_tokens: int) -> Iterator[Decoder]:
-    """The fastest decoder there is for a model, for at most `num_tokens` tokens of `num_rows` rows.
+    """Yield the fastest decoder for a model, for at most `num_tokens` tokens in each of `num_rows` rows.
 
-    While it is open the model's layers may be others that compute the same.
+    While the decoder is open, some layers of the model may be replaced by layers that compute the same.
     """
     prepacked_rows = rows_to_prepack(model.causal_lm, num_rows, num_tokens)
     try:
@@ -66,7 +68,7 @@ def open_decoder(model: LanguageModel, num_rows: int, num_tokens: int) -> Iterat
 
 
 class GeneralDecoder:
-    """Any model: its own forward pass, and the cache of `transformers`."""
+    """Decodes any model with the model's own forward pass and the cache of `transformers`."""
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model

@@ -1,6 +1,7 @@
-"""Prompts -> Evaluation: responses of a policy to given prompts, and their rewards.
+"""Prompts -> Evaluation: samples a policy's responses to given prompts and scores them.
 
-The same prompts get the same random numbers every time, so that before and after differ by the policy alone.
+The same prompts get the same random numbers every time, so evaluations before and after training differ only because of
+the policy.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,9 +19,9 @@ from konic.finetuning.rollout.rollout import make_records, score_under_reference
 from konic.finetuning.rollout.sampler import RandomKey, Samples, SpecialTokens
 
 BATCH_SIZE = 64
-"""Prompts sampled at once: on a CPU a decode step of 64 takes about twice as long as one of 8."""
+"""Prompts sampled at once. On a CPU, a decode step of 64 rows takes about twice as long as a step of 8 rows."""
 MICRO_BATCH_SIZE = 16
-"""Sequences that the reference reads whole at once."""
+"""Whole sequences that the reference reads in one forward pass."""
 
 
 def respond(
@@ -31,9 +32,9 @@ def respond(
     seed: int,
     from_reference: bool = False,
 ) -> list[Sample]:
-    """Responses [N] to the prompts [N], of the policy or of its reference.
+    """Return responses [N] to the prompts [N], sampled from the policy or from its reference.
 
-    The random numbers depend on the seed and the row of each prompt.
+    The random numbers depend on the seed and on the dataset row of each prompt.
     """
     batches = _sample_in_batches(policy, prompts, generation, special, seed, from_reference)
     return [record for _, _, records in batches for record in records]
@@ -49,28 +50,29 @@ def evaluate(
     moments: Mapping[str, RunningMoments],
     from_reference: bool = False,
 ) -> Evaluation:
-    """Sample a response to every prompt, as :func:`respond` does, and score it; `moments` stay as they are.
+    """Sample a response to every prompt, as :func:`respond` does, and score it. `moments` is not changed.
 
-    `from_reference` evaluates the reference instead, which is the policy before training: its KL is 0 and not computed.
+    `from_reference` evaluates the reference instead, which is the policy before training. The KL of the
+    reference is 0 and is not computed.
     """
-    every: list[Sample] = []
+    all_records: list[Sample] = []
     kls: list[float] = []
     for batch, samples, records in _sample_in_batches(policy, prompts, generation, special, seed, from_reference):
-        every += records
+        all_records += records
         if from_reference:
             kls += [0.0] * len(records)
         else:
             kl = score_under_reference(policy, batch, samples, generation.temperature, MICRO_BATCH_SIZE).kl
             kls += kl.sum(dim=1).tolist()
-    scores = scorer.score(every, moments)
+    scores = scorer.score(all_records, moments)
     scorer.require_few_faults([], scores)
     return Evaluation(
-        prompts=[record.prompt for record in every],
-        responses=[record.response for record in every],
+        prompts=[record.prompt for record in all_records],
+        responses=[record.response for record in all_records],
         rewards=scores.rewards,
         breakdown=scores.breakdown,
         kl_per_response=kls,
-        response_lengths=[len(record.token_ids) for record in every],
+        response_lengths=[len(record.token_ids) for record in all_records],
         errors=scores.errors,
     )
 

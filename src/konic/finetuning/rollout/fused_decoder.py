@@ -1,4 +1,9 @@
-"""A model of a known shape, decoded from one tensor of keys and values.
+"""Tokens -> hidden states: decodes a model of a known shape, with all keys and values in one tensor.
+
+Why by hand: of the caches in `transformers`, `DynamicCache` copies all keys and values of a layer to append one token,
+and with `StaticCache` every step attends to the full length of the cache. Here a step writes its keys and values into
+place and attends only to the tokens so far. Together with the joined products of `fused_transformer.py`, a decode step
+takes 27 ms instead of 34 ms (docs/speed.md: SmolLM2-135M, 8 rows, two CPU cores).
 
 Shapes: B rows, P prompt tokens, T tokens so far.
 """
@@ -12,7 +17,7 @@ from konic.finetuning.rollout.fused_transformer import Transformer
 
 
 class FusedDecoder:
-    """A model of a known shape: its products packed and joined, its keys and values in one tensor."""
+    """Decodes a model of a known shape, with packed and joined products and with keys and values in one tensor."""
 
     def __init__(self, model: LanguageModel, transformer: Transformer, num_tokens: int) -> None:
         self._model, self._transformer, self._num_tokens = model, transformer, num_tokens
@@ -29,7 +34,7 @@ class FusedDecoder:
         causal: Tensor | None = None
         if not mask.all():
             seen = mask[:, None, None, :] & torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-            # a padding token sees itself: of nothing at all the softmax is not a number
+            # a padding token attends to itself, because a softmax over no tokens is NaN
             causal = seen | torch.eye(length, dtype=torch.bool, device=ids.device)
             self._bias = torch.zeros(num_rows, 1, 1, total, dtype=self._cache.dtype, device=ids.device)
             self._bias[:, 0, 0, :length].masked_fill_(~mask, -torch.inf)
@@ -55,5 +60,5 @@ class FusedDecoder:
         return self._model.logits(hidden)
 
     def close(self) -> None:
-        """Let go of the packed weights and the cache."""
+        """Release the packed weights and the cache."""
         vars(self).clear()

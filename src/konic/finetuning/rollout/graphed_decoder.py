@@ -1,4 +1,6 @@
-"""The fused decoder as one CUDA graph per step. Written, and tested without a graph; it has never run on a GPU.
+"""Tokens -> hidden states: the fused decoder, with each decode step as one CUDA graph.
+
+The CUDA graph has never run on a GPU. The tests run the same step on a CPU, without a graph.
 
 Shapes: B rows.
 """
@@ -10,16 +12,16 @@ from konic.finetuning.rollout.fused_decoder import FusedDecoder
 
 
 class GraphedDecoder(FusedDecoder):
-    """The fused step over tensors that never move, which a GPU replays as one graph instead of launching each kernel.
+    """Runs the fused step on tensors that never move, so that a GPU replays one graph instead of launching each kernel.
 
-    Attention reads the whole cache; what is not written yet is hidden by the bias. Elsewhere than on a GPU the same
+    Attention reads the whole cache; the bias hides the positions that are not written yet. On other devices the same
     step runs without a graph.
     """
 
     def prefill(self, ids: Tensor, mask: Tensor) -> Tensor:
         """See :class:`Decoder`."""
         hidden = super().prefill(ids, mask)
-        self._cache[..., self._length :, :] = 0.0  # what is hidden has to be a number
+        self._cache[..., self._length :, :] = 0.0  # hidden positions must hold finite numbers too
         self._is_set_up = False
         return hidden
 
@@ -45,7 +47,7 @@ class GraphedDecoder(FusedDecoder):
         self._is_set_up = False
 
     def _set_up(self, tokens: Tensor) -> None:
-        """The tensors of a step, at the token to come, and its graph."""
+        """Create the tensors of a step, set to the next token, and record the graph of the step."""
         total, last = self._cache.shape[-2], self._length - 1
         self._tokens, self._position = tokens[:, None].clone(), self._positions[:, last : last + 1].clone()
         self._slot = torch.tensor([last], device=tokens.device)

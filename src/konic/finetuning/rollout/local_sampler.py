@@ -1,4 +1,10 @@
-"""PromptBatch -> Samples: token by token with a key-value cache, from random numbers keyed by dataset row.
+"""PromptBatch -> Samples: samples token by token with a key-value cache and random numbers keyed by dataset row.
+
+Why the draw is written by hand: `torch.multinomial`, which `transformers` generate uses, takes the random numbers of a
+whole batch from one generator, so a response would depend on the other rows of its batch. `draw` inverts the
+cumulative distribution at a number that depends only on (seed, iteration, row, sample, token). A response therefore
+does not depend on how prompts are batched or on when other rows leave the batch. docs/speed.md has no figure for the
+draw alone; the 27 ms of a decode step include it.
 
 Shapes: B sequences, P prompt tokens, R response tokens, V vocabulary. A mask is True where a token counts.
 """
@@ -20,38 +26,38 @@ from konic.finetuning.rollout.decoding import open_decoder
 from konic.finetuning.rollout.sampler import RandomKey, Samples, SpecialTokens
 
 MAX_SHARE_TO_SHRINK = 0.75
-"""Rows that ended leave the batch when at most this share of it goes on: leaving copies the keys of those that stay."""
+"""Ended rows leave the batch if at most this share of it still runs. Leaving copies the cache of the other rows."""
 LOOK_EVERY = {"cpu": 1, "cuda": 16}
-"""Tokens between two looks at which rows have ended: looking makes the host wait for the device."""
+"""Tokens between two checks of which rows have ended, by device type. A check makes the host wait for the device."""
 
 
 def uniforms(rng_key: RandomKey, row: int, sample: int, count: int) -> np.ndarray:
-    """`count` float64 numbers in [0, 1) for the tokens of one response, of 52 bits each.
+    """Return `count` float64 numbers in [0, 1), of 52 bits each, for the tokens of one response.
 
-    They depend on (seed, iteration, row, sample, token) alone: Philox with the first two as its key, the row and
-    sample in its counter, and the token as the step (Salmon et al. 2011).
+    The numbers depend only on (seed, iteration, row, sample, token). The generator is Philox (Salmon et al. 2011): seed
+    and iteration are the key, row and sample are in the counter, and the token is the step.
     """
     bits = np.random.Philox(key=[rng_key.seed, rng_key.iteration], counter=[0, 0, sample, row]).random_raw(count)
     return (bits >> np.uint64(12)).astype(np.float64) * 2.0**-52
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """One token per row [B] of softmax(logits [B, V]), by inverting the distribution function at uniform [B]."""
+    """Draw one token per row [B] of softmax(logits [B, V]), by inverting the cumulative distribution at uniform [B]."""
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    found = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
-    return found.clamp(max=logits.shape[-1] - 1)  # past the end where a product is rounded up, or nothing is a number
+    tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
+    return tokens.clamp(max=logits.shape[-1] - 1)  # past the end if the product is rounded up or logits are NaN
 
 
 @dataclass(frozen=True)
 class LocalSampler:
-    """Samples from the weights of the policy itself, or of its reference: a :class:`Sampler` with hidden states."""
+    """A :class:`Sampler` that runs the policy's own weights, or those of its reference, and returns hidden states."""
 
     policy: Policy
     special: SpecialTokens
     from_reference: bool = False
 
     def __call__(self, batch: PromptBatch, generation: GenerationConfig, rng_key: RandomKey) -> Samples:
-        """A response to every prompt: see :class:`Sampler`."""
+        """Return a response to every prompt; see :class:`Sampler`."""
         with self.policy.merged_adapter(self.from_reference) as model:
             return sample(model, self.policy.tokenizer, batch, generation, self.special, rng_key)
 
@@ -65,15 +71,15 @@ def sample(
     special: SpecialTokens,
     rng_key: RandomKey,
 ) -> Samples:
-    """Responses to a batch of prompts.
+    """Return a response to every prompt of a batch.
 
     Args:
-        model: What to sample from.
+        model: The model to sample from.
         tokenizer: For stop strings.
         batch: The prompts.
         generation: Lengths, temperature and filters.
         special: End and padding tokens.
-        rng_key: Where the random numbers come from, with each prompt's row and sample index.
+        rng_key: Determines the random numbers, together with each prompt's row and sample index.
     """
     num_rows, device = len(batch), batch.ids.device
     numbers = [
@@ -84,13 +90,13 @@ def sample(
     eos = torch.tensor(special.eos, dtype=torch.int64, device=device)
     choose = _chooser(generation, eos, batch)
     with open_decoder(model, num_rows, generation.max_new_tokens) as decoder:
-        prompts, prompt_mask, of_rows = distinct_prompts(batch.ids, batch.mask)
+        prompts, prompt_mask, prompt_of_row = distinct_prompts(batch.ids, batch.mask)
         hidden = decoder.prefill(prompts, prompt_mask)
         if len(prompts) < num_rows:
-            decoder.select(of_rows)
-            hidden = hidden[of_rows]
+            decoder.select(prompt_of_row)
+            hidden = hidden[prompt_of_row]
         responses = _Responses(num_rows, generation.max_new_tokens, hidden, special.pad)
-        rows = torch.arange(num_rows, device=device)  # those that the decoder still continues
+        rows = torch.arange(num_rows, device=device)  # the rows that are still in the decoder
         running = torch.ones(num_rows, dtype=torch.bool, device=device)
         for step in range(generation.max_new_tokens):
             logits = decoder.logits(hidden)
@@ -103,20 +109,20 @@ def sample(
             running = running & ~done
             if step + 1 == generation.max_new_tokens:
                 break
-            looks = (step + 1) % LOOK_EVERY.get(device.type, 1) == 0
-            num_running = int(running.sum()) if looks else len(rows)
+            checks_now = (step + 1) % LOOK_EVERY.get(device.type, 1) == 0
+            num_running = int(running.sum()) if checks_now else len(rows)
             if num_running == 0:
                 break
             if num_running <= MAX_SHARE_TO_SHRINK * len(rows):
-                left = running.nonzero().squeeze(-1)
-                decoder.select(left)
-                rows, chosen, running = rows[left], chosen[left], running[left]
+                remaining = running.nonzero().squeeze(-1)
+                decoder.select(remaining)
+                rows, chosen, running = rows[remaining], chosen[remaining], running[remaining]
             hidden = decoder.step(chosen, running)
     return responses.samples()
 
 
 class _Responses:
-    """The tokens of all rows so far, in tensors of their full length."""
+    """The responses of all rows so far, in tensors of full length."""
 
     def __init__(self, num_rows: int, num_tokens: int, hidden: Tensor, pad: int) -> None:
         shape, device = (num_rows, num_tokens), hidden.device
@@ -130,14 +136,14 @@ class _Responses:
     def add(
         self, step: int, rows: Tensor, running: Tensor, chosen: Tensor, scaled_logits: Tensor, hidden: Tensor
     ) -> None:
-        """Write one token of some rows [n], with its log-prob and the hidden state [n, H] that it came from."""
+        """Write one token for some rows [n], with its log-prob and the hidden state [n, H] it was drawn from."""
         log_prob = scaled_logits.gather(-1, chosen[:, None]).squeeze(-1) - scaled_logits.logsumexp(dim=-1)
         self._ids[rows, step], self._mask[rows, step] = chosen, running
         self._log_probs[rows, step] = torch.where(running, log_prob, 0.0)
         self._hidden[rows, step] = torch.where(running[:, None], hidden, 0.0)
 
     def hit_stop(self, step: int, rows: Tensor, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> Tensor:
-        """[n] True where the response of a row so far holds a stop string."""
+        """Return True [n] where the response of a row so far contains a stop string."""
         ids, mask = self._ids[rows, : step + 1], self._mask[rows, : step + 1]
         texts = [
             tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in zip(ids, mask, strict=True)
@@ -145,7 +151,7 @@ class _Responses:
         return torch.tensor([any(string in text for string in stop) for text in texts], device=ids.device)
 
     def samples(self) -> Samples:
-        """All of it, as long as the longest response."""
+        """Return all responses, in tensors as long as the longest response."""
         used = int(self._mask.any(dim=0).sum())
         return Samples(
             response_ids=self._ids[:, :used],
@@ -159,9 +165,9 @@ class _Responses:
 def _chooser(
     generation: GenerationConfig, eos: Tensor, batch: PromptBatch
 ) -> Callable[[Tensor, int, Tensor, Tensor], Tensor]:
-    """A function (logits [n, V], step, uniform [n], rows [n] of the batch) -> tokens [n].
+    """Return a function (logits [n, V], step, uniform [n], rows [n] of the batch) -> tokens [n].
 
-    It applies the config's filters in the order of `transformers`.
+    The function applies the config's filters in the order of `transformers`.
     """
     top_k = TopKLogitsWarper(generation.top_k) if generation.top_k else None
     top_p = TopPLogitsWarper(generation.top_p) if generation.top_p < 1 else None
@@ -188,6 +194,6 @@ def _chooser(
 
 
 def _prompt_tokens(batch: PromptBatch, vocabulary: int) -> Tensor:
-    """[B, V] True on the tokens of each prompt, padding left out."""
+    """Return a mask [B, V] that is True on the tokens of each prompt, without padding."""
     counts = torch.zeros(len(batch), vocabulary, dtype=torch.int64, device=batch.ids.device)
     return counts.scatter_add(1, batch.ids, batch.mask.long()) > 0

@@ -1,4 +1,4 @@
-"""PromptBatch -> Rollout: responses, and how the policy and the reference score every token of them.
+"""PromptBatch -> Rollout: samples responses and scores every token under the policy and the reference.
 
 Shapes: B sequences, P prompt tokens, R response tokens, H hidden size. A mask is True where a token counts.
 """
@@ -23,37 +23,37 @@ from konic.finetuning.rollout.sampler import RandomKey, Sampler, Samples, Specia
 
 @dataclass(frozen=True, kw_only=True)
 class TokenNumbers:
-    """What policy and reference make of the tokens sampled. Tensors are [B, R] and 0 outside the response mask."""
+    """Scores of the sampled tokens under policy and reference. Tensors are [B, R] and 0 outside the response mask."""
 
     log_probs: Tensor
-    """log π(token): the denominator of the ratio. From the hidden states of the sampler where it gives them and the
-    model computes in fp32 or better, else from a pass over whole sequences."""
+    """log π(token): the denominator of the ratio. Computed from the sampler's hidden states if the sampler returns them
+    and the model computes in fp32 or better, else by a pass over whole sequences."""
     ref_log_probs: Tensor
     """log π_ref(token)."""
     kl: Tensor
-    """Exact KL(π ‖ π_ref) of the distribution each token was drawn from, nats."""
+    """Exact KL(π ‖ π_ref) of the distribution from which each token was drawn, in nats."""
     entropy: Tensor
-    """Entropy of that distribution, nats."""
+    """Entropy of the distribution from which each token was drawn, in nats."""
     values: Tensor
-    """The expectation of the value head before each token, in units of reward."""
+    """The value head's estimate before each token, in units of reward."""
     ref_hidden: Tensor
-    """[B, R, H] the last hidden states of the reference, from which its distributions are made again for a KL in the
-    loss; any value outside the response mask."""
+    """[B, R, H] the last hidden states of the reference. A KL in the loss recomputes the reference's distributions from
+    these states. Values outside the response mask are arbitrary."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout(TokenNumbers):
-    """Responses under the policy before its update."""
+    """Responses of the policy, with their scores, before its update."""
 
     batch: PromptBatch
     samples: Samples
     """The responses as tensors."""
     records: Sequence[Sample]
-    """[B] The same, one record for each response."""
+    """[B] The responses as records, one for each."""
     temperature: float
-    """Divides the logits in all log-probs, KL and entropy, as it did in sampling."""
+    """Divides the logits in all log-probs, KL and entropy, as in sampling."""
     in_full_precision: bool
-    """False where the model computes in 16 bits, so that rounding alone moves log-probs by more."""
+    """False if the model computes in 16 bits, where rounding alone moves log-probs further than in fp32."""
 
     @property
     def response_mask(self) -> Tensor:
@@ -88,16 +88,16 @@ def rollout(
     """Sample a response to every prompt and score it under policy and reference.
 
     Args:
-        policy: What is trained.
-        sampler: What samples responses from it.
+        policy: The policy that is trained.
+        sampler: Samples responses from the policy.
         batch: The prompts.
         generation: How to sample.
         special: End and padding tokens.
-        rng_key: Where the random numbers come from.
-        micro_batch_size: Sequences scored at once, as many as the update takes; all if None.
+        rng_key: Determines the random numbers.
+        micro_batch_size: Sequences scored at once, as many as in the update; None means all.
     """
     prepacked_rows = rows_to_prepack(policy.language_model.causal_lm, len(batch), generation.max_new_tokens)
-    with policy.language_model.prepacked_head(prepacked_rows):  # for both: most of scoring is the products of the head
+    with policy.language_model.prepacked_head(prepacked_rows):  # scoring too is mostly products of the head
         samples = sampler(batch, generation, rng_key)
         numbers = score_under_reference(policy, batch, samples, generation.temperature, micro_batch_size)
     return Rollout(
@@ -113,7 +113,7 @@ def rollout(
 def make_records(
     batch: PromptBatch, samples: Samples, policy: Policy, generation: GenerationConfig, special: SpecialTokens
 ) -> list[Sample]:
-    """One record for each response [B]."""
+    """Return one record for each response [B]."""
     responses = decode_responses(samples, policy.tokenizer, special, generation.stop)
     return make_samples(batch.prompts, batch.texts, responses, samples.token_ids())
 
@@ -121,7 +121,7 @@ def make_records(
 def score_under_reference(
     policy: Policy, batch: PromptBatch, samples: Samples, temperature: float, micro_batch_size: int | None = None
 ) -> TokenNumbers:
-    """How policy and reference score responses that were sampled from the policy as it is now."""
+    """Score responses, sampled from the policy's current weights, under policy and reference."""
     hidden = samples.hidden if _is_full_precision(policy) else None
     if hidden is None:
         hidden = _response_hidden(policy.language_model, batch, samples, micro_batch_size)
@@ -138,30 +138,30 @@ def _is_full_precision(policy: Policy) -> bool:
 def _response_hidden(
     model: LanguageModel, batch: PromptBatch, samples: Samples, micro_batch_size: int | None
 ) -> Tensor:
-    """The hidden states [B, R, H] before every response token, from whole sequences rather than a cache."""
+    """Return the hidden states [B, R, H] before every response token, from whole sequences instead of a cache."""
     num_rows, num_tokens = samples.response_mask.shape
     ids = torch.cat([batch.ids, samples.response_ids], dim=1)
     mask = torch.cat([batch.mask, samples.response_mask], dim=1)
     hidden: Tensor | None = None
     for rows in group_by_length(batch.mask, samples.response_mask, micro_batch_size):
-        found = model.response_hidden(ids[rows], mask[rows], num_tokens)
+        group_hidden = model.response_hidden(ids[rows], mask[rows], num_tokens)
         if hidden is None:
-            hidden = found.new_zeros(num_rows, *found.shape[1:])
-        hidden[rows] = found
+            hidden = group_hidden.new_zeros(num_rows, *group_hidden.shape[1:])
+        hidden[rows] = group_hidden
     assert hidden is not None  # noqa: S101
     return hidden
 
 
 @torch.no_grad()
 def _score(policy: Policy, samples: Samples, hidden: Tensor, ref_hidden: Tensor, temperature: float) -> TokenNumbers:
-    """The numbers of the tokens sampled, from the hidden states [B, R, H] of policy and reference before each."""
+    """Score the sampled tokens, from the hidden states [B, R, H] of policy and reference before each token."""
     model = policy.language_model
 
     def score(hidden: Tensor, ref_hidden: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         both = [
             log_softmax_(logits, temperature) for logits in (model.logits(hidden), policy.reference_logits(ref_hidden))
         ]
-        log_probs, ref_log_probs = (every.gather(-1, tokens[:, None]).squeeze(-1) for every in both)
+        log_probs, ref_log_probs = (each.gather(-1, tokens[:, None]).squeeze(-1) for each in both)
         entropy, kl = entropy_and_kl_(*both)
         return log_probs, ref_log_probs, kl, entropy, policy.value_head(hidden)
 

@@ -1,4 +1,4 @@
-"""PromptBatch -> Samples: what every sampler gives back, whatever engine samples.
+"""PromptBatch -> Samples: the interface of every sampler, for any engine, and the tensors it returns.
 
 Shapes: B sequences, R response tokens, H hidden size. A mask is True where a token counts.
 """
@@ -17,50 +17,50 @@ from konic.finetuning.models.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class RandomKey:
-    """With a dataset row and a sample's index, determines every random number of a response."""
+    """Determines every random number of a response, together with a dataset row and a sample index."""
 
     seed: int
     iteration: int
-    """From 1 in training; 0 is evaluation."""
+    """From 1 in training; 0 in evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """What was sampled, and with which log-probs."""
+    """Sampled responses with their log-probs."""
 
     response_ids: Tensor
     """[B, R] int64, padded on the right."""
     response_mask: Tensor
-    """[B, R] True on response tokens, the end-of-sequence token among them."""
+    """[B, R] True on response tokens, including the end-of-sequence token."""
     log_probs: Tensor
     """[B, R] log-probs of the tokens under softmax(logits / temperature), before any filter; 0 outside the mask."""
     ended: Tensor
     """[B] True where the response ended by itself: by an end-of-sequence token or a stop string."""
     hidden: Tensor | None = None
-    """[B, R, H] the hidden states of the policy from which each token was drawn, 0 outside the mask; None where the
-    sampler does not give them. Scoring then makes a forward pass of its own."""
+    """[B, R, H] the hidden states of the policy from which each token was drawn, 0 outside the mask; None if the
+    sampler does not return them. Scoring then runs its own forward pass."""
 
     def token_ids(self) -> list[list[int]]:
-        """[B] the tokens of each response."""
+        """Return the tokens of each response [B]."""
         return [ids[counts].tolist() for ids, counts in zip(self.response_ids, self.response_mask, strict=True)]
 
 
 class Sampler(Protocol):
-    """What samples responses. It may be another engine than the one that trains."""
+    """The interface of a sampler. It may use a different engine than training does."""
 
     def __call__(self, batch: PromptBatch, generation: GenerationConfig, rng_key: RandomKey) -> Samples:
-        """A response to every prompt of a batch.
+        """Return a response to every prompt of a batch.
 
         Args:
             batch: The prompts.
             generation: Lengths, temperature, filters and stop strings.
-            rng_key: With the row and the sample index of each prompt, seeds its response.
+            rng_key: Seeds each response, together with the row and the sample index of its prompt.
         """
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The ids that end a response, and the one that fills padding."""
+    """The token ids that end a response, and the id used for padding."""
 
     eos: tuple[int, ...]
     pad: int
@@ -69,10 +69,12 @@ class SpecialTokens:
 def special_tokens(
     generation: GenerationConfig, model: LanguageModel, tokenizer: PreTrainedTokenizerBase
 ) -> SpecialTokens:
-    """The ids a config names, else all that the generation config of the model and the tokenizer end with.
+    """Return the end and padding ids that the config names, with defaults from the model and the tokenizer.
+
+    Without end ids in the config, all end ids of the model's generation config and of the tokenizer are used.
 
     Raises:
-        ConfigError: An id outside the vocabulary.
+        ConfigError: An id is outside the vocabulary.
     """
     given = generation.eos_token_id
     if given is None:
@@ -92,7 +94,7 @@ def special_tokens(
 def decode_responses(
     samples: Samples, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, stop: tuple[str, ...] | None
 ) -> list[str]:
-    """The text of each response [B]: without special tokens, cut before a stop string."""
+    """Return the text of each response [B], without special tokens and cut before a stop string."""
     return [_decode_response(ids, tokenizer, special.eos, stop) for ids in samples.token_ids()]
 
 

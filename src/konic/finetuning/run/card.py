@@ -13,7 +13,7 @@ from konic.finetuning.results.summary import FinetuningResult
 
 
 def model_card(result: FinetuningResult, settings: dict[str, Any], base_location: str, is_adapter: bool) -> str:
-    """The README.md of a saved model: what it is, what it was trained to, how far it went, how to load it."""
+    """The README.md of a saved model: its base, its training, its rewards before and after, how to load it."""
     algorithm = settings["algorithm"]
     first, last = (result.history[0], result.history[-1]) if result.history else (None, None)
     header = ModelCardData(
@@ -59,5 +59,5 @@ def model_card(result: FinetuningResult, settings: dict[str, Any], base_location
 
 
 def _escaped(text: str) -> str:
-    """Text that neither markdown, HTML nor a terminal takes for more than text; for a table's cell."""
+    """The text for a cell of a table, escaped for Markdown, HTML and a terminal."""
     return html.escape(printable(text)).replace("|", "&#124;").replace("[", "&#91;").replace("`", "&#96;")

@@ -1,4 +1,4 @@
-"""Checkpoints: everything a resume needs, in safetensors and json alone; nothing that is read can run."""
+"""Policy + optimizer + TrainerState -> a checkpoint, and back: only safetensors and json, so nothing in it can run."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ def save_checkpoint(
         if not tensor.isfinite().all():
             raise NotFiniteError(
                 f"{name} holds NaN or infinity after iteration {state.iteration}: no checkpoint of it is written. "
-                "Resume the one before, with a lower learning_rate or max_grad_norm."
+                "Resume the checkpoint before it, with a lower learning_rate or max_grad_norm."
             )
     with replacing_folder(folder) as target:
         policy.save(target)
@@ -56,7 +56,7 @@ def save_checkpoint(
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """What a checkpoint says of its run: all that can be read without its weights."""
+    """What a checkpoint says about its run: all that can be read without its weights."""
 
     state: TrainerState
     settings: dict[str, Any]
@@ -64,7 +64,7 @@ class CheckpointRecord:
 
 
 def read_record(folder: Path) -> CheckpointRecord:
-    """Where the run of a checkpoint stood, its settings and its environment.
+    """The state, settings and environment of the run that wrote a checkpoint.
 
     Raises:
         OutputError: There is no checkpoint in the folder.
@@ -83,7 +83,7 @@ def read_record(folder: Path) -> CheckpointRecord:
 
 
 def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> TrainerState:
-    """Put weights and optimizer back as :func:`save_checkpoint` found them, and return where the run stood.
+    """Restore weights and optimizer as :func:`save_checkpoint` found them; returns the state of the run.
 
     Raises:
         OutputError: The folder is not a whole checkpoint of this policy.
@@ -109,13 +109,13 @@ def checkpoints(run_folder: Path) -> list[Path]:
 
 
 def iteration_number(checkpoint: Path) -> int:
-    """The iteration that a checkpoint's folder is named by."""
+    """The iteration in the name of a checkpoint's folder."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 @contextmanager
 def swapped_weights(policy: Policy, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Within it the policy has other weights; its own come back bit for bit."""
+    """Within it the policy has other weights; afterwards its own are restored bit for bit."""
     trainable = policy.trainable()
     own = {name: parameter.data for name, parameter in trainable.items()}
     try:

@@ -1,8 +1,9 @@
-"""Rollout, results -> findings: what goes wrong unseen in reinforcement learning, looked for in every run.
+"""Rollout, results -> findings: checks in every run for what goes wrong silently in reinforcement learning.
 
-A broken invariant stops the run before its step. Anything else is told once, with what it means and what to try, and
-its name is kept in the iteration's `checks`. Two more invariants stand where they are measured: the reference is the
-loaded model (policy.check_reference), and what trains is what sampled (update).
+A broken invariant stops the run before the optimizer step. Any other finding is reported once, with what it means and
+what to try, and its name is kept in the `checks` of the iteration. Two more invariants are checked where they are
+measured: the reference is the loaded model (`Policy.check_reference`), and the policy that trains is the one that
+sampled (`update`).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,17 +17,17 @@ from konic.finetuning.rewards.scoring import Scores
 from konic.finetuning.rollout.rollout import Rollout
 
 MAX_START_KL = 1e-4
-"""KL per token, nats, of the untrained policy from its reference in fp32; rounding stays below a thousandth of it."""
+"""KL per token, nats, of the untrained policy from its reference in fp32. Rounding stays below a thousandth of it."""
 MAX_REWARD = 1e15
-"""Beyond it a reward's square, and sums of such, come near the end of single precision (3e38)."""
+"""The square of a larger reward, and sums of such squares, come near the limit of single precision (3e38)."""
 PATIENCE = 3
-"""Iterations in a row that make a finding of what one batch may show by chance."""
+"""Iterations in a row that a fault must last before it is reported: one batch may show it by chance."""
 History = Sequence[FinetuningIterationResult]
 _Finding = Callable[[History, TrainingConfig, GenerationConfig], str | None]
 
 
 def require_sound_rollout(rollout: Rollout, iteration: int) -> None:
-    """See that an untrained policy is its reference.
+    """Check that an untrained policy is its reference.
 
     Raises:
         TrainingError: It is not. Nothing was updated.
@@ -37,16 +38,16 @@ def require_sound_rollout(rollout: Rollout, iteration: int) -> None:
     if iteration == 1 and kl > MAX_START_KL:
         raise TrainingError(
             f"Before any training the policy is {kl:.2g} nats per token from its reference, which is the same model: "
-            "the adapter is not switched off where the reference is computed, or the model reads a cached sequence, as "
-            "in sampling, differently from a whole one. Nothing was updated. Try plain LoRA (LoraConfig()) and "
-            "model_kwargs={'attn_implementation': 'eager'}, and please report it."
+            "either the adapter is not switched off when the reference is computed, or the model gives other numbers "
+            "for a cached sequence, as in sampling, than for a whole one. Nothing was updated. Try plain LoRA "
+            "(LoraConfig()) and model_kwargs={'attn_implementation': 'eager'}, and please report it."
         )
 
 
 def find_nonfinite(rollout: Rollout, scores: Scores, policy: Policy) -> str | None:
-    """Which number of a batch cannot be learned from, whose it is and what to do; None where all can.
+    """The first number of a batch that is not finite, with its sample and what to do; None if there is none.
 
-    A reward's square has to fit single precision with room for sums, so rewards beyond ±1e15 are counted in.
+    A reward beyond ±1e15 counts too, because its square must fit into single precision with room for sums.
     """
     for name in ("log_probs", "ref_log_probs", "kl", "entropy", "values"):
         bad = (rollout.response_mask & ~getattr(rollout, name).isfinite()).any(dim=1).nonzero()
@@ -67,24 +68,24 @@ def find_nonfinite(rollout: Rollout, scores: Scores, policy: Policy) -> str | No
 
 
 def require_some_steps(history: History) -> None:
-    """See that a run that drops what is not finite does not drop everything.
+    """Check that a run with on_nonfinite="skip" does not drop everything.
 
     Raises:
-        TrainingError: Iterations in a row ended without one step.
+        TrainingError: Several iterations in a row took no optimizer step.
     """
     recent = history[-PATIENCE:]
     if len(recent) == PATIENCE and all(r.num_nonfinite and not r.num_steps for r in recent):
         raise TrainingError(
             f"In each of the last {PATIENCE} iterations everything was dropped because numbers were not finite "
-            "(on_nonfinite='skip'): nothing is learned any more. The warnings before this name them. Go back to an "
-            "earlier checkpoint, and lower the learning rate or mend the reward."
+            "(on_nonfinite='skip'): the model no longer learns. The warnings above name the numbers. Go back to an "
+            "earlier checkpoint, and lower the learning rate or fix the reward."
         )
 
 
 def new_findings(history: History, config: TrainingConfig, generation: GenerationConfig) -> dict[str, str]:
-    """What the last iteration of a history shows for the first time: a message by the name of its check."""
-    told = {name for result in history for name in result.checks}
-    found = {name: find(history, config, generation) for name, find in FINDINGS.items() if name not in told}
+    """The checks that fail for the first time in the last iteration of a history: a message by the name of each."""
+    reported = {name for result in history for name in result.checks}
+    found = {name: find(history, config, generation) for name, find in FINDINGS.items() if name not in reported}
     return {name: message for name, message in found.items() if message is not None}
 
 
@@ -94,8 +95,8 @@ def _constant_reward(history: History, config: TrainingConfig, generation: Gener
         return None
     return (
         f"Every response of the last {PATIENCE} iterations got the reward {recent[-1].reward_mean:g}: there is nothing "
-        "to learn from. Look at completions/: is the reward what you meant? Rewards that grow by degrees teach sooner "
-        "than rare ones."
+        "to learn from. Look at completions/: is the reward what you meant? A reward that grows in small steps teaches "
+        "sooner than a rare one."
     )
 
 
@@ -106,18 +107,18 @@ def _equal_groups(history: History, config: TrainingConfig, generation: Generati
     return (
         f"In the last {PATIENCE} iterations nearly every group of responses to one prompt got equal rewards, which "
         f"teaches {config.algorithm} nothing. Raise num_generations (now {config.responses_per_prompt}) or the "
-        "temperature, or use rewards with more degrees."
+        "temperature, or use a reward with more different values."
     )
 
 
 def _never_ends(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
     num_responses = sum(result.num_samples for result in history)
     if generation.max_new_tokens == 1:
-        return None  # one token is all there is to say
+        return None  # a response of one token cannot end earlier
     if len(history) < PATIENCE or num_responses < 32 or any(result.ended_fraction > 0 for result in history):
         return None
     return (
-        f"None of the first {num_responses} responses has ended by itself: each ran into max_new_tokens="
+        f"None of the first {num_responses} responses ended by itself: each was cut off at max_new_tokens="
         f"{generation.max_new_tokens}. If they should end, raise max_new_tokens, name the model's end token "
         "(eos_token_id) or strings that end a response (stop), or set missing_eos_penalty."
     )
@@ -133,9 +134,9 @@ def _stopped_ending(history: History, config: TrainingConfig, generation: Genera
     if by_chance > 1e-3:
         return None
     return (
-        f"Responses used to end by themselves; in the last {len(recent)} iterations each ran into max_new_tokens="
-        f"{generation.max_new_tokens}. The reward may be paying for length: look at completions/, and set "
-        "missing_eos_penalty or a reward for brevity."
+        f"Responses used to end by themselves; in the last {len(recent)} iterations each was cut off at max_new_tokens="
+        f"{generation.max_new_tokens}. The reward may favour length: look at completions/, and set "
+        "missing_eos_penalty or add a reward for brevity."
     )
 
 
@@ -145,8 +146,8 @@ def _empty_responses(history: History, config: TrainingConfig, generation: Gener
     if len(recent) < PATIENCE or not is_short or any(r.ended_fraction < 1 for r in recent):
         return None
     return (
-        f"Every response of the last {PATIENCE} iterations is empty: the policy ends at once. The reward may be paying "
-        "for saying nothing: give an empty response a low reward, or set min_new_tokens."
+        f"Every response of the last {PATIENCE} iterations is empty: the policy ends at once. The reward may favour "
+        "empty responses: give them a low reward, or set min_new_tokens."
     )
 
 
@@ -155,8 +156,8 @@ def _entropy_collapse(history: History, config: TrainingConfig, generation: Gene
     if any(result.entropy >= 0.1 * first for result in recent):
         return None
     return (
-        f"The policy's entropy fell from {first:.2f} to {recent[-1].entropy:.2f} nats per token: it says nearly the "
-        "same thing whatever it samples, and cannot find anything better. Go back to an earlier checkpoint; lower "
+        f"The policy's entropy fell from {first:.2f} to {recent[-1].entropy:.2f} nats per token: its samples "
+        "are nearly all the same, so it cannot find anything better. Go back to an earlier checkpoint; lower "
         "learning_rate, raise kl_penalty_weight, or set entropy_coef (0.01)."
     )
 
@@ -167,7 +168,7 @@ def _beyond_budget(history: History, config: TrainingConfig, generation: Generat
         return None
     return (
         f"The policy is {paid:.1f} nats per response from its reference, beyond kl_budget={config.kl_budget:g}. The "
-        "run goes on; best/ keeps the best weights within the budget. To stay inside it, set kl_target below it, or "
+        "run continues; best/ keeps the best weights within the budget. To stay within it, set kl_target below it, or "
         "raise kl_penalty_weight."
     )
 
@@ -178,7 +179,7 @@ def _no_rewards(history: History, config: TrainingConfig, generation: Generation
         return None
     return (
         f"Every reward abstained from every response of the last {PATIENCE} iterations: nothing was learned. A reward "
-        "abstains by returning None; is it asking for a column or a format that the responses do not have?"
+        "abstains by returning None: does it expect a format that the responses do not have?"
     )
 
 

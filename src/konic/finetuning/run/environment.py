@@ -1,4 +1,4 @@
-"""What decides, besides settings and seed, whether a run comes out the same bit for bit."""
+"""The machine -> what must be equal, besides settings and seed, for a run to be the same bit for bit."""
 
 import platform
 from importlib.metadata import version
@@ -21,7 +21,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name where the system tells it, else its kind."""
+    """The name of the processor if the system has it, else its kind."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

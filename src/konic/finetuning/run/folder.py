@@ -1,4 +1,4 @@
-"""Results -> files: one folder per run, written by one process, readable while it is written."""
+"""Results -> files: one folder per run, written by one process and readable during the run."""
 
 import hashlib
 import inspect
@@ -61,19 +61,19 @@ class RunFolder:
 
     @property
     def holds_no_checkpoint_yet(self) -> bool:
-        """True where a run has begun that ended before its first checkpoint."""
+        """True where a run started and ended before its first checkpoint."""
         return (self.path / _RUN_FILE).exists() and not checkpoints(self.path)
 
     def require_no_run(self) -> None:
         """Raise OutputError if an earlier run is in the folder."""
         if self.holds_a_run:
             raise OutputError(
-                f"{self.path}: an earlier run is in this folder. Go on with train(resume_from_checkpoint=True), or "
+                f"{self.path}: an earlier run is in this folder. Resume it with train(resume_from_checkpoint=True), or "
                 "name another checkpoint_dir."
             )
 
     def prepare(self) -> None:
-        """Make the folder and see that it can be written.
+        """Create the folder and check that it can be written.
 
         Raises:
             OutputError: It cannot.
@@ -87,7 +87,7 @@ class RunFolder:
             raise unwritable(f"checkpoint_dir {self.path}", error) from None
 
     def take_back_if_unused(self) -> None:
-        """Remove the folders that :meth:`prepare` made for a run that came to nothing."""
+        """Remove the folders that :meth:`prepare` created, if the run wrote nothing into them."""
         with suppress(OSError):
             if self._made and not {path.name for path in self.path.iterdir()} - {_RUN_FILE}:
                 (self.path / _RUN_FILE).unlink(missing_ok=True)
@@ -96,7 +96,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Within it no other process or engine writes here; the system frees the lock of a process that was killed.
+        """Within it no other process or engine can write here. The system releases the lock of a killed process.
 
         Raises:
             OutputError: Another one does.
@@ -115,12 +115,12 @@ class RunFolder:
         try:
             yield
         finally:
-            with suppress(OSError):  # what has become read-only keeps it, and no error of the run is hidden by that
-                path.unlink(missing_ok=True)  # one who opened it before sees that it is gone and makes another
+            with suppress(OSError):  # a folder that has become read-only keeps it; the error of the run is not hidden
+                path.unlink(missing_ok=True)  # a process that has it open sees that it is gone and makes another
             lock.release()
 
     def write_run(self, settings: dict[str, Any], environment: dict[str, Any], composer: Any) -> None:
-        """Write `run.json`: settings, versions, machine, and where the rewards' source is, with its hash."""
+        """Write `run.json`: settings, versions, machine, and the file of the rewards' source with its hash."""
         record = {
             "settings": settings,
             "rewards": _source_of(type(composer)),
@@ -131,7 +131,7 @@ class RunFolder:
         write_text(self.path / _RUN_FILE, json.dumps(record, indent=1, default=str))
 
     def write_iteration(self, result: FinetuningIterationResult, rollout: Rollout, scores: Scores) -> None:
-        """Write one iteration's completions, then its line of metrics: a line stands for whole files."""
+        """Write the completions of an iteration, then its line of metrics: a line means that its file is whole."""
         self._write_completions(result.iteration, rollout, scores)
         try:
             with (self.path / _METRICS_FILE).open("a", encoding="utf-8") as file:
@@ -142,7 +142,7 @@ class RunFolder:
             raise unwritable(self.path / _METRICS_FILE, error) from None
 
     def write_evaluation(self, iterations_done: int, evaluation: Evaluation) -> None:
-        """Write what a policy made of the held-out prompts, named by the iterations it had learned from."""
+        """Write an evaluation on the held-out prompts, named by the iterations that the policy had learned from."""
         columns: dict[str, Any] = {
             "prompt": evaluation.prompts,
             "response": evaluation.responses,
@@ -155,7 +155,7 @@ class RunFolder:
         self._write_table("evaluations", iterations_done, columns)
 
     def read_evaluation(self, iterations_done: int) -> Evaluation | None:
-        """What :meth:`write_evaluation` wrote, or None; a file that cannot be read is told of and counts as none."""
+        """The evaluation that :meth:`write_evaluation` wrote. None, with a warning, if the file cannot be read."""
         path = self.path / "evaluations" / f"{iterations_done:06d}.parquet"
         if not path.is_file():
             return None
@@ -172,13 +172,13 @@ class RunFolder:
                 errors=table["error"],
             )
         except (OSError, KeyError, ValueError, TypeError, pyarrow.ArrowException) as error:
-            logger.warning("%s is made anew, since it cannot be read: %s", path, printable(str(error)))
+            logger.warning("%s cannot be read, so its prompts are evaluated again: %s", path, printable(str(error)))
             return None
 
     def go_back_to(self, history: list[FinetuningIterationResult]) -> None:
-        """Drop what came after the last of these iterations, and what was left half written, before a resume.
+        """Remove what was written after the last of these iterations, and unfinished files, before a resume.
 
-        A broken checkpoint is put aside as `broken-checkpoint-{n}`.
+        A broken checkpoint is renamed to `broken-checkpoint-{n}`.
 
         Raises:
             OutputError: Something cannot be removed or written.
@@ -199,7 +199,7 @@ class RunFolder:
                     shutil.rmtree(aside)
                 os.replace(folder, aside)
         metrics = self.path / _METRICS_FILE
-        if metrics.is_file() and metrics.read_bytes().count(b"\n") > len(history):  # the models are of what is dropped
+        if metrics.is_file() and metrics.read_bytes().count(b"\n") > len(history):  # models of removed iterations
             for name in ("final", "best"):
                 if (self.path / name).is_dir():
                     shutil.rmtree(self.path / name)
@@ -243,7 +243,7 @@ def _line(result: FinetuningIterationResult) -> str:
 
 
 def _owner(run_file: Path) -> str:
-    """Which process a run's file names."""
+    """The process that the file of a run names."""
     try:
         process = json.loads(run_file.read_text(encoding="utf-8"))["process"]
         return f"process {process['id']} on {process['host']}, since {process['since']}"
@@ -260,7 +260,7 @@ def _nans(values: list[float | None]) -> list[float]:
 
 
 def _source_of(kind: type) -> dict[str, str | None]:
-    """Where a class was written, without importing anything: its file, name, and the file's hash."""
+    """The file, name and hash of the source of a class; nothing is imported."""
     try:
         path = inspect.getsourcefile(kind)
     except (TypeError, OSError):  # a class of a notebook or an interactive session

@@ -16,14 +16,14 @@ from konic.finetuning.rollout.rollout import Rollout
 
 
 class StageClock:
-    """Seconds since it was made, and of each stage that was named since."""
+    """Seconds since it was created, in all and for each named stage."""
 
     def __init__(self) -> None:
         self._start = self._last = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     def lap(self, stage: str) -> None:
-        """The time since the last lap was this stage's."""
+        """Count the time since the last lap for this stage."""
         now = time.perf_counter()
         self.seconds[stage] = now - self._last
         self._last = now
@@ -35,7 +35,7 @@ class StageClock:
 
 
 class RunClock:
-    """Seconds of a run, those before a resume counted, and whether its time is up."""
+    """Seconds of a run, including those before a resume, and whether its time is up."""
 
     def __init__(self, seconds_before: float, max_minutes: float | None) -> None:
         self._start = time.monotonic()
@@ -49,7 +49,7 @@ class RunClock:
 
     @property
     def time_is_up(self) -> bool:
-        """True once max_minutes have passed since this clock was made."""
+        """True once max_minutes have passed since this clock was created."""
         return self._max_minutes is not None and time.monotonic() - self._start >= 60 * self._max_minutes
 
 
@@ -63,7 +63,7 @@ def iteration_result(
     clock: StageClock,
     evaluation: Evaluation | None,
 ) -> FinetuningIterationResult:
-    """What an iteration reports. Token averages are over all response tokens of the batch."""
+    """The metrics of an iteration. Token averages are over all response tokens of the batch."""
     mask = rollout.response_mask
     lengths = mask.sum(dim=1).tolist()
     rewards = scores.valid_rewards()

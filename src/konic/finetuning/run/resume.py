@@ -1,4 +1,4 @@
-"""Checkpoint + settings -> the checkpoint to resume from, and whether it is of the same run."""
+"""Folder + settings -> the checkpoint to resume from, and whether it belongs to the same run."""
 
 import json
 import logging
@@ -21,13 +21,13 @@ _FREE = (
     "max_iterations", "iterations_done", "max_minutes", "eval_every", "device", "on_reward_error", "max_error_rate",
     "reward_workers", "reward_timeout_seconds",
 )  # fmt: skip
-"""Settings that change no number of an iteration that both runs would do."""
+"""Settings that change no number of any iteration that both runs contain."""
 
 
 def checkpoint_to_resume(
     resume: bool | str | os.PathLike[str] | None, run_folder: str | os.PathLike[str] | None
 ) -> Path | None:
-    """The checkpoint's folder that `resume_from_checkpoint` means: a path, or with True the newest of the run's folder.
+    """The checkpoint's folder that `resume_from_checkpoint` names: a path, or True for the newest of the run.
 
     Raises:
         ConfigError: True without a folder to look in.
@@ -47,7 +47,7 @@ def checkpoint_to_resume(
 
 
 def newest_checkpoint(run_folder: Path) -> Path:
-    """The whole checkpoint of the highest iteration in a run's folder; broken ones are named and passed over.
+    """The newest whole checkpoint in the folder of a run; a warning names each broken one that is skipped.
 
     Raises:
         OutputError: There is none.
@@ -56,38 +56,42 @@ def newest_checkpoint(run_folder: Path) -> Path:
         broken = find_corruption(folder)
         if broken is None:
             return folder
-        logger.warning("%s is passed over: %s.", folder, printable(broken))
-    raise OutputError(f"{run_folder}: there is no whole checkpoint to resume from. To begin anew, name another folder.")
+        logger.warning("%s is skipped: %s.", folder, printable(broken))
+    raise OutputError(
+        f"{run_folder}: there is no whole checkpoint to resume from. To start from the beginning, name another folder."
+    )
 
 
 def require_same_run(
     folder: Path, record: CheckpointRecord, settings: dict[str, Any], device: torch.device, allow_changes: bool
 ) -> None:
-    """See that a checkpoint belongs to the run that is to go on; what keeps it from being the same is named.
+    """Check that a checkpoint belongs to the run that is to continue; differences are named.
 
     Raises:
         OutputError: A setting differs without `allow_changes`, or one that the weights depend on.
     """
     now, saved = json.loads(json.dumps(settings, default=str)), record.settings
-    falls = now.get("lr_scheduler", "constant") != "constant"  # its rates depend on the run's whole length
-    free = set(_FREE) - ({"max_iterations"} if falls else set())
+    decays = now.get("lr_scheduler", "constant") != "constant"  # its rates depend on the length of the run
+    free = set(_FREE) - ({"max_iterations"} if decays else set())
     changed = [name for name, value in now.items() if saved.get(name) != value and name not in free]
     named = "; ".join(f"{name} was {saved.get(name)!r} and is {now[name]!r}" for name in changed)
     if any(name in _FIXED for name in changed):
-        raise OutputError(f"{folder}: is a checkpoint of another model: {named}. Resume with what it was made with.")
+        raise OutputError(
+            f"{folder}: is a checkpoint of another model: {named}. Resume with the model and adapter that wrote it."
+        )
     if changed and not allow_changes:
         raise OutputError(
-            f"{folder}: is a checkpoint of another run: {named}. Resume with the settings it was made with, or go on "
+            f"{folder}: is a checkpoint of another run: {named}. Resume with the settings that wrote it, or continue "
             "with the new ones as another run: train(..., allow_changes=True), konic train ... --allow-changes."
         )
     if changed:
-        logger.warning("Going on with other settings: %s. It is no longer the run that was begun.", named)
+        logger.warning("Continuing with other settings: %s. From here on it is another run.", named)
     here, there = environment(device), record.environment
     differing = [
         f"{name} was {there.get(name)} and is {value}" for name, value in here.items() if there.get(name) != value
     ]
     if differing:
         logger.warning(
-            "Resumed elsewhere than it was begun (%s): numbers go on equal but for rounding, not bit for bit.",
+            "The run started in another environment (%s): from here on its numbers may differ by rounding.",
             printable("; ".join(differing)),
         )

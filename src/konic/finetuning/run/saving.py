@@ -1,4 +1,4 @@
-"""When a run is written to its folder, and what of it: checkpoints, the best model, the final one."""
+"""Trained weights -> files: which checkpoints and models are written, and when."""
 
 import logging
 import time
@@ -20,21 +20,21 @@ from konic.finetuning.system.files import discard, replacing_folder, unwritable,
 logger = logging.getLogger(__name__)
 
 SAVE_AFTER_SECONDS = 600.0
-"""Without `save_every` a checkpoint is written when the last one is this old."""
+"""Without `save_every`, a checkpoint is written when the last one is this old."""
 
 
 class Saver:
-    """Writes what a run leaves behind, besides its metrics and completions.
+    """Writes the checkpoints and models of a run.
 
     Args:
-        folder: Where to.
+        folder: The folder of the run.
         learner: The policy and its optimizer.
         state: Where the run stands; read at each save.
-        callbacks: Told of every checkpoint.
-        settings: Gives the run's settings, by name.
-        save_every: Iterations between checkpoints; None goes by the clock.
+        callbacks: `on_checkpoint_saved` is called for every checkpoint.
+        settings: Returns the settings of the run by name.
+        save_every: Iterations between checkpoints; None writes one every ten minutes.
         save_total_limit: Checkpoints kept, the newest; None keeps all.
-        saved_iteration: The iteration whose checkpoint is in the folder already: the one resumed from.
+        saved_iteration: The iteration that was resumed, whose checkpoint is in the folder already.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Saver:
             self.checkpoint()
 
     def checkpoint(self) -> None:
-        """Write a checkpoint of the iterations done, unless there is one by this run, and drop those past the limit."""
+        """Write a checkpoint, unless this run has written it already, and delete old ones over the limit."""
         iteration = self._state.iteration
         path = self._folder.path / f"checkpoint-{iteration}"
         is_new = self._saved_iteration != iteration or not path.is_dir()
@@ -86,9 +86,9 @@ class Saver:
     def best(self, result: FinetuningResult) -> None:
         """Write the weights of the best iteration so far, if there is one."""
         if self._state.best_weights is not None:
-            told = replace(result, history=result.history[: result.best_iteration])
+            up_to_best = replace(result, history=result.history[: result.best_iteration])
             with swapped_weights(self._learner.policy, self._state.best_weights):
-                self._model(self._folder.path / "best", told)
+                self._model(self._folder.path / "best", up_to_best)
 
     def final(self, result: FinetuningResult) -> None:
         """Write the last checkpoint, the model as it is now, and the best one."""
@@ -97,9 +97,9 @@ class Saver:
         self.best(result)
 
     def after_error(self, result: FinetuningResult, weights_are_whole: bool) -> None:
-        """Write the last whole iteration if the weights are still its own, and the best ones in any case.
+        """Write a checkpoint of the last whole iteration, if the weights are still its own, and the best weights.
 
-        What cannot be written either is told as a warning: the error that ended the run is the one to raise.
+        If this fails too, it is a warning: the error that ended the run is the one to raise.
         """
         try:
             if self._state.iteration and weights_are_whole:

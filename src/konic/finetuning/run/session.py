@@ -1,4 +1,4 @@
-"""Agent -> Session: the parts of a run, built at first use, and its life from the lock to the last file."""
+"""Agent -> Session: the parts of a run, built at first use, and its life from opening the folder to the last file."""
 
 import contextlib
 import logging
@@ -38,7 +38,7 @@ INTERRUPTED = "interrupted"
 
 
 class Session:
-    """What a run works with. It lives as long as its engine, so that training called again goes on."""
+    """The parts and the state of a run. It lives as long as its engine: a second training continues the first."""
 
     def __init__(self, agent: KonicFinetuningAgent) -> None:
         self.agent = agent
@@ -93,12 +93,12 @@ class Session:
 
     @property
     def folder(self) -> RunFolder:
-        """The folder of the run; there is one once it is :meth:`opened`."""
+        """The folder of the run. It exists only after :meth:`opened`."""
         assert self._folder is not None  # noqa: S101
         return self._folder
 
     def settings(self, last_iteration: int) -> dict[str, Any]:
-        """Every setting of the run by name, as plain values; `on_train_begin` gets them and `run.json` keeps them."""
+        """Every setting of the run by name, as plain values, for `on_train_begin` and `run.json`."""
         more = {
             "max_iterations": last_iteration,
             "iterations_done": self.state.iteration,
@@ -120,16 +120,16 @@ class Session:
         )
 
     def evaluate(self, prompts: Sequence[Prompt], moments: Mapping[str, RunningMoments], untrained: bool) -> Evaluation:
-        """What the policy makes of prompts; untrained it is its reference, which is then evaluated instead."""
+        """Responses of the policy to prompts, and their rewards. An untrained policy is evaluated as its reference."""
         learner, seed = self.learner, self.training.seed
         return evaluate(
             learner.policy, self.scorer, prompts, self.generation, learner.special, seed, moments, untrained
         )
 
     def evaluate_held_out(self, iterations_done: int) -> Evaluation:
-        """What the policy makes of the held-out prompts; rewards are normalised as the first time, so that all compare.
+        """Responses to the held-out prompts, written to the folder. Normalised rewards use the scale of the first time.
 
-        After 0 iterations the policy is its reference, so that this can be done at any time.
+        After 0 iterations the policy is its reference, so this can be evaluated at any time.
         """
         first = self.folder.read_evaluation(0) if iterations_done else None
         moments = evaluation_moments(list_rewards(self.agent.get_reward_composer()), first)
@@ -138,15 +138,15 @@ class Session:
         return evaluation
 
     def check(self) -> None:
-        """Find before the model is loaded what would fail later, and warn of what is better known.
+        """Check everything that can be checked before the model is loaded.
 
         Raises:
-            KonicError: The run cannot begin.
+            KonicError: The run cannot start.
         """
         if not self.weights_are_whole:
             raise TrainingError(
-                "An error in an update left this engine's weights between two iterations. Make a new engine; with a "
-                "checkpoint, go on with train(resume_from_checkpoint=...)."
+                "An error in an update left the weights of this engine between two iterations. Create a new engine; if "
+                "there is a checkpoint, resume with train(resume_from_checkpoint=...)."
             )
         if self.training.kl_target is not None and self.agent.kl_penalty_weight == 0:
             raise ConfigError("kl_target steers kl_penalty_weight by factors: start it above 0, such as 0.05.")
@@ -164,9 +164,9 @@ class Session:
     def opened(
         self, max_iterations: int, resume: bool | str | os.PathLike[str] | None, allow_changes: bool
     ) -> Iterator[int]:
-        """Within it the folder of the run is locked and cut back to where the run goes on, and the model is loaded.
+        """Within it the folder is locked, holds nothing after the resumed iteration, and the model is loaded.
 
-        Gives the number of the last iteration to do.
+        Yields the number of the last iteration to run.
         """
         checkpoint = checkpoint_to_resume(resume, self.checkpoint_dir) if resume is not True else None
         self._folder = folder = self._choose_folder(checkpoint, resume is True)
@@ -210,7 +210,7 @@ class Session:
             with contextlib.suppress(KeyboardInterrupt):
                 before = self.folder.read_evaluation(0) or self.evaluate_held_out(0)
                 after = self.evaluate_held_out(self.state.iteration)
-                if before.prompts != after.prompts:  # it was of other data
+                if before.prompts != after.prompts:  # the file is from other data
                     before = self.evaluate_held_out(0)
                     after = self.evaluate_held_out(self.state.iteration)
                 result = replace(result, before=before, after=after)
@@ -231,15 +231,15 @@ class Session:
         return folder
 
     def _newest_checkpoint(self) -> Path | None:
-        """The checkpoint to resume from, or None after emptying the folder of a run that ended before its first."""
+        """The checkpoint to resume from. None if the run ended before its first one; its folder is then emptied."""
         if not self.folder.holds_no_checkpoint_yet or self.state.iteration:
             return newest_checkpoint(self.folder.path)
-        logger.warning("%s: the run ended before its first checkpoint. It begins anew.", self.folder.path)
+        logger.warning("%s: the run ended before its first checkpoint. It starts from the beginning.", self.folder.path)
         self.folder.go_back_to([])
         return None
 
     def _load(self, checkpoint: Path, max_iterations: int, allow_changes: bool) -> None:
-        """Put everything back as a checkpoint has it, and drop from the folder what came after."""
+        """Restore the state of a checkpoint, and remove from the folder what was written after it."""
         record, learner = read_record(checkpoint), self.learner
         require_same_run(checkpoint, record, self.settings(max_iterations), learner.policy.device, allow_changes)
         self.state = load_checkpoint(checkpoint, learner.policy, learner.optimizer)
@@ -247,4 +247,4 @@ class Session:
         if self.prompts.stream is not None:
             start, num_rows = time.monotonic(), self.state.iteration * self.training.prompts_per_iteration
             self.prompts.batch(num_rows, 0)
-            logger.warning("Read %d rows of the stream again: %.1f s.", num_rows, time.monotonic() - start)
+            logger.warning("Read the first %d rows of the stream again: %.1f s.", num_rows, time.monotonic() - start)

@@ -1,4 +1,4 @@
-"""Where a run stands, and what the next iteration takes from it: β, its place in the schedule, the best so far."""
+"""The state of a run, and what the next iteration needs from it: β, the place in the schedule, the best so far."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from konic.finetuning.rewards.moments import RunningMoments
 
 @dataclass
 class TrainerState:
-    """Everything of a run but its weights. Random numbers and the position in the data follow from the iteration.
+    """Everything in a run except its weights. Random numbers and the position in the data follow from the iteration.
 
     A field added here is saved and loaded with the others, if :meth:`to_dict` and :meth:`from_dict` can write it.
     """
@@ -24,13 +24,13 @@ class TrainerState:
     iteration: int = 0
     """Iterations done."""
     num_steps: int = 0
-    """Optimizer steps planned so far, those passed over among them: where the schedule of learning rates stands."""
+    """Optimizer steps planned so far, skipped ones included: the place in the learning-rate schedule."""
     elapsed_seconds: float = 0.0
     history: list[FinetuningIterationResult] = field(default_factory=list)
     best_weights: dict[str, Tensor] | None = field(default=None, repr=False)
-    """What learns, as it was when the best iteration sampled; on the CPU."""
+    """The trained weights with which the best iteration sampled; on the CPU."""
     reward_moments: dict[str, RunningMoments] = field(default_factory=dict)
-    """Of every part of the rewards that is normalised, over all samples so far."""
+    """Mean and spread of every normalised part of the rewards, over all samples so far."""
 
     def to_dict(self) -> dict[str, Any]:
         """Every field but the weights as JSON values."""
@@ -41,7 +41,7 @@ class TrainerState:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainerState":
-        """The state that :meth:`to_dict` made; what else is among the values is passed over.
+        """The state that :meth:`to_dict` wrote. Other values are ignored.
 
         Raises:
             KeyError: A field is missing.
@@ -56,13 +56,13 @@ class TrainerState:
         return cls(**given)
 
     def is_best(self, reward: float, kl_per_response: float, selection: Selection) -> bool:
-        """True where a policy's mean reward is within the KL budget and above those of all before it."""
+        """True if the policy is within the KL budget and its mean reward is above all earlier ones."""
         reward = selection.allowed(reward, kl_per_response)
         before = (selection.reward(result) for result in self.history)
         return not math.isnan(reward) and not any(earlier >= reward for earlier in before)
 
     def kl_penalty_weight(self, start: float, config: TrainingConfig) -> float:
-        """β of the next iteration: as it was set, or steered to kl_target by the KL of the one before."""
+        """β of the next iteration: the configured value, or with kl_target adapted to the KL of the last iteration."""
         moved = [result for result in self.history if result.iteration > config.value_warmup_iterations]
         if config.kl_target is None or not moved or moved[-1].kl_penalty_weight == 0:
             return start
@@ -90,4 +90,4 @@ class TrainerState:
 _FIELDS = {
     name: get_origin(kind) or kind for name, kind in get_type_hints(TrainerState).items() if name != "best_weights"
 }
-"""What a checkpoint's record holds, with its kind; the weights stand in a file of their own."""
+"""The fields in the record of a checkpoint, with their types. The weights have a file of their own."""

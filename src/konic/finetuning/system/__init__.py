@@ -1,4 +1,4 @@
-"""The operating system -> paths, files written whole, signals held back, freed memory given back.
+"""The operating system -> checked paths, atomic file writes, deferred signals, and returned memory.
 
-In: what a user names, and what has to be written. Out: paths and files that are complete or not there.
+In: paths that a user gives, and data to write. Out: absolute paths, and files that are complete or absent.
 """

@@ -1,4 +1,4 @@
-"""Paths that a user names, and files and folders written whole: a name stands for something complete."""
+"""Paths and data -> files and folders: checks paths, and gives a file its name only when it is complete."""
 
 import hashlib
 import json
@@ -16,11 +16,11 @@ from konic.finetuning.errors import ConfigError, KonicError, OutputError
 
 
 def as_path(value: Any, option: str, error: type[KonicError]) -> Path:
-    """An absolute path, `~` resolved; whether anything is there is not looked at.
+    """Return an absolute path with `~` resolved. The file or folder need not exist.
 
     Raises:
-        ConfigError: It is no path; the message names `option`.
-        KonicError: Of the kind given: no file can have that path.
+        ConfigError: The value is not a path; the message names `option`.
+        KonicError: Of the class `error`: no file can have this path.
     """
     if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
         raise ConfigError(f"{option} takes a path, got {value!r}.")
@@ -30,14 +30,12 @@ def as_path(value: Any, option: str, error: type[KonicError]) -> Path:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass
     except (OSError, RuntimeError, ValueError) as problem:
-        raise error(
-            f"{option}={str(value)[:400]!r}: there can be no such file or folder: {_reason(problem)}."
-        ) from None
+        raise error(f"{option}={str(value)[:400]!r}: no such file or folder can exist: {_reason(problem)}.") from None
     return path
 
 
 def unwritable(path: Path | str, problem: Exception) -> OutputError:
-    """The error of a file or folder that cannot be written, for the system's own reason."""
+    """Return the error for a file or folder that cannot be written, with the operating system's reason."""
     return OutputError(f"{path}: cannot be written: {_reason(problem)}.")
 
 
@@ -48,10 +46,10 @@ def _reason(problem: Exception) -> Any:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill; on leaving without an error it takes its name, in place of an older one.
+    """Yield a new folder to fill. On exit without an error it is renamed to `folder` and replaces an older one.
 
     Raises:
-        OutputError: It cannot be written; an older folder is as it was.
+        OutputError: The folder cannot be written; an older folder is unchanged.
     """
     try:
         with _temporary_folder(folder) as temp_dir:
@@ -75,10 +73,12 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def creating_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill; on leaving without an error it takes its name, unless another process was first.
+    """Yield a new folder to fill. On exit without an error it is renamed to `folder`, unless that exists by then.
+
+    Another process may have created `folder` first; its folder is kept.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The folder cannot be written.
     """
     with _temporary_folder(folder) as temp_dir:
         yield temp_dir
@@ -92,10 +92,12 @@ def creating_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def filling_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill; on leaving without an error its files go into `folder` one by one, beside what is there.
+    """Yield a new folder to fill. On exit without an error its files move into `folder` one by one.
+
+    Other files that are already in `folder` stay there.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The folder cannot be written.
     """
     try:
         with _temporary_folder(folder) as temp_dir:
@@ -111,10 +113,12 @@ def filling_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A path to write to; on leaving without an error the file takes its name: there is the old one or the new one.
+    """Yield a temporary path to write to. On exit without an error the file is renamed to `path`.
+
+    At any time `path` is either the complete old file or the complete new file.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The file cannot be written.
     """
     temp_file = path.parent / f".{path.name}"
     try:
@@ -130,10 +134,10 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file as a whole.
+    """Write a text file atomically.
 
     Raises:
-        OutputError: It cannot be written; an older file is as it was.
+        OutputError: The file cannot be written; an older file is unchanged.
     """
     with replacing_file(path) as temp_file:
         temp_file.write_text(text, encoding="utf-8")
@@ -141,7 +145,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def _temporary_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside one; on leaving it is deleted, if it still has its own name."""
+    """Yield an empty temporary folder next to `folder`. On exit it is deleted, unless it was renamed."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temp_dir = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -164,9 +168,9 @@ SEAL_FILE = "complete.json"
 
 
 def seal(folder: Path) -> None:
-    """Mark a folder as complete: a file, written last, with the size and SHA-256 of every other one but README.md.
+    """Mark a folder as complete with a file, written last, that holds the size and SHA-256 of every other file.
 
-    That one is for people, who may add to it.
+    README.md is left out, because people may edit it.
     """
     files = {path.as_posix(): _fingerprint(folder / path) for path in _files(folder) if path.name != "README.md"}
     for name in files:
@@ -175,7 +179,7 @@ def seal(folder: Path) -> None:
 
 
 def find_corruption(folder: Path) -> str | None:
-    """What keeps a folder from being what :func:`seal` marked, or None where every byte is as it was."""
+    """Return how a folder differs from what :func:`seal` marked, or None if every sealed byte is unchanged."""
     try:
         files = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))["files"]
         for name, fingerprint in files.items():
@@ -183,7 +187,7 @@ def find_corruption(folder: Path) -> str | None:
             if path.is_absolute() or ".." in path.parts or not (folder / path).is_file():
                 return f"{name} is missing"
             if _fingerprint(folder / name) != fingerprint:
-                return f"{name} is not as it was written"
+                return f"{name} has changed since it was written"
     except FileNotFoundError:
         return f"it was never finished: {SEAL_FILE} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -192,13 +196,13 @@ def find_corruption(folder: Path) -> str | None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a sealed folder; one that is deleted half is not taken for a whole one."""
+    """Delete a sealed folder, the seal first: a folder that is deleted only in part does not count as complete."""
     (folder / SEAL_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
 def _sync(path: Path) -> None:
-    """Return when a file or folder is on the disk."""
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -207,7 +211,7 @@ def _sync(path: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Every file in a folder and those below it, relative to it."""
+    """Return every file in a folder and its subfolders, as paths relative to the folder."""
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 

@@ -1,6 +1,7 @@
-"""What the C library does with freed memory: it keeps it, in pieces that aligned tensors seldom fit again.
+"""Freed memory -> the operating system: makes glibc return the memory that it keeps.
 
-glibc gives back at once only blocks above a threshold, 32 MB at most. With another C library nothing is done here.
+The C library keeps freed memory, in pieces that seldom fit an aligned tensor again. glibc returns a block at once only
+above a threshold, which is at most 32 MB. With another C library these functions do nothing.
 """
 
 import ctypes
@@ -12,11 +13,11 @@ from typing import Any
 _M_MMAP_THRESHOLD = -3
 _LARGEST_THRESHOLD = 32 * 2**20
 SMALLEST_BLOCK = 2**20
-"""Bytes from which on blocks go back at once under :func:`eager_free`; each then costs its page faults again."""
+"""Bytes. :func:`eager_free` returns blocks of at least this size at once; each then costs its page faults again."""
 
 
 def return_freed_memory() -> None:
-    """Give the system back what is kept of freed memory: after packing, most of a copy of the weights."""
+    """Return to the system the freed memory that glibc keeps: after packing, that is most of a copy of the weights."""
     trim = _c_library("malloc_trim")
     if trim is not None:
         trim(0)
@@ -24,7 +25,10 @@ def return_freed_memory() -> None:
 
 @contextmanager
 def eager_free(on: bool) -> Iterator[None]:
-    """Within it freed tensors go back to the system at once: slower by a third, without memory lost between them."""
+    """Return freed tensors to the system at once inside the block.
+
+    That is slower by a third, but no memory is lost in gaps between tensors.
+    """
     set_option = _c_library("mallopt") if on else None
     if set_option is None:
         yield
@@ -38,6 +42,6 @@ def eager_free(on: bool) -> Iterator[None]:
 
 
 def _c_library(name: str) -> Any | None:
-    """A function of glibc's; None where another library is in its place."""
+    """Return a function of glibc; None if another C library is in use."""
     found = getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
     return found if found is None or hasattr(ctypes.CDLL(None), "malloc_trim") else None

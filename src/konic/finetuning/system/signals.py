@@ -1,4 +1,4 @@
-"""Ctrl-C and the system's request to end (SIGTERM): held back while a run's state changes, then acted on."""
+"""Ctrl-C and SIGTERM -> KeyboardInterrupt: holds signals back while a run's state changes, then delivers them."""
 
 import os
 import signal
@@ -12,28 +12,29 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class SigtermHandler:
-    """Takes the first SIGTERM as a KeyboardInterrupt, and remembers that it came."""
+    """Turns the first SIGTERM into a KeyboardInterrupt, and records in `came` that a SIGTERM came."""
 
     def __init__(self) -> None:
         self.came = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Raise KeyboardInterrupt the first time."""
+        """Record the signal; raise KeyboardInterrupt the first time."""
         if not self.came:
             self.came = True
             raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if it came: a bare `except:` in a user's code may have swallowed the first."""
+        """Raise KeyboardInterrupt if a SIGTERM came: a bare `except:` in user code may have swallowed the first one."""
         if self.came:
             raise KeyboardInterrupt
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Within it Ctrl-C and SIGTERM wait; on leaving they come. A second Ctrl-C does not wait. Main thread only.
+    """Hold back Ctrl-C and SIGTERM inside the block, and deliver them on exit. A second Ctrl-C does not wait.
 
-    Where it is left by an error, the error goes on, and a SIGTERM that came is remembered.
+    If the block raises an error, the error propagates and a SIGTERM that came is recorded. This works only in the main
+    thread; other threads get no protection.
     """
     if not _in_main_thread():
         yield
@@ -62,15 +63,15 @@ def uninterrupted() -> Iterator[None]:
         raise
     _put_back(before)
     if waiting:
-        last = signal.SIGTERM if signal.SIGTERM in waiting else signal.SIGINT  # one that ends the process is not lost
+        last = signal.SIGTERM if signal.SIGTERM in waiting else signal.SIGINT  # a request to end must not be lost
         _deliver(last, before[last])
 
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[SigtermHandler]:
-    """Within it SIGTERM is a KeyboardInterrupt; on leaving the process gets it once more, as it would have been taken.
+    """Turn SIGTERM into a KeyboardInterrupt inside the block.
 
-    Main thread only.
+    If a SIGTERM came, the process gets it again on exit, with the earlier handler. This works only in the main thread.
     """
     handler = SigtermHandler()
     if not _in_main_thread():
