@@ -125,7 +125,9 @@ def peer_points(folder, agent, seed):
             set_peft_model_state_dict(learner.policy.model, load_file(path / "adapter_model.safetensors"))
         with Scorer(agent.get_reward_composer(), agent.get_training_config()) as scorer:
             generation = agent.get_generation_config()
-            evaluation = evaluate(learner.policy, scorer, prompts, generation, learner.special, seed, moments={})
+            evaluation = evaluate(
+                learner.policy, learner.sampler, scorer, prompts, generation, learner.special_tokens, seed, moments={}
+            )
         used = 0.0 if path is None else float(path.name)
         before, done = 0.0, 0
         while path is not None and done < len(steps["steps"]) and before < used - 0.5:

@@ -23,7 +23,7 @@ from konic.finetuning.learning.update import make_optimizer, update
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.rollout.local_sampler import LocalSampler, sample
-from konic.finetuning.rollout.rollout import rollout
+from konic.finetuning.rollout.rollout import sample_rollout
 from konic.finetuning.rollout.sampler import RandomKey, SpecialTokens
 
 matplotlib.use("Agg")
@@ -50,7 +50,7 @@ def measure(policy, batch_size, num_tokens, prompt_length, of_one_prompt=False):
     with measured() as sampling, policy.merged_adapter() as merged:
         sample(merged, policy.tokenizer, batch, generation, special, key)
     with measured() as both:
-        rolled = rollout(policy, LocalSampler(policy, special), batch, generation, special, key)
+        rolled = sample_rollout(policy, LocalSampler(policy, special), batch, generation, special, key)
     config = TrainingConfig(batch_size=batch_size, ppo_epochs=1, num_minibatches=1)
     optimizer = make_optimizer(policy, config)
     zeros = torch.zeros_like(rolled.log_probs)

@@ -20,8 +20,7 @@ from konic.finetuning.data.tokenization import make_prompt_batch
 from konic.finetuning.learning.learner import build_learner
 from konic.finetuning.learning.losses import k1, k3
 from konic.finetuning.models.token_scores import map_tokens
-from konic.finetuning.rollout.local_sampler import LocalSampler
-from konic.finetuning.rollout.rollout import rollout
+from konic.finetuning.rollout.rollout import sample_rollout
 from konic.finetuning.rollout.sampler import RandomKey
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,9 +37,14 @@ prompts = load_prompts(agent.get_dataset_config()).held_out
 
 def respond(prompts, iteration):
     length = generation.max_prompt_length
-    batch = make_prompt_batch(prompts, policy.tokenizer, length, learner.special.pad, policy.device)
-    return rollout(
-        policy, LocalSampler(policy, learner.special), batch, generation, learner.special, RandomKey(0, iteration)
+    batch = make_prompt_batch(prompts, policy.tokenizer, length, learner.special_tokens.pad, policy.device)
+    return sample_rollout(
+        policy,
+        learner.sampler,
+        batch,
+        generation,
+        learner.special_tokens,
+        RandomKey(0, iteration),
     )
 
 

@@ -23,7 +23,7 @@ from konic.finetuning.learning.update import make_optimizer, update
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.rollout.local_sampler import LocalSampler, sample
-from konic.finetuning.rollout.rollout import rollout
+from konic.finetuning.rollout.rollout import sample_rollout
 from konic.finetuning.rollout.sampler import RandomKey, SpecialTokens
 
 torch.set_num_threads(2)
@@ -54,7 +54,7 @@ def iteration():
     clock = [time.perf_counter()]
     sampled()
     clock.append(time.perf_counter())
-    rolled = rollout(policy, LocalSampler(policy, special), batch, generation, special, key)
+    rolled = sample_rollout(policy, LocalSampler(policy, special), batch, generation, special, key)
     clock.append(time.perf_counter())
     updated(rolled, make_optimizer(policy, config))
     clock.append(time.perf_counter())
@@ -66,7 +66,7 @@ iteration()
 stages = [statistics.median(values) for values in zip(*(iteration() for _ in range(5)), strict=True)]
 print(", ".join(f"{name} {value:.2f} s" for name, value in zip(("sampling", "scoring", "update"), stages, strict=True)))
 with profile(activities=[ProfilerActivity.CPU]) as profiled:
-    rolled = rollout(policy, LocalSampler(policy, special), batch, generation, special, key)
+    rolled = sample_rollout(policy, LocalSampler(policy, special), batch, generation, special, key)
     updated(rolled, make_optimizer(policy, config))
 operations = sorted(profiled.key_averages(), key=lambda entry: -entry.self_cpu_time_total)
 total = sum(entry.self_cpu_time_total for entry in operations)

@@ -16,13 +16,12 @@ from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
 from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.data.prompts import make_prompts
 from konic.finetuning.data.tokenization import make_prompt_batch
-from konic.finetuning.learning.learner import Learner
+from konic.finetuning.learning.learner import make_learner
 from konic.finetuning.learning.update import make_optimizer
 from konic.finetuning.models.loading import LoadedModel
 from konic.finetuning.models.policy import Policy
-from konic.finetuning.rollout.local_sampler import LocalSampler
-from konic.finetuning.rollout.rollout import rollout
-from konic.finetuning.rollout.sampler import special_tokens
+from konic.finetuning.rollout.rollout import sample_rollout
+from konic.finetuning.rollout.sampler import find_special_tokens
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with Ctrl-C ignored
 
@@ -94,20 +93,23 @@ def tiny_learner(
     adapter = LoraConfig(r=4, lora_dropout=dropout, target_modules=LORA_TARGETS[architecture]) if lora else None
     options = {"gradient_checkpointing": training.gradient_checkpointing, "seed": training.seed} | policy_options
     policy = Policy(loaded_model(architecture, dtype), adapter, **options)
-    special = special_tokens(generation, policy.language_model, policy.tokenizer)
+    tokens = find_special_tokens(generation, policy.language_model, policy.tokenizer)
     optimizer = make_optimizer(policy, training)
-    return Learner(policy=policy, optimizer=optimizer, special=special, location=architecture)
+    return make_learner(policy, optimizer, tokens, architecture)
 
 
 def prompt_batch(learner, texts=PROMPTS, max_length=32):
     prompts = make_prompts(list(texts), DatasetConfig(), "test")
-    return make_prompt_batch(prompts, learner.policy.tokenizer, max_length, learner.special.pad, learner.policy.device)
+    return make_prompt_batch(
+        prompts, learner.policy.tokenizer, max_length, learner.special_tokens.pad, learner.policy.device
+    )
 
 
 def roll(learner, batch, generation, rng_key, micro_batch_size=None):
     """A rollout by the local sampler."""
-    sampler = LocalSampler(learner.policy, learner.special)
-    return rollout(learner.policy, sampler, batch, generation, learner.special, rng_key, micro_batch_size)
+    return sample_rollout(
+        learner.policy, learner.sampler, batch, generation, learner.special_tokens, rng_key, micro_batch_size
+    )
 
 
 def shake_adapter(policy, scale=0.05, seed=1):

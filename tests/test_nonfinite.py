@@ -23,14 +23,14 @@ def spoil_weights(value):
 
 def spoil_logits(value):
     def spoil(engine, monkeypatch):
-        plain = trainer_module.rollout
+        plain = trainer_module.sample_rollout
 
         def spoiled(*arguments):
             rolled = plain(*arguments)
             rolled.log_probs[2, 0] = value
             return rolled
 
-        monkeypatch.setattr(trainer_module, "rollout", spoiled)
+        monkeypatch.setattr(trainer_module, "sample_rollout", spoiled)
 
     return spoil
 

@@ -24,7 +24,6 @@ from konic.finetuning.data.prompts import make_prompts
 from konic.finetuning.data.tokenization import make_prompt_batch
 from konic.finetuning.learning.learner import build_learner
 from konic.finetuning.rollout import decoding
-from konic.finetuning.rollout.local_sampler import LocalSampler
 from konic.finetuning.rollout.sampler import RandomKey
 
 model, prompts_file, what, tokens, output = sys.argv[1:]
@@ -72,10 +71,9 @@ if what.startswith("sample"):
     learner = build_learner(agent, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     made = make_prompts(prompts, agent.get_dataset_config(), "bench")
     policy = learner.policy
-    batch = make_prompt_batch(made, policy.tokenizer, 512, learner.special.pad, policy.device)
-    sampler = LocalSampler(policy, learner.special)
+    batch = make_prompt_batch(made, policy.tokenizer, 512, learner.special_tokens.pad, policy.device)
     for index, _ in enumerate(turn):
-        samples = sampler(batch, agent.get_generation_config(), RandomKey(0, index))
+        samples = learner.sampler(batch, agent.get_generation_config(), RandomKey(0, index))
         assert samples.response_mask.all()
 else:
     KonicFinetuningEngine.from_agent(agent, checkpoint_dir=f"{output}/run", callback=Turns()).train(100_000)

@@ -12,14 +12,14 @@ from konic.finetuning.config import GenerationConfig, TrainingConfig
 from konic.finetuning.errors import NotFiniteError, TrainingError
 from konic.finetuning.learning import update as update_module
 from konic.finetuning.learning.estimators import compute_advantages
-from konic.finetuning.learning.learner import Learner
+from konic.finetuning.learning.learner import make_learner
 from konic.finetuning.learning.schedule import Schedule
 from konic.finetuning.learning.update import _minibatches, make_optimizer, update
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.length_groups import group_by_length
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.rewards.scoring import Scores
-from konic.finetuning.rollout.sampler import RandomKey, special_tokens
+from konic.finetuning.rollout.sampler import RandomKey, find_special_tokens
 
 GENERATION = GenerationConfig(max_new_tokens=8, temperature=0.9, eos_token_id=tuple(range(40)))  # so that lengths vary
 NAN = math.nan
@@ -513,8 +513,8 @@ def test_a_trained_head_is_switched_off_where_the_reference_is_made(head):
     config = TrainingConfig(batch_size=8, ppo_epochs=1, kl_placement="loss", kl_penalty_weight=0.5)
     adapter = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=list(head) or None, task_type="CAUSAL_LM")
     policy = Policy(loaded_model("llama"), adapter)
-    special = special_tokens(GENERATION, policy.language_model, policy.tokenizer)
-    learner = Learner(policy=policy, optimizer=make_optimizer(policy, config), special=special, location="llama")
+    special = find_special_tokens(GENERATION, policy.language_model, policy.tokenizer)
+    learner = make_learner(policy, make_optimizer(policy, config), special, "llama")
     base = tiny_model("llama")
     rolled, advantages = roll_and_score(learner, config)
     row = 3
@@ -549,8 +549,9 @@ def test_sampler_and_trainer_may_differ_by_what_is_allowed_and_no_more(limit, me
         f"{stats.sampler_gap:.2g} nats per token on average and by up to {stats.first_log_ratio:.2g}; the limits are "
         f"{update_module.MAX_SAMPLER_GAP:g} and {update_module.MAX_FIRST_LOG_RATIO:g}. Either the model computes a "
         "cached sequence differently from a whole one (try model_kwargs={'attn_implementation': 'eager'}; on a GPU, "
-        "full fp32 products: torch.set_float32_matmul_precision('highest')), or something in the model changes from "
-        "one pass to the next, such as dropout, a batch norm or random routing. The step was not taken. "
+        "full fp32 products: torch.set_float32_matmul_precision('highest')), or another engine samples in lower "
+        "precision, or something in the model changes from one pass to the next, such as dropout, a batch norm or "
+        "random routing. The step was not taken. "
         "To continue anyway, set TrainingConfig(self_checks=False)."
     )
 

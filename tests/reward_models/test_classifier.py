@@ -641,17 +641,19 @@ def test_a_composer_counts_and_weights_its_scores(classifiers):
     assert rewards == pytest.approx([3 * score for score in expected], abs=1e-4)
 
 
-def scores_of_rows(reward, rows, responses, learns=False):
+def scores_of_rows(reward, rows, responses, update_moments=False):
     prompts = make_prompts(rows, DatasetConfig(), "test")
     with Scorer(KonicLLMRewardComposer(reward_models=[reward]), TrainingConfig()) as scorer:
-        return scorer.score(make_samples(prompts, [prompt.text for prompt in prompts], responses), learns=learns)
+        return scorer.score(
+            make_samples(prompts, [prompt.text for prompt in prompts], responses), update_moments=update_moments
+        )
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_composer_normalises_its_scores_where_it_says_so(classifiers, normalize):
     reward = HuggingFaceRewardModel(classifiers["bert-1"], device="cpu", normalize=normalize)
     assert list_rewards(KonicLLMRewardComposer(reward_models=[reward]))[0].normalize is normalize
-    rewards = scores_of_rows(reward, PROMPTS, RESPONSES, learns=True).rewards
+    rewards = scores_of_rows(reward, PROMPTS, RESPONSES, update_moments=True).rewards
     logits = [plain_logits(classifiers["bert-1"], p + r)[0] for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     mean = sum(logits) / 5
     spread = math.sqrt(sum((logit - mean) ** 2 for logit in logits) / 4)

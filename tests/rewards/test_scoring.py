@@ -87,14 +87,16 @@ class Model:
         self.score = score
 
 
-def scored(composer, responses, moments=None, learns=False, **options):
+def scored(composer, responses, moments=None, update_moments=False, **options):
     with Scorer(composer, TrainingConfig(**options)) as scorer:
-        return score_by(scorer, responses, moments, learns)
+        return score_by(scorer, responses, moments, update_moments)
 
 
-def score_by(scorer, responses, moments=None, learns=False):
+def score_by(scorer, responses, moments=None, update_moments=False):
     prompts = [Prompt(row, f"p{row}") for row in range(len(responses))]
-    return scorer.score(make_samples(prompts, [prompt.text for prompt in prompts], list(responses)), moments, learns)
+    return scorer.score(
+        make_samples(prompts, [prompt.text for prompt in prompts], list(responses)), moments, update_moments
+    )
 
 
 def same(values, expected):
@@ -367,8 +369,8 @@ def normalised(value, seen):
 def test_learning_counts_the_batch_in_before_normalising():
     first, second = ["a", "bbb", "cccccc"], ["dd", "eeeeeeeee"]
     with Scorer(Scaled(), TrainingConfig()) as scorer:
-        one = score_by(scorer, first, {}, learns=True)
-        two = score_by(scorer, second, one.moments, learns=True)
+        one = score_by(scorer, first, {}, update_moments=True)
+        two = score_by(scorer, second, one.moments, update_moments=True)
     assert same(one.rewards, [10 + normalised(value, [1, 3, 6]) for value in (1, 3, 6)])
     assert same(two.rewards, [10 + normalised(value, [1, 3, 6, 2, 9]) for value in (2, 9)])
     assert list(two.moments) == ["size"], "only what is normalised has moments"
@@ -398,13 +400,13 @@ def test_before_any_moments_a_batch_is_normalised_by_its_own_which_are_not_kept(
 def test_learning_leaves_the_moments_before_alone():
     before = {"size": RunningMoments().after([2.0, 4.0]), "gone": RunningMoments(3, 1.0, 1.0)}
     kept = dict(before)
-    after = scored(Scaled(), ["a", "bbb"], before, learns=True).moments
+    after = scored(Scaled(), ["a", "bbb"], before, update_moments=True).moments
     assert before == kept
     assert after == {"size": RunningMoments().after([2.0, 4.0, 1.0, 3.0]), "gone": RunningMoments(3, 1.0, 1.0)}
 
 
 def test_neither_a_faulty_samples_other_parts_count_nor_what_abstained():
-    scores = scored(Scaled(), ["a", "raise", "none", "bbb"], {}, learns=True, **SKIP)
+    scores = scored(Scaled(), ["a", "raise", "none", "bbb"], {}, update_moments=True, **SKIP)
     assert scores.moments == {"size": RunningMoments().after([1.0, 3.0])}
     seen = [1, 3]
     assert same(scores.rewards, [10 + normalised(1, seen), math.nan, 10, 10 + normalised(3, seen)])
@@ -412,7 +414,7 @@ def test_neither_a_faulty_samples_other_parts_count_nor_what_abstained():
 
 def test_the_parts_of_a_dict_have_moments_of_their_own():
     responses = ["a", "none", "aeb", "bcdfgh"]
-    scores = scored(Keyed(), responses, {}, learns=True)
+    scores = scored(Keyed(), responses, {}, update_moments=True)
     sizes, vowels = [1, 4, 3, 6], [1, 2, 0]
     assert {name: moments.count for name, moments in scores.moments.items()} == {"style.size": 4, "style.vowels": 3}
     assert scores.moments["style.size"].std == pytest.approx(statistics.stdev(sizes))
@@ -424,9 +426,9 @@ def test_the_parts_of_a_dict_have_moments_of_their_own():
 
 
 def test_a_part_seen_for_the_first_time_later_starts_then():
-    first = scored(Keyed(), ["none", "none"], {}, learns=True)
+    first = scored(Keyed(), ["none", "none"], {}, update_moments=True)
     assert list(first.moments) == ["style.size"]
-    second = scored(Keyed(), ["a", "bb"], first.moments, learns=True)
+    second = scored(Keyed(), ["a", "bb"], first.moments, update_moments=True)
     assert second.moments["style.vowels"] == RunningMoments().after([1.0, 0.0])
     assert second.moments["style.size"] == RunningMoments().after([4.0, 4.0, 1.0, 2.0])
 
@@ -436,9 +438,9 @@ def test_a_part_seen_for_the_first_time_later_starts_then():
 def test_two_batches_are_one_concatenated_bit_for_bit(responses, data):
     cut = data.draw(st.integers(0, len(responses)))
     with Scorer(Scaled(), TrainingConfig(**SKIP)) as scorer:
-        whole = score_by(scorer, responses, {}, learns=True)
-        first = score_by(scorer, responses[:cut], {}, learns=True)
-        second = score_by(scorer, responses[cut:], first.moments, learns=True)
+        whole = score_by(scorer, responses, {}, update_moments=True)
+        first = score_by(scorer, responses[:cut], {}, update_moments=True)
+        second = score_by(scorer, responses[cut:], first.moments, update_moments=True)
     assert second.moments == whole.moments
     assert repr(second.rewards) == repr(whole.rewards[cut:])
 

@@ -15,7 +15,7 @@ from konic.finetuning.rollout.fused_decoder import FusedDecoder
 from konic.finetuning.rollout.fused_transformer import fused_transformer
 from konic.finetuning.rollout.graphed_decoder import GraphedDecoder
 from konic.finetuning.rollout.local_sampler import sample
-from konic.finetuning.rollout.sampler import RandomKey, SpecialTokens, decode_responses, special_tokens
+from konic.finetuning.rollout.sampler import RandomKey, SpecialTokens, decode_responses, find_special_tokens
 
 LENGTHS = (3, 9, 1, 6)
 STEPS = 5
@@ -234,14 +234,14 @@ def sampled(learner, generation, batch=None):
     """Responses of the merged policy: with its adapter apart it would not be fused."""
     batch = prompt_batch(learner) if batch is None else batch
     with learner.policy.merged_adapter() as model:
-        special = special_tokens(generation, model, learner.policy.tokenizer)
+        special = find_special_tokens(generation, model, learner.policy.tokenizer)
         return sample(model, learner.policy.tokenizer, batch, generation, special, KEY)
 
 
 def repeated_batch(learner, texts, times):
     once = prompt_batch(learner, texts)
     prompts = [prompt for prompt in once.prompts for _ in range(times)]
-    return make_prompt_batch(prompts, learner.policy.tokenizer, 32, learner.special.pad, learner.policy.device)
+    return make_prompt_batch(prompts, learner.policy.tokenizer, 32, learner.special_tokens.pad, learner.policy.device)
 
 
 def alone(batch, row):
@@ -254,7 +254,7 @@ def alone(batch, row):
 
 
 def texts_of(samples, learner, generation):
-    special = special_tokens(generation, learner.policy.language_model, learner.policy.tokenizer)
+    special = find_special_tokens(generation, learner.policy.language_model, learner.policy.tokenizer)
     return decode_responses(samples, learner.policy.tokenizer, special, generation.stop)
 
 

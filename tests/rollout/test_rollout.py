@@ -10,7 +10,7 @@ from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.prepacked import rows_to_prepack
 from konic.finetuning.models.value_head import shift_values
 from konic.finetuning.rollout.local_sampler import LocalSampler
-from konic.finetuning.rollout.rollout import rollout
+from konic.finetuning.rollout.rollout import sample_rollout
 from konic.finetuning.rollout.sampler import RandomKey
 
 KEY = RandomKey(seed=3, iteration=1)
@@ -183,7 +183,7 @@ class OtherEngine:
     """A sampler that gives tokens and log-probs alone, as another engine would."""
 
     def __init__(self, learner):
-        self._local = LocalSampler(learner.policy, learner.special)
+        self._local = LocalSampler(learner.policy, learner.special_tokens)
 
     def __call__(self, batch, generation, rng_key):
         return replace(self._local(batch, generation, rng_key), hidden=None)
@@ -201,7 +201,7 @@ def test_a_sampler_without_hidden_states_gives_the_same_rollout(architecture, mo
     monkeypatch.setattr(LanguageModel, "response_hidden", record)
     with_hidden = roll_out(learner, batch, GENERATION, KEY)
     num_passes = len(passes)
-    without = rollout(learner.policy, OtherEngine(learner), batch, GENERATION, learner.special, KEY)
+    without = sample_rollout(learner.policy, OtherEngine(learner), batch, GENERATION, learner.special_tokens, KEY)
     assert len(passes) == 3 * num_passes, "the policy makes a pass of its own, beside the reference's"
     assert without.records == with_hidden.records
     assert without.samples.response_ids.equal(with_hidden.samples.response_ids)

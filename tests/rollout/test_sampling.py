@@ -11,13 +11,13 @@ from konic.finetuning.errors import ConfigError
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.positions import position_ids
 from konic.finetuning.rollout.local_sampler import draw, sample, uniforms
-from konic.finetuning.rollout.sampler import RandomKey, decode_responses, special_tokens
+from konic.finetuning.rollout.sampler import RandomKey, decode_responses, find_special_tokens
 
 KEY = RandomKey(seed=3, iteration=1)
 
 
 def sample_with(learner, generation, batch=None, key=KEY):
-    special = special_tokens(generation, learner.policy.language_model, learner.policy.tokenizer)
+    special = find_special_tokens(generation, learner.policy.language_model, learner.policy.tokenizer)
     batch = prompt_batch(learner) if batch is None else batch
     return sample(learner.policy.language_model, learner.policy.tokenizer, batch, generation, special, key)
 
@@ -33,7 +33,7 @@ def rows_of(batch, rows):
 
 
 def texts_of(samples, learner, stop=None):
-    return decode_responses(samples, learner.policy.tokenizer, learner.special, stop)
+    return decode_responses(samples, learner.policy.tokenizer, learner.special_tokens, stop)
 
 
 def tokens_of(samples, row):
@@ -116,7 +116,7 @@ def test_samples_do_not_depend_on_how_prompts_are_batched(architecture):
 def test_one_prompts_samples_differ_by_index_and_iteration():
     learner = tiny_learner("llama")
     batch = prompt_batch(learner, ["same"])
-    special = learner.special
+    special = learner.special_tokens
     twice = make_prompt_batch(batch.prompts * 2, learner.policy.tokenizer, 32, special.pad, learner.policy.device)
     generation = GenerationConfig(max_new_tokens=12)
     first, second = (tokens_of(sample_with(learner, generation, twice), row) for row in (0, 1))
@@ -132,7 +132,7 @@ def eos_everywhere(learner, bias=8.0):
     class Biased(LanguageModel):
         def logits(self, hidden):
             logits = super().logits(hidden)
-            logits[..., learner.special.eos[0]] += bias
+            logits[..., learner.special_tokens.eos[0]] += bias
             return logits
 
     return Biased(model.causal_lm)
@@ -142,9 +142,11 @@ def test_eos_is_an_action_and_nothing_after_it_counts(architecture):
     learner = tiny_learner(architecture)
     generation = GenerationConfig(max_new_tokens=12)
     batch = prompt_batch(learner)
-    samples = sample(eos_everywhere(learner, 5.0), learner.policy.tokenizer, batch, generation, learner.special, KEY)
+    samples = sample(
+        eos_everywhere(learner, 5.0), learner.policy.tokenizer, batch, generation, learner.special_tokens, KEY
+    )
     if architecture == "gpt2":  # a mask made by comparing ids would drop the EOS
-        assert learner.special.pad == learner.special.eos[0]
+        assert learner.special_tokens.pad == learner.special_tokens.eos[0]
     assert samples.ended.any()
     for row in range(len(batch)):
         tokens = tokens_of(samples, row)
@@ -159,7 +161,7 @@ def test_an_immediate_eos_is_an_empty_response_of_one_token(architecture):
     learner = tiny_learner(architecture)
     batch = prompt_batch(learner)
     samples = sample(
-        eos_everywhere(learner, 100.0), learner.policy.tokenizer, batch, GenerationConfig(), learner.special, KEY
+        eos_everywhere(learner, 100.0), learner.policy.tokenizer, batch, GenerationConfig(), learner.special_tokens, KEY
     )
     assert samples.response_ids.tolist() == [[0]] * len(batch)
     assert texts_of(samples, learner) == [""] * len(batch)
@@ -174,7 +176,7 @@ def test_min_new_tokens_counts_the_eos():
         learner.policy.tokenizer,
         prompt_batch(learner),
         generation,
-        learner.special,
+        learner.special_tokens,
         KEY,
     )
     assert samples.response_mask.sum(1).tolist() == [4] * len(PROMPTS)
@@ -248,14 +250,14 @@ def test_repetition_penalty_spares_padding_and_new_tokens():
 def test_special_tokens_come_from_config_then_model_and_tokenizer():
     loaded = loaded_model("llama")
     model = LanguageModel(loaded.model)
-    found = special_tokens(GenerationConfig(), model, loaded.tokenizer)
+    found = find_special_tokens(GenerationConfig(), model, loaded.tokenizer)
     assert (found.eos, found.pad) == ((0,), 258)
     loaded.model.generation_config.eos_token_id = [7, 0]
-    assert special_tokens(GenerationConfig(), model, loaded.tokenizer).eos == (7, 0)
-    given = special_tokens(GenerationConfig(eos_token_id=9, pad_token_id=4), model, loaded.tokenizer)
+    assert find_special_tokens(GenerationConfig(), model, loaded.tokenizer).eos == (7, 0)
+    given = find_special_tokens(GenerationConfig(eos_token_id=9, pad_token_id=4), model, loaded.tokenizer)
     assert (given.eos, given.pad) == ((9,), 4)
     with pytest.raises(ConfigError, match="token id 900 is outside the model's vocabulary of 259"):
-        special_tokens(GenerationConfig(eos_token_id=900), model, loaded.tokenizer)
+        find_special_tokens(GenerationConfig(eos_token_id=900), model, loaded.tokenizer)
 
 
 def test_the_padding_token_changes_nothing():
@@ -263,7 +265,7 @@ def test_the_padding_token_changes_nothing():
     texts = []
     for pad in (0, 77):
         generation = GenerationConfig(max_new_tokens=12, pad_token_id=pad)
-        special = special_tokens(generation, learner.policy.language_model, learner.policy.tokenizer)
+        special = find_special_tokens(generation, learner.policy.language_model, learner.policy.tokenizer)
         batch = prompt_batch(learner)
         batch = replace(batch, ids=torch.where(batch.mask, batch.ids, pad))
         model = eos_everywhere(learner, 4.0)

@@ -54,7 +54,8 @@ def sample_responses(agent: "KonicFinetuningAgent", count: int, device: str = "a
     samples: list[Sample] = []
     for pass_number, start in enumerate(range(0, count, size)):  # each pass uses its own random numbers
         chosen = dataset.batch(start, min(size, count - start))
-        samples += respond(learner.policy, chosen, generation, learner.special, seed + pass_number)
+        pass_seed, tokens = seed + pass_number, learner.special_tokens
+        samples += respond(learner.policy, learner.sampler, chosen, generation, tokens, pass_seed)
     return samples
 
 

@@ -1,9 +1,10 @@
-"""Reinforcement-learning finetuning with your own rewards.
+"""Reinforcement-learning finetuning of language models with your own rewards: the public names.
 
-The modules in the order the data flows: `agent` and `config` say what to train; `models`, `policy`, `dataset` and
-`prompts` load it; then, iteration after iteration, `rollout` (`sampling`, `decoding`), `rewards`, `algorithms`
-(`advantages`), `update` (`losses`), `measures`, `results`, `callbacks`, `checkpoint` and `run_folder`. `engine` holds
-the loop.
+In the order in which data flows: `agent` and `config` hold what to train, `algorithms` how algorithms differ; `data`
+loads prompts and `models` the policy; then, iteration after iteration, `rollout` samples responses, `rewards` scores
+them, and `learning` turns the scores into an optimizer step. `trainer` holds this loop. `run` keeps the folder of the
+run, `results` what it reports, and `callbacks` tells the user. `engine` is what a script calls. `reward_models` makes
+rewards of feedback; `system` has files, signals and memory.
 """
 
 from importlib import import_module

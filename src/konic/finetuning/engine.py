@@ -124,8 +124,11 @@ class KonicFinetuningEngine:
     def generate(self, prompts: Sequence[Any]) -> list[str]:
         """A response to every prompt, with the same random numbers every time."""
         session, made = self._current_session(), self._make_prompts(prompts, "generate(prompts)")
-        learner, seed = session.learner, session.training.seed
-        return [sample.response for sample in respond(learner.policy, made, session.generation, learner.special, seed)]
+        learner, generation, seed = session.learner, session.generation, session.training.seed
+        return [
+            sample.response
+            for sample in respond(learner.policy, learner.sampler, made, generation, learner.special_tokens, seed)
+        ]
 
     def save_pretrained(self, path: str | os.PathLike[str], merge: bool = False) -> None:
         """Write the model, tokenizer and a model card into a folder that PEFT and `transformers` load.

@@ -1,4 +1,4 @@
-"""Session -> trained weights: the loop, and what one iteration needs.
+"""Session -> trained weights: the loop, and the steps of one iteration.
 
 prompts → rollout → rewards → advantages → update → result → callbacks → checkpoint
 """
@@ -20,11 +20,10 @@ from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.intervals import mean
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.rewards.scoring import Scores
-from konic.finetuning.rollout.local_sampler import LocalSampler
-from konic.finetuning.rollout.rollout import Rollout, rollout
-from konic.finetuning.rollout.sampler import RandomKey, Sampler
+from konic.finetuning.rollout.rollout import Rollout, sample_rollout
+from konic.finetuning.rollout.sampler import RandomKey
 from konic.finetuning.run.checkpoint import snapshot
-from konic.finetuning.run.checks import find_nonfinite, new_findings, require_some_steps, require_sound_rollout
+from konic.finetuning.run.checks import find_nonfinite, new_findings, require_not_all_dropped, require_sound_rollout
 from konic.finetuning.run.measures import RunClock, StageClock, iteration_result
 from konic.finetuning.run.saving import Saver
 from konic.finetuning.run.session import Session
@@ -42,55 +41,54 @@ class Trainer:
         callbacks: Callbacks,
         saver: Saver,
         last_iteration: int,
-        sampler: Sampler | None = None,
     ) -> None:
         self._session, self._callbacks, self._saver = session, callbacks, saver
         self._last_iteration = last_iteration
-        self._sampler = sampler or LocalSampler(session.learner.policy, session.learner.special)
 
     def run(self, sigterm: SigtermHandler) -> str | None:
         """Run the remaining iterations. Returns why it stopped before the last one, or None."""
         session, callbacks, state = self._session, self._callbacks, self._session.state
-        clock = RunClock(state.elapsed_seconds, session.training.max_minutes)
+        run_clock = RunClock(state.elapsed_seconds, session.training.max_minutes)
         for iteration in range(state.iteration + 1, self._last_iteration + 1):
-            sigterm.check()
+            sigterm.check()  # a bare `except:` in a reward or callback may have caught the first one
             callbacks.on_iteration_begin(iteration)
             evaluation = self._evaluate_if_due(iteration)
-            stages = StageClock()
+            stage_clock = StageClock()
 
             batch = self._next_prompts(iteration)
             callbacks.on_generation_begin(list(batch.texts))
 
-            sampled = self._sample(batch, iteration)
-            stages.lap("generation")
-            callbacks.on_generation_end(list(batch.texts), sampled.texts)
+            rollout = self._sample(batch, iteration)
+            stage_clock.lap("generation")
+            callbacks.on_generation_end(list(batch.texts), rollout.texts)
 
-            scores = self._score(sampled)
-            stages.lap("reward")
+            scores = self._score(rollout)
+            stage_clock.lap("reward")
             callbacks.on_reward_computed(list(scores.rewards), {name: list(v) for name, v in scores.breakdown.items()})
 
-            shift = self._value_shift(scores)
-            sampled = replace(sampled, values=shift_values(sampled.values, sampled.response_mask, shift))
+            value_shift = self._value_shift(scores)
+            rollout = replace(rollout, values=shift_values(rollout.values, rollout.response_mask, value_shift))
             kl_weight = state.kl_penalty_weight(session.agent.kl_penalty_weight, session.training)
-            advantages = compute_advantages(sampled, scores, session.training, kl_weight)
+            advantages = compute_advantages(rollout, scores, session.training, kl_weight)
 
             with uninterrupted():  # Ctrl-C waits, so that an iteration counts as a whole or not at all
-                is_best = self._is_best(sampled, scores, evaluation)
+                # the best weights are those that sampled, so they are copied before the update
+                is_best = self._is_best(rollout, scores, evaluation)
                 best_weights = snapshot(session.learner.policy) if is_best else state.best_weights
-                stats = self._update(iteration, sampled, advantages, shift)
-                stages.lap("update")
+                stats = self._update(iteration, rollout, advantages, value_shift)
+                stage_clock.lap("update")
 
-                result = self._check(
-                    iteration_result(iteration, sampled, scores, advantages, stats, kl_weight, stages, evaluation)
+                result = self._with_findings(
+                    iteration_result(iteration, rollout, scores, advantages, stats, kl_weight, stage_clock, evaluation)
                 )
-                num_steps = session.training.steps_per_iteration
-                state.add(result, num_steps, clock.elapsed_seconds, scores.moments, best_weights)
-                session.folder.write_iteration(result, sampled, scores)
-                require_some_steps(state.history)
+                planned_steps = session.training.steps_per_iteration
+                state.add(result, planned_steps, run_clock.elapsed_seconds, scores.moments, best_weights)
+                session.folder.write_iteration(result, rollout, scores)
+                require_not_all_dropped(state.history)
                 callbacks.on_iteration_end(result)
                 self._saver.after_iteration()
 
-            stopped = self._reason_to_stop(result, clock)
+            stopped = self._reason_to_stop(result, run_clock)
             if stopped and iteration < self._last_iteration:
                 return stopped
         return None
@@ -100,38 +98,40 @@ class Trainer:
         every = self._session.training.eval_every
         if not self._session.prompts.held_out or not every or (iteration - 1) % every:
             return None
-        return self._session.evaluate_held_out(self._session.state.iteration)
+        return self._session.evaluate_held_out(iterations_done=iteration - 1)
 
     def _next_prompts(self, iteration: int) -> PromptBatch:
         """The prompts of an iteration, each repeated once for every response that it gets."""
         config, learner = self._session.training, self._session.learner
         count, repeats = config.prompts_per_iteration, config.responses_per_prompt
-        rows = self._session.prompts.batch((iteration - 1) * count, count)
-        chosen = [prompt for prompt in rows for _ in range(repeats)]
+        prompts = self._session.prompts.batch((iteration - 1) * count, count)
+        chosen = [prompt for prompt in prompts for _ in range(repeats)]
         length = self._session.generation.max_prompt_length
-        return make_prompt_batch(chosen, learner.policy.tokenizer, length, learner.special.pad, learner.policy.device)
+        return make_prompt_batch(
+            chosen, learner.policy.tokenizer, length, learner.special_tokens.pad, learner.policy.device
+        )
 
     def _sample(self, batch: PromptBatch, iteration: int) -> Rollout:
         config, learner = self._session.training, self._session.learner
-        sampled = rollout(
+        rollout = sample_rollout(
             learner.policy,
-            self._sampler,
+            learner.sampler,
             batch,
             self._session.generation,
-            learner.special,
+            learner.special_tokens,
             RandomKey(config.seed, iteration),
             config.micro_batch_size,
         )
         if config.self_checks:
-            require_sound_rollout(sampled, iteration)
-        return sampled
+            require_sound_rollout(rollout, iteration)
+        return rollout
 
-    def _score(self, sampled: Rollout) -> Scores:
+    def _score(self, rollout: Rollout) -> Scores:
         """The rewards. They are marked as dropped if a number is not finite and on_nonfinite is "skip"."""
         session = self._session
-        scores = session.scorer.score(sampled.records, session.state.reward_moments, learns=True)
-        session.scorer.require_few_faults(session.state.history, scores)
-        problem = find_nonfinite(sampled, scores, session.learner.policy)
+        scores = session.scorer.score(rollout.records, session.state.reward_moments, update_moments=True)
+        session.scorer.require_error_rate(session.state.history, scores)
+        problem = find_nonfinite(rollout, scores, session.learner.policy)
         if problem is None:
             return scores
         if session.training.on_nonfinite == "stop":
@@ -140,27 +140,27 @@ class Trainer:
         return replace(scores, is_dropped=True, moments=session.state.reward_moments)
 
     def _value_shift(self, scores: Scores) -> float:
-        """How much the value head is raised: at the first batch that has a score, and 0 at all others."""
+        """How much every value is shifted: at the first batch that has a score, and 0 at all others."""
         config, state = self._session.training, self._session.state
         has_started = any(result.num_unscored < result.num_samples for result in state.history)
         if has_started or scores.is_dropped or not config.algorithm_row.learns_values:
             return 0.0
         return self._session.learner.policy.value_head.starting_shift(scores.valid_rewards())
 
-    def _is_best(self, sampled: Rollout, scores: Scores, evaluation: Evaluation | None) -> bool:
+    def _is_best(self, rollout: Rollout, scores: Scores, evaluation: Evaluation | None) -> bool:
         """True if the policy that sampled is the best so far: on held-out prompts with eval_every, else its batch."""
         selection = self._session.selection
         if scores.is_dropped:
             return False
         if not selection.on_held_out:
-            reward, kl = mean(scores.valid_rewards()), sampled.kl.sum(dim=1).mean().item()
+            reward, kl = mean(scores.valid_rewards()), rollout.kl.sum(dim=1).mean().item()
         elif evaluation is not None:
             reward, kl = evaluation.reward_mean, mean(evaluation.kl_per_response)
         else:
             return False
         return self._session.state.is_best(reward, kl, selection)
 
-    def _update(self, iteration: int, sampled: Rollout, advantages: Advantages, shift: float) -> UpdateStats:
+    def _update(self, iteration: int, rollout: Rollout, advantages: Advantages, value_shift: float) -> UpdateStats:
         learner, config = self._session.learner, self._session.training
         schedule = Schedule(
             first_step=self._session.state.num_steps,
@@ -168,15 +168,15 @@ class Trainer:
             peak=config.peak_learning_rate(uses_lora=learner.policy.uses_lora),
             train_policy=iteration > config.value_warmup_iterations,
         )
-        with self._changing_weights(), learner.policy.value_head.shifted(shift):
-            stats = update(learner.policy, learner.optimizer, sampled, advantages, config, schedule)
-            if iteration == 1:
+        with self._changing_weights(), learner.policy.value_head.shifted(value_shift):
+            stats = update(learner.policy, learner.optimizer, rollout, advantages, config, schedule)
+            if iteration == 1:  # an adapter that changes the base model does so at its first step
                 learner.policy.check_reference()
         return stats
 
     @contextlib.contextmanager
     def _changing_weights(self) -> Iterator[None]:
-        """Marks the weights as unfinished from the first optimizer step on; an error leaves the mark."""
+        """From the first optimizer step on, `session.weights_are_whole` is False. An error leaves it False."""
         session = self._session
 
         def mark(*_: Any) -> None:
@@ -189,7 +189,7 @@ class Trainer:
             hook.remove()
         session.weights_are_whole = True
 
-    def _check(self, result: FinetuningIterationResult) -> FinetuningIterationResult:
+    def _with_findings(self, result: FinetuningIterationResult) -> FinetuningIterationResult:
         """The result with the names of the self-checks that fail for the first time; each is also a warning."""
         session = self._session
         if not session.training.self_checks:

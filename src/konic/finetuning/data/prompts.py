@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 
@@ -208,13 +208,18 @@ def _permutation(size: int, seed: int, pass_number: int) -> np.ndarray:
 
 def _read(config: DatasetConfig) -> Any:
     """Return all rows of a source, in the source's order: a list, or a `datasets.Dataset`."""
-    if config.source is DatasetSource.MEMORY:
-        return config.prompts
-    if config.source is DatasetSource.BUNDLED:
-        return read_bundled(config.split)
-    if config.source is DatasetSource.LOCAL:
-        return read_local(str(config.name), config.prompt_column)
-    return read_hub(str(config.name), config.subset, config.split, config.revision, config.token, streaming=False)
+    match config.source:
+        case DatasetSource.MEMORY:
+            return config.prompts
+        case DatasetSource.BUNDLED:
+            return read_bundled(config.split)
+        case DatasetSource.LOCAL:
+            return read_local(str(config.name), config.prompt_column)
+        case DatasetSource.HUGGINGFACE:
+            settings = config.subset, config.split, config.revision, config.token
+            return read_hub(str(config.name), *settings, streaming=False)
+        case _:
+            assert_never(config.source)
 
 
 def _open_stream(config: DatasetConfig) -> PromptSet:

@@ -11,20 +11,45 @@ from konic.finetuning.errors import ConfigError, ModelError
 from konic.finetuning.learning.update import make_optimizer
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.policy import Policy
-from konic.finetuning.rollout.sampler import SpecialTokens, special_tokens
+from konic.finetuning.rollout.local_sampler import LocalSampler
+from konic.finetuning.rollout.sampler import Sampler, SpecialTokens, find_special_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """The parts that are built once: policy, optimizer, special tokens, and the location of the base model."""
+    """The model, and everything around it that is built once."""
 
     policy: Policy
     optimizer: torch.optim.Optimizer
-    special: SpecialTokens
+    special_tokens: SpecialTokens
+    """The tokens that end a response, and the one that fills padding."""
+    sampler: Sampler
+    """Samples from the policy."""
+    reference_sampler: Sampler
+    """Samples from the reference policy."""
     location: str
-    """The Hub id or folder from which plain `transformers` loads the base model."""
+    """Where plain `transformers` loads the base model from: a Hub id or a folder."""
     base_sha256: str = ""
-    """Hash of some numbers of every base weight, which identifies the base model."""
+    """SHA-256 of a sample of the numbers of every base weight; it identifies the base model."""
+
+
+def make_learner(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    special_tokens: SpecialTokens,
+    location: str,
+    base_sha256: str = "",
+) -> Learner:
+    """A learner whose responses are sampled by konic itself, from the weights that it trains."""
+    return Learner(
+        policy=policy,
+        optimizer=optimizer,
+        special_tokens=special_tokens,
+        sampler=LocalSampler(policy, special_tokens),
+        reference_sampler=LocalSampler(policy, special_tokens, from_reference=True),
+        location=location,
+        base_sha256=base_sha256,
+    )
 
 
 def build_learner(agent: KonicFinetuningAgent, device: torch.device) -> Learner:
@@ -51,15 +76,9 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device) -> Learner:
         )
     base_sha256 = _fingerprint(loaded.model)
     policy = Policy(loaded, agent.get_lora_config(), config.gradient_checkpointing, config.seed)
-    special = special_tokens(generation, policy.language_model, policy.tokenizer)
+    special = find_special_tokens(generation, policy.language_model, policy.tokenizer)
     policy.check_reference()
-    return Learner(
-        policy=policy,
-        optimizer=make_optimizer(policy, config),
-        special=special,
-        location=loaded.location,
-        base_sha256=base_sha256,
-    )
+    return make_learner(policy, make_optimizer(policy, config), special, loaded.location, base_sha256)
 
 
 def _fingerprint(model: nn.Module) -> str:

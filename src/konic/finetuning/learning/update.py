@@ -234,8 +234,9 @@ def _require_same_policy(step: _StepStats, rollout: Rollout, config: TrainingCon
             f"differ by {gap:.2g} nats per token on average and by up to {largest:.2g}; the limits are "
             f"{MAX_SAMPLER_GAP:g} and {MAX_FIRST_LOG_RATIO:g}. Either the model computes a cached sequence "
             "differently from a whole one (try model_kwargs={'attn_implementation': 'eager'}; on a GPU, full fp32 "
-            "products: torch.set_float32_matmul_precision('highest')), or something in the model changes from one "
-            "pass to the next, such as dropout, a batch norm or random routing. The step was not taken. "
+            "products: torch.set_float32_matmul_precision('highest')), or another engine samples in lower precision, "
+            "or something in the model changes from one pass to the next, such as dropout, a batch norm or random "
+            "routing. The step was not taken. "
             "To continue anyway, set TrainingConfig(self_checks=False)."
         )
 

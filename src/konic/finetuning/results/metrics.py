@@ -1,6 +1,6 @@
 """The declaration of a metric: its name, meaning, unit and source are in one place, next to its field.
 
-`results.iteration` declares the metrics, `run.measures` fills those that come from the update, and the files of a run
+`results.iteration` declares the metrics, `run.measures` fills them, and the files of a run
 store them. docs/make.py writes the table of docs/metrics.md from the declarations.
 """
 

@@ -96,12 +96,15 @@ class Scorer:
     def __exit__(self, *_: Any) -> None:
         self._pool.close()
 
-    def require_few_faults(self, history: Sequence[FinetuningIterationResult], scores: Scores) -> None:
+    def require_error_rate(self, history: Sequence[FinetuningIterationResult], scores: Scores) -> None:
         """Raise RewardError if rewards have failed on more responses than max_error_rate allows."""
         require_errors_within(history, scores, self._config)
 
     def score(
-        self, samples: Sequence[Sample], moments: Mapping[str, RunningMoments] | None = None, learns: bool = False
+        self,
+        samples: Sequence[Sample],
+        moments: Mapping[str, RunningMoments] | None = None,
+        update_moments: bool = False,
     ) -> Scores:
         """Score a batch.
 
@@ -109,7 +112,7 @@ class Scorer:
             samples: [B].
             moments: Running moments so far, by the name of a part that is normalised. A part that has none yet uses the
                 batch's own.
-            learns: Add the batch's values to the moments before normalising.
+            update_moments: Add the batch's values to the moments before normalising.
 
         Raises:
             RewardError: A reward failed on a sample and on_reward_error is "raise", or a reducer failed.
@@ -119,11 +122,14 @@ class Scorer:
         parts, faults = collect_parts(outcomes, len(samples)), first_faults(outcomes, len(samples))
         given = dict(moments or {})
         counted = [own for own, fault in zip(parts, faults, strict=True) if not fault]
-        known = moments_after(weighting.rewards, given if learns else {}, counted)
-        known |= {} if learns else given
+        known = moments_after(weighting.rewards, given if update_moments else {}, counted)
+        known |= {} if update_moments else given
         rewards = compute_totals(weighting, parts, faults, samples, known)
         return Scores(
-            rewards=rewards, breakdown=collect_breakdown(parts), faults=faults, moments=known if learns else given
+            rewards=rewards,
+            breakdown=collect_breakdown(parts),
+            faults=faults,
+            moments=known if update_moments else given,
         )
 
     def _outcomes(self, rewards: Sequence[Reward], samples: Sequence[Sample]) -> list[list[Outcome]]:

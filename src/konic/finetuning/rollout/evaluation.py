@@ -14,9 +14,8 @@ from konic.finetuning.models.policy import Policy
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.rewards.moments import RunningMoments
 from konic.finetuning.rewards.scoring import Scorer
-from konic.finetuning.rollout.local_sampler import LocalSampler
 from konic.finetuning.rollout.rollout import make_records, score_under_reference
-from konic.finetuning.rollout.sampler import RandomKey, Samples, SpecialTokens
+from konic.finetuning.rollout.sampler import RandomKey, Sampler, Samples, SpecialTokens
 
 BATCH_SIZE = 64
 """Prompts sampled at once. On a CPU, a decode step of 64 rows takes about twice as long as a step of 8 rows."""
@@ -26,46 +25,47 @@ MICRO_BATCH_SIZE = 16
 
 def respond(
     policy: Policy,
+    sampler: Sampler,
     prompts: Sequence[Prompt],
     generation: GenerationConfig,
     special: SpecialTokens,
     seed: int,
-    from_reference: bool = False,
 ) -> list[Sample]:
-    """Return responses [N] to the prompts [N], sampled from the policy or from its reference.
+    """Return a response of the sampler to each of the prompts [N].
 
     The random numbers depend on the seed and on the dataset row of each prompt.
     """
-    batches = _sample_in_batches(policy, prompts, generation, special, seed, from_reference)
+    batches = _sample_in_batches(policy, sampler, prompts, generation, special, seed)
     return [record for _, _, records in batches for record in records]
 
 
 def evaluate(
     policy: Policy,
+    sampler: Sampler,
     scorer: Scorer,
     prompts: Sequence[Prompt],
     generation: GenerationConfig,
     special: SpecialTokens,
     seed: int,
     moments: Mapping[str, RunningMoments],
-    from_reference: bool = False,
+    samples_reference: bool = False,
 ) -> Evaluation:
     """Sample a response to every prompt, as :func:`respond` does, and score it. `moments` is not changed.
 
-    `from_reference` evaluates the reference instead, which is the policy before training. The KL of the
-    reference is 0 and is not computed.
+    `samples_reference` says that the sampler samples from the reference, which is the policy before training. Its KL is
+    0 and is not computed.
     """
     all_records: list[Sample] = []
     kls: list[float] = []
-    for batch, samples, records in _sample_in_batches(policy, prompts, generation, special, seed, from_reference):
+    for batch, samples, records in _sample_in_batches(policy, sampler, prompts, generation, special, seed):
         all_records += records
-        if from_reference:
+        if samples_reference:
             kls += [0.0] * len(records)
         else:
             kl = score_under_reference(policy, batch, samples, generation.temperature, MICRO_BATCH_SIZE).kl
             kls += kl.sum(dim=1).tolist()
     scores = scorer.score(all_records, moments)
-    scorer.require_few_faults([], scores)
+    scorer.require_error_rate([], scores)
     return Evaluation(
         prompts=[record.prompt for record in all_records],
         responses=[record.response for record in all_records],
@@ -79,13 +79,12 @@ def evaluate(
 
 def _sample_in_batches(
     policy: Policy,
+    sampler: Sampler,
     prompts: Sequence[Prompt],
     generation: GenerationConfig,
     special: SpecialTokens,
     seed: int,
-    from_reference: bool,
 ) -> Iterator[tuple[PromptBatch, Samples, list[Sample]]]:
-    sampler = LocalSampler(policy, special, from_reference)
     for start in range(0, len(prompts), BATCH_SIZE):
         part = prompts[start : start + BATCH_SIZE]
         batch = make_prompt_batch(part, policy.tokenizer, generation.max_prompt_length, special.pad, policy.device)

@@ -76,7 +76,7 @@ class Rollout(TokenNumbers):
         return torch.cat([self.batch.mask, self.response_mask], dim=1)
 
 
-def rollout(
+def sample_rollout(
     policy: Policy,
     sampler: Sampler,
     batch: PromptBatch,

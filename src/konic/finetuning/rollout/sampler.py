@@ -46,7 +46,11 @@ class Samples:
 
 
 class Sampler(Protocol):
-    """The interface of a sampler. It may use a different engine than training does."""
+    """The interface of a sampler, which may use a different engine than training does.
+
+    The weights change between two calls. A sampler that keeps a copy of them must load the current ones when it is
+    called. `learning.learner.make_learner` chooses the samplers of a run.
+    """
 
     def __call__(self, batch: PromptBatch, generation: GenerationConfig, rng_key: RandomKey) -> Samples:
         """Return a response to every prompt of a batch.
@@ -66,7 +70,7 @@ class SpecialTokens:
     pad: int
 
 
-def special_tokens(
+def find_special_tokens(
     generation: GenerationConfig, model: LanguageModel, tokenizer: PreTrainedTokenizerBase
 ) -> SpecialTokens:
     """Return the end and padding ids that the config names, with defaults from the model and the tokenizer.

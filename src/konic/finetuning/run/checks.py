@@ -67,7 +67,7 @@ def find_nonfinite(rollout: Rollout, scores: Scores, policy: Policy) -> str | No
     return None
 
 
-def require_some_steps(history: History) -> None:
+def require_not_all_dropped(history: History) -> None:
     """Check that a run with on_nonfinite="skip" does not drop everything.
 
     Raises:

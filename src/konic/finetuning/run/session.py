@@ -121,9 +121,17 @@ class Session:
 
     def evaluate(self, prompts: Sequence[Prompt], moments: Mapping[str, RunningMoments], untrained: bool) -> Evaluation:
         """Responses of the policy to prompts, and their rewards. An untrained policy is evaluated as its reference."""
-        learner, seed = self.learner, self.training.seed
+        learner = self.learner
         return evaluate(
-            learner.policy, self.scorer, prompts, self.generation, learner.special, seed, moments, untrained
+            learner.policy,
+            learner.reference_sampler if untrained else learner.sampler,
+            self.scorer,
+            prompts,
+            self.generation,
+            learner.special_tokens,
+            self.training.seed,
+            moments,
+            samples_reference=untrained,
         )
 
     def evaluate_held_out(self, iterations_done: int) -> Evaluation:
