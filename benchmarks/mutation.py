@@ -19,6 +19,7 @@ REQUIRED = {
     "rollout/rollout": 0.85,
 }
 SAME = "changes no result: "
+AS_MANY = SAME + "as many names as sums"
 EQUIVALENT = {
     # the line that the mutant has instead: why no test can tell
     "last = torch.where(response_mask, positions, -2).amax(dim=1)": SAME + "no position is −1 or −2",
@@ -27,9 +28,9 @@ EQUIVALENT = {
     + "the error of three equal values is 0",
     "return torch.finfo(log_softmax.dtype).min / 5": SAME + "e to any such number is 0",
     'entropy = -torch.einsum("...V,...V->...", probabilities, log_softmax)': SAME + "the name of an index",
-    "return dict(zip(names, (totals / num_tokens).tolist(), strict=None)), largest": SAME + "as many names as sums",
-    "return dict(zip(names, (totals / num_tokens).tolist(), strict=False)), largest": SAME + "as many names as sums",
-    "return dict(zip(names, (totals / num_tokens).tolist(), )), largest": SAME + "as many names as sums",
+    "totals = {name: totals.get(name, 0.0) + value for name, value in zip(sums, group_sums, strict=None)}": AS_MANY,
+    "totals = {name: totals.get(name, 0.0) + value for name, value in zip(sums, group_sums, strict=False)}": AS_MANY,
+    "totals = {name: totals.get(name, 0.0) + value for name, value in zip(sums, group_sums, )}": AS_MANY,
     "optimizer.zero_grad(set_to_none=None)": SAME + "gradients are dropped when the update ends",
     "optimizer.zero_grad(set_to_none=False)": SAME + "gradients are dropped when the update ends",
 }

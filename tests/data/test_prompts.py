@@ -480,3 +480,9 @@ def test_the_source_follows_from_what_is_given_and_nothing_is_ignored(settings, 
 def test_a_token_is_shown_nowhere():
     config = DatasetConfig(name="imdb", token="hf_secret")
     assert "hf_secret" not in repr(config)
+
+
+def test_an_empty_prompt_of_a_template_is_not_blamed_on_a_column():
+    rows, template = [{"text": "a"}, {"text": " "}], "{text}"
+    with pytest.raises(DatasetError, match=r"1 of 2 prompts made by prompt_template cannot be used: row 1 \(empty\)"):
+        make_prompts(rows, DatasetConfig(prompt_template=template), "test")

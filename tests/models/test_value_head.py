@@ -57,3 +57,10 @@ def test_it_comes_back_from_its_file(tmp_path):
     other.load(tmp_path)
     assert torch.equal(other.weight, fresh.weight)
     assert torch.equal(other.bias, fresh.bias)
+
+
+def test_making_one_draws_no_random_number():
+    """Or everything drawn after it would depend on whether there is a value head."""
+    before = torch.random.get_rng_state()
+    head()
+    assert torch.equal(torch.random.get_rng_state(), before)

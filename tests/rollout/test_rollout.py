@@ -218,3 +218,14 @@ def test_records_hold_each_response_with_its_prompt_and_tokens():
     for row, record in enumerate(rolled.records):
         assert (record.row, record.prompt) == (row, rolled.batch.texts[row])
         assert list(record.token_ids) == rolled.samples.response_ids[row][rolled.response_mask[row]].tolist()
+
+
+def test_records_are_cut_before_a_stop_string_that_was_sampled():
+    learner = tiny_learner("gpt2")
+    free = roll(learner)
+    row = max(range(len(free.texts)), key=lambda index: len(free.texts[index]))
+    stop = free.texts[row][2:4]
+    generation = GENERATION.model_copy(update={"stop": (stop,)})
+    record = roll_out(learner, prompt_batch(learner), generation, KEY).records[row]
+    assert record.response == free.texts[row][: free.texts[row].index(stop)]
+    assert stop in learner.policy.tokenizer.decode(record.token_ids)

@@ -123,10 +123,9 @@ def _prompts(numbered: Iterable[tuple[int, Any]], config: DatasetConfig, where: 
     if bad:
         named = ", ".join(f"row {index} ({problem})" for index, problem in bad[:10])
         more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-        column = config.prompt_column
-        raise DatasetError(
-            f"{where}: {len(bad)} of {len(results)} prompts in column {column!r} cannot be used: {named}{more}."
-        )
+        is_made = config.prompt_template is not None
+        origin = "made by prompt_template" if is_made else f"in column {config.prompt_column!r}"
+        raise DatasetError(f"{where}: {len(bad)} of {len(results)} prompts {origin} cannot be used: {named}{more}.")
     return [prompt for _, prompt in results if isinstance(prompt, Prompt)]
 
 
