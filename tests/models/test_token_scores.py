@@ -152,7 +152,7 @@ def test_logits_that_are_scaled_or_capped(logits, learns, needs_entropy, has_ref
 @pytest.mark.parametrize("bias", [False, True])
 @tasks
 def test_a_head_that_learns(needs_entropy, has_reference, bias, max_kept, tokens_at_once, monkeypatch):
-    model = model_of(update_moments=True, bias=bias)
+    model = model_of(learns=True, bias=bias)
     limit_chunks(monkeypatch, model, tokens_at_once)
     if max_kept is not None:
         monkeypatch.setattr(language_model, "MAX_KEPT_LOGITS", max_kept)
@@ -222,7 +222,7 @@ def test_a_frozen_head_keeps_nothing_as_large_as_its_logits(
 
 
 def test_a_head_that_learns_keeps_its_logits_up_to_a_limit(monkeypatch):
-    case = Case(model_of(update_moments=True), True, True)
+    case = Case(model_of(learns=True), True, True)
     logits = int(case.mask.sum()) * case.model.vocabulary_size
     assert elements_kept(case.scored) >= logits
     monkeypatch.setattr(language_model, "MAX_KEPT_LOGITS", 3 * logits)
