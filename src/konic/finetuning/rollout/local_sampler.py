@@ -2,9 +2,8 @@
 
 Why the draw is written by hand: `torch.multinomial`, which `transformers` generate uses, takes the random numbers of a
 whole batch from one generator, so a response would depend on the other rows of its batch. `draw` inverts the
-cumulative distribution at a number that depends only on (seed, iteration, row, sample, token). A response therefore
-does not depend on how prompts are batched or on when other rows leave the batch. docs/speed.md has no figure for the
-draw alone; the 27 ms of a decode step include it.
+cumulative distribution at a number that depends only on (seed, iteration, row, sample, token).
+Other rows of the batch change a draw only where they change the rounding of its logits.
 
 Shapes: B sequences, P prompt tokens, R response tokens, V vocabulary. A mask is True where a token counts.
 """
