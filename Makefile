@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup demo reward-model test check format clean parity curves mutation bench chaos audit golden
+.PHONY: setup demo reward-model test check format clean parity curves mutation bench gpu chaos audit golden
 
 setup: $(READY)
 
@@ -70,6 +70,11 @@ bench: $(READY) $(TRL_1)/.ready $(TRL_0)/.ready
 	@$(BIN)/python benchmarks/bench.py run --trl116 $(TRL_1)/bin/python --trl026 $(TRL_0)/bin/python
 	@$(BIN)/python benchmarks/memory.py
 	@$(BIN)/python benchmarks/growth.py
+
+# GPU_PYTHON=python3 takes a Python that has a CUDA build of torch, instead of the one of `make setup`.
+gpu: $(if $(GPU_PYTHON),,$(READY))
+	@$(if $(GPU_PYTHON),PYTHONPATH=src $(GPU_PYTHON),$(BIN)/python) benchmarks/gpu.py \
+		$(if $(TRL116),--trl116 $(TRL116)) $(if $(TRL026),--trl026 $(TRL026))
 
 # Runs killed anywhere and resumed, a hundred times; needs a system that can fork.
 chaos: $(READY)

@@ -74,27 +74,31 @@ class Process:
     """A system that waits for its turn."""
 
     def __init__(self, python, script, arguments, log, path=(SPEED,)):
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(map(str, path))}
+        paths = [*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
         command = [python, str(SPEED / script), *map(str, arguments)]
         self.log = log
         self.child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True, env=environment
         )
-        self._answer()
+        self.is_ready = False
 
     def step(self):
         """Seconds of one step."""
+        if not self.is_ready:
+            self._answer()
+            self.is_ready = True
         time.sleep(0.5)  # the other one's threads come to rest
         self.child.stdin.write("go\n")
         self.child.stdin.flush()
         return self._answer()["seconds"]
 
     def end(self):
-        """Its peak memory, MB."""
+        """Its peak memory, MB: `peak_mb` of the process and `gpu_mb` of its tensors on a GPU."""
         self.child.stdin.close()
         answer = self._answer()
         self.child.wait()
-        return answer["peak_mb"]
+        return answer
 
     def _answer(self):
         line = "-"
@@ -123,8 +127,8 @@ def compare(comparison, pythons, models, rounds, folder):
         "peer": comparison.peer_name,
         "ours_seconds": [ours for ours, _ in seconds],
         "peer_seconds": [peer for _, peer in seconds],
-        "ours_peak_mb": ours.end(),
-        "peer_peak_mb": peer.end(),
+        "ours_peak_mb": ours.end()["peak_mb"],
+        "peer_peak_mb": peer.end()["peak_mb"],
     }
 
 
@@ -152,7 +156,7 @@ def versus(options):
             pairs = [[process.step() for process in sides] for _ in range(options.rounds)]
             now, before = (statistics.median(side) for side in zip(*pairs, strict=True))
             ratios = [mine / theirs for mine, theirs in pairs]
-            memory = [process.end() for process in sides]
+            memory = [process.end()["peak_mb"] for process in sides]
             print(
                 f"| {comparison.name} | {now:.2f} s | {before:.2f} s | {statistics.median(ratios):.3f} "
                 f"({min(ratios):.3f}-{max(ratios):.3f}) | {memory[0]:.0f} MB | {memory[1]:.0f} MB |",
@@ -168,14 +172,18 @@ def make_models(folder):
     models["gpt2"] = GPT2LMHeadModel(
         GPT2Config(vocab_size=loaded.model.config.vocab_size, bos_token_id=0, eos_token_id=0)
     )
-    for name, model in models.items():
-        with quiet_transformers():
-            model.save_pretrained(folder / name)
-            loaded.tokenizer.save_pretrained(folder / name)
-        config = folder / name / "tokenizer_config.json"
-        # the name that transformers 4 and 5 both know
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
-    return {name: folder / name for name in models}
+    return {name: save_model(model, loaded.tokenizer, folder / name) for name, model in models.items()}
+
+
+def save_model(model, tokenizer, folder):
+    """A folder that the `transformers` of every peer reads."""
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    config = folder / "tokenizer_config.json"
+    # the name that transformers 4 and 5 both know
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder
 
 
 def machine():

@@ -35,7 +35,7 @@ INSIDE = {
     "reward_models": ["texts", "classifier", "feedback", "saving", "training"],
     "callbacks": ["hooks", "trackers", "console", "composite"],
     "run": [
-        "card", "environment", "state", "checkpoint", "resume", "checks", "measures", "folder", "saving", "session",
+        "environment", "card", "state", "checkpoint", "resume", "checks", "measures", "folder", "saving", "session",
     ],
 }  # fmt: skip
 """Modules of each package; each imports only from those before it."""

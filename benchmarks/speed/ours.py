@@ -1,4 +1,4 @@
-"""Ours, a step per turn: python ours.py MODEL PROMPTS WHAT TOKENS OUTPUT
+"""Ours, a step per turn: python ours.py MODEL PROMPTS WHAT TOKENS OUTPUT [DTYPE]
 
 WHAT is ppo (4 epochs), grpo (1 pass, groups of 4), sample (responses alone, from the policy with its adapter), or
 sample-general: the same by the way that any model takes.
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from turns import THREADS, turns
+from turns import ON_GPU, THREADS, turns
 
 from konic.finetuning import (
     DatasetConfig,
@@ -26,7 +26,7 @@ from konic.finetuning.learning.learner import build_learner
 from konic.finetuning.rollout import decoding
 from konic.finetuning.rollout.sampler import RandomKey
 
-model, prompts_file, what, tokens, output = sys.argv[1:]
+model, prompts_file, what, tokens, output, *dtype = sys.argv[1:]
 torch.set_num_threads(THREADS)
 prompts = Path(prompts_file).read_text().splitlines()
 turn = turns()
@@ -52,12 +52,13 @@ class Turns(KonicFinetuningCallback):
 targets = ("q_proj", "v_proj") if "gpt2" not in model else ("c_attn",)
 agent = KonicFinetuningAgent(
     base_model=model,
+    model_kwargs={"dtype": dtype[0]} if dtype else {},
     reward_composer=KonicLLMRewardComposer().add_reward_function(distinct_characters),
     lora_config=LoraConfig(r=8, lora_alpha=16, target_modules=targets),
     dataset_config=DatasetConfig(prompts=tuple(prompts)),
     training_config=TrainingConfig(
         algorithm="grpo" if what == "grpo" else "ppo",
-        batch_size=8,
+        batch_size=len(prompts) * (4 if what == "grpo" else 1),
         ppo_epochs=4 if what == "ppo" else 1,
         num_minibatches=1,
         learning_rate=1e-4,
@@ -68,7 +69,7 @@ agent = KonicFinetuningAgent(
 if what == "sample-general":
     decoding.fused_transformer = lambda *_: None
 if what.startswith("sample"):
-    learner = build_learner(agent, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    learner = build_learner(agent, torch.device("cuda" if ON_GPU else "cpu"))
     made = make_prompts(prompts, agent.get_dataset_config(), "bench")
     policy = learner.policy
     batch = make_prompt_batch(made, policy.tokenizer, 512, learner.special_tokens.pad, policy.device)

@@ -1,4 +1,4 @@
-"""TRL 1.16's GRPOTrainer, a step per turn: python trl_grpo.py MODEL PROMPTS PASSES TOKENS OUTPUT"""
+"""TRL 1.16's GRPOTrainer, a step per turn: python trl_grpo.py MODEL PROMPTS PASSES TOKENS OUTPUT [DTYPE]"""
 
 import sys
 from pathlib import Path
@@ -8,9 +8,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from turns import THREADS, turns
+from turns import ON_GPU, THREADS, turns
 
-model, prompts_file, passes, tokens, output = sys.argv[1:]
+model, prompts_file, passes, tokens, output, *dtype = sys.argv[1:]
 torch.set_num_threads(THREADS)
 prompts = Path(prompts_file).read_text().splitlines()
 turn = turns()
@@ -30,9 +30,10 @@ class Turns(TrainerCallback):
 GRPOTrainer(
     model=model,
     args=GRPOConfig(
-        output_dir=output, learning_rate=1e-4, num_iterations=int(passes), per_device_train_batch_size=8,
+        output_dir=output, learning_rate=1e-4, num_iterations=int(passes), per_device_train_batch_size=4 * len(prompts),
         num_generations=4, max_completion_length=int(tokens), temperature=1.0, beta=0.05, max_steps=100_000,
-        generation_kwargs={"min_new_tokens": int(tokens)}, model_init_kwargs={"dtype": "float32"}, use_cpu=True,
+        generation_kwargs={"min_new_tokens": int(tokens)}, use_cpu=not ON_GPU,
+        model_init_kwargs={"dtype": dtype[0] if dtype else "float32"},
         bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1,
         disable_tqdm=True,
     ),

@@ -18,7 +18,7 @@ from transformers import (
     TrainerCallback,
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
-from turns import THREADS, turns
+from turns import ON_GPU, THREADS, turns
 
 model, prompts_file, epochs, tokens, output = sys.argv[1:]
 torch.set_num_threads(THREADS)
@@ -51,7 +51,7 @@ trainer = PPOTrainer(
     args=PPOConfig(
         output_dir=output, per_device_train_batch_size=len(prompts), gradient_accumulation_steps=1, num_mini_batches=1,
         num_ppo_epochs=int(epochs), response_length=int(tokens), local_rollout_forward_batch_size=len(prompts),
-        total_episodes=100_000, learning_rate=1e-4, temperature=1.0, kl_coef=0.05, use_cpu=True, bf16=False,
+        total_episodes=100_000, learning_rate=1e-4, temperature=1.0, kl_coef=0.05, use_cpu=not ON_GPU, bf16=False,
         report_to="none", save_strategy="no", num_sample_generations=0, logging_steps=1, disable_tqdm=True,
         gradient_checkpointing=False,
     ),

@@ -1,6 +1,7 @@
 """What every measured process does: set up, then a step for each line on standard input, and its seconds as the answer.
 
-A process tells its peak memory when its input ends. Only the standard library is needed, so any environment will do.
+A process tells its peak memory when its input ends, that of the GPU too if it uses one. Any environment with torch
+will do.
 """
 
 import json
@@ -10,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 THREADS = 2
+ON_GPU = torch.cuda.is_available()
 
 
 def tell(**values: Any) -> None:
@@ -26,8 +30,10 @@ def turns() -> Iterator[None]:
     for _ in sys.stdin:
         start = time.perf_counter()
         yield
+        if ON_GPU:
+            torch.cuda.synchronize()
         tell(seconds=time.perf_counter() - start)
-    tell(peak_mb=peak_mb())
+    tell(peak_mb=peak_mb(), gpu_mb=torch.cuda.max_memory_allocated() / 2**20 if ON_GPU else 0.0)
 
 
 def peak_mb() -> float:

@@ -341,7 +341,7 @@ def test_gradient_checkpointing_saves_bytes_and_changes_no_gradient(architecture
 def test_large_batches_recompute_their_logits_and_change_no_gradient(architecture, monkeypatch):
     plain = gradients(architecture, monkeypatch)
     monkeypatch.setattr("konic.finetuning.models.token_scores.MAX_KEPT_LOGITS", 0)
-    monkeypatch.setattr("konic.finetuning.models.token_scores.MAX_LOGITS", 257 * 3)
+    monkeypatch.setattr("konic.finetuning.models.token_scores.MAX_LOGITS", {"cpu": 257 * 3})
     chunked = gradients(architecture, monkeypatch)
     assert (plain - chunked).norm() / plain.norm() < 1e-9
 
@@ -497,7 +497,7 @@ def test_a_kl_in_the_loss_survives_chunks_and_recomputation(architecture, monkey
     plain = gradients(architecture, monkeypatch, **settings)
     split = gradients(architecture, monkeypatch, gradient_accumulation_steps=4, **settings)
     monkeypatch.setattr("konic.finetuning.models.token_scores.MAX_KEPT_LOGITS", 0)
-    monkeypatch.setattr("konic.finetuning.models.token_scores.MAX_LOGITS", 257 * 3)
+    monkeypatch.setattr("konic.finetuning.models.token_scores.MAX_LOGITS", {"cpu": 257 * 3})
     chunked = gradients(architecture, monkeypatch, **settings)
     for other in (split, chunked):
         assert (plain - other).norm() / plain.norm() < 1e-9

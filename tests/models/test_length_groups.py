@@ -25,7 +25,7 @@ def groups_of(prompt_lengths, response_lengths, at_most=None):
 def cost(groups, prompt_lengths, response_lengths):
     return sum(
         len(rows) * (max(prompt_lengths[row] for row in rows) + max(response_lengths[row] for row in rows))
-        + grouping.COST_OF_A_PASS
+        + grouping.cost_of_a_pass(torch.device("cpu"))
         for rows in groups
     )
 
@@ -42,7 +42,7 @@ def every_cut(order, at_most):
 @pytest.mark.parametrize("cost_of_a_pass", [0, 5, 64])
 @pytest.mark.parametrize("num_rows", range(1, 8))
 def test_no_other_cut_of_the_sorted_rows_costs_less(num_rows, cost_of_a_pass, monkeypatch):
-    monkeypatch.setattr(grouping, "COST_OF_A_PASS", cost_of_a_pass)
+    monkeypatch.setattr(grouping, "cost_of_a_pass", lambda device: cost_of_a_pass)
     generator = random.Random(num_rows)
     for _ in range(6):
         prompts, responses = ([generator.randint(1, 40) for _ in range(num_rows)] for _ in range(2))

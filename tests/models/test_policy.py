@@ -210,7 +210,7 @@ def test_a_prompt_of_several_rows_is_read_once_with_the_values_and_gradients_of_
     response_mask[1, 3:] = response_mask[5, 1:] = False
     ids, mask = torch.cat([batch.ids, responses], 1), torch.cat([batch.mask, response_mask], 1)
     weights = torch.randn(6, num_response_tokens, 32, dtype=torch.float64) * response_mask[..., None]
-    monkeypatch.setattr(language_model, "COST_OF_A_PASS", 0)
+    monkeypatch.setattr(language_model, "cost_of_a_pass", lambda device: 0)
     decode, read = LanguageModel.decode, []
 
     def record(self, ids, *others):
@@ -248,7 +248,7 @@ def test_a_prompt_is_read_once_only_where_that_saves_more_than_a_pass_costs(save
     learner = tiny_learner("llama")
     batch = prompt_batch(learner, ["no", "why not", "no"])
     length = batch.ids.shape[1]
-    monkeypatch.setattr(language_model, "COST_OF_A_PASS", length - 1 if saves else length)
+    monkeypatch.setattr(language_model, "cost_of_a_pass", lambda device: length - 1 if saves else length)
     assert (learner_reads(learner, batch, monkeypatch)[0][0] == 2) == saves
 
 
@@ -259,7 +259,7 @@ def test_a_model_whose_layers_forget_reads_every_row_whole(monkeypatch):
     )  # fmt: skip
     learner = tiny_learner("llama")
     monkeypatch.setattr(learner.policy.language_model, "causal_lm", MistralForCausalLM(config).double().eval())
-    monkeypatch.setattr(language_model, "COST_OF_A_PASS", 0)
+    monkeypatch.setattr(language_model, "cost_of_a_pass", lambda device: 0)
     batch = prompt_batch(learner, ["why not", "why not"])
     assert learner_reads(learner, batch, monkeypatch) == [(2, batch.ids.shape[1] + 3)]
 

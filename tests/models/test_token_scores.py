@@ -88,7 +88,7 @@ class Case:
 
 def limit_chunks(monkeypatch, model, tokens_at_once):
     if tokens_at_once is not None:
-        monkeypatch.setattr(language_model, "MAX_LOGITS", tokens_at_once * model.vocabulary_size)
+        monkeypatch.setattr(language_model, "MAX_LOGITS", {"cpu": tokens_at_once * model.vocabulary_size})
 
 
 def assert_as_written_out(case):

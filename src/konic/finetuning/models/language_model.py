@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from konic.finetuning.errors import ModelError
-from konic.finetuning.models.length_groups import COST_OF_A_PASS
+from konic.finetuning.models.length_groups import cost_of_a_pass
 from konic.finetuning.models.positions import distinct_prompts, position_ids
 from konic.finetuning.models.prepacked import Product
 
@@ -68,7 +68,7 @@ class LanguageModel:
         """Return the hidden states [B, R, H] from which each of the last R tokens is predicted.
 
         Columns that are padding in every row are not computed; on the right they are filled with 0. A prompt that
-        several rows share is read once if that saves more tokens than one more pass costs (:data:`COST_OF_A_PASS`).
+        several rows share is read once if that saves more tokens than one more pass costs (:func:`cost_of_a_pass`).
         """
         columns = mask.any(dim=0).nonzero().squeeze(-1)
         first, last = int(columns[0]), int(columns[-1])  # nothing is predicted from the last token
@@ -78,7 +78,7 @@ class LanguageModel:
         prompts, prompt_mask, prompt_of_row = distinct_prompts(ids[:, :length], mask[:, :length])
         cache = DynamicCache(config=self.causal_lm.config)
         can_share = not self.causal_lm.training and all(type(layer) is DynamicLayer for layer in cache.layers)
-        if not can_share or (len(ids) - len(prompts)) * length <= COST_OF_A_PASS:
+        if not can_share or (len(ids) - len(prompts)) * length <= cost_of_a_pass(ids.device):
             hidden = self.decode(ids, mask, positions)[:, length - 1 :]
         else:
             hidden = self.decode(prompts, prompt_mask, position_ids(prompt_mask), cache)[:, -1:]

@@ -82,10 +82,14 @@ class Policy:
             )
         switch_off_dropout(causal_lm)
         if gradient_checkpointing:
-            causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+            switch_on = getattr(causal_lm, "activation_checkpointing_enable", None)  # its name since transformers 5.2x
+            (switch_on or causal_lm.gradient_checkpointing_enable)({"use_reentrant": False})
         causal_lm.eval()
 
         self.value_head = ValueHead(causal_lm.get_output_embeddings().weight, causal_lm.device)
+        named = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        of_values = {f"value_head.{name}": weight for name, weight in self.value_head.named_parameters()}
+        self._trainable: dict[str, nn.Parameter] = named | of_values
 
     @property
     def device(self) -> torch.device:
@@ -104,8 +108,7 @@ class Policy:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return every trainable parameter by name. Those of the value head come last."""
-        named = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-        return named | {f"value_head.{name}": weight for name, weight in self.value_head.named_parameters()}
+        return dict(self._trainable)
 
     @contextmanager
     def training_mode(self) -> Iterator[None]:
@@ -132,8 +135,12 @@ class Policy:
             finally:
                 self._adapted.set_adapter("default")
         elif self._adapted is not None:
-            with self._adapted.disable_adapter():
+            # not `PeftModel.disable_adapter`, which first asks every layer for its state: as slow as a forward pass
+            self._adapted.base_model.disable_adapter_layers()
+            try:
                 yield self.language_model
+            finally:
+                self._adapted.base_model.enable_adapter_layers()
 
     @torch.no_grad()
     def reference_logits(self, hidden: Tensor) -> Tensor:

@@ -39,8 +39,10 @@ class Product:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight.contiguous(), num_rows)
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """Return the product [n, out], plus `add` [n, out] if given."""
+        """Return the product [n, out], plus `add` [n, out] if given, which may be overwritten."""
         if not self._is_prepacked:
+            if add is not None and self._bias is None and x.device.type != "cpu":
+                return add.addmm_(x, self._weight.T)  # one kernel on a GPU
             product = functional.linear(x, self._weight, self._bias)
             return product if add is None else product + add
         if add is None:

@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from konic.finetuning.models.distributions import entropies, exact_kl, log_softmax_, token_log_probs
 from konic.finetuning.models.language_model import LanguageModel
 
-MAX_LOGITS = 2**23
-"""Logits in one tensor when tokens are scored, for any batch: 32 MB in fp32, a size that glibc frees at once."""
+MAX_LOGITS = {"cpu": 2**23, "cuda": 2**26}
+"""Logits in one tensor when tokens are scored, for any batch, by device type. On a CPU that is 32 MB in fp32, a size
+that glibc frees at once; on a GPU 256 MB, so that few kernels do much work each."""
 MAX_KEPT_LOGITS = 2**26
 """Most logits kept for the backward pass if the head is trained: 256 MB in fp32. More are computed twice instead."""
 
@@ -168,7 +169,9 @@ def _scaled(scales: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
 def map_tokens(
     function: Callable[..., tuple[Tensor, ...]], mask: Tensor, vocabulary: int, *inputs: Tensor
 ) -> tuple[Tensor, ...]:
-    """Apply `function` to the tokens that count, in chunks of about 2^23 logits; results [B, R] are 0 outside the mask.
+    """Apply `function` to the tokens that count, in chunks of about :data:`MAX_LOGITS` logits.
+
+    Results [B, R] are 0 outside the mask.
 
     Args:
         function: Takes the chunk's part [n, ...] of every input and returns tensors [n].
@@ -177,7 +180,7 @@ def map_tokens(
         inputs: [B, R, ...] each.
     """
     counted = [tensor.flatten(0, 1) if mask.all() else tensor[mask] for tensor in inputs]
-    size = -(-MAX_LOGITS // vocabulary)
+    size = -(-MAX_LOGITS.get(mask.device.type, MAX_LOGITS["cpu"]) // vocabulary)
     chunks = [
         function(*(tensor[start : start + size] for tensor in counted)) for start in range(0, len(counted[0]), size)
     ]

@@ -19,13 +19,16 @@ from konic.finetuning.rollout.fused_transformer import Transformer
 class FusedDecoder:
     """Decodes a model of a known shape, with packed and joined products and with keys and values in one tensor."""
 
+    multiple = 1
+    """The cache has room for a multiple of so many tokens."""
+
     def __init__(self, model: LanguageModel, transformer: Transformer, num_tokens: int) -> None:
         self._model, self._transformer, self._num_tokens = model, transformer, num_tokens
 
     def prefill(self, ids: Tensor, mask: Tensor) -> Tensor:
         """See :class:`Decoder`."""
         num_rows, length = ids.shape
-        total = length + self._num_tokens
+        total = -(-(length + self._num_tokens) // self.multiple) * self.multiple
         first = position_ids(mask)
         later = first[:, -1:] + torch.arange(1, self._num_tokens + 1, device=ids.device)
         self._positions = torch.cat([first, later], dim=1)

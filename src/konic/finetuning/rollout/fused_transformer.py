@@ -106,17 +106,19 @@ class Transformer:
         slot: Tensor | None,
         rotation: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """Return the attention output [B, T, N, D] from joined queries, keys and values [B, T, N + 2K, D]."""
+        """Return the attention output [B, T, N, D] from joined queries, keys and values [B, T, N + 2K, D].
+
+        Overwrites `joined` with its rotated form, and writes keys and values into `kept` [2, B, K, tokens, D].
+        """
         num_rows, num_tokens = joined.shape[:2]
-        heads, values = torch.split(joined, [self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
         if rotation is not None:
-            heads = _rotated(heads, *rotation)
-        queries, keys = torch.split(heads, [self.num_heads, self.num_kv_heads], dim=2)
-        for part, new in zip(kept, (keys.transpose(1, 2), values.transpose(1, 2)), strict=True):
-            if slot is None:
-                part[:, :, length - num_tokens : length] = new
-            else:
-                part.index_copy_(2, slot, new)
+            _rotate_(joined[:, :, : self.num_heads + self.num_kv_heads], *rotation)
+        queries, keys_values = joined[:, :, : self.num_heads], joined[:, :, self.num_heads :]
+        new = keys_values.view(num_rows, num_tokens, 2, self.num_kv_heads, -1).permute(2, 0, 3, 1, 4)
+        if slot is None:
+            kept[..., length - num_tokens : length, :] = new
+        else:
+            kept.index_copy_(3, slot, new)
         all_keys, all_values = kept[:, :, :, :length].unbind()
         if num_tokens == 1:  # queries that share keys are treated like tokens of one head
             grouped = queries.reshape(num_rows, self.num_kv_heads, -1, self.head_size)
@@ -243,6 +245,8 @@ def _read(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) ->
 def _rms_norm(layer: Any) -> Function:
     """Return the function x / √(mean x² + ε) · weight. It normalises in fp32 for any dtype, as `transformers` does."""
     weight, epsilon = layer.weight.detach(), layer.variance_epsilon
+    if weight.device.type != "cpu":  # one kernel, where a CPU is slower with it
+        return lambda x: functional.rms_norm(x, weight.shape, weight, epsilon)
 
     def normed(x: Tensor) -> Tensor:
         wide = x.float()
@@ -258,11 +262,12 @@ def _gated_silu(joined: Tensor) -> Tensor:
 
 
 def _halves_signed(sines: Tensor) -> Tensor:
-    """Return the sines with the sign of the first half flipped, for :func:`_rotated`."""
+    """Return the sines with the sign of the first half flipped, for :func:`_rotate_`."""
     half = sines.shape[-1] // 2
     return torch.cat([-sines[..., :half], sines[..., half:]], dim=-1)
 
 
-def _rotated(x: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:
-    """Return the rotary embedding of heads [B, T, n, D]; the second half of a head is the imaginary part."""
-    return x * cosines + x.roll(x.shape[-1] // 2, dims=-1) * signed_sines
+def _rotate_(x: Tensor, cosines: Tensor, signed_sines: Tensor) -> None:
+    """Apply the rotary embedding to heads [B, T, n, D] in place; the second half of a head is the imaginary part."""
+    turned = x.roll(x.shape[-1] // 2, dims=-1)
+    x.mul_(cosines).add_(turned.mul_(signed_sines))

@@ -1,6 +1,7 @@
 """Tokens -> hidden states: the fused decoder, with each decode step as one CUDA graph.
 
-The CUDA graph has never run on a GPU. The tests run the same step on a CPU, without a graph.
+`make gpu` compares the CUDA graph with other decoders on a GPU (docs/gpu.md). The tests run the same step on a CPU,
+without a graph.
 
 Shapes: B rows.
 """
@@ -17,6 +18,9 @@ class GraphedDecoder(FusedDecoder):
     Attention reads the whole cache; the bias hides the positions that are not written yet. On other devices the same
     step runs without a graph.
     """
+
+    multiple = 16
+    """A mask of another length would be copied in every layer, to align it."""
 
     def prefill(self, ids: Tensor, mask: Tensor) -> Tensor:
         """See :class:`Decoder`."""
@@ -58,14 +62,16 @@ class GraphedDecoder(FusedDecoder):
         self._is_set_up = True
         self._graph: torch.cuda.CUDAGraph | None = None
         if tokens.device.type == "cuda":
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self._run()  # what kernels prepare at their first launch must not be recorded
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+                # not `torch.cuda.graph`, which also collects Python's garbage: 0.2 s with a large library in memory
+                graph.capture_begin()
                 self._output = self._run()
+                graph.capture_end()
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = graph
 
     def _run(self) -> Tensor:
         total = self._cache.shape[-2]

@@ -3,13 +3,13 @@
 import html
 import json
 import math
-from importlib.metadata import version
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from konic.finetuning.errors import printable
 from konic.finetuning.results.summary import FinetuningResult
+from konic.finetuning.run.environment import version_of
 
 
 def model_card(result: FinetuningResult, settings: dict[str, Any], base_location: str, is_adapter: bool) -> str:
@@ -23,7 +23,7 @@ def model_card(result: FinetuningResult, settings: dict[str, Any], base_location
         tags=["konic", "reinforcement-learning", algorithm],
     )
     lines = [f"# {_escaped(result.model_name)}, finetuned by reinforcement learning", ""]
-    lines += [f"Trained with konic {version('konic')} by {algorithm} for {result.total_iterations} iterations", ""]
+    lines += [f"Trained with konic {version_of('konic')} by {algorithm} for {result.total_iterations} iterations", ""]
     if first and last:
         lines += ["| | first iteration | last iteration |", "|---|---|---|"]
         lines += [f"| reward | {first.reward_mean:.4f} | {last.reward_mean:.4f} |"]
