@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup demo reward-model test check format clean parity curves mutation bench gpu chaos audit golden
+.PHONY: setup demo reward-model test check format clean parity curves defaults mutation bench gpu chaos audit golden
 
 setup: $(READY)
 
@@ -65,6 +65,12 @@ parity: $(READY) $(TRL_1)/.ready $(TRL_0)/.ready
 curves: $(READY) $(TRL_1)/.ready
 	@$(BIN)/python benchmarks/curves.py run --peer $(TRL_1)/bin/python
 	@$(BIN)/python benchmarks/curves.py show
+
+# Adds the runs that are missing; three seeds of fifteen minutes each on five tasks take four hours per setting.
+MINUTES ?= 15
+SEEDS ?= 0 1 2
+defaults: $(READY)
+	@$(BIN)/python benchmarks/defaults.py run --minutes $(MINUTES) --seeds $(SEEDS)
 
 bench: $(READY) $(TRL_1)/.ready $(TRL_0)/.ready
 	@$(BIN)/python benchmarks/bench.py run --trl116 $(TRL_1)/bin/python --trl026 $(TRL_0)/bin/python

@@ -55,8 +55,8 @@ def measure(policy, batch_size, num_tokens, prompt_length, of_one_prompt=False):
     optimizer = make_optimizer(policy, config)
     zeros = torch.zeros_like(rolled.log_probs)
     advantages = Advantages(
-        advantages=torch.randn_like(zeros), returns=zeros, mask=rolled.response_mask, value_loss_weight=0.1,
-        kl_loss_weight=0.0,
+        advantages=torch.randn_like(zeros), returns=zeros, mask=rolled.response_mask, has_signal=True,
+        value_loss_weight=0.1, kl_loss_weight=0.0,
     )  # fmt: skip
     with measured() as updating:
         update(policy, optimizer, rolled, advantages, config, Schedule(0, 1, 0.0))

@@ -57,8 +57,8 @@ def whole_update(policy, num_rows):
         ref_log_probs=zeros, kl=zeros, entropy=zeros, values=zeros, ref_hidden=torch.randn_like(samples.hidden),
     )  # fmt: skip
     advantages = Advantages(
-        advantages=torch.randn(zeros.shape), returns=zeros, mask=samples.response_mask, value_loss_weight=0.1,
-        kl_loss_weight=0.05,
+        advantages=torch.randn(zeros.shape), returns=zeros, mask=samples.response_mask, has_signal=True,
+        value_loss_weight=0.1, kl_loss_weight=0.05,
     )  # fmt: skip
     config = TrainingConfig(
         batch_size=num_rows, ppo_epochs=1, num_minibatches=1, gradient_accumulation_steps=num_rows * RESPONSE // 1024,

@@ -44,8 +44,8 @@ def sampled():
 def updated(rolled, optimizer):
     zeros = torch.zeros_like(rolled.log_probs)
     advantages = Advantages(
-        advantages=torch.randn_like(zeros), returns=zeros, mask=rolled.response_mask, value_loss_weight=0.1,
-        kl_loss_weight=0.0,
+        advantages=torch.randn_like(zeros), returns=zeros, mask=rolled.response_mask, has_signal=True,
+        value_loss_weight=0.1, kl_loss_weight=0.0,
     )  # fmt: skip
     update(policy, optimizer, rolled, advantages, config, Schedule(0, 4, 0.0))
 

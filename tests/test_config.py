@@ -2,13 +2,15 @@ import math
 
 import pytest
 
+from konic.finetuning.algorithms import ALGORITHMS
 from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
 from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.errors import ConfigError
 
 CONTRACT = {
     TrainingConfig: {
-        "learning_rate": None, "batch_size": 4, "gradient_accumulation_steps": 1, "ppo_epochs": 4, "num_minibatches": 1,
+        "learning_rate": None, "batch_size": 16, "gradient_accumulation_steps": 1, "ppo_epochs": 4,
+        "num_minibatches": 1,
         "kl_penalty_weight": 0.05, "clip_ratio": 0.2, "vf_coef": 0.1, "entropy_coef": 0.0, "gamma": 1.0,
         "gae_lambda": 0.95, "max_grad_norm": 1.0, "weight_decay": 0.0, "warmup_steps": 0, "lr_scheduler": "constant",
         "missing_eos_penalty": None, "gradient_checkpointing": False, "max_minutes": None,
@@ -26,11 +28,12 @@ CONTRACT = {
 
 TINY = 1e-12
 BOUNDS = [  # field, the values at the edge that are valid, the ones past it
-    (TrainingConfig, "algorithm", ["ppo", "rloo", "grpo", "dr_grpo", "reinforce++"], ["PPO", "reinforce", None]),
+    (TrainingConfig, "algorithm", list(ALGORITHMS), ["PPO", "reinforce", None]),
     (TrainingConfig, "num_generations", [1, 4, None], [0, -1, 1.5]),
     (TrainingConfig, "kl_placement", ["reward", "loss", None], ["both"]),
     (TrainingConfig, "kl_target", [TINY, None], [0]),
     (TrainingConfig, "kl_horizon", [1], [0]),
+    (TrainingConfig, "kl_limit", [TINY, None], [0]),
     (TrainingConfig, "kl_budget", [TINY, None], [0]),
     (TrainingConfig, "target_kl", [TINY, None], [0]),
     (TrainingConfig, "value_warmup_iterations", [0, 3], [-1]),
@@ -47,6 +50,8 @@ BOUNDS = [  # field, the values at the edge that are valid, the ones past it
     (TrainingConfig, "num_minibatches", [1, 2], [0]),
     (TrainingConfig, "kl_penalty_weight", [0], [-TINY]),
     (TrainingConfig, "clip_ratio", [TINY, 0.999], [0, 1, -0.2, 1.5]),
+    (TrainingConfig, "clip_ratio_low", [TINY, 1, None], [0, 1.001, -0.2]),
+    (TrainingConfig, "clip_ratio_high", [TINY, 4, None], [0, -0.2]),
     (TrainingConfig, "vf_coef", [0], [-TINY]),
     (TrainingConfig, "entropy_coef", [0], [-TINY]),
     (TrainingConfig, "gamma", [TINY, 1], [0, 1.001]),
@@ -56,6 +61,7 @@ BOUNDS = [  # field, the values at the edge that are valid, the ones past it
     (TrainingConfig, "warmup_steps", [0], [-1]),
     (TrainingConfig, "lr_scheduler", ["constant", "linear", "cosine"], ["cosin", None]),
     (TrainingConfig, "missing_eos_penalty", [0, None], [-TINY]),
+    (TrainingConfig, "mask_truncated", [True, False], ["perhaps", None]),
     (TrainingConfig, "gradient_checkpointing", [True, False], ["perhaps", None]),
     (TrainingConfig, "eval_every", [1, None], [0, -1, 1.5]),
     (TrainingConfig, "max_minutes", [TINY, None], [0]),
@@ -277,12 +283,33 @@ def test_end_tokens_must_be_tokens(ids):
         ({"batch_size": 8, "num_generations": 4, "num_minibatches": 3}, "num_minibatches=3 .*batch_size: 12"),
         ({"algorithm": "grpo", "value_warmup_iterations": 1}, "algorithm='grpo' .* no value head learns"),
         ({"kl_target": 6.0, "kl_budget": 5.0}, "kl_target=6.0 steers beyond kl_budget=5.0"),
+        (
+            {"algorithm": "gdpo", "kl_placement": "reward"},
+            "looks at the parts .* kl_placement='reward'",
+        ),
+        ({"algorithm": "gdpo", "missing_eos_penalty": 1.0}, "takes neither .* nor missing_eos_penalty"),
         ({"vf_coef": 0, "value_warmup_iterations": 1}, "vf_coef=0.0 no value head learns"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_with_the_way_out(values, message):
     with pytest.raises(ConfigError, match=message):
         TrainingConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "clips"),
+    [
+        ({}, (0.2, 0.2)),
+        ({"clip_ratio": 0.3}, (0.3, 0.3)),
+        ({"clip_ratio_high": 0.28}, (0.2, 0.28)),
+        ({"clip_ratio_low": 0.1, "clip_ratio": 0.3}, (0.1, 0.3)),
+        ({"algorithm": "gspo"}, (3e-4, 4e-4)),
+        ({"algorithm": "gspo", "clip_ratio": 0.3, "clip_ratio_high": 1e-3}, (3e-4, 1e-3)),
+        ({"algorithm": "cispo"}, (1.0, 4.0)),
+    ],
+)
+def test_a_clip_is_the_one_set_for_its_side_else_the_algorithms_else_the_general_one(values, clips):
+    assert TrainingConfig(**values).clip_ratios == clips
 
 
 @pytest.mark.parametrize(

@@ -137,9 +137,9 @@ FIELDS = {
         "whole or None": "num_generations eval_every",
         "real": "kl_penalty_weight clip_ratio vf_coef entropy_coef gamma gae_lambda max_grad_norm weight_decay "
         "max_error_rate",
-        "real or None": "learning_rate kl_target kl_budget target_kl missing_eos_penalty max_minutes "
-        "reward_timeout_seconds",
-        "flag": "gradient_checkpointing self_checks",
+        "real or None": "learning_rate kl_target kl_limit kl_budget clip_ratio_low clip_ratio_high target_kl "
+        "missing_eos_penalty max_minutes reward_timeout_seconds",
+        "flag": "gradient_checkpointing mask_truncated self_checks",
         "word": "algorithm lr_scheduler on_reward_error on_nonfinite",
         "word or None": "kl_placement",
     },
@@ -212,7 +212,7 @@ def test_a_value_of_the_wrong_kind_is_refused_by_its_fields_name(kind, field, va
         case("group of one", TrainingConfig, {"algorithm": "grpo", "num_generations": 1}, "num_generations"),
         case("rloo group of one", TrainingConfig, {"algorithm": "rloo", "num_generations": 1}, "num_generations"),
         case("groups do not fit", TrainingConfig, {"algorithm": "grpo", "batch_size": 6}, "valid batch_size: 4 or 8"),
-        case("group over batch", TrainingConfig, {"num_generations": 8}, "groups of num_generations=8"),
+        case("group over batch", TrainingConfig, {"num_generations": 32}, "groups of num_generations=32"),
         case("minibatches over batch", TrainingConfig, {"num_minibatches": 10**30}, "num_minibatches"),
         case("micro-batches", TrainingConfig, {"gradient_accumulation_steps": 3}, "gradient_accumulation_steps=3"),
         case("target over budget", TrainingConfig, {"kl_target": 2, "kl_budget": 1}, "kl_budget=1"),

@@ -62,7 +62,7 @@ def test_a_group_is_one_prompt_with_responses_of_its_own(model_folders, tmp_path
 
 
 def test_the_price_of_kl_rises_until_the_policy_is_near_the_target(model_folders, tmp_path):
-    options = {"learning_rate": 5e-3, "kl_penalty_weight": 0.01}
+    options = {"learning_rate": 5e-3, "kl_penalty_weight": 0.01, "kl_limit": None}
     free = make_engine(model_folders["llama"], tmp_path / "free", **options)
     steered = make_engine(model_folders["llama"], tmp_path / "steered", kl_target=0.5, kl_horizon=4, **options)
     loose, tight = (engine.train(55).history for engine in (free, steered))
@@ -109,6 +109,33 @@ class Same(KonicLLMRewardComposer):
     @llm_reward
     def same(self, prompt, response):
         return 1.0
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_where_no_reward_is_ever_earned_the_policy_stays_exactly_where_it_is(
+    model_folders, tmp_path, algorithm, batch_size
+):
+    if batch_size == 1 and ALGORITHMS[algorithm].compares_groups:
+        pytest.skip("groups have at least two responses")
+    options = {"algorithm": algorithm, "batch_size": batch_size, "num_generations": None}
+    history = make_engine(model_folders["llama"], tmp_path, composer=Same(), **options).train(4).history
+    assert max(result.kl_per_response for result in history) < 1e-6
+    adapter = weights(tmp_path / "final")["adapter_model.safetensors"]
+    assert all((weight == 0).all() for name, weight in adapter.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("kl_limit", [None, 1.0])
+def test_a_run_meets_its_kl_limit_and_not_beyond(model_folders, tmp_path, kl_limit):
+    options = {"learning_rate": 1e-2, "batch_size": 16, "kl_penalty_weight": 0.01, "kl_limit": kl_limit}
+    history = make_engine(model_folders["llama"], tmp_path, **options).train(25).history
+    paid = [result.kl_per_response for result in history[-8:]]
+    if kl_limit is None:
+        assert min(paid) > 1.5
+        assert {result.kl_penalty_weight for result in history} == {0.01}
+    else:
+        assert 0.3 < max(paid) < 1.5
+        assert max(result.kl_penalty_weight for result in history) > 0.1
 
 
 @pytest.mark.parametrize("is_on", [True, False])

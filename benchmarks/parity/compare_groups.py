@@ -5,14 +5,27 @@ TRL's log-probs and advantages are float32 whatever the model, so float32 is wha
 
 import torch
 
+from konic.finetuning.algorithms import ALGORITHMS
 from konic.finetuning.learning.advantages import group_centred, group_normalised, leave_one_out, token_rewards
-from konic.finetuning.learning.losses import clipped_policy_loss, clipped_tokens, k1, k3, log_ratio
+from konic.finetuning.learning.losses import (
+    POLICY_LOSSES,
+    clipped_policy_loss,
+    clipped_tokens,
+    k1,
+    k3,
+    level_log_ratios,
+    log_ratio,
+)
+from konic.finetuning.learning.update import loss_weights
 from konic.finetuning.models.adapters import switch_off_dropout
 from models import Batch, gradients_of, load_model, our_scores, true_distributions, true_log_probs
 from report import FP32, FP64, Line, count, largest, relative, unequal, worst_weight
 
 EOS = 0
-RELATIVE_REWARDS = {"grpo": group_normalised, "dr_grpo": group_centred, "rloo": leave_one_out}
+RELATIVE_REWARDS = {"dr_grpo": group_centred, "rloo": leave_one_out}
+"""Others than group_normalised."""
+BY_ITS_ROW = ("gspo", "cispo", "sapo")
+"""Algorithms whose loss is compared as their row of konic's table says it."""
 
 
 def batch_of(read):
@@ -32,7 +45,7 @@ def compare(recorded, models, algorithm, prompts, architecture):
     Args:
         recorded: The recording.
         models: The folder of the models.
-        algorithm: "grpo", "dr_grpo" or "rloo".
+        algorithm: "grpo", "dr_grpo", "rloo" or one of BY_ITS_ROW, those with Llama only.
         prompts: "equal" or "unequal" in length.
         architecture: "gpt2" or "llama".
     """
@@ -43,7 +56,10 @@ def compare(recorded, models, algorithm, prompts, architecture):
     step = sequence_step if algorithm == "rloo" else token_step
     for index in range(2):
         lines += truth(recorded, models, index)
-        lines += step(recorded, models, index, positions_are_off)
+        if algorithm in BY_ITS_ROW:
+            lines += row_step(recorded, models, index, algorithm)
+        else:
+            lines += step(recorded, models, index, positions_are_off)
     return lines
 
 
@@ -54,12 +70,14 @@ def contents(recorded, algorithm, prompts):
     lines = [count("responses that ended", ended), count("responses cut off", ~ended)]
     if prompts == "unequal":
         lines.append(count("prompts with padding", ~batch.prompt_mask.all(dim=1)))
+    lines.append(count("responses without a score", scores.isnan()))
+    if algorithm in BY_ITS_ROW:
+        return lines
     held = recorded.step(1, "is_region_clipped").bool()
     if algorithm != "rloo":
         held = held & recorded.step(1, "completion_mask").bool()
     return [
         *lines,
-        count("responses without a score", scores.isnan()),
         count(
             "step 2: tokens that the clip holds" if algorithm != "rloo" else "step 2: sequences that the clip holds",
             held,
@@ -77,7 +95,8 @@ def rollout_advantages(recorded, algorithm):
         ratios, weight = k1(log_ratio(old, ref, mask)), recorded.options["beta"]
     summed = token_rewards(scores.nan_to_num(), ratios, mask, weight).sum(dim=1)
     groups = (-1, recorded.options["num_generations"])
-    ours = RELATIVE_REWARDS[algorithm](summed.view(groups), has_score.view(groups)).flatten()
+    relative_rewards = RELATIVE_REWARDS.get(algorithm, group_normalised)
+    ours = relative_rewards(summed.view(groups), has_score.view(groups)).flatten()
     return largest("advantages", recorded.rollout("advantages"), ours, FP32)
 
 
@@ -151,6 +170,40 @@ def token_step(recorded, models, step, positions_are_off):
         relative(f"{name}gradient of the log-probs", recorded.step(step, "log_prob_gradients"), by_log_probs, FP32),
         *(true_gradients if positions_are_off else token_gradients)(recorded, models, step, batch, advantages),
     ]
+
+
+def row_loss(recorded, algorithm, new, old, ref, advantages, mask):
+    """Our loss of a step, as the algorithm's row says it, with k3 in the place of the exact KL."""
+    row = ALGORITHMS[algorithm]
+    ratios = level_log_ratios(log_ratio(new, old, mask), mask, row.ratio_level)
+    clips = row.clip_ratios or (recorded.options["epsilon"], recorded.options["epsilon"])
+    losses = POLICY_LOSSES[row.policy_loss](ratios, advantages.expand_as(new), mask, clips)
+    losses = losses + recorded.options["beta"] * k3(log_ratio(new, ref, mask))
+    num_tokens = int(mask.sum())
+    return (loss_weights(row.average, mask, num_tokens, len(mask)) * losses).sum() / num_tokens
+
+
+def row_step(recorded, models, step, algorithm):
+    """The gradients of a loss by its row: of the log-probs, and of all weights through our own forward pass."""
+    name, temperature = f"step {step + 1}: ", recorded.options["temperature"]
+    batch = batch_of(lambda name: recorded.step(step, name))
+    mask, advantages = batch.response_mask, recorded.step(step, "advantages")[:, None]
+    old, ref = recorded.step(step, "old_per_token_logps"), recorded.step(step, "ref_per_token_logps")
+    leaf = recorded.step(step, "per_token_logps").clone().requires_grad_()
+    loss = row_loss(recorded, algorithm, leaf, old, ref, advantages, mask)
+    by_log_probs = torch.autograd.grad(loss, leaf)[0]
+    policy = load_model(models / "policy", recorded.of_weights(step, "weights"))
+    scores = our_scores(policy, batch, temperature)
+    theirs = recorded.of_weights(step, "gradients")
+    ours = gradients_of(policy, row_loss(recorded, algorithm, scores.log_probs, old, ref, advantages, mask))
+    lines = [
+        relative(f"{name}gradient of the log-probs", recorded.step(step, "log_prob_gradients"), by_log_probs, FP32),
+        relative(f"{name}gradients of all weights", theirs, ours, FP32),
+        worst_weight(f"{name}gradients, the worst weight", theirs, ours, FP32),
+    ]
+    if algorithm != "cispo":  # whose loss in TRL has log π in the place of log ρ: another value, the same gradient
+        lines.append(largest(f"{name}loss", recorded.step(step, "loss").sum(), loss.detach(), FP32))
+    return lines
 
 
 def token_gradients(recorded, models, step, batch, advantages):

@@ -120,9 +120,13 @@ def grpo_options(scale_rewards):
     }  # fmt: skip
 
 
+GSPO = {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}
 ALGORITHMS = {
     "grpo": (GRPOTrainer, GRPOConfig, grpo_options("group")),
     "dr_grpo": (GRPOTrainer, GRPOConfig, grpo_options("none")),
+    "gspo": (GRPOTrainer, GRPOConfig, grpo_options("group") | GSPO),
+    "cispo": (GRPOTrainer, GRPOConfig, grpo_options("group") | {"loss_type": "cispo", "epsilon_high": 5.0}),
+    "sapo": (GRPOTrainer, GRPOConfig, grpo_options("group") | {"loss_type": "sapo"}),
     "rloo": (RLOOTrainer, RLOOConfig, {"normalize_advantages": False, "reward_clip_range": None}),
 }
 

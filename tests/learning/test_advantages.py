@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from konic.finetuning.learning.advantages import (
     gae,
     group_centred,
+    group_mean_normalised,
     group_normalised,
     leave_one_out,
+    parts_normalised,
     token_rewards,
     whiten,
 )
@@ -265,3 +267,38 @@ def test_groups_of_fewer_than_two_scores_give_zero(num_scores):
     scores, mask = tensor([[1.5, 2.5, 3.5]]), torch.arange(3)[None] < num_scores
     for function in (leave_one_out, group_normalised, group_centred):
         assert function(scores, mask).tolist() == [[0.0] * 3]
+
+
+def test_max_rl_worked_by_hand():
+    scores = tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [2.0, 1.0, 3.0, 9.0], [-1.0, -2.0, 1.0, 0.0]])
+    mask = torch.tensor([[True] * 4, [True] * 4, [True, True, True, False], [True] * 4])
+    found = group_mean_normalised(scores, mask)
+    assert found[0].tolist() == pytest.approx([3.0, -1.0, -1.0, -1.0])
+    assert found[1].tolist() == [0.0] * 4  # no success: nothing to follow
+    assert found[2].tolist() == pytest.approx([0.0, -0.5, 0.5, 0.0])
+    assert found[3].tolist() == [0.0] * 4  # a mean below 0 has no likelihood
+
+
+def test_max_rls_expectation_is_the_gradient_of_the_truncated_log_likelihood():
+    """With n samples of success probability p, E[Σ A_i ∂ log π(y_i)] / n is Σ_{k<n} (1 − p)^k per unit of ∂p."""
+    n, p = 4, 0.3
+    expected = 0.0
+    for outcome in range(2**n):
+        wins = [bool(outcome >> index & 1) for index in range(n)]
+        chance = math.prod(p if win else 1 - p for win in wins)
+        rewards = tensor([[float(win) for win in wins]])
+        advantages = group_mean_normalised(rewards, torch.ones(1, n, dtype=torch.bool))[0]
+        score = [1 / p if win else -1 / (1 - p) for win in wins]  # ∂ log P(outcome) / ∂p
+        expected += chance * sum(a * s for a, s in zip(advantages.tolist(), score, strict=True)) / n
+    assert expected == pytest.approx(sum((1 - p) ** k for k in range(n)) - (1 - p) ** (n - 1), abs=1e-12)
+
+
+def test_parts_of_equal_values_count_nothing_and_the_sum_is_whitened():
+    parts = tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 5.0, 5.0, 5.0], [0.0, 1.0, math.nan, 0.0]])
+    mask = torch.tensor([[True] * 4, [True] * 4, [True, True, False, True]])
+    found = parts_normalised(parts, mask, tensor([1.0, 7.0, 0.0]), group_size=2)
+    unit = 0.5 / (math.sqrt(0.5) + 1e-4)  # half the distance over the unbiased deviation, in both groups
+    spread = statistics.stdev([-unit, unit, -unit, unit]) + 1e-4
+    assert found.tolist() == pytest.approx([-unit / spread, unit / spread] * 2)
+    nothing = torch.zeros(3, 4, dtype=torch.bool)
+    assert parts_normalised(parts.nan_to_num(), nothing, tensor([1.0, 7.0, 1.0]), 2).tolist() == [0.0] * 4

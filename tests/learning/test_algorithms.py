@@ -6,6 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 
 from conftest import prompt_batch, roll, shake_adapter, tiny_learner
 from konic.finetuning.algorithms import ALGORITHMS
@@ -16,6 +19,8 @@ from konic.finetuning.rollout.sampler import RandomKey
 
 NAN = math.nan
 GROUP_METHODS = ("rloo", "grpo", "dr_grpo")
+REWARD_METHODS = [name for name in ALGORITHMS if name != "gdpo"]
+"""Those that look at the reward as a whole, with the penalties in it."""
 SCORES = [0.3, -1.0, 2.0, 0.1, 0.7, -0.2, 1.1, 0.0]
 BETA = 0.3
 GENERATION = GenerationConfig(max_new_tokens=8, temperature=0.9, eos_token_id=tuple(range(40)))  # so that lengths vary
@@ -27,6 +32,11 @@ def rolled():
     learner = tiny_learner("llama", generation=GENERATION)
     shake_adapter(learner.policy)
     return roll(learner, prompt_batch(learner), GENERATION, RandomKey(3, 1))
+
+
+def scored(rewards):
+    """Scores with a single part."""
+    return Scores(rewards, {}, parts={"all": rewards}, weights={"all": 1.0})
 
 
 def settings(algorithm, **values):
@@ -70,7 +80,7 @@ def test_ppo_is_gae_on_the_score_and_the_kl_whitened(rolled):
         expected.append(row)
         returns.append([a + v for a, v in zip(row, values, strict=True)])
     config = settings("ppo", gamma=0.9, gae_lambda=0.8)
-    found = compute_advantages(rolled, Scores(SCORES, {}), config, BETA)
+    found = compute_advantages(rolled, scored(SCORES), config, BETA)
     check(found.advantages, rolled, whitened(expected))
     check(found.returns, rolled, returns)
     assert (found.value_loss_weight, found.kl_loss_weight) == (0.1, 0.0)
@@ -80,7 +90,7 @@ def test_reinforce_plus_plus_is_the_reward_to_come_whitened_over_the_batch(rolle
     expected = []
     for score, (ratios, _) in zip(SCORES, plain(rolled), strict=True):
         expected.append([score - BETA * math.fsum(ratios[t:]) for t in range(len(ratios))])
-    found = compute_advantages(rolled, Scores(SCORES, {}), settings("reinforce++"), BETA)
+    found = compute_advantages(rolled, scored(SCORES), settings("reinforce++"), BETA)
     check(found.advantages, rolled, whitened(expected))
     assert (found.value_loss_weight, found.kl_loss_weight) == (0.0, 0.0)
 
@@ -92,7 +102,7 @@ def test_rloo_is_the_penalised_reward_less_the_mean_of_the_others(rolled):
         group = range(row // 4 * 4, row // 4 * 4 + 4)
         others = [totals[other] for other in group if other != row]
         expected.append([totals[row] - statistics.mean(others)] * len(ratios))
-    found = compute_advantages(rolled, Scores(SCORES, {}), settings("rloo"), BETA)
+    found = compute_advantages(rolled, scored(SCORES), settings("rloo"), BETA)
     check(found.advantages, rolled, expected)
     assert (found.value_loss_weight, found.kl_loss_weight) == (0.0, 0.0)
 
@@ -107,14 +117,14 @@ def test_grpo_is_the_reward_within_its_group_with_and_without_its_deviation(roll
         divisor = statistics.stdev(group) + 1e-4 if algorithm == "grpo" else 1.0
         expected.append([centred / divisor] * len(ratios))
     config = settings(algorithm, num_generations=num_generations)
-    found = compute_advantages(rolled, Scores(SCORES, {}), config, BETA)
+    found = compute_advantages(rolled, scored(SCORES), config, BETA)
     check(found.advantages, rolled, expected)
     assert (found.value_loss_weight, found.kl_loss_weight) == (0.0, BETA)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", REWARD_METHODS)
 def test_the_penalty_goes_into_the_reward_or_the_loss_and_never_both(rolled, algorithm):
-    scores = Scores(SCORES, {})
+    scores = scored(SCORES)
     for placement in ("reward", "loss"):
         config = settings(algorithm, kl_placement=placement)
         free, priced = (compute_advantages(rolled, scores, config, beta) for beta in (0.0, BETA))
@@ -126,7 +136,7 @@ def test_the_penalty_goes_into_the_reward_or_the_loss_and_never_both(rolled, alg
 @pytest.mark.parametrize("algorithm", GROUP_METHODS)
 @pytest.mark.parametrize("value", [0.1, -3.3, 0.0, 1e6])
 def test_groups_of_equal_rewards_give_exactly_zero(rolled, algorithm, value):
-    scores = Scores([value] * 4 + SCORES[4:], {})
+    scores = scored([value] * 4 + SCORES[4:])
     found = compute_advantages(rolled, scores, settings(algorithm), 0.0)
     assert (found.advantages[:4] == 0).all()
     assert (found.advantages[4:] != 0).any()
@@ -134,14 +144,57 @@ def test_groups_of_equal_rewards_give_exactly_zero(rolled, algorithm, value):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("scores", [[0.7] * 8, [NAN, *[0.7] * 7], [NAN] * 8])
+def test_a_batch_of_equal_scores_teaches_nothing(rolled, algorithm, scores):
+    config = settings(algorithm)
+    found = compute_advantages(rolled, scored(scores), config, BETA)
+    assert (found.advantages == 0).all()
+    assert not found.has_signal
+    assert found.mask.any(dim=1).tolist() == [not math.isnan(score) for score in scores]
+    if not math.isnan(scores[1]):
+        one_differs = compute_advantages(rolled, scored([*scores[:7], 0.8]), config, BETA)
+        assert (one_differs.advantages != 0).any() and one_differs.has_signal
+
+
+@pytest.mark.parametrize("varied", [True, False])
+def test_one_score_alone_teaches_unless_the_whole_run_had_the_same(rolled, varied):
+    scores = scored([NAN] * 7 + [0.7])
+    found = compute_advantages(rolled, scores, settings("ppo"), BETA, scores_have_varied=varied)
+    assert (found.advantages != 0).any() == varied
+    assert found.has_signal == varied
+
+
+def test_a_cut_off_response_differs_from_one_that_ended(rolled):
+    assert 0 < int(rolled.samples.ended.sum()) < 8
+    config = settings("ppo", missing_eos_penalty=1.0)
+    assert (compute_advantages(rolled, scored([0.7] * 8), config, BETA).advantages != 0).any()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_sample_without_a_score_changes_nothing_for_the_others(rolled, algorithm):
     with_gap = [*SCORES[:2], NAN, *SCORES[3:]]
     config = settings(algorithm)
-    found = compute_advantages(rolled, Scores(with_gap, {}), config, BETA)
+    found = compute_advantages(rolled, scored(with_gap), config, BETA)
     assert (found.advantages[2] == 0).all() and (found.returns[2] == 0).all()
     assert not found.mask[2].any()
     assert torch.equal(found.mask[3], rolled.response_mask[3])
-    if algorithm in GROUP_METHODS:
+    if algorithm in ("gspo", "cispo", "sapo", "max_rl", "gdpo"):
+        if algorithm == "max_rl":
+            expected = (SCORES[0] - statistics.mean(others := [SCORES[0], SCORES[1], SCORES[3]])) / statistics.mean(
+                others
+            )
+            expected = expected if statistics.mean(others) > 0 else 0.0
+        elif algorithm == "gdpo":
+            flat = torch.stack([found.advantages[row, 0] for row in range(8) if row != 2])
+            assert flat.mean().item() == pytest.approx(0.0, abs=1e-9)
+            assert flat.std().item() == pytest.approx(1.0, abs=1e-3)
+            return
+        else:
+            like_grpo = compute_advantages(rolled, scored(with_gap), settings("grpo"), BETA)
+            assert torch.equal(found.advantages, like_grpo.advantages)
+            return
+        assert found.advantages[0, 0].item() == pytest.approx(expected, abs=1e-9)
+    elif algorithm in GROUP_METHODS:
         totals = [
             s - BETA * math.fsum(r) * (algorithm == "rloo") for s, (r, _) in zip(SCORES, plain(rolled), strict=True)
         ]
@@ -161,17 +214,80 @@ def test_a_sample_without_a_score_changes_nothing_for_the_others(rolled, algorit
 
 @pytest.mark.parametrize("algorithm", GROUP_METHODS)
 def test_a_group_with_a_single_score_gives_zero(rolled, algorithm):
-    found = compute_advantages(rolled, Scores([1.5, NAN, NAN, NAN, *SCORES[4:]], {}), settings(algorithm), 0.0)
+    found = compute_advantages(rolled, scored([1.5, NAN, NAN, NAN, *SCORES[4:]]), settings(algorithm), 0.0)
     assert (found.advantages[:4] == 0).all()
     assert found.advantages.isfinite().all()
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", REWARD_METHODS)
 def test_the_missing_end_is_paid_for_by_those_cut_off(rolled, algorithm):
     ended = torch.tensor([True, False] * 4)
     cut = replace(rolled, samples=replace(rolled.samples, ended=ended))
     charged = [score - 0.5 * (not end) for score, end in zip(SCORES, ended.tolist(), strict=True)]
-    found = compute_advantages(cut, Scores(SCORES, {}), settings(algorithm, missing_eos_penalty=0.5), BETA)
-    expected = compute_advantages(rolled, Scores(charged, {}), settings(algorithm), BETA)
+    found = compute_advantages(cut, scored(SCORES), settings(algorithm, missing_eos_penalty=0.5), BETA)
+    expected = compute_advantages(rolled, scored(charged), settings(algorithm), BETA)
     assert torch.allclose(found.advantages, expected.advantages, atol=1e-12)
     assert torch.allclose(found.returns, expected.returns, atol=1e-12)
+
+
+def test_max_rl_is_the_reward_relative_to_its_groups_mean(rolled):
+    rewards = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.5]
+    found = compute_advantages(rolled, scored(rewards), settings("max_rl"), BETA)
+    expected = [3.0, -1.0, -1.0, -1.0, 0.6, 0.6, -1.0, -0.2]  # means 1/4 and 5/8
+    check(found.advantages, rolled, [[a] * len(r) for a, (r, _) in zip(expected, plain(rolled), strict=True)])
+    assert (found.value_loss_weight, found.kl_loss_weight) == (0.0, BETA)
+
+
+PARTS = {"long": [100.0, 300.0, 200.0, 400.0, 0.0, 0.0, 0.0, 0.0], "good": [0.0, 1.0, NAN, 0.5, 0.0, 1.0, 1.0, 0.0]}
+
+
+def test_gdpo_weighs_each_part_in_units_of_its_own_spread_within_the_group(rolled):
+    def relative(values):
+        known = [value for value in values if not math.isnan(value)]
+        spread = statistics.stdev(known) + 1e-4
+        mean = statistics.mean(known)
+        return [0.0 if math.isnan(v) or len(set(known)) == 1 else (v - mean) / spread for v in values]
+
+    weights = {"long": 0.5, "good": 2.0}
+    sums = [0.0] * 8
+    for name, values in PARTS.items():
+        for row, value in enumerate(relative(values[:4]) + relative(values[4:])):
+            sums[row] += weights[name] * value
+    expected = [(value - statistics.mean(sums)) / (statistics.stdev(sums) + 1e-4) for value in sums]
+    scores = Scores([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], {}, parts=PARTS, weights=weights)
+    found = compute_advantages(rolled, scores, settings("gdpo"), BETA)
+    check(found.advantages, rolled, [[a] * len(r) for a, (r, _) in zip(expected, plain(rolled), strict=True)])
+
+
+def test_gdpo_learns_from_parts_that_differ_where_their_sums_are_equal(rolled):
+    parts = {"a": [0.0, 1.0] * 4, "b": [1.0, 0.0] * 4}
+    weights = {"a": 3.0, "b": 1.0}
+    scores = Scores([1.0] * 8, {}, parts=parts, weights=weights)
+    found = compute_advantages(rolled, scores, settings("gdpo"), BETA)
+    assert (found.advantages[::2] < 0)[rolled.response_mask[::2]].all()
+    assert (found.advantages[1::2] > 0)[rolled.response_mask[1::2]].all()
+    flat = Scores([1.0] * 8, {}, parts={"a": [0.1] * 8, "b": [1.0] * 8}, weights=weights)
+    assert (compute_advantages(rolled, flat, settings("gdpo"), BETA).advantages == 0).all()
+
+
+@given(scale=st.floats(0.01, 100), shift=st.floats(-10, 10))
+@settings_of_hypothesis(max_examples=20, deadline=None)
+def test_gdpo_does_not_see_the_units_of_a_part(rolled, scale, shift):
+    def found(values):
+        scores = Scores(SCORES, {}, parts=PARTS | {"long": values}, weights={"long": 1.0, "good": 1.0})
+        return compute_advantages(rolled, scores, settings("gdpo"), BETA).advantages
+
+    moved = [scale * (value / 100) + shift for value in PARTS["long"]]
+    # 1e-4 beside a spread of at least 0.01 is at most one part in a hundred
+    assert torch.allclose(found(moved), found(PARTS["long"]), atol=0.03)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_cut_off_response_can_be_left_out_of_the_loss_and_still_counts_for_its_group(rolled, algorithm):
+    ended = rolled.samples.ended
+    assert 0 < int(ended.sum()) < 8
+    masked = compute_advantages(rolled, scored(SCORES), settings(algorithm, mask_truncated=True), BETA)
+    plain_ones = compute_advantages(rolled, scored(SCORES), settings(algorithm), BETA)
+    assert torch.equal(masked.mask, rolled.response_mask & ended[:, None])
+    assert torch.equal(masked.advantages[ended], plain_ones.advantages[ended])
+    assert (masked.advantages[~ended] == 0).all()

@@ -4,7 +4,16 @@ import math
 
 import pytest
 
-from konic.finetuning.learning.kl_controller import adapted_kl_weight
+from konic.finetuning.learning.kl_controller import adapted_kl_weight, limited_kl_weight
+
+
+@pytest.mark.parametrize(
+    ("kl", "factor"), [(0.0, 1.0), (7.0, 1.0), (8.5, 4.0), (9.4, 25.0), (9.7, 100.0), (10.0, 100.0), (99.0, 100.0)]
+)
+def test_the_weight_rises_steeply_between_seven_tenths_of_the_limit_and_the_limit(kl, factor):
+    assert limited_kl_weight(0.3, kl, 10.0) == pytest.approx(0.3 * factor)
+    assert limited_kl_weight(0.0, kl, 10.0) == pytest.approx(0.05 * (factor - 1))
+    assert limited_kl_weight(0.01, kl, 10.0) == pytest.approx(0.01 + 0.05 * (factor - 1))
 
 
 @pytest.mark.parametrize(

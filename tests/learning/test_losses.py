@@ -8,13 +8,16 @@ from hypothesis import strategies as st
 
 from konic.finetuning.learning.advantages import token_rewards
 from konic.finetuning.learning.losses import (
+    POLICY_LOSSES,
     clipped_policy_loss,
     clipped_tokens,
+    clipped_weight_loss,
     explained_variance,
     k1,
     k3,
     level_log_ratios,
     log_ratio,
+    soft_gate_loss,
     value_loss,
 )
 from konic.finetuning.models.distributions import entropies, entropy_and_kl_, exact_kl, log_softmax_, token_log_probs
@@ -481,3 +484,71 @@ def test_explained_variance_of_targets_that_do_not_vary_is_nan(value, count, dty
     targets = torch.full((1, count), value, dtype=dtype)
     got = explained_variance(torch.arange(count, dtype=dtype)[None], targets, torch.ones(1, count, dtype=torch.bool))
     assert got.isnan()
+
+
+# --- the losses of other algorithms ---
+
+ONE = torch.tensor([[True]])
+
+
+@pytest.mark.parametrize(
+    ("log_rho", "advantage", "weight"),
+    [(0.0, 2.0, 1.0), (math.log(3.0), 2.0, 3.0), (math.log(7.0), 2.0, 5.0), (math.log(7.0), -2.0, 5.0),
+     (-3.0, 2.0, math.exp(-3.0)), (-3.0, -2.0, math.exp(-3.0))],
+)  # fmt: skip
+def test_cispos_token_weighs_its_ratio_up_to_the_clip_and_keeps_its_gradient(log_rho, advantage, weight):
+    new = tensor([[log_rho]], requires_grad=True)
+    loss = clipped_weight_loss(new, tensor([[advantage]]), ONE, (1.0, 4.0))
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(-weight * advantage * log_rho, abs=TOLERANCE)
+    assert new.grad.item() == pytest.approx(-weight * advantage, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(("low", "high", "weight"), [(0.3, 4.0, 0.7), (0.9, 4.0, math.exp(-1.0))])
+def test_cispos_weight_may_have_a_lower_end(low, high, weight):
+    new = tensor([[-1.0]], requires_grad=True)
+    clipped_weight_loss(new, tensor([[1.0]]), ONE, (low, high)).sum().backward()
+    assert new.grad.item() == pytest.approx(-weight, abs=TOLERANCE)
+
+
+@given(log_rho=st.floats(-3, 3), advantage=st.floats(-4, 4))
+def test_sapos_gate_is_its_sigmoid_with_another_temperature_for_each_sign(log_rho, advantage):
+    rho, tau = math.exp(log_rho), 1.0 if advantage > 0 else 1.05
+    gate = 4 / tau / (1 + math.exp(-tau * (rho - 1)))
+    new = tensor([[log_rho]], requires_grad=True)
+    loss = soft_gate_loss(new, tensor([[advantage]]), ONE, CLIP)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(-gate * advantage, abs=TOLERANCE)
+    # d gate / d log ρ = 4 σ (1 − σ) ρ: 1 at ρ = 1, and fading on both sides
+    sigma = gate * tau / 4
+    assert new.grad.item() == pytest.approx(-4 * sigma * (1 - sigma) * rho * advantage, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+@pytest.mark.parametrize("advantage", [-1.5, 0.0, 2.0])
+def test_at_ratio_one_every_loss_has_the_policy_gradient(name, advantage):
+    new = tensor([[0.0]], requires_grad=True)
+    POLICY_LOSSES[name](new, tensor([[advantage]]), ONE, (0.2, 0.2)).sum().backward()
+    assert new.grad.item() == pytest.approx(-advantage, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_every_loss_is_zero_and_without_gradient_outside_the_mask(name):
+    new = tensor([[0.3, -0.2, 0.1]], requires_grad=True)
+    advantages = tensor([[1.0, math.nan, math.inf]])
+    mask = torch.tensor([[True, False, False]])
+    losses = POLICY_LOSSES[name](log_ratio(new, torch.zeros_like(new), mask), advantages, mask, CLIP)
+    assert losses[0, 1:].tolist() == [0.0, 0.0]
+    losses[mask].sum().backward()
+    assert new.grad[0, 1:].tolist() == [0.0, 0.0]
+    assert new.grad[0, 0].isfinite()
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_every_loss_has_the_gradient_of_its_differences(name):
+    if name == "clipped_weight":
+        pytest.skip("its weight is a constant for the gradient, by definition")
+    new, mask = random(3, 5, seed=4, scale=0.4).requires_grad_(), random(3, 5, seed=6) > -0.8
+    advantages, old = random(3, 5, seed=5), torch.zeros(3, 5, dtype=torch.float64)
+    loss = POLICY_LOSSES[name]
+    assert torch.autograd.gradcheck(lambda x: loss(log_ratio(x, old, mask), advantages, mask, CLIP), new)

@@ -32,7 +32,8 @@ def roll_and_score(learner, config, rewards=REWARDS, shake=True):
         shake_adapter(learner.policy)
     batch = prompt_batch(learner)
     rolled = roll(learner, batch, GENERATION, RandomKey(3, 1), config.micro_batch_size)
-    return rolled, compute_advantages(rolled, Scores(list(rewards), {}), config, config.kl_penalty_weight)
+    scores = Scores(list(rewards), {}, parts={"all": list(rewards)}, weights={"all": 1.0})
+    return rolled, compute_advantages(rolled, scores, config, config.kl_penalty_weight)
 
 
 def run_update(
@@ -627,6 +628,7 @@ def test_a_kl_in_the_loss_pulls_at_nothing_while_the_policy_is_its_reference(lor
     config = TrainingConfig(algorithm="grpo", batch_size=8, ppo_epochs=4, learning_rate=1e-2)
     learner = tiny_learner("llama", lora=lora, training=config, generation=GENERATION, dtype=torch.float32)
     rolled, advantages = roll_and_score(learner, config, rewards=[1.0] * 8, shake=False)
+    advantages = replace(advantages, has_signal=True)  # as if one reward somewhere differed
     before = [weight.clone() for weight in learner.policy.trainable().values()]
     stats = update(learner.policy, learner.optimizer, rolled, advantages, config, Schedule(0, 4, 1e-2))
     assert (stats.num_steps, stats.grad_norm, stats.kl_loss) == (4, 0.0, 0.0)
@@ -667,3 +669,82 @@ def test_a_row_names_its_loss_its_ratio_and_its_clip(monkeypatch):
     assert stats.policy_loss == pytest.approx(statistics.mean(losses), abs=1e-9)
     assert stats.clip_fraction == pytest.approx(statistics.mean(clipped))
     assert 0 < stats.clip_fraction < 1
+
+
+def new_log_probs(learner, rolled):
+    """Per response, the log-probs of its tokens under the policy as it is now, from its own unpadded pass."""
+    for index, mask in enumerate(rolled.response_mask):
+        prompt = rolled.batch.ids[index][rolled.batch.mask[index]]
+        response = rolled.samples.response_ids[index][mask]
+        with torch.no_grad():
+            logits = learner.policy.model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+        scaled = (logits / GENERATION.temperature).log_softmax(-1)
+        yield scaled.gather(-1, response[:, None]).squeeze(-1).tolist(), rolled.log_probs[index][mask].tolist()
+
+
+def gspo_loss(news, olds, advantage):
+    ratio = math.exp(statistics.mean(new - old for new, old in zip(news, olds, strict=True)))
+    return -min(ratio * advantage, min(max(ratio, 1 - 3e-4), 1 + 4e-4) * advantage)
+
+
+def sapo_loss(news, olds, advantage):
+    tau = 1.0 if advantage > 0 else 1.05
+    ratios = [math.exp(new - old) for new, old in zip(news, olds, strict=True)]
+    return statistics.mean(-advantage * 4 / tau / (1 + math.exp(-tau * (ratio - 1))) for ratio in ratios)
+
+
+@pytest.mark.parametrize(("algorithm", "loss"), [("gspo", gspo_loss), ("sapo", sapo_loss)])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_response_counts_the_same_however_long_it_is(algorithm, loss, accumulation):
+    config = TrainingConfig(
+        algorithm=algorithm, batch_size=8, ppo_epochs=1, gradient_accumulation_steps=accumulation, self_checks=False
+    )
+    learner = tiny_learner("llama", training=config, generation=GENERATION)
+    rolled, advantages = roll_and_score(learner, config)
+    assert len(set(rolled.response_mask.sum(dim=1).tolist())) > 2
+    shake_adapter(learner.policy, scale=0.01, seed=9)  # so that the ratios are not one
+    expected = statistics.mean(
+        loss(news, olds, advantages.advantages[row, 0].item())
+        for row, (news, olds) in enumerate(new_log_probs(learner, rolled))
+    )
+    stats = update(learner.policy, learner.optimizer, rolled, advantages, config, Schedule(0, 1, 0.0))
+    assert stats.policy_loss == pytest.approx(expected, abs=1e-9)
+    assert abs(stats.policy_loss) > 1e-4
+
+
+@pytest.mark.parametrize("algorithm", ["gspo", "sapo", "cispo", "gdpo"])
+def test_the_gradients_of_every_average_are_the_same_for_every_split(algorithm, monkeypatch):
+    settings = {"algorithm": algorithm, "kl_penalty_weight": 0.3}
+    whole = gradients("llama", monkeypatch, **settings)
+    split = gradients("llama", monkeypatch, gradient_accumulation_steps=8, **settings)
+    assert (split - whole).norm() / whole.norm() < 1e-9
+
+
+def trained_parts(learner):
+    """Copies of the adapter and of the value head."""
+    named = {name: weight.detach().clone() for name, weight in learner.policy.trainable().items()}
+    return [{n: w for n, w in named.items() if n.startswith("value_head") == is_head} for is_head in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "adapter_moves", "head_moves", "steps"),
+    [
+        ({"algorithm": "ppo"}, False, True, 2),
+        ({"algorithm": "grpo"}, False, False, 0),
+        ({"algorithm": "reinforce++"}, False, False, 0),
+        ({"algorithm": "grpo", "entropy_coef": 0.01}, True, False, 2),  # what you ask for beside the reward
+    ],
+)
+def test_scores_that_teach_nothing_do_not_move_the_policy_even_by_momentum(settings, adapter_moves, head_moves, steps):
+    config = TrainingConfig(**{"batch_size": 8, "ppo_epochs": 2, "learning_rate": 1e-2} | settings)
+    learner = tiny_learner("llama", training=config, generation=GENERATION)
+    rolled, advantages = roll_and_score(learner, config)
+    update(learner.policy, learner.optimizer, rolled, advantages, config, Schedule(0, 4, 1e-2))  # momentum to go on
+    rolled, advantages = roll_and_score(learner, config, rewards=[1.0] * 8, shake=False)
+    before = trained_parts(learner)
+    stats = update(learner.policy, learner.optimizer, rolled, advantages, config, Schedule(2, 4, 1e-2))
+    moved = [
+        any(not torch.equal(part[name], weight) for name, weight in then.items())
+        for then, part in zip(before, trained_parts(learner), strict=True)
+    ]
+    assert (*moved, stats.num_steps) == (adapter_moves, head_moves, steps)

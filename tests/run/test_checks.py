@@ -1,5 +1,6 @@
 """Self-checks: each fires on what it is for, once, and stays silent on a healthy run."""
 
+import math
 import re
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ def iteration(**values):
         policy_loss=0.0, value_loss=0.0, entropy_loss=-2.0, total_loss=0.0, response_length_mean=20.0,
         response_length_std=5.0, learning_rate=1e-3, clip_fraction=0.1, approx_kl=0.01, explained_variance=0.1,
         reward_breakdown={}, generation_time_sec=1.0, reward_compute_time_sec=0.0, update_time_sec=1.0,
-        total_time_sec=2.0, kl_per_response=0.2, entropy=2.0, ended_fraction=0.5, num_samples=8,
+        total_time_sec=2.0, kl_per_response=0.2, objective=0.49, entropy=2.0, ended_fraction=0.5, num_samples=8,
     )  # fmt: skip
     return replace(healthy, **values)
 
@@ -38,6 +39,11 @@ CASES = {
     "entropy_collapse": (PPO, [*HEALTHY, *[iteration(entropy=0.19)] * 3]),
     "no_rewards": (PPO, [*HEALTHY, *[iteration(num_unscored=8, reward_std=0.0)] * 3]),
     "beyond_budget": (BUDGET, [*HEALTHY, iteration(kl_per_response=5.1)]),
+    # three standard errors of the difference are 3 · √(2 · 3 · 0.3²/8) / 3 = 0.26
+    "objective_fell": (PPO, [*HEALTHY, *[iteration(objective=0.22)] * 3]),
+    "kl_runaway": (PPO, [*HEALTHY, *[iteration(kl_per_response=10.1)] * 3]),
+    "shrinking_responses": (PPO, [*HEALTHY, *[iteration(response_length_mean=5.0)] * 3]),
+    "repeating_responses": (PPO, [*HEALTHY, *[iteration(distinct_fraction=0.5)] * 3]),
 }
 SAID = {
     "constant_reward": r"got the reward 0\.5: there is nothing to learn from",
@@ -48,6 +54,10 @@ SAID = {
     "entropy_collapse": r"fell from 2\.00 to 0\.19 nats per token",
     "no_rewards": "Every reward abstained from every response of the last 3 iterations: nothing was learned",
     "beyond_budget": r"is 5\.1 nats per response from its reference, beyond kl_budget=5",
+    "objective_fell": r"was 0\.490 in its first 3 iterations and is 0\.220 in the last 3: .* KL \(0\.2 nats ",
+    "kl_runaway": r"is 10\.1 nats per response from its reference, and has been beyond 10 for 3 iterations",
+    "shrinking_responses": r"shrank from 20 tokens to 5\.0",
+    "repeating_responses": r"Only 50% of the responses in the last batch differ",
 }
 
 
@@ -96,7 +106,21 @@ def test_a_healthy_run_is_left_alone(config, length):
         ([*HEALTHY, *[iteration(num_unscored=8)] * 2, iteration(num_unscored=7)], PPO),
         ([iteration(entropy=0.0)] * 3, PPO),
         ([*HEALTHY, iteration(kl_per_response=5.0)], BUDGET),
-        ([*HEALTHY, iteration(kl_per_response=1e9)], PPO),
+        ([*HEALTHY, *[iteration(kl_per_response=1e9)] * 2], PPO),
+        ([*HEALTHY, *[iteration(kl_per_response=10.0)] * 3], PPO),
+        ([*HEALTHY, *[iteration(kl_per_response=19.0)] * 3], TrainingConfig(kl_limit=20)),
+        ([*HEALTHY, *[iteration(kl_per_response=19.0)] * 3], TrainingConfig(kl_budget=20)),
+        ([*HEALTHY, *[iteration(kl_per_response=19.0)] * 3], TrainingConfig(kl_target=20)),
+        ([*HEALTHY, *[iteration(kl_per_response=9.0)] * 3], TrainingConfig(kl_limit=5)),
+        ([*HEALTHY, *[iteration(objective=0.24)] * 3], PPO),
+        ([*HEALTHY[:3], *[iteration(objective=0.0)] * 2], PPO),
+        ([*HEALTHY, *[iteration(objective=0.22, num_samples=4)] * 3], PPO),  # fewer samples, less certainty
+        ([*HEALTHY, iteration(objective=-9.0), iteration(objective=math.nan), iteration(objective=-9.0)], PPO),
+        ([*HEALTHY, *[iteration(response_length_mean=5.1)] * 3], PPO),
+        ([*HEALTHY[:2], *[iteration(response_length_mean=1.1)] * 3], PPO),
+        ([*HEALTHY, *[iteration(distinct_fraction=0.5)] * 2, iteration(distinct_fraction=0.51)], PPO),
+        ([iteration(distinct_fraction=0.4)] * 6, PPO),  # few different responses from the start: such is the task
+        ([*HEALTHY[:2], *[iteration(distinct_fraction=0.1)] * 3], PPO),
         ([iteration(response_length_mean=1.0, ended_fraction=0.9)] * 3, PPO),
         ([iteration(response_length_mean=1.1, ended_fraction=1.0)] * 3, PPO),
     ],

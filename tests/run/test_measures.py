@@ -57,10 +57,10 @@ def clock():
 def measured(scores, evaluation=None, iteration=1, per_token=((0.5, 0, 0), (0.0, 0.0, 0.0))):
     mask = hand_made().response_mask & torch.tensor(scores.has_score)[:, None]
     advantages = Advantages(
-        advantages=torch.tensor(per_token), returns=torch.zeros(2, 3), mask=mask, value_loss_weight=0.1,
-        kl_loss_weight=0.0,
+        advantages=torch.tensor(per_token), returns=torch.zeros(2, 3), mask=mask, has_signal=True,
+        value_loss_weight=0.1, kl_loss_weight=0.0,
     )  # fmt: skip
-    return iteration_result(iteration, hand_made(), scores, advantages, STATS, 0.07, clock(), evaluation)
+    return iteration_result(iteration, hand_made(), scores, advantages, STATS, 0.05, 0.07, clock(), evaluation)
 
 
 def test_token_averages_are_over_tokens_and_response_sums_over_responses():
@@ -68,6 +68,8 @@ def test_token_averages_are_over_tokens_and_response_sums_over_responses():
     result = measured(scores, iteration=3)
     assert result.kl_divergence == pytest.approx((0.4 + 0.1 + 0.2 + 0.5) / 4)
     assert result.kl_per_response == pytest.approx((0.4 + 0.8) / 2)
+    assert result.objective == pytest.approx(2.5 - 0.05 * 0.6)  # the price that was set, not this iteration's β
+    assert result.distinct_fraction == 1.0
     assert result.kl_k1 == pytest.approx((0.5 + 0.004 - 1.0 + 0.5 - 0.008 + 0.0) / 4)
     k3s = [math.exp(-r) - 1 + r for r in (0.504, -1.0, 0.492, 0.0)]
     assert result.kl_k3 == pytest.approx(sum(k3s) / 4)

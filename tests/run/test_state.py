@@ -48,13 +48,18 @@ HISTORY = [
     ("selection", "number", "reward"),
     [
         (Selection(), 3, 1.5),
+        (Selection(kl_price=0.1), 3, 1.5),  # 0.1, 0.5, 0.9, 0.4
+        (Selection(kl_price=0.15), 3, 1.5),  # 0.1, 0.3, 0.6, 0.15
+        (Selection(kl_price=0.24), 1, 0.1),  # 0.1, -0.06, 0.06, -0.3
+        (Selection(kl_price=0.15, kl_budget=5.0), 2, 0.9),
+        (Selection(on_held_out=True, kl_price=9.0), 4, 0.8),  # held-out rewards are compared as they are
         (Selection(kl_budget=5.0), 2, 0.9),  # the first of equals; the budget itself is within it
         (Selection(kl_budget=3.0), 1, 0.1),
         (Selection(on_held_out=True), 4, 0.8),
         (Selection(on_held_out=True, kl_budget=4.5), 1, 0.5),
     ],
 )
-def test_the_best_iteration_is_the_highest_reward_within_the_budget(selection, number, reward):
+def test_the_best_iteration_is_the_highest_objective_within_the_budget(selection, number, reward):
     result = FinetuningResult("m", HISTORY, 1.0, None, selection=selection)
     assert (result.best_iteration, result.best_reward) == (number, reward)
     kept = None
@@ -64,6 +69,24 @@ def test_the_best_iteration_is_the_highest_reward_within_the_budget(selection, n
         if state.is_best(reward_now, now.kl_per_response, selection):
             kept = now.iteration
     assert kept == number
+
+
+@pytest.mark.parametrize(
+    ("earlier", "rewards", "varied"),
+    [
+        ([], [0.0], False),
+        ([], [0.0, 0.0], False),
+        ([], [0.0, 1.0], True),
+        ([(0.0, 0.0)], [0.0], False),
+        ([(0.0, 0.0)], [0.1], True),
+        ([(0.0, 1.0)], [0.0], True),
+        ([(NAN, NAN), (0.0, 0.0)], [0.0], False),  # an iteration without a reward
+        ([(NAN, NAN)], [], False),
+    ],
+)
+def test_whether_the_rewards_of_a_run_have_ever_differed(earlier, rewards, varied):
+    history = [iteration(reward_min=low, reward_max=high) for low, high in earlier]
+    assert TrainerState(history=history).scores_have_varied(rewards) is varied
 
 
 def test_nothing_is_best_where_nothing_has_a_reward():

@@ -8,11 +8,15 @@ update and the config read the row and need no change.
 from dataclasses import dataclass
 from typing import Literal
 
-AdvantageRule = Literal["gae", "reward_to_go", "leave_one_out", "group_normalised", "group_centred"]
+AdvantageRule = Literal[
+    "gae", "reward_to_go", "leave_one_out", "group_normalised", "group_centred", "group_mean_normalised",
+    "parts_normalised",
+]  # fmt: skip
 """A key of `learning.estimators.ADVANTAGE_RULES`."""
-PolicyLoss = Literal["clipped"]
+PolicyLoss = Literal["clipped", "clipped_weight", "soft_gate"]
 """A key of `learning.losses.POLICY_LOSSES`."""
 RatioLevel = Literal["token", "sequence"]
+Average = Literal["token", "response"]
 KLPlacement = Literal["reward", "loss"]
 
 DEFAULT_GROUP_SIZE = 4
@@ -31,6 +35,8 @@ class Algorithm:
     """Whether the loss looks at the ratio of each token, or at the geometric mean over the whole response."""
     clip_ratios: tuple[float, float] | None = None
     """ε below and above 1 between which a ratio counts; None takes TrainingConfig.clip_ratio on both sides."""
+    average: Average = "token"
+    """Whether every token of an optimizer step counts the same in the loss, or every response."""
     compares_groups: bool = False
     """True where the responses to one prompt are compared with each other."""
     learns_values: bool = False
@@ -50,7 +56,22 @@ ALGORITHMS = {
     "grpo": Algorithm(advantages="group_normalised", compares_groups=True, kl_placement="loss"),
     "dr_grpo": Algorithm(advantages="group_centred", compares_groups=True, kl_placement="loss"),
     "reinforce++": Algorithm(advantages="reward_to_go"),
-}
+    "gspo": Algorithm(
+        advantages="group_normalised", ratio_level="sequence", clip_ratios=(3e-4, 4e-4), average="response",
+        compares_groups=True, kl_placement="loss",
+    ),
+    "cispo": Algorithm(
+        advantages="group_normalised", policy_loss="clipped_weight", clip_ratios=(1.0, 4.0), compares_groups=True,
+        kl_placement="loss",
+    ),
+    "sapo": Algorithm(
+        advantages="group_normalised", policy_loss="soft_gate", average="response", compares_groups=True,
+        kl_placement="loss",
+    ),
+    "max_rl": Algorithm(advantages="group_mean_normalised", compares_groups=True, kl_placement="loss"),
+    "gdpo": Algorithm(advantages="parts_normalised", compares_groups=True, kl_placement="loss"),
+}  # fmt: skip
 """PPO (Schulman et al. 2017), RLOO (arXiv 2402.14740), GRPO (2402.03300), Dr. GRPO (2503.20783), REINFORCE++
-(2501.03262). All of them average the loss over the tokens of an optimizer step.
+(2501.03262), GSPO (2507.18071), CISPO (2506.13585; weights up to 5 as in 2510.13786), SAPO (2511.20347), MaxRL
+(2602.02710), GDPO (2601.05242).
 """

@@ -61,8 +61,8 @@ class TrainingConfig(Settings):
     """Responses per prompt; None takes the algorithm's own: 4 where it compares groups, else 1."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak step size of Adam; None takes the measured default of the mode, LoRA or full."""
-    batch_size: int = Field(default=4, ge=1)
-    """Responses collected per iteration."""
+    batch_size: int = Field(default=16, ge=1)
+    """Responses collected per iteration. Fewer are noisier: docs/defaults.md."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Micro-batches of one optimizer step. More of them need less memory; the result differs by rounding only."""
     ppo_epochs: int = Field(default=4, ge=1)
@@ -78,10 +78,17 @@ class TrainingConfig(Settings):
     """Nats per response. An adaptive β keeps the KL near it (Ziegler et al. 2019); None keeps β fixed."""
     kl_horizon: int = Field(default=100, ge=1)
     """Responses over which the adaptive β changes by about a fifth at most."""
+    kl_limit: float | None = Field(default=10.0, gt=0)
+    """Nats per response that the policy may pay: from 70 % of them on, β rises steeply. None sets no limit, nor does a
+    run with kl_target have one."""
     kl_budget: float | None = Field(default=None, gt=0)
     """Nats per response that the best weights may cost. A run beyond it warns once and continues."""
     clip_ratio: float = Field(default=0.2, gt=0, lt=1)
     """ε of PPO's clipped objective; the value loss is clipped by the same amount."""
+    clip_ratio_low: float | None = Field(default=None, gt=0, le=1)
+    """ε below 1; None takes the algorithm's own, else clip_ratio."""
+    clip_ratio_high: float | None = Field(default=None, gt=0)
+    """ε above 1; None takes the algorithm's own, else clip_ratio. DAPO raises it alone, to 0.28."""
     target_kl: float | None = Field(default=None, gt=0)
     """Nats per token that one update may move the policy; beyond it, the remaining steps are skipped."""
     vf_coef: float = Field(default=0.1, ge=0)
@@ -104,6 +111,9 @@ class TrainingConfig(Settings):
     """The learning rate after warm-up: constant, or falling so that the step after the last would have zero."""
     missing_eos_penalty: float | None = Field(default=None, ge=0)
     """Subtracted from the score of a response cut off by max_new_tokens (N+)."""
+    mask_truncated: bool = False
+    """Leave responses cut off by max_new_tokens out of the loss; they still count in the baseline of their group
+    (DAPO's overlong filtering, arXiv 2503.14476)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: far less memory, for one more forward pass per step."""
     eval_every: int | None = Field(default=None, ge=1)
@@ -150,6 +160,12 @@ class TrainingConfig(Settings):
             raise ValueError(
                 f"algorithm={self.algorithm!r} compares the responses to one prompt: num_generations must be at least 2"
             )
+        sees_parts_alone = self.algorithm_row.advantages == "parts_normalised"
+        if sees_parts_alone and (not self.kl_in_loss or self.missing_eos_penalty is not None):
+            raise ValueError(
+                f"algorithm={self.algorithm!r} looks at the parts of the reward and at nothing else: it takes neither "
+                "kl_placement='reward' nor missing_eos_penalty"
+            )
         if self.kl_target is not None and self.kl_budget is not None and self.kl_target > self.kl_budget:
             raise ValueError(f"kl_target={self.kl_target} steers beyond kl_budget={self.kl_budget}; set it below")
         if self.value_warmup_iterations and not (self.algorithm_row.learns_values and self.vf_coef):
@@ -172,8 +188,9 @@ class TrainingConfig(Settings):
 
     @property
     def clip_ratios(self) -> tuple[float, float]:
-        """ε below and above 1: the algorithm's own, else clip_ratio on both sides."""
-        return self.algorithm_row.clip_ratios or (self.clip_ratio, self.clip_ratio)
+        """ε below and above 1: those set for one side, else the algorithm's own, else clip_ratio on both sides."""
+        low, high = self.algorithm_row.clip_ratios or (self.clip_ratio, self.clip_ratio)
+        return self.clip_ratio_low or low, self.clip_ratio_high or high
 
     @property
     def kl_in_loss(self) -> bool:

@@ -13,6 +13,7 @@ from konic.finetuning.callbacks.composite import Callbacks
 from konic.finetuning.data.tokenization import PromptBatch, make_prompt_batch
 from konic.finetuning.errors import NotFiniteError
 from konic.finetuning.learning.estimators import Advantages, compute_advantages
+from konic.finetuning.learning.kl_controller import limited_kl_weight
 from konic.finetuning.learning.schedule import Schedule
 from konic.finetuning.learning.update import UpdateStats, update
 from konic.finetuning.models.value_head import shift_values
@@ -68,8 +69,9 @@ class Trainer:
 
             value_shift = self._value_shift(scores)
             rollout = replace(rollout, values=shift_values(rollout.values, rollout.response_mask, value_shift))
-            kl_weight = state.kl_penalty_weight(session.agent.kl_penalty_weight, session.training)
-            advantages = compute_advantages(rollout, scores, session.training, kl_weight)
+            kl_weight = self._kl_weight(rollout)
+            varied = state.scores_have_varied(scores.valid_rewards())
+            advantages = compute_advantages(rollout, scores, session.training, kl_weight, varied)
 
             with uninterrupted():  # Ctrl-C waits, so that an iteration counts as a whole or not at all
                 # the best weights are those that sampled, so they are copied before the update
@@ -78,9 +80,11 @@ class Trainer:
                 stats = self._update(iteration, rollout, advantages, value_shift)
                 stage_clock.lap("update")
 
-                result = self._with_findings(
-                    iteration_result(iteration, rollout, scores, advantages, stats, kl_weight, stage_clock, evaluation)
+                price = session.agent.kl_penalty_weight
+                result = iteration_result(
+                    iteration, rollout, scores, advantages, stats, price, kl_weight, stage_clock, evaluation
                 )
+                result = self._with_findings(result)
                 planned_steps = session.training.steps_per_iteration
                 state.add(result, planned_steps, run_clock.elapsed_seconds, scores.moments, best_weights)
                 session.folder.write_iteration(result, rollout, scores)
@@ -147,8 +151,16 @@ class Trainer:
             return 0.0
         return self._session.learner.policy.value_head.starting_shift(scores.valid_rewards())
 
+    def _kl_weight(self, rollout: Rollout) -> float:
+        """β of this iteration: the agent's, adapted by kl_target, or raised as the KL of this batch nears kl_limit."""
+        config = self._session.training
+        weight = self._session.state.kl_penalty_weight(self._session.agent.kl_penalty_weight, config)
+        if config.kl_limit is None or config.kl_target is not None:
+            return weight
+        return limited_kl_weight(weight, rollout.kl.sum(dim=1).mean().item(), config.kl_limit)
+
     def _is_best(self, rollout: Rollout, scores: Scores, evaluation: Evaluation | None) -> bool:
-        """True if the policy that sampled is the best so far: on held-out prompts with eval_every, else its batch."""
+        """True if the policy that sampled is the best so far, on held-out prompts (eval_every) or else its batch."""
         selection = self._session.selection
         if scores.is_dropped:
             return False

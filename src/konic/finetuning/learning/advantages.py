@@ -96,6 +96,41 @@ def group_normalised(scores: Tensor, mask: Tensor) -> Tensor:
     return centred / (variance.sqrt() + 1e-4)
 
 
+def group_mean_normalised(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return (r − mean) / mean within each group: MaxRL, for rewards of at least 0 (arXiv 2602.02710).
+
+    With rewards of 0 and 1, its expectation is the gradient of log P(success) up to the n-th order, where GRPO's and
+    RLOO's is that of P(success): rare successes weigh more. A group whose mean is not above 0 becomes 0.
+
+    Arguments and shapes are those of :func:`leave_one_out`.
+    """
+    mean = torch.where(mask, scores, 0.0).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.where(mean > 0, group_centred(scores, mask) / mean.clamp(min=1e-8), 0.0)
+
+
+def parts_normalised(parts: Tensor, mask: Tensor, weights: Tensor, group_size: int) -> Tensor:
+    """Return Σ_k w_k · (r_k − mean) / (std + 1e-4) within groups, whitened over the batch: GDPO (arXiv 2601.05242).
+
+    Each part of the reward counts by its weight, however much or little it varies.
+
+    Args:
+        parts: [K, B] the values of each part, before weights; arbitrary where `mask` is False.
+        mask: [K, B] True where a part has a value.
+        weights: [K].
+        group_size: n, with B = G·n.
+
+    Returns:
+        [B] mean 0 and unbiased standard deviation 1 (+ 1e-4) over the responses that have a part; exactly 0 elsewhere,
+        and in groups where no part differs.
+    """
+    groups = (-1, group_size)
+    total = torch.zeros_like(parts[0])
+    for part, has_value, weight in zip(parts, mask, weights, strict=True):
+        total = total + weight * group_normalised(part.reshape(groups), has_value.reshape(groups)).flatten()
+    counted = total[mask.any(dim=0)]  # its mean is 0, because every part sums to 0 within every group
+    return total / (counted.std() + 1e-4) if len(counted) > 1 else torch.zeros_like(total)
+
+
 def group_centred(scores: Tensor, mask: Tensor) -> Tensor:
     """Return r − mean within each group: Dr. GRPO, which is GRPO without the division by the std (arXiv 2503.20783).
 

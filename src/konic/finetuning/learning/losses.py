@@ -12,6 +12,8 @@ from torch import Tensor
 
 from konic.finetuning.algorithms import PolicyLoss, RatioLevel
 
+SOFT_GATE_TEMPERATURES = (1.0, 1.05)
+"""τ of SAPO's gate for positive advantages, and for the others."""
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to ± this value before exp: e^20 is beyond every clip range and far from overflow."""
 
@@ -50,6 +52,31 @@ def clipped_policy_loss(
     ratios = log_ratios.exp()
     clipped = ratios.clamp(1.0 - low, 1.0 + high)
     return torch.where(mask, -torch.minimum(ratios * advantages, clipped * advantages), 0.0)
+
+
+def clipped_weight_loss(
+    log_ratios: Tensor, advantages: Tensor, mask: Tensor, clip_ratios: tuple[float, float]
+) -> Tensor:
+    """Return CISPO's loss −sg(clip(ρ, 1 − ε_low, 1 + ε_high)) · A · log ρ per token [B, R] (arXiv 2506.13585, eq. 4).
+
+    No token loses its gradient: a ratio beyond the clip only weighs as much as the clip. log ρ has the gradient of
+    log π, because log π_old is a constant. Arguments are those of :func:`clipped_policy_loss`.
+    """
+    low, high = clip_ratios
+    weights = log_ratios.detach().exp().clamp(1.0 - low, 1.0 + high)
+    return torch.where(mask, -weights * advantages * log_ratios, 0.0)
+
+
+def soft_gate_loss(log_ratios: Tensor, advantages: Tensor, mask: Tensor, clip_ratios: tuple[float, float]) -> Tensor:
+    """Return SAPO's loss −(4 / τ) σ(τ (ρ − 1)) · A per token [B, R] (arXiv 2511.20347).
+
+    The gate fades the gradient out as the ratio leaves 1, faster for negative advantages: τ is 1 for A > 0 and 1.05
+    for the others. Arguments are those of :func:`clipped_policy_loss`; `clip_ratios` is not used.
+    """
+    if_positive, otherwise = SOFT_GATE_TEMPERATURES
+    temperatures = torch.full_like(advantages, otherwise).masked_fill(advantages > 0, if_positive)
+    gates = torch.sigmoid(temperatures * (log_ratios.exp() - 1.0)) * 4.0 / temperatures
+    return torch.where(mask, -gates * advantages, 0.0)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_ratio: float) -> Tensor:
@@ -98,4 +125,8 @@ def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor) -> Te
 PolicyLossFunction = Callable[[Tensor, Tensor, Tensor, tuple[float, float]], Tensor]
 """(log-ratios [B, R], advantages [B, R], mask [B, R], (ε_low, ε_high)) -> losses [B, R]."""
 
-POLICY_LOSSES: dict[PolicyLoss, PolicyLossFunction] = {"clipped": clipped_policy_loss}
+POLICY_LOSSES: dict[PolicyLoss, PolicyLossFunction] = {
+    "clipped": clipped_policy_loss,
+    "clipped_weight": clipped_weight_loss,
+    "soft_gate": soft_gate_loss,
+}

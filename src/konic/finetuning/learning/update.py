@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from konic.finetuning.algorithms import Average
 from konic.finetuning.config import TrainingConfig
 from konic.finetuning.errors import NotFiniteError, TrainingError
 from konic.finetuning.learning.estimators import Advantages
@@ -102,13 +103,15 @@ def update(
     steps: list[_StepStats] = []
     first_log_ratio = sampler_gap = rate = 0.0
     num_nonfinite = 0
+    train_policy = schedule.train_policy and (advantages.has_signal or config.entropy_coef > 0)
+    learns = train_policy or advantages.value_loss_weight > 0
     with policy.training_mode(), _gradients_dropped_after(optimizer):
         for index, rows in enumerate(_minibatches(len(rollout.batch), config, schedule.first_step)):
             num_tokens = int(advantages.mask[rows].sum())
-            if num_tokens == 0:
-                continue  # no sample of this minibatch has a score, so there is no gradient
+            if num_tokens == 0 or not learns:
+                continue  # no sample of this minibatch has a score, or the scores teach nothing: there is no gradient
             try:
-                step = _accumulate(policy, rollout, advantages, rows, num_tokens, config, schedule.train_policy)
+                step = _accumulate(policy, rollout, advantages, rows, num_tokens, config, train_policy)
                 if not steps:
                     first_log_ratio, sampler_gap = step.largest_log_ratio, step.sampler_gap
                     _require_same_policy(step, rollout, config)
@@ -131,7 +134,7 @@ def update(
     value_part = advantages.value_loss_weight * means["value_loss"]
     return UpdateStats(
         **means,
-        total_loss=value_part + (policy_part if schedule.train_policy else 0.0),
+        total_loss=value_part + (policy_part if train_policy else 0.0),
         learning_rate=rate,
         explained_variance=_explained_variance(rollout, advantages),
         first_log_ratio=first_log_ratio,
@@ -186,6 +189,7 @@ def _accumulate(
         mask = advantages.mask[chosen]
         if not mask.any():
             continue
+        weights = loss_weights(row.average, mask, num_tokens, int(advantages.mask[of_step].any(dim=1).sum()))
         model, num_response_tokens = policy.language_model, mask.shape[1]
         with torch.set_grad_enabled(train_policy):
             hidden = model.response_hidden(rollout.ids[chosen], rollout.mask[chosen], num_response_tokens)
@@ -200,7 +204,7 @@ def _accumulate(
             policy_losses = policy_loss(ratios, advantages.advantages[chosen], mask, clip_ratios)
             entropy = rollout.entropy[chosen] * mask if scored.entropy is None else scored.entropy
             kl = torch.zeros_like(policy_losses) if scored.kl is None else scored.kl
-            losses = policy_losses - config.entropy_coef * entropy + advantages.kl_loss_weight * kl
+            losses = weights * (policy_losses - config.entropy_coef * entropy + advantages.kl_loss_weight * kl)
         value_losses = torch.zeros_like(policy_losses)
         if advantages.value_loss_weight:
             values, old_values = policy.value_head(hidden), rollout.values[chosen]
@@ -211,10 +215,10 @@ def _accumulate(
         with torch.no_grad():
             gaps = torch.where(mask, scored.log_probs - rollout.samples.log_probs[chosen], 0.0).abs()
             sums = {
-                "policy_loss": policy_losses,
+                "policy_loss": weights * policy_losses,
                 "value_loss": value_losses,
-                "entropy_loss": -entropy,
-                "kl_loss": kl,
+                "entropy_loss": -(weights * entropy),
+                "kl_loss": weights * kl,
                 "clip_fraction": clipped_tokens(ratios, mask, clip_ratios),
                 "approx_kl": torch.where(mask, k3(-token_ratios), 0.0),
                 "sampler_gap": gaps,
@@ -223,6 +227,20 @@ def _accumulate(
             totals = {name: totals.get(name, 0.0) + value for name, value in zip(sums, group_sums, strict=True)}
             largest = max(largest, token_ratios.abs().max().item())
     return _StepStats(**{name: total / num_tokens for name, total in totals.items()}, largest_log_ratio=largest)
+
+
+def loss_weights(average: Average, mask: Tensor, num_tokens: int, num_responses: int) -> Tensor | float:
+    """Return how much each token [B, R] of a part of an optimizer step counts: 1 on average over the whole step.
+
+    Args:
+        average: "token" gives every token the same weight, "response" every response.
+        mask: [B, R] of this part.
+        num_tokens: Tokens that count in the whole step.
+        num_responses: Responses with such tokens in the whole step.
+    """
+    if average == "token":
+        return 1.0
+    return mask * num_tokens / (mask.sum(dim=1, keepdim=True).clamp(min=1) * num_responses)
 
 
 def _require_same_policy(step: _StepStats, rollout: Rollout, config: TrainingConfig) -> None:

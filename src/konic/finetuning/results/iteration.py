@@ -73,6 +73,14 @@ class FinetuningIterationResult:
     kl_per_response: Annotated[
         float, Metric("exact KL summed over each response, then averaged", PER_RESPONSE, "rollout")
     ] = 0.0
+    objective: Annotated[
+        float,
+        Metric(
+            "what the run maximises: reward_mean − β · kl_per_response, with the β that you set; null without a reward",
+            "reward",
+            "trainer",
+        ),
+    ] = math.nan
     kl_k1: Annotated[
         float,
         Metric(
@@ -87,7 +95,12 @@ class FinetuningIterationResult:
         Metric("exact KL from the reference during the update; 0 if the penalty is in the reward", PER_TOKEN, "update"),
     ] = 0.0
     kl_penalty_weight: Annotated[
-        float, Metric("β of this iteration; it changes with `kl_target`", "reward per nat", "trainer")
+        float,
+        Metric(
+            "β of this iteration; it changes with `kl_target`, and rises as the KL nears `kl_limit`",
+            "reward per nat",
+            "trainer",
+        ),
     ] = 0.0
     entropy: Annotated[float, Metric("mean entropy of the sampling distribution", PER_TOKEN, "rollout")] = 0.0
     sampler_gap: Annotated[
@@ -116,6 +129,9 @@ class FinetuningIterationResult:
             "update",
         ),
     ] = 0
+    distinct_fraction: Annotated[
+        float, Metric("different responses among all responses of the batch", "share", "rollout")
+    ] = 1.0
     no_signal_fraction: Annotated[
         float,
         Metric(

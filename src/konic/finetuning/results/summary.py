@@ -12,25 +12,35 @@ from konic.finetuning.results.iteration import FinetuningIterationResult, json_v
 
 @dataclass(frozen=True)
 class Selection:
-    """How the best iteration is chosen: by the mean reward of its sampling policy, within the KL budget."""
+    """How the best iteration is chosen: by the objective of its sampling policy, within the KL budget.
+
+    On held-out prompts the objective is their mean reward; on the iteration's own batch it is the mean reward less the
+    price of its KL.
+    """
 
     on_held_out: bool = False
-    """True to use the reward on the held-out prompts (with eval_every), False that on the iteration's own batch."""
+    """True to look at the held-out prompts (with eval_every), False at the iteration's own batch."""
     kl_budget: float | None = None
     """Nats per response; a policy with a higher KL is excluded."""
+    kl_price: float = 0.0
+    """β: what a nat per response costs on the iteration's own batch, in units of reward."""
 
-    def reward(self, result: FinetuningIterationResult) -> float:
-        """The reward that an iteration is chosen by; NaN if the iteration is excluded."""
+    def objective(self, result: FinetuningIterationResult) -> float:
+        """What an iteration is chosen by; NaN if the iteration is excluded."""
         if result.num_nonfinite and not result.num_steps:
             return math.nan
-        if self.on_held_out:
-            return self.allowed(result.eval_reward_mean, result.eval_kl_per_response)
-        return self.allowed(result.reward_mean, result.kl_per_response)
+        kl = result.eval_kl_per_response if self.on_held_out else result.kl_per_response
+        return self.objective_of(self.reward(result), kl)
 
-    def allowed(self, reward: float, kl_per_response: float) -> float:
-        """The reward, or NaN if its KL is above the budget."""
-        is_in_budget = self.kl_budget is None or kl_per_response <= self.kl_budget
-        return reward if is_in_budget else math.nan
+    def reward(self, result: FinetuningIterationResult) -> float:
+        """The mean reward of an iteration's policy."""
+        return result.eval_reward_mean if self.on_held_out else result.reward_mean
+
+    def objective_of(self, reward: float, kl_per_response: float) -> float:
+        """What a policy with this mean reward and KL is chosen by; NaN if its KL is above the budget."""
+        if self.kl_budget is not None and kl_per_response > self.kl_budget:
+            return math.nan
+        return reward if self.on_held_out else reward - self.kl_price * kl_per_response
 
 
 @dataclass(frozen=True)
@@ -61,9 +71,9 @@ class FinetuningResult:
 
     @property
     def best(self) -> FinetuningIterationResult | None:
-        """The iteration with the highest reward by `selection`; the first of several equal ones."""
-        allowed = [result for result in self.history if not math.isnan(self.selection.reward(result))]
-        return max(allowed, key=self.selection.reward, default=None)
+        """The iteration with the highest objective by `selection`; the first of several equal ones."""
+        allowed = [result for result in self.history if not math.isnan(self.selection.objective(result))]
+        return max(allowed, key=self.selection.objective, default=None)
 
     @property
     def held_out_gain(self) -> Interval | None:
@@ -103,6 +113,10 @@ class FinetuningResult:
     def get_reward_curve(self) -> list[float]:
         """Mean reward of every iteration."""
         return [result.reward_mean for result in self.history]
+
+    def get_objective_curve(self) -> list[float]:
+        """Reward − β · KL per response of every iteration."""
+        return [result.objective for result in self.history]
 
     def get_kl_curve(self) -> list[float]:
         """KL of every iteration, nats per token."""

@@ -25,6 +25,8 @@ from konic.finetuning.rewards.totals import (
     compute_totals,
     first_faults,
     moments_after,
+    part_weights,
+    prepared_parts,
 )
 from konic.finetuning.rewards.workers import RewardPool
 
@@ -49,6 +51,10 @@ class Scores:
     """[B] the first fault on each sample, or None; an empty list if nothing can fail."""
     moments: dict[str, RunningMoments] = field(default_factory=dict)
     """The running moments of every part that is normalised, including this batch."""
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    """Each part's values [B] after normalising and clipping, before weights; NaN if it abstained or failed."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """The weight of each part."""
     is_dropped: bool = False
     """True if a number of the batch is not finite, so that the policy must not learn from the batch."""
 
@@ -125,9 +131,12 @@ class Scorer:
         known = moments_after(weighting.rewards, given if update_moments else {}, counted)
         known |= {} if update_moments else given
         rewards = compute_totals(weighting, parts, faults, samples, known)
+        breakdown = collect_breakdown(parts)
         return Scores(
             rewards=rewards,
-            breakdown=collect_breakdown(parts),
+            breakdown=breakdown,
+            parts=collect_breakdown([prepared_parts(weighting, own, known) for own in parts]),
+            weights=part_weights(weighting, breakdown),
             faults=faults,
             moments=known if update_moments else given,
         )

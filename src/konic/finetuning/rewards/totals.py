@@ -65,15 +65,28 @@ def compute_total(
 
 def weighted_parts(weighting: Weighting, parts: Parts, moments: Mapping[str, RunningMoments] | None = None) -> Parts:
     """The input of the reducer: each part normalised, clipped and multiplied by its weight."""
-    weights, weighted = weighting.weights, {}
+    weights = part_weights(weighting, parts)
+    return {part: weights[part] * value for part, value in prepared_parts(weighting, parts, moments).items()}
+
+
+def prepared_parts(weighting: Weighting, parts: Parts, moments: Mapping[str, RunningMoments] | None = None) -> Parts:
+    """Each part normalised and clipped, before weights."""
+    prepared = {}
     for part, reward in find_owners(weighting.rewards, parts).items():
         value = parts[part]
         if reward.normalize:
             value = (moments or {}).get(part, RunningMoments()).normalised(value)
         if reward.clip is not None:
             value = min(max(value, reward.clip[0]), reward.clip[1])
-        weighted[part] = weights.get(part, weights.get(reward.name, 1.0)) * value
-    return weighted
+        prepared[part] = value
+    return prepared
+
+
+def part_weights(weighting: Weighting, parts: Iterable[str]) -> dict[str, float]:
+    """The weight of each part: its own, else that of its reward, else 1."""
+    weights = weighting.weights
+    owners = find_owners(weighting.rewards, parts)
+    return {part: weights.get(part, weights.get(reward.name, 1.0)) for part, reward in owners.items()}
 
 
 def find_owners(rewards: Iterable[Reward], parts: Iterable[str]) -> dict[str, Reward]:

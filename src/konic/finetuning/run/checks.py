@@ -6,6 +6,7 @@ measured: the reference is the loaded model (`Policy.check_reference`), and the 
 sampled (`update`).
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 from konic.finetuning.config import GenerationConfig, TrainingConfig
@@ -22,6 +23,8 @@ MAX_REWARD = 1e15
 """The square of a larger reward, and sums of such squares, come near the limit of single precision (3e38)."""
 PATIENCE = 3
 """Iterations in a row that a fault must last before it is reported: one batch may show it by chance."""
+MAX_UNASKED_KL = 10.0
+"""Nats per response that a policy pays at most, unless kl_limit, kl_budget or kl_target allow more."""
 History = Sequence[FinetuningIterationResult]
 _Finding = Callable[[History, TrainingConfig, GenerationConfig], str | None]
 
@@ -183,6 +186,64 @@ def _no_rewards(history: History, config: TrainingConfig, generation: Generation
     )
 
 
+def _objective_fell(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    start, recent = history[:PATIENCE], history[PATIENCE:][-PATIENCE:]
+    if len(recent) < PATIENCE or any(math.isnan(result.objective) for result in (*start, *recent)):
+        return None
+    before, now = (mean([result.objective for result in part]) for part in (start, recent))
+    if now >= before - 3 * math.hypot(_standard_error(start), _standard_error(recent)):
+        return None
+    return (
+        f"The objective reward − β · KL, which the run maximises, was {before:.3f} in its first {PATIENCE} iterations "
+        f"and is {now:.3f} in the last {PATIENCE}: the policy pays more for its KL ({recent[-1].kl_per_response:.1f} "
+        "nats per response) than its reward gains. best/ holds the best weights from before. Use a larger batch_size, "
+        "a lower learning_rate or fewer ppo_epochs."
+    )
+
+
+def _standard_error(part: History) -> float:
+    """The standard error of the mean reward over the samples of some iterations."""
+    counts = [result.num_samples - result.num_unscored for result in part]
+    pairs = zip(counts, part, strict=True)
+    return math.sqrt(sum((result.reward_std**2 / max(1, count)) for count, result in pairs)) / len(part)
+
+
+def _kl_runaway(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    asked = max(MAX_UNASKED_KL, *(limit or 0.0 for limit in (config.kl_limit, config.kl_budget, config.kl_target)))
+    recent = history[-PATIENCE:]
+    if len(recent) < PATIENCE or any(result.kl_per_response <= asked for result in recent):
+        return None
+    return (
+        f"The policy is {recent[-1].kl_per_response:.1f} nats per response from its reference, and has been beyond "
+        f"{asked:g} for {PATIENCE} iterations: it is becoming another model, and its reward may be a trick. Set "
+        "kl_limit or kl_target, raise kl_penalty_weight, or lower the learning rate; look at completions/."
+    )
+
+
+def _shrinking_responses(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    start, recent = history[:PATIENCE], history[-PATIENCE:]
+    before, now = (mean([result.response_length_mean for result in part]) for part in (start, recent))
+    if len(history) < 2 * PATIENCE or now > before / 4 or now <= 1:
+        return None
+    return (
+        f"Responses shrank from {before:.0f} tokens to {now:.1f}. If they should say more, the reward pays for "
+        "silence: add a reward for what they should hold, or set min_new_tokens. Look at completions/."
+    )
+
+
+def _repeating_responses(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    recent = history[-PATIENCE:]
+    if len(history) < 2 * PATIENCE or mean([result.distinct_fraction for result in history[:PATIENCE]]) < 0.9:
+        return None
+    if any(result.distinct_fraction > 0.5 for result in recent):
+        return None
+    return (
+        f"Only {recent[-1].distinct_fraction:.0%} of the responses in the last batch differ from each other; at first "
+        "nearly all did. Unless few answers are right, the policy repeats one that pays: add a reward for variety, set "
+        "entropy_coef (0.01), or go back to best/."
+    )
+
+
 FINDINGS: dict[str, _Finding] = {
     "no_rewards": _no_rewards,
     "constant_reward": _constant_reward,
@@ -192,4 +253,8 @@ FINDINGS: dict[str, _Finding] = {
     "empty_responses": _empty_responses,
     "entropy_collapse": _entropy_collapse,
     "beyond_budget": _beyond_budget,
+    "objective_fell": _objective_fell,
+    "kl_runaway": _kl_runaway,
+    "shrinking_responses": _shrinking_responses,
+    "repeating_responses": _repeating_responses,
 }

@@ -59,14 +59,18 @@ def iteration_result(
     scores: Scores,
     advantages: Advantages,
     stats: UpdateStats,
+    price: float,
     kl_penalty_weight: float,
     clock: StageClock,
     evaluation: Evaluation | None,
 ) -> FinetuningIterationResult:
-    """The metrics of an iteration. Token averages are over all response tokens of the batch."""
+    """The metrics of an iteration. Token averages are over all response tokens of the batch.
+
+    `price` is the β that the user set, `kl_penalty_weight` the β of this iteration.
+    """
     mask = rollout.response_mask
     lengths = mask.sum(dim=1).tolist()
-    rewards = scores.valid_rewards()
+    rewards, kl_per_response = scores.valid_rewards(), rollout.kl.sum(dim=1).mean().item()
     log_ratios = (rollout.log_probs - rollout.ref_log_probs)[mask]
     from_update = {name: getattr(stats, name) for name, metric in METRICS.items() if metric.source == "update"}
     from_update["num_nonfinite"] += scores.is_dropped
@@ -82,7 +86,8 @@ def iteration_result(
         num_unscored=len(scores.rewards) - len(rewards),
         num_reward_errors=scores.num_faults,
         kl_divergence=rollout.kl[mask].mean().item(),
-        kl_per_response=rollout.kl.sum(dim=1).mean().item(),
+        kl_per_response=kl_per_response,
+        objective=mean(rewards) - price * kl_per_response,
         kl_k1=k1(log_ratios).mean().item(),
         kl_k3=k3(log_ratios).mean().item(),
         kl_penalty_weight=kl_penalty_weight,
@@ -90,6 +95,7 @@ def iteration_result(
         response_length_mean=mean(lengths),
         response_length_std=_std(lengths),
         ended_fraction=rollout.samples.ended.double().mean().item(),
+        distinct_fraction=len(set(rollout.texts)) / len(rollout.texts),
         no_signal_fraction=_no_signal_fraction(advantages),
         generation_time_sec=clock.seconds["generation"],
         reward_compute_time_sec=clock.seconds["reward"],

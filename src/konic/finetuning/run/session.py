@@ -21,6 +21,7 @@ from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.summary import FinetuningResult, Selection
 from konic.finetuning.rewards.composer import list_rewards
 from konic.finetuning.rewards.moments import RunningMoments
+from konic.finetuning.rewards.reducers import WeightedSumReducer
 from konic.finetuning.rewards.scoring import Scorer
 from konic.finetuning.rewards.totals import evaluation_moments
 from konic.finetuning.rollout.evaluation import evaluate
@@ -67,7 +68,11 @@ class Session:
     @property
     def selection(self) -> Selection:
         """How the best iteration is chosen."""
-        return Selection(self.training.eval_every is not None, self.training.kl_budget)
+        return Selection(
+            on_held_out=self.training.eval_every is not None,
+            kl_budget=self.training.kl_budget,
+            kl_price=self.agent.kl_penalty_weight,
+        )
 
     @property
     def learner(self) -> Learner:
@@ -158,6 +163,13 @@ class Session:
             )
         if self.training.kl_target is not None and self.agent.kl_penalty_weight == 0:
             raise ConfigError("kl_target steers kl_penalty_weight by factors: start it above 0, such as 0.05.")
+        reducer = self.agent.get_reward_composer().reducer
+        kind = reducer if isinstance(reducer, type) else type(reducer)
+        if self.training.algorithm_row.advantages == "parts_normalised" and kind is not WeightedSumReducer:
+            raise ConfigError(
+                f"algorithm={self.training.algorithm!r} weights and sums the parts of the reward itself: it cannot use "
+                f"the reducer {kind.__name__}. Use WeightedSumReducer, or algorithm='grpo'."
+            )
         first = self.prompts.rows[0]
         names = dict.fromkeys([*first.columns, *collect_columns([first])[0]])
         self.agent.get_reward_composer().check_columns(names)

@@ -1,7 +1,7 @@
 """The state of a run, and what the next iteration needs from it: β, the place in the schedule, the best so far."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_origin, get_type_hints
 
@@ -56,10 +56,10 @@ class TrainerState:
         return cls(**given)
 
     def is_best(self, reward: float, kl_per_response: float, selection: Selection) -> bool:
-        """True if the policy is within the KL budget and its mean reward is above all earlier ones."""
-        reward = selection.allowed(reward, kl_per_response)
-        before = (selection.reward(result) for result in self.history)
-        return not math.isnan(reward) and not any(earlier >= reward for earlier in before)
+        """True if the policy is within the KL budget and its objective is above all earlier ones."""
+        objective = selection.objective_of(reward, kl_per_response)
+        before = (selection.objective(result) for result in self.history)
+        return not math.isnan(objective) and not any(earlier >= objective for earlier in before)
 
     def kl_penalty_weight(self, start: float, config: TrainingConfig) -> float:
         """β of the next iteration: the configured value, or with kl_target adapted to the KL of the last iteration."""
@@ -69,6 +69,12 @@ class TrainerState:
         last = moved[-1]
         paid, size = last.kl_per_response, config.batch_size
         return adapted_kl_weight(last.kl_penalty_weight, paid, config.kl_target, size, config.kl_horizon)
+
+    def scores_have_varied(self, rewards: Sequence[float]) -> bool:
+        """True unless all rewards of the run so far, and these, are equal."""
+        ends = [end for result in self.history for end in (result.reward_min, result.reward_max)]
+        finite = [end for end in (*ends, *rewards) if not math.isnan(end)]
+        return len(set(finite)) > 1
 
     def add(
         self,

@@ -1,0 +1,151 @@
+"""Settings on tasks that no default was tuned on: the objective reward − β · KL, the reward and the KL over time.
+
+python benchmarks/defaults.py run [--minutes 5] [--seeds 0 1 2] [--tasks kind ...] [--settings NAME ...]
+python benchmarks/defaults.py show
+
+`run` adds a line per run to benchmarks/results/defaults.jsonl and leaves out what stands there already, so it can be
+stopped and started again. Run it on a machine that does nothing else: the time is part of the result. `show` writes
+the table of docs/defaults.md. The tasks are in defaults_tasks.py.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench import machine
+from defaults_tasks import TASKS, agent_of
+from konic.finetuning import KonicFinetuningCallback, KonicFinetuningEngine
+from konic.finetuning.results.intervals import mean
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+RESULTS = HERE / "results" / "defaults.jsonl"
+DOCS, BEGIN, END = ROOT / "docs" / "defaults.md", "<!-- defaults: made by make defaults -->", "<!-- end of defaults -->"
+SETTINGS = {
+    "defaults": {},
+    "batches of 4": {"batch_size": 4},
+    "no limit": {"kl_limit": None},
+    "1 pass": {"ppo_epochs": 1},
+    "learning rate 5e-4": {"learning_rate": 5e-4},
+    "learning rate 2e-3": {"learning_rate": 2e-3},
+    "grpo": {"algorithm": "grpo"},
+    "the seed's": {"batch_size": 4, "learning_rate": 5e-5},
+}
+WINDOW = 48
+"""Responses that a number of the table is a mean of."""
+TIMES = (60, 300, 900)
+"""Seconds at which the table looks."""
+
+
+class Recorder(KonicFinetuningCallback):
+    """Keeps the numbers of every iteration, with the seconds of training so far."""
+
+    def __init__(self):
+        super().__init__(verbose=False)
+        self.seconds, self.rows = 0.0, []
+
+    def on_iteration_end(self, result):
+        self.seconds += result.total_time_sec
+        names = ("reward_mean", "kl_per_response", "objective", "response_length_mean", "distinct_fraction")
+        row = {name: round(getattr(result, name), 4) for name in names}
+        self.rows.append({"seconds": round(self.seconds, 1), "checks": list(result.checks)} | row)
+
+
+def train_judge(folder):
+    """A classifier trained on the film opinions of examples/data."""
+    command = [str(Path(sys.executable).with_name("konic")), "reward-model", "train"]
+    data = str(ROOT / "examples" / "data" / "film_opinions.csv")
+    columns = ["--base", "all-minilm-l6-v2", "--text", "text", "--label", "label", "--output", str(folder)]
+    subprocess.run([*command, data, *columns], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return str(folder)
+
+
+def run(options):
+    done = {(row["task"], row["settings"], row["seed"]) for row in read()}
+    with tempfile.TemporaryDirectory() as name:
+        judge = None
+        for seed in options.seeds:
+            for settings in options.settings:
+                for task in options.tasks:
+                    if (task, settings, seed) in done:
+                        continue
+                    if task == "judge" and judge is None:
+                        judge = train_judge(Path(name) / "judge")
+                    training = {**SETTINGS[settings], "seed": seed, "max_minutes": options.minutes}
+                    recorder = Recorder()
+                    agent = agent_of(task, training, judge)
+                    folder = Path(name) / f"{task}-{len(done)}"
+                    KonicFinetuningEngine.from_agent(agent, checkpoint_dir=folder, callback=recorder).train(100_000)
+                    row = {"task": task, "settings": settings, "seed": seed, "machine": machine()}
+                    row |= {"day": time.strftime("%Y-%m-%d"), "batch_size": agent.get_training_config().batch_size}
+                    with RESULTS.open("a") as file:
+                        file.write(json.dumps(row | {"iterations": recorder.rows}) + "\n")
+                    done.add((task, settings, seed))
+                    print(line_of(row | {"iterations": recorder.rows}), flush=True)
+
+
+def read():
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def window(rows, end, size):
+    """Means over the last responses up to iteration `end`."""
+    part = rows[max(0, end - size) : end]
+    return {name: mean([row[name] for row in part]) for name in ("reward_mean", "kl_per_response", "objective")}
+
+
+def line_of(row):
+    rows, size = row["iterations"], max(1, WINDOW // row["batch_size"])
+    start = window(rows, min(size, len(rows)), size)
+    cells = [f"{start['reward_mean']:.2f}"]
+    for seconds in TIMES:
+        count = sum(entry["seconds"] <= seconds for entry in rows)
+        if rows[-1]["seconds"] < 0.9 * seconds or count < size:
+            cells.append("")
+            continue
+        found = window(rows, count, size)
+        cells.append(
+            f"{found['reward_mean']:.2f} at {found['kl_per_response']:.1f} "
+            f"({found['objective'] - start['objective']:+.2f})"
+        )
+    highest = max(entry["kl_per_response"] for entry in rows)
+    told = ", ".join(sorted({f"`{name}`" for entry in rows for name in entry["checks"]}))
+    cells += [f"{highest:.1f}", f"{rows[-1]['response_length_mean']:.0f}", told]
+    return f"| {row['task']} | {row['settings']} | {row['seed']} | " + " | ".join(cells) + " |"
+
+
+def show():
+    names = list(SETTINGS)
+    rows = sorted(read(), key=lambda row: (TASKS.index(row["task"]), names.index(row["settings"]), row["seed"]))
+    times = " | ".join(f"{seconds} s" for seconds in TIMES)
+    lines = [
+        f"| task | settings | seed | reward at first | {times} | highest KL | tokens at last | findings |",
+        "|---|---|---|---|" + "---|" * len(TIMES) + "---|---|---|",
+        *map(line_of, rows),
+        "",
+        f"Machines: {'; '.join(sorted({row['machine'] for row in rows}))}.",
+    ]
+    text = DOCS.read_text()
+    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
+    DOCS.write_text("\n".join([before + BEGIN, "", *lines, "", after]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "show"))
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS)
+    parser.add_argument("--settings", nargs="*", default=["defaults"], choices=SETTINGS)
+    options = parser.parse_args()
+    if options.command == "run":
+        run(options)
+    show()
+
+
+if __name__ == "__main__":
+    main()
