@@ -380,6 +380,36 @@ def test_learning_counts_the_batch_in_before_normalising():
     assert one.breakdown == {"size": [1, 3, 6], "plain": [10, 10, 10]}, "the breakdown has the values themselves"
 
 
+class Prepared(KonicLLMRewardComposer):
+    """A part that is clipped, one that abstains, and two under one reward's weight."""
+
+    def __init__(self):
+        super().__init__(reward_weights={"length": 0.5, "both": 3.0, "both.second": -1.0})
+
+    @llm_reward(clip=(0, 2))
+    def length(self, prompt, response):
+        return len(response)
+
+    @llm_reward
+    def even(self, prompt, response):
+        return None if len(response) % 2 else 1.0
+
+    @llm_reward
+    def both(self, prompt, response):
+        return {"first": 1.0, "second": 2.0}
+
+
+def test_parts_are_kept_as_they_are_weighted_beside_their_weights():
+    scores = scored(Prepared(), ["a", "bbbb"])
+    assert scores.parts.keys() == scores.weights.keys() == scores.breakdown.keys()
+    assert (scores.parts["length"], scores.breakdown["length"]) == ([1, 2], [1, 4])
+    assert same(scores.parts["even"], [math.nan, 1.0])
+    assert scores.weights == {"length": 0.5, "even": 1.0, "both.first": 3.0, "both.second": -1.0}
+    for row, reward in enumerate(scores.rewards):
+        parts = [scores.weights[name] * values[row] for name, values in scores.parts.items()]
+        assert reward == pytest.approx(math.fsum(part for part in parts if not math.isnan(part)))
+
+
 def test_without_learning_moments_are_used_and_left_as_they_are():
     seen = [2.0, 4.0, 9.0]
     moments = {"size": RunningMoments().after(seen)}

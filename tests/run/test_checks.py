@@ -114,6 +114,13 @@ def test_a_healthy_run_is_left_alone(config, length):
         ([*HEALTHY, *[iteration(kl_per_response=9.0)] * 3], TrainingConfig(kl_limit=5)),
         ([*HEALTHY, *[iteration(objective=0.24)] * 3], PPO),
         ([*HEALTHY[:3], *[iteration(objective=0.0)] * 2], PPO),
+        (
+            [
+                *[iteration(objective=0.0, reward_std=0.0, num_samples=1)] * 3,
+                *[iteration(objective=-1e-8, reward_std=0.0, num_samples=1)] * 3,
+            ],
+            PPO,
+        ),  # the rounding of a KL of 0
         ([*HEALTHY, *[iteration(objective=0.22, num_samples=4)] * 3], PPO),  # fewer samples, less certainty
         ([*HEALTHY, iteration(objective=-9.0), iteration(objective=math.nan), iteration(objective=-9.0)], PPO),
         ([*HEALTHY, *[iteration(response_length_mean=5.1)] * 3], PPO),

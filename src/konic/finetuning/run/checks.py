@@ -25,6 +25,8 @@ PATIENCE = 3
 """Iterations in a row that a fault must last before it is reported: one batch may show it by chance."""
 MAX_UNASKED_KL = 10.0
 """Nats per response that a policy pays at most, unless kl_limit, kl_budget or kl_target allow more."""
+ROUNDING = 1e-6
+"""A smaller fall of the objective is the rounding of a KL of 0, where all rewards are equal."""
 History = Sequence[FinetuningIterationResult]
 _Finding = Callable[[History, TrainingConfig, GenerationConfig], str | None]
 
@@ -191,7 +193,8 @@ def _objective_fell(history: History, config: TrainingConfig, generation: Genera
     if len(recent) < PATIENCE or any(math.isnan(result.objective) for result in (*start, *recent)):
         return None
     before, now = (mean([result.objective for result in part]) for part in (start, recent))
-    if now >= before - 3 * math.hypot(_standard_error(start), _standard_error(recent)):
+    noise = 3 * math.hypot(_standard_error(start), _standard_error(recent))
+    if now >= before - max(noise, ROUNDING):
         return None
     return (
         f"The objective reward − β · KL, which the run maximises, was {before:.3f} in its first {PATIENCE} iterations "
