@@ -183,13 +183,14 @@ def _accumulate(
     totals: dict[str, float] = {}
     largest = 0.0
     of_step = torch.from_numpy(rows).to(rollout.ids.device)
+    num_responses = int(advantages.mask[of_step].any(dim=1).sum())
     prompt_mask, response_mask = rollout.batch.mask[of_step], rollout.response_mask[of_step]
     for group in group_by_length(prompt_mask, response_mask, config.micro_batch_size):
         chosen = of_step[group]
         mask = advantages.mask[chosen]
         if not mask.any():
             continue
-        weights = loss_weights(row.average, mask, num_tokens, int(advantages.mask[of_step].any(dim=1).sum()))
+        weights = loss_weights(row.average, mask, num_tokens, num_responses)
         model, num_response_tokens = policy.language_model, mask.shape[1]
         with torch.set_grad_enabled(train_policy):
             hidden = model.response_hidden(rollout.ids[chosen], rollout.mask[chosen], num_response_tokens)

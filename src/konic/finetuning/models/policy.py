@@ -82,7 +82,7 @@ class Policy:
             )
         switch_off_dropout(causal_lm)
         if gradient_checkpointing:
-            switch_on = getattr(causal_lm, "activation_checkpointing_enable", None)  # its name since transformers 5.2x
+            switch_on = getattr(causal_lm, "activation_checkpointing_enable", None)  # what 5.23 calls it
             (switch_on or causal_lm.gradient_checkpointing_enable)({"use_reentrant": False})
         causal_lm.eval()
 
