@@ -133,15 +133,15 @@ def engine_of(base_model, run="run", composer=None, lora=True, dataset=None, gen
 FIELDS = {
     TrainingConfig: {
         "whole": "batch_size gradient_accumulation_steps ppo_epochs num_minibatches kl_horizon value_warmup_iterations "
-        "warmup_steps reward_workers seed",
+        "warmup_steps resampling_budget reward_workers seed",
         "whole or None": "num_generations eval_every",
         "real": "kl_penalty_weight clip_ratio vf_coef entropy_coef gamma gae_lambda max_grad_norm weight_decay "
-        "max_error_rate",
+        "max_error_rate overlong_penalty overlong_share sampler_correction_limit",
         "real or None": "learning_rate kl_target kl_limit kl_budget clip_ratio_low clip_ratio_high target_kl "
-        "missing_eos_penalty max_minutes reward_timeout_seconds",
-        "flag": "gradient_checkpointing mask_truncated self_checks",
-        "word": "algorithm lr_scheduler on_reward_error on_nonfinite",
-        "word or None": "kl_placement",
+        "missing_eos_penalty max_minutes reward_timeout_seconds divergence_limit gae_lambda_length value_gae_lambda",
+        "flag": "gradient_checkpointing mask_truncated self_checks filter_equal_groups",
+        "word": "algorithm lr_scheduler on_reward_error on_nonfinite divergence sampler_correction_level",
+        "word or None": "kl_placement sampler_correction",
     },
     GenerationConfig: {
         "whole": "max_new_tokens min_new_tokens max_prompt_length top_k",
@@ -160,9 +160,9 @@ FIELDS = {
     DatasetConfig: {
         "whole": "shuffle_seed held_out",
         "whole or None": "max_samples",
-        "flag": "streaming shuffle",
+        "flag": "streaming shuffle prefer_undecided",
         "text": "prompt_column split",
-        "text or None": "name subset revision token system_prompt prompt_template",
+        "text or None": "name subset revision token system_prompt prompt_template weights_column",
         "word or None": "source",
         "rows": "prompts",
     },

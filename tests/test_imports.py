@@ -29,7 +29,7 @@ INSIDE = {
     ],
     "rollout": [
         "sampler", "fused_transformer", "fused_decoder", "graphed_decoder", "decoding", "local_sampler", "rollout",
-        "evaluation",
+        "rows", "evaluation",
     ],
     "learning": ["advantages", "losses", "schedule", "kl_controller", "estimators", "update", "learner"],
     "reward_models": ["texts", "classifier", "feedback", "saving", "training"],

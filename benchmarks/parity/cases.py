@@ -36,6 +36,8 @@ CASES = (
     _groups("GRPO", "llama", "grpo", "unequal"),
     _groups("GRPO, scale_rewards none", "llama", "dr_grpo", "unequal"),
     _groups("GRPO, GSPO's ratio and clip", "llama", "gspo", "unequal"),
+    _groups("GRPO, loss dapo and its clip", "llama", "dapo", "unequal"),
+    _groups("GRPO, normalize_then_sum", "llama", "gdpo", "unequal"),
     _groups("GRPO, loss cispo", "llama", "cispo", "unequal"),
     _groups("GRPO, loss sapo", "llama", "sapo", "unequal"),
     _groups("RLOO, equal prompts", "gpt2", "rloo", "equal"),

@@ -6,7 +6,13 @@ TRL's log-probs and advantages are float32 whatever the model, so float32 is wha
 import torch
 
 from konic.finetuning.algorithms import ALGORITHMS
-from konic.finetuning.learning.advantages import group_centred, group_normalised, leave_one_out, token_rewards
+from konic.finetuning.learning.advantages import (
+    group_centred,
+    group_normalised,
+    leave_one_out,
+    parts_normalised,
+    token_rewards,
+)
 from konic.finetuning.learning.losses import (
     POLICY_LOSSES,
     clipped_policy_loss,
@@ -24,7 +30,7 @@ from report import FP32, FP64, Line, count, largest, relative, unequal, worst_we
 EOS = 0
 RELATIVE_REWARDS = {"dr_grpo": group_centred, "rloo": leave_one_out}
 """Others than group_normalised."""
-BY_ITS_ROW = ("gspo", "cispo", "sapo")
+BY_ITS_ROW = ("dapo", "gdpo", "gspo", "cispo", "sapo")
 """Algorithms whose loss is compared as their row of konic's table says it."""
 
 
@@ -87,6 +93,10 @@ def contents(recorded, algorithm, prompts):
 
 def rollout_advantages(recorded, algorithm):
     """Our advantages from the peer's rewards, and its log-probs where the penalty is in the reward."""
+    if algorithm == "gdpo":
+        parts, weights = recorded.rollout("rewards_per_func").T, torch.tensor(recorded.options["reward_weights"])
+        ours = parts_normalised(parts, ~parts.isnan(), weights, recorded.options["num_generations"])
+        return largest("advantages", recorded.rollout("advantages"), ours, FP32)
     scores, mask = recorded.rollout("rewards_per_func")[:, 0], recorded.rollout("completion_mask").bool()
     has_score = ~scores.isnan()
     ratios, weight = torch.zeros_like(mask, dtype=scores.dtype), 0.0

@@ -96,6 +96,13 @@ def rewards(prompts, completions, completion_ids, **_):
     return found
 
 
+def second_rewards(prompts, completions, completion_ids, **_):
+    """Another number on another scale; the third response of each group has none."""
+    found = [100.0 * (ids[0] % 5) for ids in completion_ids]
+    found[2::RESPONSES_PER_PROMPT] = [None] * len(found[2::RESPONSES_PER_PROMPT])
+    return found
+
+
 def shared_options(folder):
     return {
         "output_dir": folder, "seed": SEED, "max_steps": 2, "use_cpu": True, "bf16": False, "fp16": False,
@@ -121,10 +128,13 @@ def grpo_options(scale_rewards):
 
 
 GSPO = {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}
+GDPO = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [0.5, 2.0]}
 ALGORITHMS = {
     "grpo": (GRPOTrainer, GRPOConfig, grpo_options("group")),
     "dr_grpo": (GRPOTrainer, GRPOConfig, grpo_options("none")),
     "gspo": (GRPOTrainer, GRPOConfig, grpo_options("group") | GSPO),
+    "dapo": (GRPOTrainer, GRPOConfig, grpo_options("group") | {"epsilon": 0.2, "epsilon_high": 0.28}),
+    "gdpo": (GRPOTrainer, GRPOConfig, grpo_options("group") | GDPO),
     "cispo": (GRPOTrainer, GRPOConfig, grpo_options("group") | {"loss_type": "cispo", "epsilon_high": 5.0}),
     "sapo": (GRPOTrainer, GRPOConfig, grpo_options("group") | {"loss_type": "sapo"}),
     "rloo": (RLOOTrainer, RLOOConfig, {"normalize_advantages": False, "reward_clip_range": None}),
@@ -145,7 +155,7 @@ def record(models, architecture, policy, algorithm, prompts, folder):
     callback = BeforeTheStep()
     trainer = recorded(trainer_class)(
         model=policy,
-        reward_funcs=rewards,
+        reward_funcs=[rewards, second_rewards] if algorithm == "gdpo" else rewards,
         args=config_class(**options),
         train_dataset=Dataset.from_dict({"prompt": list(PROMPTS[prompts])}),
         processing_class=load_tokenizer(models, pad_token="<eos>" if architecture == "gpt2" else "<pad>"),

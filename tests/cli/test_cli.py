@@ -1,8 +1,10 @@
+import json
+
 import pytest
 
 from command import konic, script
 from konic.cli.scripts import load_agent
-from konic.finetuning import ConfigError, KonicFinetuningAgent
+from konic.finetuning import ConfigError, DatasetSource, KonicFinetuningAgent, TrainingConfig
 
 SCRIPT = """
 from konic.finetuning import *
@@ -39,6 +41,69 @@ def test_train_runs_a_scripts_agent_into_the_folder_named(model_folders, tmp_pat
     assert "[Iter    2] Reward:" in run.stdout
     assert run.stderr == f"Loading {path} ...\n"
     assert (tmp_path / "out" / "final" / "adapter_model.safetensors").exists()
+
+
+def test_settings_are_changed_from_the_command_line_and_what_follows_is_printed(model_folders, tmp_path):
+    path = script(tmp_path, SCRIPT.format(name="build_agent", model=model_folders["llama"]))
+    changes = ["training_config.algorithm=dapo", "training_config.batch_size=4", 'generation_config.stop=["x"]']
+    options = [part for change in changes for part in ("--set", change)]
+    run = konic("train", path, "--max-iterations", 1, "--device", "cpu", "--output", tmp_path / "out", *options)
+    assert run.returncode == 0, run.stderr
+    assert "Batch Size: 4\n" in run.stdout
+    lines = run.stderr.splitlines()
+    assert "training_config.algorithm = 'dapo' (the script: 'ppo')" in lines
+    assert "training_config.kl_penalty_weight = 0.0 (the script: 0.05)" in lines  # DAPO's own
+    assert "training_config.filter_equal_groups = True (the script: False)" in lines
+    assert "generation_config.stop = ('x',) (the script: None)" in lines
+    assert sum("(the script:" in line for line in lines) == 6
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
+    assert (settings["algorithm"], settings["generation_config"]["stop"]) == ("dapo", ["x"])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("algorithm=dapo", "--set 'algorithm=dapo': give config.field=value"),
+        ("training_config.algorithm", "give config.field=value"),
+        ("training.algorithm=dapo", "no 'training'. Did you mean 'training_config'?"),
+        ("training_config.algoritm=dapo", "TrainingConfig has no field 'algoritm'. Did you mean 'algorithm'?"),
+        ("training_config.algorithm=dappo", "TrainingConfig.algorithm"),
+        ("training_config.batch_size=many", "TrainingConfig.batch_size"),
+        ("training_config.eval_every=2", "eval_every=2) needs prompts to evaluate on"),
+        ("lora_config.target_modules=nowhere", "nowhere"),
+    ],
+)
+def test_a_change_that_cannot_be_is_one_message(model_folders, tmp_path, change, told):
+    path = script(tmp_path, SCRIPT.format(name="build_agent", model=model_folders["llama"]))
+    run = konic("train", path, "--set", change, "--output", tmp_path / "out")
+    assert run.returncode == 1
+    assert told in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_agent_leaves_the_first_as_it_was_and_keeps_what_the_script_said(tmp_path):
+    load = tmp_path / "agent.py"
+    load.write_text(SCRIPT.format(name="build_agent", model="any"))
+    agent = load_agent(load)
+    given = agent.with_settings({"training_config": {"algorithm": "grpo", "kl_penalty_weight": 0.2}})
+    kept = given.with_settings({"training_config": {"algorithm": "dapo"}})
+    assert kept.get_training_config().kl_penalty_weight == 0.2
+    assert kept.get_training_config().filter_equal_groups
+    assert not given.with_settings({"training_config": {"algorithm": "ppo"}}).get_training_config().filter_equal_groups
+    assert agent.get_training_config().algorithm == "ppo"
+    file = tmp_path / "rows.txt"
+    file.write_text("one\ntwo\n")
+    other = agent.with_settings({"dataset_config": {"prompts": None, "name": str(file), "prompt_column": "text"}})
+    assert other.get_dataset_config().source == DatasetSource.LOCAL
+
+    class Own(type(agent)):
+        def get_training_config(self):
+            return TrainingConfig(batch_size=4)
+
+    own = Own(base_model="any", reward_composer=agent.get_reward_composer())
+    with pytest.raises(ConfigError, match=r"Own\.get_training_config\(\) makes its own config"):
+        own.with_settings({"training_config": {"algorithm": "dapo"}})
 
 
 @pytest.mark.parametrize(

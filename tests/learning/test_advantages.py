@@ -1,3 +1,4 @@
+import itertools
 import math
 import statistics
 
@@ -7,12 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from konic.finetuning.learning.advantages import (
+    effective_sample_size,
+    equal_groups,
     gae,
     group_centred,
     group_mean_normalised,
     group_normalised,
+    lambdas_by_length,
     leave_one_out,
+    overlong_penalties,
     parts_normalised,
+    sampler_weights,
+    standard_deviation,
     token_rewards,
     whiten,
 )
@@ -160,6 +167,74 @@ def test_more_padding_changes_no_advantage():
         assert not after[:, 7:].any()
 
 
+def test_gae_with_a_lambda_for_each_response_worked_by_hand():
+    """As many responses as tokens: a λ that went along the tokens would not be noticed by its shape."""
+    rewards, values = tensor([[1.0, 2.0, 4.0]] * 3), tensor([[0.5, 1.0, 2.0]] * 3)
+    lambdas = tensor([0.0, 0.5, 1.0])
+    advantages, returns = gae(rewards, values, torch.ones(3, 3, dtype=torch.bool), 0.5, lambdas)
+    # the residuals are [1, 2, 2]; each step back multiplies by 0, 1/4 or 1/2
+    assert advantages.tolist() == [[1.0, 2.0, 2.0], [1.625, 2.5, 2.0], [2.5, 3.0, 2.0]]
+    assert returns.tolist() == [[1.5, 3.0, 4.0], [2.125, 3.5, 4.0], [3.0, 4.0, 4.0]]
+
+
+@settings(deadline=None, max_examples=100)
+@given(masked_batches(), st.floats(0.01, 1), st.lists(st.floats(0, 1), min_size=4, max_size=4))
+def test_every_response_has_the_advantages_of_its_own_lambda(batch, gamma, lambdas):
+    mask, rewards, values = batch
+    lambdas, flags = lambdas[: len(mask)], tensor(mask).bool()
+    inputs = with_garbage(tensor(rewards), flags), with_garbage(tensor(values), flags), flags
+    advantages, returns = gae(*inputs, gamma, tensor(lambdas))
+    for b, gae_lambda in enumerate(lambdas):
+        expected = plain_gae(rewards[b], values[b], mask[b], gamma, gae_lambda)
+        assert advantages[b].tolist() == pytest.approx(expected, abs=1e-9)
+        alone = gae(*(each[b : b + 1] for each in inputs), gamma, gae_lambda)
+        assert torch.equal(advantages[b], alone[0][0]) and torch.equal(returns[b], alone[1][0])
+
+
+def test_lambdas_by_length_worked_by_hand():
+    mask = torch.arange(40) < torch.tensor([[40], [25], [21], [20], [19], [1]])
+    assert lambdas_by_length(mask, 0.05).tolist() == pytest.approx([0.5, 0.2, 1 / 21, 0.0, 0.0, 0.0], abs=1e-9)
+    assert lambdas_by_length(mask, 1.0).tolist() == pytest.approx([39 / 40, 24 / 25, 20 / 21, 19 / 20, 18 / 19, 0.0])
+
+
+@settings(deadline=None, max_examples=50)
+@given(masked_batches(channels=0), st.floats(0.01, 10))
+def test_lambdas_by_length_count_the_tokens_of_a_response_and_are_never_negative(batch, alpha):
+    (mask,) = batch
+    found = lambdas_by_length(torch.tensor(mask), alpha).tolist()
+    assert found == pytest.approx([max(0.0, 1 - 1 / (alpha * sum(row))) for row in mask], abs=1e-9)
+    assert all(0 <= value < 1 for value in found)
+
+
+def test_the_longer_a_response_the_larger_its_lambda():
+    lengths = torch.arange(1, 200)
+    found = lambdas_by_length(torch.arange(199) < lengths[:, None], 0.1)
+    assert not found[lengths <= 10].any()
+    assert (found[lengths >= 10].diff() > 0).all()
+
+
+def test_overlong_penalties_worked_by_hand():
+    lengths = torch.tensor([1, 79, 80, 81, 90, 99, 100])
+    found = overlong_penalties(lengths, max_length=100, share=0.2, most=2.0).tolist()
+    assert found == pytest.approx([0.0, 0.0, 0.0, 0.1, 1.0, 1.9, 2.0], abs=1e-9)
+    assert found[:3] == [0.0] * 3
+    assert overlong_penalties(torch.tensor([1, 3, 4]), 4, share=1.0, most=1.0).tolist() == [0.25, 0.75, 1.0]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 60), st.floats(0.01, 1), st.floats(0, 5))
+def test_overlong_penalties_are_those_of_the_paper(max_length, share, most):
+    cache = share * max_length
+    lengths = list(range(1, max_length + 1))
+    found = overlong_penalties(torch.tensor(lengths), max_length, share, most).tolist()
+    for length, penalty in zip(lengths, found, strict=True):
+        reward = 0.0 if length <= max_length - cache else ((max_length - cache) - length) / cache
+        assert penalty == pytest.approx(-most * reward, abs=1e-9)
+        assert 0 <= penalty <= most
+    assert found == sorted(found)
+    assert found[-1] == most
+
+
 def test_whitening_worked_by_hand_over_the_whole_batch():
     mask = torch.tensor([[True, True, False], [True, False, True]])
     whitened = whiten(tensor([[0.0, 2.0, 99.0], [4.0, -99.0, 6.0]]), mask)
@@ -302,3 +377,179 @@ def test_parts_of_equal_values_count_nothing_and_the_sum_is_whitened():
     assert found.tolist() == pytest.approx([-unit / spread, unit / spread] * 2)
     nothing = torch.zeros(3, 4, dtype=torch.bool)
     assert parts_normalised(parts.nan_to_num(), nothing, tensor([1.0, 7.0, 1.0]), 2).tolist() == [0.0] * 4
+
+
+def test_equal_groups_worked_by_hand():
+    scores = tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 2.0], [2.0, 1.0, 1.0], [5.0, math.nan, 5.0], [5.0, math.inf, 6.0]])
+    mask = torch.tensor([[True] * 3] * 3 + [[True, False, True]] * 2)
+    found = equal_groups(scores, mask)
+    assert found.dtype == torch.bool
+    assert found.tolist() == [True, False, False, True, False]
+
+
+NEARLY_EQUAL = (0.1, math.nextafter(0.1, 1), 0.1 + 0.2, 0.3, 0.0, -0.0, 5e-324, 1e300, -1e300, 1.7e308, -1.7e308)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data(), st.integers(1, 6), st.lists(st.sampled_from(NEARLY_EQUAL), min_size=1, max_size=2))
+def test_groups_are_equal_only_if_all_their_scores_are_exactly(data, size, choices):
+    group = st.lists(st.tuples(st.sampled_from(choices), st.booleans()), min_size=size, max_size=size)
+    groups = data.draw(st.lists(group, min_size=1, max_size=4))
+    mask = torch.tensor([[counts for _, counts in group] for group in groups])
+    scores = with_garbage(tensor([[score for score, _ in group] for group in groups]), mask)
+    expected = [len({score for score, counts in group if counts}) < 2 for group in groups]
+    assert equal_groups(scores, mask).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.1, -3.3, 1e6 / 3, 3e38])
+def test_a_group_stays_equal_although_its_mean_is_rounded_until_one_score_differs_in_the_last_bit(value, dtype):
+    for count in range(2, 12):
+        scores = torch.full((1, count), value, dtype=dtype)
+        every = torch.ones_like(scores, dtype=torch.bool)
+        assert equal_groups(scores, every).tolist() == [True]
+        for position in range(count):
+            other = scores.clone()
+            other[0, position] = torch.nextafter(scores[0, 0], torch.zeros((), dtype=dtype))
+            assert equal_groups(other, every).tolist() == [False]
+
+
+@pytest.mark.parametrize("num_scores", [0, 1])
+def test_groups_of_fewer_than_two_scores_are_equal(num_scores):
+    assert equal_groups(tensor([[1.5, 2.5, 3.5]]), torch.arange(3)[None] < num_scores).tolist() == [True]
+
+
+corrections = pytest.mark.parametrize(("drops_others", "by_sequence"), [*itertools.product([False, True], repeat=2)])
+
+
+@pytest.mark.parametrize(
+    ("drops_others", "by_sequence", "expected"),
+    [
+        (False, False, [[2.0, 0.5, 2.0, 0.2, 0.0], [2.0, 2.0, 0.0, 0.0, 0.0], [0.6, 0.0, 0.5, 0.0, 0.0]]),
+        (True, False, [[2.0, 0.5, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0, 0.0], [0.6, 0.0, 0.5, 0.0, 0.0]]),
+        (False, True, [[0.8, 0.8, 0.8, 0.8, 0.0], [2.0, 2.0, 0.0, 0.0, 0.0], [0.3, 0.0, 0.3, 0.0, 0.0]]),
+        (True, True, [[0.8, 0.8, 0.8, 0.8, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]]),
+    ],
+)
+def test_sampler_weights_worked_by_hand(drops_others, by_sequence, expected):
+    ratios = tensor([[2.0, 0.5, 4.0, 0.2, 9.0], [2.0, 3.0, 9.0, 9.0, 9.0], [0.6, 9.0, 0.5, 9.0, 9.0]])
+    mask = torch.tensor([[True] * 4 + [False], [True] * 2 + [False] * 3, [True, False, True, False, False]])
+    found = sampler_weights(ratios.log(), mask, 2.0, drops_others=drops_others, by_sequence=by_sequence)
+    assert found.flatten().tolist() == pytest.approx(tensor(expected).flatten().tolist(), abs=1e-12)
+    assert not found[~mask].any()
+
+
+def plain_sampler_weights(log_ratios, mask, limit, drops_others, by_sequence):
+    """One response, from the definition."""
+    product = math.prod(math.exp(ratio) for ratio, counts in zip(log_ratios, mask, strict=True) if counts)
+    weights = []
+    for ratio, counts in zip(log_ratios, mask, strict=True):
+        weight = product if by_sequence else math.exp(ratio)
+        if drops_others:
+            weight = weight if 1 / limit <= weight <= limit else 0.0
+        weights.append(min(weight, limit) if counts else 0.0)
+    return weights
+
+
+@corrections
+@settings(deadline=None, max_examples=50)
+@given(masked_batches(channels=1), st.sampled_from([1.1, 1.5, 2.0, 5.0, 10.0]))
+def test_sampler_weights_follow_the_definition_whatever_is_outside_the_mask(drops_others, by_sequence, batch, limit):
+    mask, log_ratios = batch
+    flags = tensor(mask).bool()
+    garbled = with_garbage(tensor(log_ratios), flags)
+    found = sampler_weights(garbled, flags, limit, drops_others=drops_others, by_sequence=by_sequence)
+    for row, ratios, counts in zip(found.tolist(), log_ratios, mask, strict=True):
+        expected = plain_sampler_weights(ratios, counts, limit, drops_others, by_sequence)
+        assert row == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("by_sequence", [False, True])
+def test_a_weight_on_the_edge_is_kept_and_one_past_it_is_not(by_sequence):
+    edge, past = math.log(2.0), math.log(2.0) + 1e-9
+    log_ratios = tensor([[edge], [-edge], [past], [-past]])
+    arguments = log_ratios, torch.ones(4, 1, dtype=torch.bool), 2.0
+    masked = sampler_weights(*arguments, drops_others=True, by_sequence=by_sequence).flatten().tolist()
+    assert masked == pytest.approx([2.0, 0.5, 0.0, 0.0], abs=1e-12)
+    truncated = sampler_weights(*arguments, drops_others=False, by_sequence=by_sequence).flatten().tolist()
+    assert truncated == pytest.approx([2.0, 0.5, 2.0, 0.5], abs=1e-8)
+    assert truncated[3] < 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("drops_others", "by_sequence", "expected"),
+    [
+        (False, False, [[4.0, 0.0, 4.0], [4.0, 4.0, 4.0], [0.0, 0.0, 0.0]]),
+        (True, False, [[0.0] * 3] * 3),
+        (False, True, [[4.0] * 3, [4.0] * 3, [0.0] * 3]),
+        (True, True, [[0.0] * 3] * 3),
+    ],
+)
+def test_sampler_weights_do_not_overflow(drops_others, by_sequence, expected, dtype):
+    log_ratios = torch.tensor([[1000.0, -1000.0, 1000.0], [1000.0] * 3, [-1000.0] * 3], dtype=dtype)
+    every = torch.ones(3, 3, dtype=torch.bool)
+    found = sampler_weights(log_ratios, every, 4.0, drops_others=drops_others, by_sequence=by_sequence)
+    assert found.flatten().tolist() == pytest.approx(torch.tensor(expected).flatten().tolist(), abs=1e-6)
+
+
+@corrections
+def test_equal_policies_weigh_one_and_a_response_without_a_token_weighs_nothing(drops_others, by_sequence):
+    log_ratios, mask = tensor([[0.0] * 2, [5.0] * 2]), torch.tensor([[True, True], [False, False]])
+    found = sampler_weights(log_ratios, mask, 1.5, drops_others=drops_others, by_sequence=by_sequence)
+    assert found.tolist() == [[1.0, 1.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("weights", "share"),
+    [
+        ([1.0, 2.0, 3.0], 6 / 7),
+        ([1.0, 0.0, 0.0, 0.0], 1 / 4),
+        ([3.0, 3.0, 0.0, 0.0], 1 / 2),
+        ([0.25] * 8, 1.0),
+        ([7.0], 1.0),
+        ([0.0, 0.0], 0.0),
+        ([0.0], 0.0),
+    ],
+)
+def test_effective_sample_size_worked_by_hand(weights, share):
+    assert effective_sample_size(tensor(weights)) == pytest.approx(share, rel=1e-12, abs=0)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.just(0.0) | st.floats(1e-3, 1e3), min_size=1, max_size=8), st.floats(1e-3, 1e3))
+def test_effective_sample_size_follows_the_definition_whatever_the_scale(weights, scale):
+    found = effective_sample_size(tensor(weights))
+    squares = math.fsum(weight**2 for weight in weights)
+    assert found == pytest.approx(math.fsum(weights) ** 2 / (len(weights) * squares) if squares else 0.0, rel=1e-12)
+    assert found == 0 or 1 / len(weights) - 1e-12 <= found <= 1 + 1e-12
+    assert effective_sample_size(scale * tensor(weights)) == pytest.approx(found, rel=1e-12)
+
+
+def test_standard_deviation_worked_by_hand():
+    values = tensor([[0.0, math.nan, 2.0], [4.0, 6.0, math.inf]])
+    found = standard_deviation(values, torch.tensor([[True, False, True], [True, True, False]]))
+    assert found.shape == ()
+    assert found.item() == pytest.approx(math.sqrt(20 / 3), rel=1e-12)  # mean 3: 9 + 1 + 1 + 9 over 4 − 1
+
+
+@settings(deadline=None, max_examples=100)
+@given(masked_batches(channels=1))
+def test_standard_deviation_is_unbiased_and_exactly_zero_without_two_different_values(batch):
+    mask, values = batch
+    flags = tensor(mask).bool()
+    found = standard_deviation(with_garbage(tensor(values), flags), flags).item()
+    counted = [v for row, counts in zip(values, mask, strict=True) for v, c in zip(row, counts, strict=True) if c]
+    if len(set(counted)) < 2:
+        assert found == 0
+    else:
+        assert found == pytest.approx(statistics.stdev(counted), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.1, 0.7, -3.3, 1000.1])
+def test_equal_values_have_no_deviation_although_their_mean_is_rounded(value, dtype):
+    for count in (0, 1, 2, 3, 7, 100):
+        mask = torch.arange(101)[None] < count
+        values = with_garbage(torch.full((1, 101), value, dtype=dtype), mask)
+        assert standard_deviation(values, mask).item() == 0

@@ -13,8 +13,14 @@ from hypothesis import strategies as st
 from conftest import prompt_batch, roll, shake_adapter, tiny_learner
 from konic.finetuning.algorithms import ALGORITHMS
 from konic.finetuning.config import GenerationConfig, TrainingConfig
-from konic.finetuning.learning.estimators import compute_advantages
+from konic.finetuning.learning.estimators import (
+    compute_advantages,
+    in_equal_group,
+    reasons_left_out,
+    rows_to_learn_from,
+)
 from konic.finetuning.rewards.scoring import Scores
+from konic.finetuning.rollout.rows import join_rollouts, select_rows
 from konic.finetuning.rollout.sampler import RandomKey
 
 NAN = math.nan
@@ -40,7 +46,9 @@ def scored(rewards):
 
 
 def settings(algorithm, **values):
-    return TrainingConfig(**{"algorithm": algorithm, "batch_size": 8} | values)
+    """Without what DAPO adds to the scores and takes from the batch, unless given."""
+    plain_scores = {"overlong_penalty": 0.0, "filter_equal_groups": False}
+    return TrainingConfig(**{"algorithm": algorithm, "batch_size": 8} | plain_scores | values)
 
 
 def plain(rolled):
@@ -129,8 +137,40 @@ def test_the_penalty_goes_into_the_reward_or_the_loss_and_never_both(rolled, alg
         config = settings(algorithm, kl_placement=placement)
         free, priced = (compute_advantages(rolled, scores, config, beta) for beta in (0.0, BETA))
         assert torch.equal(free.advantages, priced.advantages) == (placement == "loss")
-        assert priced.kl_loss_weight == (BETA if placement == "loss" else 0.0)
+        assert (priced.kl_loss_weight > 0) == (placement == "loss")
         assert free.kl_loss_weight == 0.0
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce++"])
+def test_one_nat_costs_the_same_reward_in_the_loss_where_advantages_are_whitened(rolled, algorithm):
+    unit = statistics.stdev(raw_advantages(rolled, algorithm))
+    found = compute_advantages(rolled, scored(SCORES), settings(algorithm, kl_placement="loss", gamma=0.9), BETA)
+    assert found.kl_loss_weight == pytest.approx(BETA / unit, rel=1e-9)
+    tenfold = scored([10 * score for score in SCORES])
+    if algorithm == "reinforce++":  # PPO's values do not grow with the scores
+        larger = compute_advantages(rolled, tenfold, settings(algorithm, kl_placement="loss", gamma=0.9), 10 * BETA)
+        assert torch.allclose(larger.advantages, found.advantages, atol=1e-7)
+        assert larger.kl_loss_weight == pytest.approx(found.kl_loss_weight, rel=1e-6)
+
+
+def raw_advantages(rolled, algorithm):
+    """The advantages of all tokens before whitening, with the score on the last token and γ = 0.9, λ = 0.95."""
+    flat = []
+    for score, (_, values) in zip(SCORES, plain(rolled), strict=True):
+        length = len(values)
+        if algorithm == "reinforce++":
+            flat += [0.9 ** (length - 1 - t) * score for t in range(length)]
+            continue
+        deltas = [0.9 * later - value for value, later in zip(values, [*values[1:], 0.0], strict=True)]
+        deltas[-1] += score
+        flat += [sum((0.9 * 0.95) ** (k - t) * deltas[k] for k in range(t, length)) for t in range(length)]
+    return flat
+
+
+@pytest.mark.parametrize("algorithm", [name for name in REWARD_METHODS if name not in ("ppo", "reinforce++")])
+def test_beta_is_the_weight_in_the_loss_where_the_paper_says_so(rolled, algorithm):
+    found = compute_advantages(rolled, scored(SCORES), settings(algorithm, kl_placement="loss"), BETA)
+    assert found.kl_loss_weight == BETA
 
 
 @pytest.mark.parametrize("algorithm", GROUP_METHODS)
@@ -178,7 +218,7 @@ def test_a_sample_without_a_score_changes_nothing_for_the_others(rolled, algorit
     assert (found.advantages[2] == 0).all() and (found.returns[2] == 0).all()
     assert not found.mask[2].any()
     assert torch.equal(found.mask[3], rolled.response_mask[3])
-    if algorithm in ("gspo", "cispo", "sapo", "max_rl", "gdpo"):
+    if algorithm in ("dapo", "dppo", "gspo", "cispo", "sapo", "max_rl", "gdpo"):
         if algorithm == "max_rl":
             expected = (SCORES[0] - statistics.mean(others := [SCORES[0], SCORES[1], SCORES[3]])) / statistics.mean(
                 others
@@ -190,7 +230,8 @@ def test_a_sample_without_a_score_changes_nothing_for_the_others(rolled, algorit
             assert flat.std().item() == pytest.approx(1.0, abs=1e-3)
             return
         else:
-            like_grpo = compute_advantages(rolled, scored(with_gap), settings("grpo"), BETA)
+            other = settings("dr_grpo" if algorithm == "dppo" else "grpo")
+            like_grpo = compute_advantages(rolled, scored(with_gap), other, BETA)
             assert torch.equal(found.advantages, like_grpo.advantages)
             return
         assert found.advantages[0, 0].item() == pytest.approx(expected, abs=1e-9)
@@ -291,3 +332,89 @@ def test_a_cut_off_response_can_be_left_out_of_the_loss_and_still_counts_for_its
     assert torch.equal(masked.mask, rolled.response_mask & ended[:, None])
     assert torch.equal(masked.advantages[ended], plain_ones.advantages[ended])
     assert (masked.advantages[~ended] == 0).all()
+
+
+def test_dapo_charges_long_responses_and_leaves_equal_groups_out(rolled):
+    lengths = [len(ratios) for ratios, _ in plain(rolled)]
+    assert max(lengths) == 8 and min(lengths) <= 4
+    scores = [0.5] * 4 + SCORES[4:]
+    config = TrainingConfig(algorithm="dapo", batch_size=8, overlong_share=0.5, overlong_penalty=2.0)
+    charged = [score - 2.0 * max(0.0, (n - 4) / 4) for score, n in zip(scores, lengths, strict=True)]
+    expected = []
+    for start in (0, 4):
+        group = charged[start : start + 4]
+        expected += [(value - statistics.mean(group)) / (statistics.stdev(group) + 1e-4) for value in group]
+    found = compute_advantages(rolled, scored(scores), config, 0.0)
+    check(found.advantages, rolled, [[a] * n for a, n in zip(expected, lengths, strict=True)])
+    assert found.kl_loss_weight == 0.0
+    without = TrainingConfig(algorithm="dapo", batch_size=8, overlong_penalty=0.0)
+    found = compute_advantages(rolled, scored(scores), without, 0.0)
+    assert not found.mask[:4].any()  # they have no part in the token average either
+    assert torch.equal(found.mask[4:], rolled.response_mask[4:])
+    assert reasons_left_out(rolled, scored(scores), without) == ["equal group"] * 4 + [None] * 4
+
+
+def test_an_equal_group_is_equal_in_all_parts_for_gdpo(rolled):
+    config = settings("gdpo", filter_equal_groups=True)
+    sums_are_equal = Scores([1.0] * 8, {}, {}, {}, {"a": [0.0, 1.0] * 4, "b": [1.0, 0.0] * 4}, {"a": 1.0, "b": 1.0})
+    assert not in_equal_group(rolled, sums_are_equal, config).any()
+    one_equal = replace(sums_are_equal, parts={"a": [0.1] * 4 + [0.0, 1.0] * 2, "b": [NAN] * 4 + [1.0] * 4})
+    assert in_equal_group(rolled, one_equal, config).tolist() == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("scores", "rows"),
+    [
+        (SCORES[4:] * 3, [*range(8)]),
+        ([0.1] * 4 + SCORES[4:] * 2, [*range(4, 12)]),
+        (SCORES[4:] + [0.1] * 4 + SCORES[4:], [*range(4), *range(8, 12)]),
+        (SCORES[4:] + [0.1] * 8, [*range(8)]),
+        ([0.1] * 12, [*range(8)]),
+    ],
+)
+def test_a_batch_takes_groups_that_differ_first_and_fills_up_with_equal_ones(rolled, scores, rows):
+    three_groups = join_rollouts([rolled, select_rows(rolled, [0, 1, 2, 3])])
+    config = settings("grpo", filter_equal_groups=True)
+    assert rows_to_learn_from(three_groups, scored(scores), config) == rows
+
+
+def test_vapo_takes_lambda_from_the_length_and_returns_for_the_values(rolled):
+    config = settings("ppo", gamma=0.9, gae_lambda_length=0.5, value_gae_lambda=1.0, kl_penalty_weight=0.0)
+    found = compute_advantages(rolled, scored(SCORES), config, 0.0)
+    raw, returns = [], []
+    for score, (_, values) in zip(SCORES, plain(rolled), strict=True):
+        length = len(values)
+        factor = 0.9 * max(0.0, 1 - 1 / (0.5 * length))
+        deltas = [0.9 * later - value for value, later in zip(values, [*values[1:], 0.0], strict=True)]
+        deltas[-1] += score
+        raw.append([sum(factor ** (k - t) * deltas[k] for k in range(t, length)) for t in range(length)])
+        returns.append([0.9 ** (length - 1 - t) * score for t in range(length)])
+    check(found.advantages, rolled, whitened(raw))
+    check(found.returns, rolled, returns)
+
+
+@pytest.mark.parametrize(("how", "expected"), [("truncate", [2.0, 1.5, 0.1]), ("mask", [0.0, 1.5, 0.0])])
+def test_tokens_that_another_policy_drew_are_weighted(rolled, how, expected):
+    ratios = torch.tensor([3.0, 1.5, 0.1], dtype=rolled.log_probs.dtype).log()
+    drawn = rolled.log_probs.clone()
+    drawn[2, :3] -= ratios
+    assert rolled.response_mask[2, :3].all()
+    foreign = replace(rolled, samples=replace(rolled.samples, log_probs=drawn, hidden=None))
+    config = settings("grpo", sampler_correction=how)
+    found = compute_advantages(foreign, scored(SCORES), config, BETA)
+    own = compute_advantages(rolled, scored(SCORES), config, BETA)
+    assert torch.allclose(found.advantages[2, :3] / own.advantages[2, :3], torch.tensor(expected).double(), atol=1e-6)
+    others = torch.ones_like(rolled.response_mask)
+    others[2, :3] = False
+    assert torch.allclose(found.advantages[others], own.advantages[others], atol=1e-6)
+    weights = [*expected, *[1.0] * (int(rolled.response_mask.sum()) - 3)]
+    size = math.fsum(weights) ** 2 / len(weights) / math.fsum(weight**2 for weight in weights)
+    assert found.effective_sample_size == pytest.approx(size, abs=1e-6)
+    assert own.effective_sample_size == 1.0
+    whole = compute_advantages(
+        foreign, scored(SCORES), settings("grpo", sampler_correction=how, sampler_correction_level="sequence"), BETA
+    )
+    product = 0.45 if how == "truncate" else 0.0
+    assert torch.allclose(whole.advantages[2], product * own.advantages[2], atol=1e-6)
+    off = compute_advantages(foreign, scored(SCORES), settings("grpo", sampler_correction=None), BETA)
+    assert torch.equal(off.advantages, own.advantages)

@@ -1,3 +1,4 @@
+import itertools
 import math
 import statistics
 
@@ -17,10 +18,19 @@ from konic.finetuning.learning.losses import (
     k3,
     level_log_ratios,
     log_ratio,
+    moves_outward,
     soft_gate_loss,
+    unclipped_loss,
     value_loss,
 )
-from konic.finetuning.models.distributions import entropies, entropy_and_kl_, exact_kl, log_softmax_, token_log_probs
+from konic.finetuning.models.distributions import (
+    entropies,
+    entropy_and_kl_,
+    exact_kl,
+    log_softmax_,
+    token_log_probs,
+    total_variation,
+)
 
 CLIP = (0.2, 0.2)
 TOLERANCE = 1e-9
@@ -155,6 +165,40 @@ def test_vocabulary_masked_out_with_minus_infinity_makes_no_nan(dtype):
     assert logits.grad[0, [1, 3]].tolist() == [0, 0]
 
 
+def test_total_variation_worked_by_hand():
+    p = tensor([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5], [1.0, 0.0, 0.0], [0.0, 0.3, 0.7]]).log()
+    q = tensor([[0.25, 0.75, 0.0], [0.5, 0.5, 0.0], [0.0, 0.4, 0.6], [0.0, 0.3, 0.7]]).log()
+    assert total_variation(p, q).tolist() == pytest.approx([0.25, 0.5, 1.0, 0.0], abs=TOLERANCE)
+    assert total_variation(p, p).tolist() == [0.0] * 4
+
+
+@settings(deadline=None, max_examples=100)
+@given(two_distributions(), st.lists(st.booleans(), min_size=6, max_size=6))
+def test_total_variation_is_the_largest_difference_of_the_probability_of_an_event(logits, excluded):
+    """Also with tokens that one distribution excludes, or both."""
+    p_logits, q_logits = ([-math.inf if gone else x for x, gone in zip(row, excluded, strict=False)] for row in logits)
+    p_logits[-1], q_logits[0], q_logits[-1] = logits[0][-1], logits[1][0], logits[1][-1]
+    p, q = ([math.exp(x) for x in plain_log_softmax(row)] for row in (p_logits, q_logits))
+    changes = [b - a for a, b in zip(p, q, strict=True)]
+    largest = max(
+        sum(change for change, inside in zip(changes, event, strict=True) if inside)
+        for event in itertools.product([False, True], repeat=len(p))
+    )
+    log_p, log_q = (tensor([row]).log_softmax(-1) for row in (p_logits, q_logits))
+    found = total_variation(log_p, log_q).item()
+    assert found == pytest.approx(largest, abs=TOLERANCE)
+    assert found == pytest.approx(0.5 * math.fsum(map(abs, changes)), abs=TOLERANCE)
+    assert 0 <= found <= 1 + TOLERANCE
+    assert total_variation(log_q, log_p).item() == found
+
+
+@settings(deadline=None, max_examples=100)
+@given(two_distributions())
+def test_total_variation_keeps_to_pinskers_bound(logits):
+    found = total_variation(*(tensor([row]).log_softmax(-1) for row in logits)).item()
+    assert found**2 <= min(plain_kl(*logits), plain_kl(*logits[::-1])) / 2 + TOLERANCE
+
+
 def test_log_probs_are_of_the_last_dimension_whatever_is_before_it():
     logits, tokens = random(3, 4, 5), torch.arange(12).view(3, 4) % 5
     log_probs, log_softmax = token_log_probs(logits, tokens, 0.7)
@@ -162,9 +206,9 @@ def test_log_probs_are_of_the_last_dimension_whatever_is_before_it():
     assert log_probs[2, 1].item() == pytest.approx(plain_log_softmax(logits[2, 1].tolist(), 0.7)[tokens[2, 1]])
 
 
-def test_entropy_and_kl_are_of_the_last_dimension_whatever_is_before_it():
+def test_entropy_kl_and_total_variation_are_of_the_last_dimension_whatever_is_before_it():
     p, q = (values.log_softmax(-1) for values in (random(3, 4, 5), random(3, 4, 5, seed=1)))
-    for function, inputs in ((entropies, (p,)), (exact_kl, (p, q))):
+    for function, inputs in ((entropies, (p,)), (exact_kl, (p, q)), (total_variation, (p, q))):
         whole = function(*inputs)
         assert whole.shape == (3, 4)
         for row in range(3):
@@ -522,6 +566,79 @@ def test_sapos_gate_is_its_sigmoid_with_another_temperature_for_each_sign(log_rh
     # d gate / d log ρ = 4 σ (1 − σ) ρ: 1 at ρ = 1, and fading on both sides
     sigma = gate * tau / 4
     assert new.grad.item() == pytest.approx(-4 * sigma * (1 - sigma) * rho * advantage, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss"),
+    [(1.0, 2.0, -2.0), (1.5, 2.0, -3.0), (10.0, 1.0, -10.0), (0.5, -2.0, 1.0), (10.0, -1.0, 10.0), (0.1, 3.0, -0.3)],
+)
+def test_unclipped_loss_and_its_gradient_worked_by_hand(ratio, advantage, loss):
+    new = tensor([[math.log(ratio)]], requires_grad=True)
+    got = unclipped_loss(new, tensor([[advantage]]), ONE, CLIP)
+    got.sum().backward()
+    assert got.item() == pytest.approx(loss, abs=TOLERANCE)
+    assert new.grad.item() == pytest.approx(loss, abs=TOLERANCE)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(LOGITS, min_size=2, max_size=6), st.integers(0, 100), st.floats(-6, 0), st.floats(-4, 4), st.booleans())
+def test_unclipped_loss_has_the_policy_gradient_times_the_ratio(logits, pick, old, advantage, counts):
+    token, theta, mask = pick % len(logits), tensor([[logits]], requires_grad=True), torch.tensor([[counts]])
+    new, _ = token_log_probs(theta, torch.tensor([[token]]), 1.0)
+    loss = unclipped_loss(new - old, tensor([[advantage]]), mask, CLIP)
+    loss.sum().backward()
+    log_p = plain_log_softmax(logits)
+    scale = -math.exp(log_p[token] - old) * advantage if counts else 0.0
+    assert loss.item() == pytest.approx(scale, rel=TOLERANCE, abs=TOLERANCE)
+    expected = [scale * ((index == token) - math.exp(x)) for index, x in enumerate(log_p)]
+    assert theta.grad[0, 0].tolist() == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
+
+
+def test_unclipped_loss_knows_no_clip():
+    log_ratios, advantages, mask = random(3, 5, seed=1), random(3, 5, seed=2), random(3, 5, seed=3) > -0.5
+    found = [unclipped_loss(log_ratios, advantages, mask, clip) for clip in ((0.2, 0.2), (0.0, 0.0), (0.9, 9.0))]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+OUTWARD = [  # ratio, advantage, divergence, beyond a limit of 0.25 and going on
+    (1.5, 2.0, 0.3, True),
+    (1.5, -2.0, 0.3, False),
+    (0.5, 2.0, 0.3, False),
+    (0.5, -2.0, 0.3, True),
+    (1.5, 2.0, 0.25, False),  # on the limit is within
+    (0.5, -2.0, 0.25, False),
+    (1.0, 2.0, 0.3, False),  # its own probability has not moved
+    (1.0, -2.0, 0.3, False),
+    (1.5, 0.0, 0.3, False),  # and goes nowhere
+    (0.5, 0.0, 0.3, False),
+    (1.001, 0.001, 0.3, True),
+    (0.999, -0.001, 0.3, True),
+    (9.0, 9.0, 0.0, False),
+]
+
+
+@pytest.mark.parametrize(("ratio", "advantage", "divergence", "outward"), OUTWARD)
+def test_moves_outward_worked_by_hand(ratio, advantage, divergence, outward):
+    new = tensor([[math.log(ratio)]], requires_grad=True)
+    found = moves_outward(new, tensor([[advantage]]), tensor([[divergence]]), 0.25)
+    assert found.dtype == torch.bool
+    assert found.tolist() == [[outward]]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.tuples(*[st.integers(-16, 16).map(lambda n: n / 8)] * 2, st.integers(0, 8)), min_size=1, max_size=9),
+    st.integers(1, 8),
+)
+def test_moves_outward_follows_the_papers_mask(tokens, limit):
+    log_ratios, advantages, moved = (tensor([row]) for row in zip(*tokens, strict=True))
+    expected = []
+    for log_rho, advantage, divergence in tokens:
+        rho = math.exp(log_rho)
+        expected.append(divergence > limit and ((advantage > 0 and rho > 1) or (advantage < 0 and rho < 1)))
+    assert moves_outward(log_ratios, advantages, moved, limit).tolist() == [expected]
+    assert moves_outward(-log_ratios, -advantages, moved, limit).tolist() == [expected]
+    assert not (moves_outward(-log_ratios, advantages, moved, limit) & torch.tensor([expected])).any()
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)

@@ -483,14 +483,14 @@ def test_the_gradient_of_the_kl_in_the_loss_is_that_of_the_divergence_written_ou
             divergence = divergence + (own[at].exp() * (own[at] - ref[at])).sum()
             surrogate = surrogate - (own[at, token] - rolled.log_probs[row, t]).exp() * advantages.advantages[row, t]
     count = int(rolled.response_mask.sum())
-    ((surrogate + 0.5 * divergence) / count).backward()
+    ((surrogate + advantages.kl_loss_weight * divergence) / count).backward()
     named = policy.trainable()
     expected = torch.cat([w.grad.flatten() for name, w in named.items() if not name.startswith("value_head")])
     ours = gradients(architecture, monkeypatch, lora=lora, **settings)
     assert (ours - expected).norm() / expected.norm() < 1e-9
     *_, stats = run_update(architecture, lora=lora, self_checks=True, **settings)
     assert stats.kl_loss == pytest.approx(divergence.item() / count, rel=1e-9)
-    assert stats.total_loss == pytest.approx(stats.policy_loss + 0.5 * stats.kl_loss)
+    assert stats.total_loss == pytest.approx(stats.policy_loss + advantages.kl_loss_weight * stats.kl_loss)
 
 
 def test_a_kl_in_the_loss_survives_chunks_and_recomputation(architecture, monkeypatch):

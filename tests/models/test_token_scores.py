@@ -1,3 +1,4 @@
+import math
 import weakref
 
 import pytest
@@ -9,7 +10,7 @@ from torch.distributions import Categorical, kl_divergence
 from conftest import tiny_model
 from konic.finetuning.models import token_scores as language_model
 from konic.finetuning.models.language_model import LanguageModel
-from konic.finetuning.models.token_scores import score_tokens
+from konic.finetuning.models.token_scores import divergences, score_tokens
 
 NUM_ROWS, NUM_TOKENS, HIDDEN = 5, 9, 32
 TEMPERATURE = 0.7
@@ -40,6 +41,13 @@ def model_of(architecture="llama", *, learns=False, bias=False, softcap=None, sc
     return model
 
 
+def logits_of(model, hidden):
+    """All logits at once, with the weights of the head."""
+    head = model.causal_lm.get_output_embeddings()
+    logits = (hidden @ head.weight.T + (0.0 if head.bias is None else head.bias)) * model.scale
+    return logits if model.softcap is None else model.softcap * torch.tanh(logits / model.softcap)
+
+
 class Case:
     """Tokens to score, with holes in their mask, and a weight for every result of every token."""
 
@@ -63,12 +71,7 @@ class Case:
 
     def written_out(self):
         """The same over all logits at once."""
-        head = self.model.causal_lm.get_output_embeddings()
-        logits = self.hidden @ head.weight.T + (0.0 if head.bias is None else head.bias)
-        logits = logits * self.model.scale
-        if self.model.softcap is not None:
-            logits = self.model.softcap * torch.tanh(logits / self.model.softcap)
-        policy = Categorical(logits=logits / self.temperature)
+        policy = Categorical(logits=logits_of(self.model, self.hidden) / self.temperature)
         results = [policy.log_prob(self.tokens), None, None]
         if self.needs_entropy:
             results[1] = policy.entropy()
@@ -244,3 +247,105 @@ def test_sixteen_bits_are_scored_in_fp32_and_give_a_gradient_in_their_own_type()
     (expected_gradient,) = exact.gradients(expected)
     assert (log_probs - expected[0]).abs().max() < 0.2
     assert (gradient - expected_gradient).abs().max() < 0.03 * expected_gradient.abs().max()
+
+
+measures = pytest.mark.parametrize("measure", ["total_variation", "kl"])
+
+
+def diverged(case, measure):
+    return divergences(case.model, case.ref_hidden, case.hidden, case.mask, case.temperature, measure)
+
+
+def diverged_written_out(case, measure):
+    """From the whole softmax of both, from the old distribution to the new one."""
+    old, new = (
+        (logits_of(case.model, hidden.detach()) / case.temperature).softmax(dim=-1)
+        for hidden in (case.ref_hidden, case.hidden)
+    )
+    terms = (old - new).abs() / 2 if measure == "total_variation" else old * (old / new).log()
+    return torch.where(case.mask, terms.sum(dim=-1), 0.0)
+
+
+@chunked
+@pytest.mark.parametrize("head", [{}, {"bias": True}, {"softcap": 5.0, "scale": 0.5}, {"learns": True}], ids=str)
+@measures
+def test_divergences_are_those_of_the_whole_softmax(measure, head, tokens_at_once, monkeypatch):
+    case = Case(model_of(**head))
+    limit_chunks(monkeypatch, case.model, tokens_at_once)
+    found, expected = diverged(case, measure), diverged_written_out(case, measure)
+    assert (found - expected).abs().max() < 1e-10
+    assert found[~case.mask].eq(0).all()
+    assert found[case.mask].min() > 0.01
+    case.hidden, case.ref_hidden = case.ref_hidden, case.hidden
+    is_symmetric = (diverged(case, measure) - expected).abs().max() < 1e-10
+    assert is_symmetric == (measure == "total_variation")
+
+
+@measures
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_divergences_are_at_the_temperature_of_sampling(temperature, measure):
+    case = Case(model_of(), temperature=temperature)
+    assert (diverged(case, measure) - diverged_written_out(case, measure)).abs().max() < 1e-10
+
+
+KL_BY_HAND = [0.5 * math.log(4 / 3), 0.0, 0.8 * math.log(8 / 3) + 0.2 * math.log(2 / 7)]
+
+
+@pytest.mark.parametrize(("measure", "expected"), [("total_variation", [0.25, 0.0, 0.5]), ("kl", KL_BY_HAND)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_divergences_worked_by_hand(measure, expected, temperature):
+    """A head for which only two tokens exist, with the first two hidden states as their logits."""
+    model = model_of(bias=True)
+    head = model.causal_lm.get_output_embeddings()
+    head.weight.data.zero_()[[0, 1], [0, 1]] = 1.0
+    head.bias.data.fill_(-math.inf)[:2] = 0.0
+    probabilities = [
+        [[0.5, 0.5], [0.1, 0.9], [0.8, 0.2], [0.9, 0.1]],
+        [[0.25, 0.75], [0.1, 0.9], [0.3, 0.7], [0.1, 0.9]],
+    ]
+    old, new = hidden = torch.zeros(2, 1, 4, HIDDEN, dtype=torch.float64)
+    hidden[:, 0, :, :2] = temperature * torch.tensor(probabilities, dtype=torch.float64).log()
+    mask = torch.tensor([[True, True, True, False]])
+    found = divergences(model, old, new, mask, temperature, measure)
+    assert found[0].tolist() == pytest.approx([*expected, 0.0], abs=1e-12)
+
+
+@measures
+def test_equal_hidden_states_have_not_diverged(measure):
+    case = Case(model_of(bias=True))
+    case.ref_hidden = case.hidden.detach().clone()
+    assert not diverged(case, measure).any()
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@measures
+def test_no_gradient_flows_through_divergences_and_their_inputs_stay_as_they_were(measure, learns):
+    case = Case(model_of(learns=learns, bias=True))
+    case.ref_hidden.requires_grad_()
+    head = case.model.causal_lm.get_output_embeddings()
+    inputs = case.hidden, case.ref_hidden, head.weight, head.bias
+    before = [tensor.detach().clone() for tensor in inputs]
+    assert not diverged(case, measure).requires_grad
+    assert all(now.equal(then) for now, then in zip(inputs, before, strict=True))
+
+
+@chunked
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e30])
+@measures
+def test_garbage_outside_the_mask_changes_no_divergence(measure, garbage, tokens_at_once, monkeypatch):
+    case = Case(model_of())
+    limit_chunks(monkeypatch, case.model, tokens_at_once)
+    clean = diverged(case, measure)
+    case.hidden, case.ref_hidden = (
+        torch.where(case.mask[..., None], hidden.detach(), garbage) for hidden in (case.hidden, case.ref_hidden)
+    )
+    assert torch.equal(diverged(case, measure), clean)
+
+
+@chunked
+@measures
+def test_divergences_of_a_full_mask(measure, tokens_at_once, monkeypatch):
+    case = Case(model_of())
+    limit_chunks(monkeypatch, case.model, tokens_at_once)
+    case.mask = torch.ones_like(case.mask)
+    assert (diverged(case, measure) - diverged_written_out(case, measure)).abs().max() < 1e-10

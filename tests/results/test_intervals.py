@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from konic.finetuning.results.intervals import distinct_n, mean, paired_bootstrap
+from konic.finetuning.results.intervals import distinct_n, mean, paired_bootstrap, spread
 
 
 def test_the_mean_is_exactly_rounded_and_nan_of_none():
@@ -106,3 +106,33 @@ def test_pairs_without_a_value_are_left_out():
     assert math.isnan(paired_bootstrap([nan], [1.0]).mean)
     with pytest.raises(ValueError, match="shorter"):
         paired_bootstrap([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("values", "deviation"),
+    [
+        ([1.0, 2.0, 3.0, 4.0], math.sqrt(5 / 3)),
+        ([1.0, math.nan, 2.0, 3.0, math.nan, 4.0], math.sqrt(5 / 3)),
+        ([-1.0, 1.0], math.sqrt(2)),
+        ([3, 5], math.sqrt(2)),
+        ([1e9, 1e9 + 1, 1e9 + 2], 1.0),
+    ],
+)
+def test_spread_worked_by_hand(values, deviation):
+    assert spread(values) == pytest.approx(deviation, rel=1e-12)
+
+
+@pytest.mark.parametrize("values", [[], [5.0], [math.nan], [math.nan, 5.0, math.nan], [0.1] * 3, [1000.1] * 7])
+def test_fewer_than_two_values_and_equal_ones_have_no_spread(values):
+    assert spread(values) == 0
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(-800, 800).map(lambda n: n / 8) | st.just(math.nan), max_size=9), st.randoms())
+def test_spread_is_that_of_all_pairs_in_any_order(values, random):
+    """The unbiased variance is half the mean squared difference of two values that are drawn without replacement."""
+    counted = [value for value in values if not math.isnan(value)]
+    pairs = [*itertools.combinations(counted, 2)]
+    variance = math.fsum((a - b) ** 2 for a, b in pairs) / (2 * len(pairs)) if pairs else 0.0
+    assert spread(values) == pytest.approx(math.sqrt(variance), rel=1e-12)
+    assert spread(random.sample(values, len(values))) == spread(values)

@@ -22,6 +22,7 @@ def iteration(**values):
         response_length_std=5.0, learning_rate=1e-3, clip_fraction=0.1, approx_kl=0.01, explained_variance=0.1,
         reward_breakdown={}, generation_time_sec=1.0, reward_compute_time_sec=0.0, update_time_sec=1.0,
         total_time_sec=2.0, kl_per_response=0.2, objective=0.49, entropy=2.0, ended_fraction=0.5, num_samples=8,
+        distinct_2=1.0,
     )  # fmt: skip
     return replace(healthy, **values)
 
@@ -44,6 +45,8 @@ CASES = {
     "kl_runaway": (PPO, [*HEALTHY, *[iteration(kl_per_response=10.1)] * 3]),
     "shrinking_responses": (PPO, [*HEALTHY, *[iteration(response_length_mean=5.0)] * 3]),
     "repeating_responses": (PPO, [*HEALTHY, *[iteration(distinct_fraction=0.5)] * 3]),
+    "reward_hacking": (PPO, [*HEALTHY, *[iteration(reward_mean=1.5, objective=1.4, distinct_2=0.59)] * 3]),
+    "sampler_differs": (PPO, [*HEALTHY, *[iteration(effective_sample_size=0.4, sampler_gap=0.7)] * 3]),
 }
 SAID = {
     "constant_reward": r"got the reward 0\.5: there is nothing to learn from",
@@ -58,6 +61,8 @@ SAID = {
     "kl_runaway": r"is 10\.1 nats per response from its reference, and has been beyond 10 for 3 iterations",
     "shrinking_responses": r"shrank from 20 tokens to 5\.0",
     "repeating_responses": r"Only 50% of the responses in the last batch differ",
+    "reward_hacking": r"rose from 0\.500 to 1\.500, but .* worse: 59% of the pairs of words",
+    "sampler_differs": r"differed from the trainer's by 0\.7 nats per token; after correction the samples count as 40%",
 }
 
 
@@ -89,6 +94,14 @@ def test_responses_that_used_to_end_are_missed_once_chance_is_out_of_the_questio
 @pytest.mark.parametrize("length", [1, 2, 3, 5])
 def test_a_healthy_run_is_left_alone(config, length):
     assert new_findings(HEALTHY[:length], config, GenerationConfig()) == {}
+
+
+def test_text_that_surprises_its_base_model_is_a_trick_too():
+    history = [*HEALTHY, *[iteration(reward_mean=1.5, reference_loss=1.1)] * 3]
+    (message,) = new_findings(history, PPO, GenerationConfig()).values()
+    assert re.search(r"surprised by 1\.1 nats per token, 0\.0 at first\. The reward may pay for a trick", message)
+    unscored = [*history[:-1], iteration(reward_mean=math.nan, reference_loss=9.0)]
+    assert new_findings(unscored, PPO, GenerationConfig()) == {}
 
 
 @pytest.mark.parametrize(
@@ -129,6 +142,10 @@ def test_a_healthy_run_is_left_alone(config, length):
         ([iteration(distinct_fraction=0.4)] * 6, PPO),  # few different responses from the start: such is the task
         ([*HEALTHY[:2], *[iteration(distinct_fraction=0.1)] * 3], PPO),
         ([iteration(response_length_mean=1.0, ended_fraction=0.9)] * 3, PPO),
+        ([*HEALTHY, *[iteration(reward_mean=1.5, distinct_2=0.6, reference_loss=1.0)] * 3], PPO),
+        ([*HEALTHY, *[iteration(reward_mean=0.6, distinct_2=0.1, reference_loss=9.0)] * 3], PPO),  # within chance
+        ([iteration(effective_sample_size=0.5, sampler_gap=0.1)] * 3, PPO),
+        ([iteration(num_in_equal_groups=7)] * 3, GROUPS),
         ([iteration(response_length_mean=1.1, ended_fraction=1.0)] * 3, PPO),
     ],
 )

@@ -1,6 +1,7 @@
 """The numbers of an iteration, against sums over a hand-made rollout of unequal lengths."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,12 +39,12 @@ def hand_made():
     samples = Samples(response_ids=ids, response_mask=mask, log_probs=sampled, ended=ended)
     return Rollout(
         batch=batch, samples=samples, records=make_samples(prompts, batch.texts, ["x", "yyy"], samples.token_ids()),
-        temperature=1.0, in_full_precision=True,
+        temperature=1.0, max_new_tokens=3, in_full_precision=True,
         log_probs=sampled + torch.tensor([[0.004, 0, 0], [0.0, -0.008, 0.0]]),
         ref_log_probs=torch.tensor([[-1.5, 0, 0], [-1.0, -3.5, -4.0]], dtype=torch.float64),
         kl=torch.tensor([[0.4, 0, 0], [0.1, 0.2, 0.5]], dtype=torch.float64),
         entropy=torch.tensor([[2.0, 0, 0], [1.0, 3.0, 2.0]], dtype=torch.float64), values=zeros,
-        ref_hidden=torch.zeros(2, 3, 4, dtype=torch.float64),
+        hidden=torch.zeros(2, 3, 4, dtype=torch.float64), ref_hidden=torch.zeros(2, 3, 4, dtype=torch.float64),
     )  # fmt: skip
 
 
@@ -54,13 +55,16 @@ def clock():
     return stages
 
 
-def measured(scores, evaluation=None, iteration=1, per_token=((0.5, 0, 0), (0.0, 0.0, 0.0))):
+def measured(scores, evaluation=None, iteration=1, per_token=((0.5, 0, 0), (0.0, 0.0, 0.0)), rollout=None):
     mask = hand_made().response_mask & torch.tensor(scores.has_score)[:, None]
     advantages = Advantages(
         advantages=torch.tensor(per_token), returns=torch.zeros(2, 3), mask=mask, has_signal=True,
-        value_loss_weight=0.1, kl_loss_weight=0.0,
+        value_loss_weight=0.1, kl_loss_weight=0.0, effective_sample_size=0.9,
     )  # fmt: skip
-    return iteration_result(iteration, hand_made(), scores, advantages, STATS, 0.05, 0.07, clock(), evaluation)
+    left_out = ["equal group", "cut off"]
+    return iteration_result(
+        iteration, rollout or hand_made(), scores, advantages, STATS, 0.05, 0.07, clock(), evaluation, left_out
+    )
 
 
 def test_token_averages_are_over_tokens_and_response_sums_over_responses():
@@ -70,6 +74,11 @@ def test_token_averages_are_over_tokens_and_response_sums_over_responses():
     assert result.kl_per_response == pytest.approx((0.4 + 0.8) / 2)
     assert result.objective == pytest.approx(2.5 - 0.05 * 0.6)  # the price that was set, not this iteration's β
     assert result.distinct_fraction == 1.0
+    assert result.reference_loss == pytest.approx((1.5 + 1.0 + 3.5 + 4.0) / 4)
+    assert math.isnan(result.distinct_2)  # a response of one word has no pairs
+    texts = ["x", "a b a b c"]  # of ab, ba, ab, bc three differ
+    records = [replace(record, response=text) for record, text in zip(hand_made().records, texts, strict=True)]
+    assert measured(scores, rollout=replace(hand_made(), records=records)).distinct_2 == pytest.approx(0.75)
     assert result.kl_k1 == pytest.approx((0.5 + 0.004 - 1.0 + 0.5 - 0.008 + 0.0) / 4)
     k3s = [math.exp(-r) - 1 + r for r in (0.504, -1.0, 0.492, 0.0)]
     assert result.kl_k3 == pytest.approx(sum(k3s) / 4)
@@ -83,6 +92,7 @@ def test_token_averages_are_over_tokens_and_response_sums_over_responses():
     assert result.reward_breakdown == {"a": 2.5, "b": 2.0}
     assert (result.num_samples, result.num_unscored) == (2, 0)
     assert (result.policy_loss, result.value_loss, result.grad_norm) == (-0.1, 0.2, 0.7)
+    assert (result.effective_sample_size, result.num_in_equal_groups, result.num_cut_off) == (0.9, 1, 1)
     assert math.isnan(result.eval_reward_mean)
 
 

@@ -96,7 +96,7 @@ def test_nothing_is_best_where_nothing_has_a_reward():
 
 def test_a_state_comes_back_from_its_record_whole():
     moments = {"kind": RunningMoments().after([0.5, 2.0]), "other": RunningMoments()}
-    state = TrainerState(3, 12, 7.25, HISTORY[:2], {"weight": torch.ones(2)}, moments)
+    state = TrainerState(3, 12, 9, {"5": 0.25}, 7.25, HISTORY[:2], {"weight": torch.ones(2)}, moments)
     record = json.loads(json.dumps(state.to_dict() | {"settings": {}, "more": 1}))
     assert "best_weights" not in record
     found = TrainerState.from_dict(record)

@@ -9,6 +9,10 @@ import typer
 def train(
     script: Annotated[Path, typer.Argument(help="A Python file with a module-level `agent` or a `build_agent()`.")],
     max_iterations: Annotated[int, typer.Option(help="Number of iterations.")] = 100,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting other than the script's: training_config.algorithm=dapo. Repeatable."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     output: Annotated[Path | None, typer.Option(help="The run's folder. Default: a new one under runs/.")] = None,
     save_every: Annotated[
@@ -31,9 +35,12 @@ def train(
     """
     typer.echo(f"Loading {script} ...", err=True)
     from konic.cli.scripts import load_agent
+    from konic.cli.settings import set_settings
     from konic.finetuning import KonicFinetuningEngine
 
-    agent = load_agent(script)
+    agent, changes = set_settings(load_agent(script), settings or [])
+    for line in changes:
+        typer.echo(line, err=True)
     KonicFinetuningEngine.from_agent(agent, checkpoint_dir=output, device=device).train(
         max_iterations, save_every, resume, save_total_limit=save_total_limit, allow_changes=allow_changes
     )

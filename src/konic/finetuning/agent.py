@@ -1,13 +1,16 @@
 """The user's choices for a run: model, rewards, prompts and settings, checked before anything is loaded."""
 
+import copy
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
-from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
+from konic.finetuning.config import GenerationConfig, LoraConfig, Settings, TrainingConfig
 from konic.finetuning.data.config import DatasetConfig
-from konic.finetuning.errors import ConfigError
+from konic.finetuning.errors import ConfigError, did_you_mean
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer
+
+_CONFIGS = ("training_config", "generation_config", "dataset_config", "lora_config")
 
 
 class KonicFinetuningAgent:
@@ -55,10 +58,19 @@ class KonicFinetuningAgent:
         if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
             raise ConfigError(f"model_kwargs must be a dict, got {model_kwargs!r}.")
         self._model_kwargs = dict(model_kwargs or {})
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise ConfigError if a setting of one config does not go with those of another."""
         if self._training_config.eval_every and not self._dataset_config.held_out:
             raise ConfigError(
                 f"TrainingConfig(eval_every={self._training_config.eval_every}) needs prompts to evaluate on: set "
                 "DatasetConfig(held_out=...)."
+            )
+        if self._dataset_config.prefer_undecided and self._training_config.responses_per_prompt < 2:
+            raise ConfigError(
+                "DatasetConfig(prefer_undecided=True) compares the responses to one prompt: set "
+                "TrainingConfig(num_generations=4), or an algorithm that compares groups."
             )
 
     def get_base_model(self) -> str:
@@ -104,6 +116,31 @@ class KonicFinetuningAgent:
             **self._reward_composer.settings(),
             "model_kwargs": {name: str(value) for name, value in self._model_kwargs.items() if name != "token"},
         }
+
+    def with_settings(self, changes: Mapping[str, Mapping[str, Any]]) -> Self:
+        """Return a copy of the agent with other settings.
+
+        Args:
+            changes: The fields to set, by the name of their config: training_config, generation_config, dataset_config
+                or lora_config. Fields that were not set keep following from the others, such as the algorithm's own.
+
+        Raises:
+            ConfigError: A config or field does not exist or is invalid, or the agent's class decides it by itself.
+        """
+        agent = copy.copy(self)
+        for name, fields in changes.items():
+            if name not in _CONFIGS:
+                raise ConfigError(
+                    f"An agent has no {name!r}.{did_you_mean(name, _CONFIGS)} It has: {', '.join(_CONFIGS)}."
+                )
+            current = getattr(agent, f"get_{name}")()
+            if current is not None and not isinstance(current, Settings):
+                raise ConfigError(f"{name} is PEFT's own: its settings are changed where it is made.")
+            setattr(agent, f"_{name}", (LoraConfig() if current is None else current).with_fields(fields))
+            if getattr(agent, f"get_{name}")() is not getattr(agent, f"_{name}"):
+                raise ConfigError(f"{type(self).__name__}.get_{name}() makes its own config: change it there.")
+        agent._check_together()
+        return agent
 
     @property
     def kl_penalty_weight(self) -> float:

@@ -13,7 +13,7 @@ AdvantageRule = Literal[
     "parts_normalised",
 ]  # fmt: skip
 """A key of `learning.estimators.ADVANTAGE_RULES`."""
-PolicyLoss = Literal["clipped", "clipped_weight", "soft_gate"]
+PolicyLoss = Literal["clipped", "clipped_weight", "soft_gate", "unclipped"]
 """A key of `learning.losses.POLICY_LOSSES`."""
 RatioLevel = Literal["token", "sequence"]
 Average = Literal["token", "response"]
@@ -35,6 +35,8 @@ class Algorithm:
     """Whether the loss looks at the ratio of each token, or at the geometric mean over the whole response."""
     clip_ratios: tuple[float, float] | None = None
     """ε below and above 1 between which a ratio counts; None takes TrainingConfig.clip_ratio on both sides."""
+    divergence_limit: float | None = None
+    """δ: a token that has moved its distribution by more, and would move it further, has no gradient."""
     average: Average = "token"
     """Whether every token of an optimizer step counts the same in the loss, or every response."""
     compares_groups: bool = False
@@ -43,6 +45,12 @@ class Algorithm:
     """True where a value head learns to predict the rewards to come."""
     kl_placement: KLPlacement = "reward"
     """Where the KL penalty goes, unless TrainingConfig.kl_placement is set."""
+    kl_penalty_weight: float = 0.05
+    """β, unless TrainingConfig.kl_penalty_weight is set."""
+    filter_equal_groups: bool = False
+    """Whether groups of equal scores are replaced, unless TrainingConfig.filter_equal_groups is set."""
+    overlong_penalty: float = 0.0
+    """What a response of full length loses, unless TrainingConfig.overlong_penalty is set."""
 
     @property
     def group_size(self) -> int:
@@ -56,6 +64,14 @@ ALGORITHMS = {
     "grpo": Algorithm(advantages="group_normalised", compares_groups=True, kl_placement="loss"),
     "dr_grpo": Algorithm(advantages="group_centred", compares_groups=True, kl_placement="loss"),
     "reinforce++": Algorithm(advantages="reward_to_go"),
+    "dapo": Algorithm(
+        advantages="group_normalised", clip_ratios=(0.2, 0.28), compares_groups=True, kl_placement="loss",
+        kl_penalty_weight=0.0, filter_equal_groups=True, overlong_penalty=1.0,
+    ),
+    "dppo": Algorithm(
+        advantages="group_centred", policy_loss="unclipped", divergence_limit=0.15, compares_groups=True,
+        kl_placement="loss",
+    ),
     "gspo": Algorithm(
         advantages="group_normalised", ratio_level="sequence", clip_ratios=(3e-4, 4e-4), average="response",
         compares_groups=True, kl_placement="loss",
@@ -72,6 +88,6 @@ ALGORITHMS = {
     "gdpo": Algorithm(advantages="parts_normalised", compares_groups=True, kl_placement="loss"),
 }  # fmt: skip
 """PPO (Schulman et al. 2017), RLOO (arXiv 2402.14740), GRPO (2402.03300), Dr. GRPO (2503.20783), REINFORCE++
-(2501.03262), GSPO (2507.18071), CISPO (2506.13585; weights up to 5 as in 2510.13786), SAPO (2511.20347), MaxRL
-(2602.02710), GDPO (2601.05242).
+(2501.03262), DAPO (2503.14476), DPPO (2602.04879), GSPO (2507.18071), CISPO (2506.13585; weights up to 5 as in
+2510.13786), SAPO (2511.20347), MaxRL (2602.02710), GDPO (2601.05242).
 """

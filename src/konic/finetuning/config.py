@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 else:
     AlgorithmName = Literal[tuple(ALGORITHMS)]
 
+
+def _of_algorithm(name: str) -> Any:
+    """Return a default that a field takes from the algorithm's row, or from the first row if the name is wrong."""
+    return lambda given: getattr(ALGORITHMS.get(given.get("algorithm"), ALGORITHMS["ppo"]), name)
+
+
 DEFAULT_LORA_LEARNING_RATE = 1e-3
 DEFAULT_FULL_LEARNING_RATE = 1e-5
 
@@ -39,6 +45,10 @@ class Settings(BaseModel):
     def __setattr__(self, name: str, value: Any) -> None:
         kind = type(self).__name__
         raise ConfigError(f"{kind} is frozen: give {name}={value!r} when you build it, {kind}({name}={value!r}, ...).")
+
+    def with_fields(self, fields: Mapping[str, Any]) -> Self:
+        """Return settings with other values for some fields; those that were never given follow from the new ones."""
+        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | dict(fields))
 
     @classmethod
     def from_value(cls, value: Self | Mapping[str, Any] | None) -> Self:
@@ -69,8 +79,9 @@ class TrainingConfig(Settings):
     """Passes over each iteration's responses."""
     num_minibatches: int = Field(default=1, ge=1)
     """Optimizer steps per pass."""
-    kl_penalty_weight: float = Field(default=0.05, ge=0)
-    """β, the price of one nat of divergence from the reference, in units of reward; with kl_target, its first value."""
+    kl_penalty_weight: float = Field(default_factory=_of_algorithm("kl_penalty_weight"), ge=0)
+    """β, the price of one nat of divergence from the reference, in units of reward; with kl_target, its first value.
+    Without it the algorithm's own: 0.05, or 0 for DAPO."""
     kl_placement: KLPlacement | None = None
     """Where the KL penalty goes: "reward" subtracts β times the log-ratio of the sampled token from its reward, "loss"
     adds β times the exact KL, with its gradient. None takes the algorithm's own."""
@@ -89,6 +100,11 @@ class TrainingConfig(Settings):
     """ε below 1; None takes the algorithm's own, else clip_ratio."""
     clip_ratio_high: float | None = Field(default=None, gt=0)
     """ε above 1; None takes the algorithm's own, else clip_ratio. DAPO raises it alone, to 0.28."""
+    divergence_limit: float | None = Field(default_factory=_of_algorithm("divergence_limit"), gt=0)
+    """δ: tokens whose distribution an update has moved by more lose their gradient if it would move them further
+    (DPPO). Without it the algorithm's own."""
+    divergence: Literal["total_variation", "kl"] = "total_variation"
+    """The measure of `divergence_limit`, over the whole vocabulary: total variation (0 to 1) or KL (nats)."""
     target_kl: float | None = Field(default=None, gt=0)
     """Nats per token that one update may move the policy; beyond it, the remaining steps are skipped."""
     vf_coef: float = Field(default=0.1, ge=0)
@@ -101,6 +117,11 @@ class TrainingConfig(Settings):
     """Discount per token (N)."""
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     """λ of generalised advantage estimation (N)."""
+    gae_lambda_length: float | None = Field(default=None, gt=0)
+    """α: a response of n tokens has λ = 1 − 1/(α·n) instead of gae_lambda, never below 0. VAPO takes 0.05 for responses
+    of thousands of tokens (arXiv 2504.05118)."""
+    value_gae_lambda: float | None = Field(default=None, ge=0, le=1)
+    """λ of the value head's targets; None takes that of the advantages. VAPO takes 1: the return itself."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients with a larger norm are scaled down to it."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -114,6 +135,24 @@ class TrainingConfig(Settings):
     mask_truncated: bool = False
     """Leave responses cut off by max_new_tokens out of the loss; they still count in the baseline of their group
     (DAPO's overlong filtering, arXiv 2503.14476)."""
+    overlong_penalty: float = Field(default_factory=_of_algorithm("overlong_penalty"), ge=0)
+    """Subtracted from the score of a response of max_new_tokens; over the last `overlong_share` of them it rises from 0
+    (DAPO's soft overlong punishment). Without it the algorithm's own."""
+    overlong_share: float = Field(default=0.2, gt=0, le=1)
+    """The share of max_new_tokens over which `overlong_penalty` rises."""
+    filter_equal_groups: bool = Field(default_factory=_of_algorithm("filter_equal_groups"))
+    """Replace groups whose scores are all equal, which teach nothing, by groups of further prompts (DAPO's dynamic
+    sampling). Without it the algorithm's own."""
+    resampling_budget: int = Field(default=3, ge=0)
+    """With filter_equal_groups: the most rounds of further sampling in an iteration. Groups that are still equal after
+    the last one are left out of the loss."""
+    sampler_correction: Literal["truncate", "mask"] | None = "truncate"
+    """Weight tokens by π(token) / π_sampler(token) where another engine or another precision than the trainer's
+    samples: "truncate" limits the weights, "mask" drops the tokens beyond the limit."""
+    sampler_correction_level: Literal["token", "sequence"] = "token"
+    """Whether that ratio is a token's own, or the product over its whole response."""
+    sampler_correction_limit: float = Field(default=2.0, gt=1)
+    """The highest weight; "mask" also drops weights below its inverse."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: far less memory, for one more forward pass per step."""
     eval_every: int | None = Field(default=None, ge=1)
@@ -160,11 +199,22 @@ class TrainingConfig(Settings):
             raise ValueError(
                 f"algorithm={self.algorithm!r} compares the responses to one prompt: num_generations must be at least 2"
             )
+        if self.filter_equal_groups and self.responses_per_prompt < 2:
+            raise ValueError(
+                "filter_equal_groups=True looks at the responses to one prompt: set num_generations to at least 2"
+            )
         sees_parts_alone = self.algorithm_row.advantages == "parts_normalised"
-        if sees_parts_alone and (not self.kl_in_loss or self.missing_eos_penalty is not None):
+        adds_penalty = self.missing_eos_penalty is not None or self.overlong_penalty > 0
+        if sees_parts_alone and (not self.kl_in_loss or adds_penalty):
             raise ValueError(
                 f"algorithm={self.algorithm!r} looks at the parts of the reward and at nothing else: it takes neither "
-                "kl_placement='reward' nor missing_eos_penalty"
+                "kl_placement='reward' nor missing_eos_penalty nor overlong_penalty"
+            )
+        uses_ratios = self.algorithm_row.ratio_level == "token"
+        if self.divergence_limit is not None and not uses_ratios:
+            raise ValueError(
+                f"divergence_limit={self.divergence_limit:g} looks at tokens, and algorithm={self.algorithm!r} at "
+                "whole responses: leave it out, or use algorithm='dppo'"
             )
         if self.kl_target is not None and self.kl_budget is not None and self.kl_target > self.kl_budget:
             raise ValueError(f"kl_target={self.kl_target} steers beyond kl_budget={self.kl_budget}; set it below")

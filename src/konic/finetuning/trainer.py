@@ -5,23 +5,32 @@ prompts → rollout → rewards → advantages → update → result → callbac
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from konic.finetuning.callbacks.composite import Callbacks
+from konic.finetuning.data.prompts import Prompt
 from konic.finetuning.data.tokenization import PromptBatch, make_prompt_batch
 from konic.finetuning.errors import NotFiniteError
-from konic.finetuning.learning.estimators import Advantages, compute_advantages
+from konic.finetuning.learning.estimators import (
+    Advantages,
+    compute_advantages,
+    in_equal_group,
+    reasons_left_out,
+    rows_to_learn_from,
+)
 from konic.finetuning.learning.kl_controller import limited_kl_weight
 from konic.finetuning.learning.schedule import Schedule
 from konic.finetuning.learning.update import UpdateStats, update
 from konic.finetuning.models.value_head import shift_values
 from konic.finetuning.results.evaluation import Evaluation
-from konic.finetuning.results.intervals import mean
+from konic.finetuning.results.intervals import mean, spread
 from konic.finetuning.results.iteration import FinetuningIterationResult
-from konic.finetuning.rewards.scoring import Scores
+from konic.finetuning.rewards.moments import RunningMoments
+from konic.finetuning.rewards.scoring import Scores, join_scores
 from konic.finetuning.rollout.rollout import Rollout, sample_rollout
+from konic.finetuning.rollout.rows import join_rollouts, select_rows
 from konic.finetuning.rollout.sampler import RandomKey
 from konic.finetuning.run.checkpoint import snapshot
 from konic.finetuning.run.checks import find_nonfinite, new_findings, require_not_all_dropped, require_sound_rollout
@@ -56,38 +65,38 @@ class Trainer:
             evaluation = self._evaluate_if_due(iteration)
             stage_clock = StageClock()
 
-            batch = self._next_prompts(iteration)
-            callbacks.on_generation_begin(list(batch.texts))
-
-            rollout = self._sample(batch, iteration)
-            stage_clock.lap("generation")
-            callbacks.on_generation_end(list(batch.texts), rollout.texts)
-
-            scores = self._score(rollout)
-            stage_clock.lap("reward")
-            callbacks.on_reward_computed(list(scores.rewards), {name: list(v) for name, v in scores.breakdown.items()})
-
+            rollout, scores = self._sample_and_score(iteration, stage_clock)
             value_shift = self._value_shift(scores)
             rollout = replace(rollout, values=shift_values(rollout.values, rollout.response_mask, value_shift))
             kl_weight = self._kl_weight(rollout)
             varied = state.scores_have_varied(scores.valid_rewards())
-            advantages = compute_advantages(rollout, scores, session.training, kl_weight, varied)
+            rows = rows_to_learn_from(rollout, scores, session.training)
+            learned = select_rows(rollout, rows)
+            advantages = compute_advantages(learned, scores.select(rows), session.training, kl_weight, varied)
 
             with uninterrupted():  # Ctrl-C waits, so that an iteration counts as a whole or not at all
                 # the best weights are those that sampled, so they are copied before the update
                 is_best = self._is_best(rollout, scores, evaluation)
                 best_weights = snapshot(session.learner.policy) if is_best else state.best_weights
-                stats = self._update(iteration, rollout, advantages, value_shift)
+                stats = self._update(iteration, learned, advantages, value_shift)
                 stage_clock.lap("update")
 
                 price = session.agent.kl_penalty_weight
+                left_out = reasons_left_out(rollout, scores, session.training)
                 result = iteration_result(
-                    iteration, rollout, scores, advantages, stats, price, kl_weight, stage_clock, evaluation
+                    iteration, rollout, scores, advantages, stats, price, kl_weight, stage_clock, evaluation, left_out
                 )
                 result = self._with_findings(result)
-                planned_steps = session.training.steps_per_iteration
-                state.add(result, planned_steps, run_clock.elapsed_seconds, scores.moments, best_weights)
-                session.folder.write_iteration(result, rollout, scores)
+                state.add(
+                    result,
+                    num_steps=session.training.steps_per_iteration,
+                    num_prompts=len(rollout.batch) // session.training.responses_per_prompt,
+                    group_spreads=self._group_spreads(rollout, scores),
+                    elapsed_seconds=run_clock.elapsed_seconds,
+                    reward_moments=scores.moments,
+                    best_weights=best_weights,
+                )
+                session.folder.write_iteration(result, rollout, scores, left_out)
                 require_not_all_dropped(state.history)
                 callbacks.on_iteration_end(result)
                 self._saver.after_iteration()
@@ -104,16 +113,52 @@ class Trainer:
             return None
         return self._session.evaluate_held_out(iterations_done=iteration - 1)
 
-    def _next_prompts(self, iteration: int) -> PromptBatch:
-        """The prompts of an iteration, each repeated once for every response that it gets."""
-        config, learner = self._session.training, self._session.learner
-        count, repeats = config.prompts_per_iteration, config.responses_per_prompt
-        prompts = self._session.prompts.batch((iteration - 1) * count, count)
+    def _sample_and_score(self, iteration: int, clock: StageClock) -> tuple[Rollout, Scores]:
+        """The responses of an iteration and their scores: one round, or more to replace groups of equal scores."""
+        config, moments = self._session.training, self._session.state.reward_moments
+        rounds: list[tuple[Rollout, Scores]] = []
+        missing = config.prompts_per_iteration
+        for _ in range(1 + config.resampling_budget if config.filter_equal_groups else 1):
+            earlier = [prompt for rollout, _ in rounds for prompt in rollout.batch.prompts]
+            batch = self._next_prompts(missing, earlier)
+            self._callbacks.on_generation_begin(list(batch.texts))
+            rollout = self._sample(batch, iteration)
+            clock.lap("generation")
+            self._callbacks.on_generation_end(list(batch.texts), rollout.texts)
+
+            scores = self._score(rollout, moments)
+            clock.lap("reward")
+            breakdown = {name: list(values) for name, values in scores.breakdown.items()}
+            self._callbacks.on_reward_computed(list(scores.rewards), breakdown)
+            rounds.append((rollout, scores))
+            moments = scores.moments
+            if not config.filter_equal_groups or scores.is_dropped:
+                break
+            missing = int(in_equal_group(rollout, scores, config).sum()) // config.responses_per_prompt
+            if not missing:
+                break
+        return join_rollouts([rollout for rollout, _ in rounds]), join_scores([scores for _, scores in rounds])
+
+    def _next_prompts(self, count: int, earlier: Sequence[Prompt]) -> PromptBatch:
+        """The next prompts of the run, each repeated once for every response that it gets.
+
+        `earlier` are those that this iteration has already taken, repeats included.
+        """
+        config, learner, state = self._session.training, self._session.learner, self._session.state
+        repeats = config.responses_per_prompt
+        start = state.num_prompts + len(earlier) // repeats
+        prompts = self._session.prompts.batch(start, count, state.group_spreads)
         chosen = [prompt for prompt in prompts for _ in range(repeats)]
-        length = self._session.generation.max_prompt_length
-        return make_prompt_batch(
-            chosen, learner.policy.tokenizer, length, learner.special_tokens.pad, learner.policy.device
-        )
+        length, pad = self._session.generation.max_prompt_length, learner.special_tokens.pad
+        return make_prompt_batch(chosen, learner.policy.tokenizer, length, pad, learner.policy.device, earlier)
+
+    def _group_spreads(self, rollout: Rollout, scores: Scores) -> dict[str, float]:
+        """By dataset row, how much the scores of its group differ; empty unless the prompts are chosen by that."""
+        if not self._session.prompts.prefers_undecided:
+            return {}
+        size = self._session.training.responses_per_prompt
+        groups = (slice(start, start + size) for start in range(0, len(scores.rewards), size))
+        return {str(rollout.batch.prompts[group.start].row): spread(scores.rewards[group]) for group in groups}
 
     def _sample(self, batch: PromptBatch, iteration: int) -> Rollout:
         config, learner = self._session.training, self._session.learner
@@ -130,10 +175,10 @@ class Trainer:
             require_sound_rollout(rollout, iteration)
         return rollout
 
-    def _score(self, rollout: Rollout) -> Scores:
+    def _score(self, rollout: Rollout, moments: dict[str, RunningMoments]) -> Scores:
         """The rewards. They are marked as dropped if a number is not finite and on_nonfinite is "skip"."""
         session = self._session
-        scores = session.scorer.score(rollout.records, session.state.reward_moments, update_moments=True)
+        scores = session.scorer.score(rollout.records, moments, update_moments=True)
         session.scorer.require_error_rate(session.state.history, scores)
         problem = find_nonfinite(rollout, scores, session.learner.policy)
         if problem is None:
@@ -141,7 +186,7 @@ class Trainer:
         if session.training.on_nonfinite == "stop":
             raise NotFiniteError(f"{problem} Nothing was updated.")
         logger.warning("A batch is dropped (on_nonfinite='skip'): %s", problem)
-        return replace(scores, is_dropped=True, moments=session.state.reward_moments)
+        return replace(scores, is_dropped=True, moments=moments)
 
     def _value_shift(self, scores: Scores) -> float:
         """How much every value is shifted: at the first batch that has a score, and 0 at all others."""

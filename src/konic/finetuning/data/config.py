@@ -1,6 +1,7 @@
 """Where prompts come from: validated settings."""
 
 import string
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Self
 
@@ -57,12 +58,23 @@ class DatasetConfig(Settings):
     """True uses a new random order of the rows in every pass; False keeps the dataset's order."""
     shuffle_seed: int = Field(default=42, ge=0, lt=2**63)
     """Random seed for which rows are kept, which rows are held out, and the order of every pass."""
+    weights_column: str | None = None
+    """The column with a number of at least 0 for each row: how often it is drawn, relative to the others. Rows are then
+    drawn one by one, with `shuffle_seed`; None takes every row once per pass."""
+    prefer_undecided: bool = False
+    """Draw a prompt more often, the more the scores of the last group of responses to it differed. A prompt whose group
+    was equal keeps a tenth of the average chance, and one not yet asked has the highest so far."""
     held_out: int = Field(default=0, ge=0)
     """Number of prompts reserved for evaluation; for BUNDLED, the first prompts of its own held-out split."""
     system_prompt: str | None = None
     """A system message to put first in chats that have none."""
     prompt_template: str | None = None
     """A template that builds plain text from a row's columns, `"Review: {text}"`; it replaces `prompt_column`."""
+
+    def with_fields(self, fields: Mapping[str, Any]) -> Self:
+        """Return settings with other values for some fields; the source follows from a new `name` or `prompts`."""
+        follows = {"source": None} if {"name", "prompts"} & fields.keys() else {}
+        return super().with_fields(follows | dict(fields))
 
     @model_validator(mode="before")
     @classmethod
@@ -105,6 +117,17 @@ class DatasetConfig(Settings):
             for name in ("subset", "revision", "token", "streaming"):
                 if getattr(self, name):
                     raise ValueError(f"{name} goes with source=HUGGINGFACE, not {source.name}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_drawing(self) -> Self:
+        for name in ("weights_column", "prefer_undecided"):
+            if not getattr(self, name):
+                continue
+            if self.streaming:
+                raise ValueError(f"{name} needs all rows to draw from them, and streaming=True reads them one by one")
+            if not self.shuffle:
+                raise ValueError(f"{name} draws rows at random, and shuffle=False keeps their order: give one of them")
         return self
 
     @model_validator(mode="after")

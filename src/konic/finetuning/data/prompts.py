@@ -44,7 +44,7 @@ class Prompt:
 class PromptSet:
     """The prompts of a run.
 
-    Their order follows from the seed and a running count alone, so a resume needs no other state.
+    Their order follows from the seed and a running count, and with `prefers_undecided` also from the spreads given.
     """
 
     rows: list[Prompt]
@@ -53,12 +53,33 @@ class PromptSet:
     shuffle_seed: int
     stream: Iterator[Prompt] | None = None
     """More rows, read when they are needed. The first pass uses them in the stream's own seeded order."""
+    weights: np.ndarray | None = None
+    """[N] how often each of `rows` is drawn, relative to the others; None takes each once per pass."""
+    prefers_undecided: bool = False
+    """Whether rows are drawn more often, the more the scores of their last group differed."""
 
-    def batch(self, start: int, size: int) -> list[Prompt]:
-        """Return the `size` prompts after the first `start` of the run. Each pass is a new seeded shuffle."""
+    def batch(self, start: int, size: int, group_spreads: Mapping[str, float] | None = None) -> list[Prompt]:
+        """Return the `size` prompts after the first `start` of the run. Each pass is a new seeded shuffle.
+
+        `group_spreads` are the standard deviations of the scores of the last groups, by dataset row.
+        """
+        if self.weights is not None or self.prefers_undecided:
+            return self._draw(start, size, group_spreads or {})
         if self.stream is not None:
             self.rows.extend(islice(self.stream, max(0, start + size - len(self.rows))))
         return [self.rows[self._index(position)] for position in range(start, start + size)]
+
+    def _draw(self, start: int, size: int, group_spreads: Mapping[str, float]) -> list[Prompt]:
+        """Draw rows by their weights, with one random number per position in the run."""
+        weights = np.ones(len(self.rows)) if self.weights is None else self.weights
+        if self.prefers_undecided and any(group_spreads.values()):
+            highest = max(group_spreads.values())
+            spreads = np.array([group_spreads.get(str(prompt.row), highest) for prompt in self.rows])
+            weights = weights * np.maximum(spreads, 0.1 * spreads.mean())
+        ends = np.cumsum(weights)
+        below_end = np.nextafter(ends[-1], 0.0)  # the product below may be rounded up to the end
+        points = (_uniform(self.shuffle_seed, position) * ends[-1] for position in range(start, start + size))
+        return [self.rows[int(np.searchsorted(ends, min(point, below_end), side="right"))] for point in points]
 
     def fingerprint(self) -> str | None:
         """Return the SHA-256 of all rows, held-out rows too; None for a stream, whose rows are not known in advance."""
@@ -105,7 +126,44 @@ def load_prompts(config: DatasetConfig) -> PromptSet:
             f"{_where(config)}: held_out={config.held_out}, but at most {available} rows can be held out. "
             "Lower held_out."
         )
-    return PromptSet(rows=prompts, held_out=held_out, shuffle=config.shuffle, shuffle_seed=config.shuffle_seed)
+    return PromptSet(
+        rows=prompts,
+        held_out=held_out,
+        shuffle=config.shuffle,
+        shuffle_seed=config.shuffle_seed,
+        weights=_weights(prompts, config) if config.weights_column is not None else None,
+        prefers_undecided=config.prefer_undecided,
+    )
+
+
+def _weights(prompts: Sequence[Prompt], config: DatasetConfig) -> np.ndarray:
+    """Return the numbers of the weights column [N].
+
+    Raises:
+        DatasetError: A row has none, or not a number of at least 0, or all are 0.
+    """
+    name, where = str(config.weights_column), _where(config)
+    missing = next((prompt for prompt in prompts if name not in prompt.columns), None)
+    if missing is not None:
+        raise _missing_column(name, missing.row, missing.columns, where, "DatasetConfig(weights_column=...)")
+    numbers = [_weight(prompt.columns[name]) for prompt in prompts]
+    bad = [prompt for prompt, number in zip(prompts, numbers, strict=True) if number is None]
+    if bad:
+        shown = ", ".join(f"row {prompt.row} ({prompt.columns[name]!r})" for prompt in bad[:10])
+        raise DatasetError(f"{where}: column {name!r} must hold a number of at least 0 in every row: {shown}.")
+    weights = np.array(numbers, dtype=float)
+    if not weights.sum() > 0:
+        raise DatasetError(f"{where}: column {name!r} holds only zeros: no row could be drawn.")
+    return weights
+
+
+def _weight(value: Any) -> float | None:
+    """Return a number of at least 0 from a cell, which may be text; None if it is not one."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if 0 <= number < math.inf else None
 
 
 def make_prompts(rows: Sequence[Any], config: DatasetConfig, where: str) -> list[Prompt]:
@@ -162,8 +220,7 @@ def _missing_column(name: str, index: int, columns: Mapping[str, Any], where: st
     hint = did_you_mean(name, map(str, columns))
     present = ", ".join(map(repr, columns)) or "none"
     return DatasetError(
-        f"{where}: row {index} has no column {name!r}.{hint} Its columns: {present}. "
-        f"Name the column that holds prompts in {setting}."
+        f"{where}: row {index} has no column {name!r}.{hint} Its columns: {present}. Name the right one in {setting}."
     )
 
 
@@ -203,6 +260,11 @@ def _where(config: DatasetConfig) -> str:
 
 def _permutation(size: int, seed: int, pass_number: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, pass_number])).permutation(size)
+
+
+def _uniform(seed: int, position: int) -> float:
+    """Return a random number from [0, 1) for one position in a run."""
+    return float(np.random.Generator(np.random.Philox(key=[seed, 2**63], counter=[0, 0, 0, position])).random())
 
 
 def _read(config: DatasetConfig) -> Any:

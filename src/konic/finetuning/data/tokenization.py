@@ -31,7 +31,8 @@ class PromptBatch:
     mask: Tensor
     """[B, P] bool, True on prompt tokens."""
     sample_indices: list[int]
-    """[B] number of earlier prompts in the batch from the same row; gives repeats of a row different random numbers."""
+    """[B] number of earlier prompts of the iteration from the same row; gives repeats of a row different random
+    numbers."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -43,8 +44,12 @@ def make_prompt_batch(
     max_prompt_length: int,
     pad_token_id: int,
     device: torch.device,
+    earlier: Sequence[Prompt] = (),
 ) -> PromptBatch:
-    """Tokenise the prompts, at most `max_prompt_length` tokens each, and pad them on the left to one length."""
+    """Tokenise the prompts, at most `max_prompt_length` tokens each, and pad them on the left to one length.
+
+    `earlier` are the prompts that the same policy has already answered with the same random key.
+    """
     if not prompts:
         raise ConfigError("There are no prompts to respond to. Give at least one.")
     encoded = [encode_prompt(prompt, tokenizer, max_prompt_length) for prompt in prompts]
@@ -54,8 +59,8 @@ def make_prompt_batch(
     for row, (tokens, _) in enumerate(encoded):
         ids[row, length - len(tokens) :] = torch.tensor(tokens)
         mask[row, length - len(tokens) :] = True
-    rows = [prompt.row for prompt in prompts]
-    sample_indices = [rows[:position].count(row) for position, row in enumerate(rows)]
+    rows = [prompt.row for prompt in (*earlier, *prompts)]
+    sample_indices = [rows[:position].count(row) for position, row in enumerate(rows)][len(earlier) :]
     return PromptBatch(
         prompts=prompts,
         texts=[text for _, text in encoded],

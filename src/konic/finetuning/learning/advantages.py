@@ -3,6 +3,8 @@
 Shapes: B sequences, R response tokens; G groups of n responses to one prompt. A mask is True where an entry counts.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def token_rewards(scores: Tensor, log_ratios: Tensor, response_mask: Tensor, kl_
 
 
 def gae(
-    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, gae_lambda: float
+    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, gae_lambda: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return generalised advantage estimates, and the returns as value targets (Schulman et al. 2016, eq. 16).
 
@@ -38,7 +40,7 @@ def gae(
         values: [B, R] V before each token.
         response_mask: [B, R].
         gamma: Discount per token, in (0, 1].
-        gae_lambda: λ in [0, 1]; 1 gives return − value.
+        gae_lambda: λ in [0, 1], one for all responses or one for each [B]; 1 gives return − value.
 
     Returns:
         advantages [B, R] and returns [B, R] = advantages + values; both 0 outside the mask.
@@ -57,6 +59,68 @@ def gae(
     return advantages, returns
 
 
+def lambdas_by_length(response_mask: Tensor, alpha: float) -> Tensor:
+    """Return λ = 1 − 1 / (α · length) of each response [B], and 0 where that is negative (VAPO, arXiv 2504.05118).
+
+    The longer a response, the further its last reward reaches back.
+
+    Args:
+        response_mask: [B, R]; every row has at least one True.
+        alpha: α > 0.
+    """
+    return (1.0 - 1.0 / (alpha * response_mask.sum(dim=1).double())).clamp(min=0.0)
+
+
+def overlong_penalties(lengths: Tensor, max_length: int, share: float, most: float) -> Tensor:
+    """Return what responses lose for their length [B]: 0, rising in a line to `most` at the end (DAPO, 2503.14476).
+
+    Args:
+        lengths: [B] tokens of each response.
+        max_length: The most tokens that a response can have.
+        share: The share of them, from the end, over which the penalty rises; in (0, 1].
+        most: The penalty of a response of `max_length`, in units of reward.
+    """
+    buffer = round(share * max_length, 9)  # 0.28 · 50 is a little more than 14 in floats
+    return most * (1.0 - (max_length - lengths.double()) / buffer).clamp(0.0, 1.0)
+
+
+def equal_groups(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return True [G] for groups that have exactly equal scores, or fewer than two. They teach nothing.
+
+    Arguments and shapes are those of :func:`leave_one_out`.
+    """
+    return (group_centred(scores, mask) == 0).all(dim=1)
+
+
+def sampler_weights(log_ratios: Tensor, mask: Tensor, limit: float, *, drops_others: bool, by_sequence: bool) -> Tensor:
+    """Return importance weights [B, R] of tokens that were drawn by another policy than the trainer computes.
+
+    The weight is w = π(token) / π_sampler(token), or the product of these over the response. "Truncated", it is
+    min(w, C) (Ionides 2008); "masked", it is w between 1/C and C, and 0 elsewhere.
+
+    Args:
+        log_ratios: [B, R] log π − log π_sampler of the sampled tokens.
+        mask: [B, R]; weights are 0 outside it.
+        limit: C > 1.
+        drops_others: True masks, False truncates.
+        by_sequence: True gives every token of a response the weight of the whole response.
+    """
+    log_ratios = torch.where(mask, log_ratios, 0.0)
+    if by_sequence:
+        log_ratios = log_ratios.sum(dim=1, keepdim=True).expand_as(log_ratios)
+    bound = math.log(limit)
+    weights = log_ratios.clamp(max=bound).exp()
+    keeps = mask & (log_ratios.abs() <= bound) if drops_others else mask
+    return torch.where(keeps, weights, 0.0)
+
+
+def effective_sample_size(weights: Tensor) -> float:
+    """Return (Σ w)² / (n · Σ w²) of weights [n]: from 0 to 1, and 1 where all are equal (Kong 1992)."""
+    weights = weights.double()
+    squares = weights.square().sum().item()
+    return min(1.0, weights.sum().item() ** 2 / (len(weights) * squares)) if squares else 0.0
+
+
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
     """Return values with mean 0 and unbiased standard deviation 1 over the mask, and 0 outside the mask (N).
 
@@ -66,10 +130,18 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
         values: [B, R].
         mask: [B, R].
     """
+    deviation = standard_deviation(values, mask)
+    if deviation == 0:
+        return torch.zeros_like(values)
+    return torch.where(mask, (values - values[mask].mean()) / (deviation + 1e-8), 0.0)
+
+
+def standard_deviation(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the unbiased standard deviation over the mask; exactly 0 for fewer than two values, or equal ones."""
     counted = values[mask]
     if counted.numel() < 2 or counted.min() == counted.max():
-        return torch.zeros_like(values)  # the mean of equal values has a rounding error, which must not be scaled up
-    return torch.where(mask, (values - counted.mean()) / (counted.std() + 1e-8), 0.0)
+        return values.new_zeros(())  # the mean of equal values has a rounding error, which must not be scaled up
+    return counted.std()
 
 
 def leave_one_out(scores: Tensor, mask: Tensor) -> Tensor:

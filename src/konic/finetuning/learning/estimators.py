@@ -5,6 +5,7 @@ Shapes: B sequences, R response tokens; G groups of n responses to one prompt, B
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +13,18 @@ from torch import Tensor
 from konic.finetuning.algorithms import AdvantageRule
 from konic.finetuning.config import TrainingConfig
 from konic.finetuning.learning.advantages import (
+    effective_sample_size,
+    equal_groups,
     gae,
     group_centred,
     group_mean_normalised,
     group_normalised,
+    lambdas_by_length,
     leave_one_out,
+    overlong_penalties,
     parts_normalised,
+    sampler_weights,
+    standard_deviation,
     token_rewards,
     whiten,
 )
@@ -34,17 +41,32 @@ class Advantages:
     returns: Tensor
     """[B, R] the targets of the value head, in units of reward; unused if no values are learned."""
     mask: Tensor
-    """[B, R] True on response tokens of samples that have a score, without cut-off ones if `mask_truncated` is set."""
+    """[B, R] True on response tokens of samples that have a score and are not left out (`mask_truncated`,
+    `filter_equal_groups`)."""
     has_signal: bool
     """False if the scores do not say which response is better. The policy then stays where it is."""
     value_loss_weight: float
     """0 if the algorithm learns no values."""
     kl_loss_weight: float
-    """β of the exact KL in the loss; 0 if the KL penalty is in the reward."""
+    """Weight of the exact KL in the loss, in units of advantage per nat; 0 if the KL penalty is in the reward."""
+    effective_sample_size: float = 1.0
+    """Share of the samples that count after `sampler_correction`, from 0 to 1."""
 
 
-Estimator = Callable[[Tensor, Rollout, Scores, TrainingConfig], tuple[Tensor, Tensor]]
-"""(token rewards [B, R], rollout, scores, config) -> advantages [B, R] and returns [B, R]."""
+class Estimate(NamedTuple):
+    """What a rule of advantages finds."""
+
+    advantages: Tensor
+    """[B, R]."""
+    returns: Tensor
+    """[B, R] the targets of the value head; 0 if no values are learned."""
+    reward_per_unit: float = 1.0
+    """How much reward an advantage of 1 stands for; 1 where the rule keeps to its paper, in which β is a weight in the
+    loss, whatever the unit of the advantages."""
+
+
+Estimator = Callable[[Tensor, Rollout, Scores, TrainingConfig], Estimate]
+"""(token rewards [B, R], rollout, scores, config) -> what the rule finds."""
 
 
 def compute_advantages(
@@ -57,8 +79,10 @@ def compute_advantages(
     """Return the advantages of a batch, computed by the configured algorithm.
 
     The score goes on the last token, minus `missing_eos_penalty` if the response was cut off. The KL penalty goes
-    either on the reward of every token, as the log-ratio of the sampled token, or into the loss, as the exact KL. A
-    sample without a score gets advantage 0, does not train the value head, and is left out of its group.
+    either on the reward of every token, as the log-ratio of the sampled token, or into the loss, as the exact KL.
+    Whitening divides the advantages by their standard deviation; β in the loss is then divided by the same number, so
+    that one nat costs β of reward wherever the penalty stands. A sample without a score gets advantage 0, does not
+    train the value head, and is left out of its group.
 
     A batch of equal scores does not say which response is better: all its advantages are 0, and the policy does not
     move. Whitening would otherwise scale the noise of the value head and of the penalty up to advantages of size one,
@@ -72,37 +96,110 @@ def compute_advantages(
         scores_have_varied: False if all scores of the run, these included, are equal. It decides for a batch of one
             score.
     """
-    device, dtype = rollout.values.device, rollout.values.dtype
-    rewards = torch.tensor(scores.filled(), dtype=dtype, device=device)
+    rewards = penalised_scores(rollout, scores, config)
     has_score = _has_score(scores, rewards)
-    if config.missing_eos_penalty is not None:
-        rewards = torch.where(rollout.samples.ended, rewards, rewards - config.missing_eos_penalty)
-    log_ratios = (rollout.log_probs - rollout.ref_log_probs).to(dtype)
+    log_ratios = (rollout.log_probs - rollout.ref_log_probs).to(rewards.dtype)
     penalty_in_reward = 0.0 if config.kl_in_loss else kl_penalty_weight
     per_token = token_rewards(rewards, log_ratios, rollout.response_mask, penalty_in_reward)
     estimate = ADVANTAGE_RULES[config.algorithm_row.advantages]
-    advantages, returns = estimate(per_token, rollout, scores, config)
+    advantages, returns, reward_per_unit = estimate(per_token, rollout, scores, config)
     mask = rollout.response_mask & has_score[:, None]
     if config.mask_truncated:
         mask = mask & rollout.samples.ended[:, None]
+    if config.filter_equal_groups:
+        mask = mask & ~in_equal_group(rollout, scores, config)[:, None]
     scored = rewards[has_score]
     has_signal = bool((scored != scored[:1]).any()) or (len(scored) == 1 and scores_have_varied)
     if config.algorithm_row.advantages == "parts_normalised":
         has_signal = bool((advantages[mask] != 0).any())  # parts can differ where their sums are equal
+    weights = _sampler_weights(rollout, mask, config)
+    if weights is not None:
+        advantages = advantages * weights
     return Advantages(
         advantages=torch.where(mask & has_signal, advantages, 0.0),
         returns=torch.where(mask, returns, 0.0),
         mask=mask,
         has_signal=has_signal,
         value_loss_weight=config.vf_coef if config.algorithm_row.learns_values else 0.0,
-        kl_loss_weight=kl_penalty_weight if config.kl_in_loss else 0.0,
+        kl_loss_weight=kl_penalty_weight / reward_per_unit if config.kl_in_loss else 0.0,
+        effective_sample_size=1.0 if weights is None or not mask.any() else effective_sample_size(weights[mask]),
     )
 
 
-def _gae(rewards: Tensor, rollout: Rollout, scores: Scores, config: TrainingConfig) -> tuple[Tensor, Tensor]:
-    """Return GAE with the value head, whitened over the batch (N)."""
-    advantages, returns = gae(rewards, rollout.values, rollout.response_mask, config.gamma, config.gae_lambda)
-    return whiten(advantages, rollout.response_mask & _has_score(scores, rewards)[:, None]), returns
+def penalised_scores(rollout: Rollout, scores: Scores, config: TrainingConfig) -> Tensor:
+    """Return the score of each response [B] less its penalties; 0 less its penalties if it has no score."""
+    rewards = torch.tensor(scores.filled(), dtype=rollout.values.dtype, device=rollout.values.device)
+    if config.missing_eos_penalty is not None:
+        rewards = torch.where(rollout.samples.ended, rewards, rewards - config.missing_eos_penalty)
+    if config.overlong_penalty:
+        lengths, most = rollout.response_mask.sum(dim=1), config.overlong_penalty
+        penalties = overlong_penalties(lengths, rollout.max_new_tokens, config.overlong_share, most)
+        rewards = rewards - penalties.to(rewards.dtype)
+    return rewards
+
+
+def in_equal_group(rollout: Rollout, scores: Scores, config: TrainingConfig) -> Tensor:
+    """Return True [B] for the responses whose group has equal penalised scores; for GDPO, equal parts."""
+    rewards, groups = penalised_scores(rollout, scores, config), (-1, config.responses_per_prompt)
+    if config.algorithm_row.advantages == "parts_normalised":
+        parts, mask, _ = _parts_of(scores, rewards)
+    else:
+        parts, mask = rewards[None], _has_score(scores, rewards)[None]
+    pairs = zip(parts, mask, strict=True)
+    equal = torch.stack([equal_groups(part.view(groups), counts.view(groups)) for part, counts in pairs]).all(dim=0)
+    return equal.repeat_interleave(config.responses_per_prompt)
+
+
+def rows_to_learn_from(rollout: Rollout, scores: Scores, config: TrainingConfig) -> list[int]:
+    """Return the rows of one batch, in order: all, or with `filter_equal_groups` first those whose group differs."""
+    if not config.filter_equal_groups:
+        return [*range(len(scores.rewards))]
+    equal = in_equal_group(rollout, scores, config).tolist()
+    return sorted(sorted(range(len(equal)), key=equal.__getitem__)[: config.batch_size])
+
+
+def reasons_left_out(rollout: Rollout, scores: Scores, config: TrainingConfig) -> list[str | None]:
+    """Return why each response [B] that has a score is left out of the loss, or None."""
+    reasons: list[str | None] = [None] * len(scores.rewards)
+    if config.mask_truncated:
+        reasons = [None if ended else "cut off" for ended in rollout.samples.ended.tolist()]
+    if config.filter_equal_groups:
+        equal = in_equal_group(rollout, scores, config).tolist()
+        reasons = ["equal group" if is_equal else reason for is_equal, reason in zip(equal, reasons, strict=True)]
+    return reasons
+
+
+def _sampler_weights(rollout: Rollout, mask: Tensor, config: TrainingConfig) -> Tensor | None:
+    """Return the weights of the tokens [B, R]; None where the log-probs are the sampler's own, or without correction.
+
+    Samples whose hidden states the trainer used have the weight 1.
+    """
+    if config.sampler_correction is None or not rollout.is_rescored:
+        return None
+    return sampler_weights(
+        (rollout.log_probs - rollout.samples.log_probs).to(rollout.values.dtype),
+        mask,
+        config.sampler_correction_limit,
+        drops_others=config.sampler_correction == "mask",
+        by_sequence=config.sampler_correction_level == "sequence",
+    )
+
+
+def _gae(rewards: Tensor, rollout: Rollout, scores: Scores, config: TrainingConfig) -> Estimate:
+    """Return GAE with the value head, whitened over the batch (N); λ by length and λ of the targets as in VAPO."""
+    mask, values = rollout.response_mask, rollout.values
+    alpha = config.gae_lambda_length
+    lambdas = config.gae_lambda if alpha is None else lambdas_by_length(mask, alpha).to(values.dtype)
+    advantages, returns = gae(rewards, values, mask, config.gamma, lambdas)
+    if config.value_gae_lambda is not None:
+        _, returns = gae(rewards, values, mask, config.gamma, config.value_gae_lambda)
+    return _whitened(advantages, returns, rollout.response_mask & _has_score(scores, rewards)[:, None])
+
+
+def _whitened(advantages: Tensor, returns: Tensor, mask: Tensor) -> Estimate:
+    """Return advantages divided by their standard deviation over the mask, with mean 0."""
+    deviation = standard_deviation(advantages, mask).item()
+    return Estimate(whiten(advantages, mask), returns, deviation or 1.0)
 
 
 def _has_score(scores: Scores, like: Tensor) -> Tensor:
@@ -110,31 +207,35 @@ def _has_score(scores: Scores, like: Tensor) -> Tensor:
     return torch.tensor(scores.has_score, device=like.device)
 
 
-def _reward_to_go(rewards: Tensor, rollout: Rollout, scores: Scores, config: TrainingConfig) -> tuple[Tensor, Tensor]:
+def _reward_to_go(rewards: Tensor, rollout: Rollout, scores: Scores, config: TrainingConfig) -> Estimate:
     """Return the sum of the rewards from each token to the end, whitened over the batch (arXiv 2501.03262)."""
     no_values = torch.zeros_like(rewards)
     to_go, _ = gae(rewards, no_values, rollout.response_mask, config.gamma, gae_lambda=1.0)
-    return whiten(to_go, rollout.response_mask & _has_score(scores, rewards)[:, None]), no_values
+    return _whitened(to_go, no_values, rollout.response_mask & _has_score(scores, rewards)[:, None])
 
 
 def _by_group(relative: Callable[[Tensor, Tensor], Tensor]) -> Estimator:
     """Return an estimator that gives every token the reward of its whole response, relative to the response's group."""
 
-    def estimate(rewards: Tensor, rollout: Rollout, scores: Scores, config: TrainingConfig) -> tuple[Tensor, Tensor]:
+    def estimate(rewards: Tensor, rollout: Rollout, scores: Scores, config: TrainingConfig) -> Estimate:
         groups, has_score = (-1, config.responses_per_prompt), _has_score(scores, rewards)
         relative_rewards = relative(rewards.sum(dim=1).view(groups), has_score.view(groups)).flatten()
-        return relative_rewards[:, None].expand_as(rewards), torch.zeros_like(rewards)
+        return Estimate(relative_rewards[:, None].expand_as(rewards), torch.zeros_like(rewards))
 
     return estimate
 
 
-def _parts(rewards: Tensor, rollout: Rollout, scores: Scores, config: TrainingConfig) -> tuple[Tensor, Tensor]:
+def _parts(rewards: Tensor, rollout: Rollout, scores: Scores, config: TrainingConfig) -> Estimate:
     """Return the parts of the reward, each relative to its group, weighted and summed; see :func:`parts_normalised`."""
-    parts = torch.tensor([*scores.parts.values()], dtype=rewards.dtype, device=rewards.device)
-    mask = ~parts.isnan() & _has_score(scores, rewards)
-    weights = torch.tensor([scores.weights[name] for name in scores.parts], dtype=rewards.dtype, device=rewards.device)
-    relative = parts_normalised(parts, mask, weights, config.responses_per_prompt)
-    return relative[:, None].expand_as(rewards), torch.zeros_like(rewards)
+    relative = parts_normalised(*_parts_of(scores, rewards), config.responses_per_prompt)
+    return Estimate(relative[:, None].expand_as(rewards), torch.zeros_like(rewards))
+
+
+def _parts_of(scores: Scores, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the values [K, B] of the parts, where they have one [K, B], and their weights [K]."""
+    parts = torch.tensor([*scores.parts.values()], dtype=like.dtype, device=like.device)
+    weights = torch.tensor([scores.weights[name] for name in scores.parts], dtype=like.dtype, device=like.device)
+    return parts, ~parts.isnan() & _has_score(scores, like), weights
 
 
 ADVANTAGE_RULES: dict[AdvantageRule, Estimator] = {

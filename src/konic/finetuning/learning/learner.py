@@ -76,6 +76,12 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device) -> Learner:
         )
     base_sha256 = _fingerprint(loaded.model)
     policy = Policy(loaded, agent.get_lora_config(), config.gradient_checkpointing, config.seed)
+    if config.divergence_limit is not None and policy.language_model.head_learns:
+        raise ConfigError(
+            f"divergence_limit={config.divergence_limit:g} (algorithm={config.algorithm!r}) compares distributions "
+            "under one head, but here the head is trained too. Use LoRA without lm_head, or another algorithm, such as "
+            "'grpo'."
+        )
     special = find_special_tokens(generation, policy.language_model, policy.tokenizer)
     policy.check_reference()
     return make_learner(policy, make_optimizer(policy, config), special, loaded.location, base_sha256)

@@ -79,6 +79,29 @@ def soft_gate_loss(log_ratios: Tensor, advantages: Tensor, mask: Tensor, clip_ra
     return torch.where(mask, -gates * advantages, 0.0)
 
 
+def unclipped_loss(log_ratios: Tensor, advantages: Tensor, mask: Tensor, clip_ratios: tuple[float, float]) -> Tensor:
+    """Return −ρA per token [B, R], for a loss whose mask says what counts (DPPO, arXiv 2602.04879, eq. 11).
+
+    Arguments are those of :func:`clipped_policy_loss`; `clip_ratios` is not used.
+    """
+    return torch.where(mask, -log_ratios.exp() * advantages, 0.0)
+
+
+def moves_outward(log_ratios: Tensor, advantages: Tensor, divergences: Tensor, limit: float) -> Tensor:
+    """Return True [B, R] for tokens beyond a limit that their gradient would move further (arXiv 2602.04879, eq. 12).
+
+    A positive advantage raises the token's probability: that is outward if the probability has risen already, ρ > 1.
+    A negative one lowers it: outward if ρ < 1.
+
+    Args:
+        log_ratios: [B, R] log ρ.
+        advantages: [B, R].
+        divergences: [B, R] how far the distribution of each token has moved since its response was sampled.
+        limit: δ > 0, in the unit of `divergences`.
+    """
+    return (divergences > limit) & (log_ratios.detach() * advantages > 0)
+
+
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_ratio: float) -> Tensor:
     """Return 0.5 · max of the squared errors of V and of V clipped to ±ε around its old value, per token [B, R] (N).
 
@@ -129,4 +152,5 @@ POLICY_LOSSES: dict[PolicyLoss, PolicyLossFunction] = {
     "clipped": clipped_policy_loss,
     "clipped_weight": clipped_weight_loss,
     "soft_gate": soft_gate_loss,
+    "unclipped": unclipped_loss,
 }

@@ -24,12 +24,13 @@ from konic.finetuning.learning.losses import (
     k3,
     level_log_ratios,
     log_ratio,
+    moves_outward,
     value_loss,
 )
 from konic.finetuning.learning.schedule import Schedule, learning_rate_at
 from konic.finetuning.models.length_groups import group_by_length
 from konic.finetuning.models.policy import Policy
-from konic.finetuning.models.token_scores import score_tokens
+from konic.finetuning.models.token_scores import divergences, score_tokens
 from konic.finetuning.rollout.rollout import Rollout
 
 logger = logging.getLogger(__name__)
@@ -201,8 +202,12 @@ def _accumulate(
             )  # fmt: skip
             token_ratios = log_ratio(scored.log_probs, rollout.log_probs[chosen], mask)
             ratios = level_log_ratios(token_ratios, mask, row.ratio_level)
-            policy_loss = POLICY_LOSSES[row.policy_loss]
-            policy_losses = policy_loss(ratios, advantages.advantages[chosen], mask, clip_ratios)
+            policy_loss, signal = POLICY_LOSSES[row.policy_loss], advantages.advantages[chosen]
+            beyond = torch.zeros_like(mask)
+            if config.divergence_limit is not None:
+                moved = divergences(model, rollout.hidden[chosen], hidden, mask, rollout.temperature, config.divergence)
+                beyond = moves_outward(ratios, signal, moved, config.divergence_limit)
+            policy_losses = policy_loss(ratios, signal, mask & ~beyond, clip_ratios)
             entropy = rollout.entropy[chosen] * mask if scored.entropy is None else scored.entropy
             kl = torch.zeros_like(policy_losses) if scored.kl is None else scored.kl
             losses = weights * (policy_losses - config.entropy_coef * entropy + advantages.kl_loss_weight * kl)
@@ -220,7 +225,9 @@ def _accumulate(
                 "value_loss": value_losses,
                 "entropy_loss": -(weights * entropy),
                 "kl_loss": weights * kl,
-                "clip_fraction": clipped_tokens(ratios, mask, clip_ratios),
+                "clip_fraction": beyond
+                if row.policy_loss == "unclipped"
+                else clipped_tokens(ratios, mask, clip_ratios),
                 "approx_kl": torch.where(mask, k3(-token_ratios), 0.0),
                 "sampler_gap": gaps,
             }
@@ -246,7 +253,8 @@ def loss_weights(average: Average, mask: Tensor, num_tokens: int, num_responses:
 
 def _require_same_policy(step: _StepStats, rollout: Rollout, config: TrainingConfig) -> None:
     gap, largest = step.sampler_gap, step.largest_log_ratio
-    agrees = gap <= MAX_SAMPLER_GAP and largest <= MAX_FIRST_LOG_RATIO
+    is_corrected = rollout.is_rescored and config.sampler_correction is not None
+    agrees = (gap <= MAX_SAMPLER_GAP or is_corrected) and largest <= MAX_FIRST_LOG_RATIO
     if config.self_checks and rollout.in_full_precision and not agrees:
         raise TrainingError(
             "Before the first step the policy is the one that sampled, but the log-probs of sampler and trainer "

@@ -45,6 +45,11 @@ def exact_kl(log_softmax: Tensor, ref_log_softmax: Tensor) -> Tensor:
     return terms.sum(dim=-1).clamp(min=0.0)
 
 
+def total_variation(log_softmax: Tensor, other_log_softmax: Tensor) -> Tensor:
+    """Return ½ Σ_v |π(v) − π'(v)| [...] of each pair of distributions [..., V]: from 0 (equal) to 1."""
+    return 0.5 * (log_softmax.exp() - other_log_softmax.exp()).abs().sum(dim=-1)
+
+
 def entropy_and_kl_(log_softmax: Tensor, ref_log_softmax: Tensor) -> tuple[Tensor, Tensor]:
     """Return :func:`entropies` of the first and :func:`exact_kl` of both, without gradient; overwrites both arguments.
 

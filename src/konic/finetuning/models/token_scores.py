@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from konic.finetuning.models.distributions import entropies, exact_kl, log_softmax_, token_log_probs
+from konic.finetuning.models.distributions import (
+    entropies,
+    exact_kl,
+    log_softmax_,
+    token_log_probs,
+    total_variation,
+)
 from konic.finetuning.models.language_model import LanguageModel
 
 MAX_LOGITS = {"cpu": 2**23, "cuda": 2**26}
@@ -93,6 +99,29 @@ def score_tokens(
     log_probs, *rest = map_tokens(score_chunk, mask, model.vocabulary_size, *inputs)
     entropy = rest.pop(0) if needs_entropy else None
     return TokenScores(log_probs=log_probs, entropy=entropy, kl=rest.pop() if rest else None)
+
+
+@torch.no_grad()
+def divergences(
+    model: LanguageModel, old_hidden: Tensor, hidden: Tensor, mask: Tensor, temperature: float, measure: str
+) -> Tensor:
+    """Return how far each token's distribution has moved [B, R], over the whole vocabulary and without gradient.
+
+    Args:
+        model: The model whose head computes the logits of both; the head itself must not have changed.
+        old_hidden: [B, R, H] the hidden states from which the tokens were drawn.
+        hidden: [B, R, H] the hidden states of the same tokens now.
+        mask: [B, R] True on tokens that count; the result is 0 elsewhere.
+        temperature: > 0.
+        measure: "total_variation" (0 to 1), or "kl" for KL(π_old ‖ π) in nats.
+    """
+    between = total_variation if measure == "total_variation" else exact_kl
+
+    def diverge(old_hidden: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+        old, new = (log_softmax_(model.logits(states), temperature) for states in (old_hidden, hidden))
+        return (between(old, new),)
+
+    return map_tokens(diverge, mask, model.vocabulary_size, old_hidden, hidden.detach())[0]
 
 
 class _LogProbs(torch.autograd.Function):

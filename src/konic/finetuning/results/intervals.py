@@ -5,6 +5,7 @@ download of 35 MB that nothing else here needs.
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,12 @@ class Interval:
 def mean(values: Sequence[float]) -> float:
     """The mean; NaN if there are no values."""
     return math.fsum(values) / len(values) if values else math.nan
+
+
+def spread(values: Sequence[float]) -> float:
+    """The unbiased standard deviation of the values that are not NaN; 0 for fewer than two."""
+    counted = [value for value in values if not math.isnan(value)]
+    return statistics.stdev(counted) if len(counted) > 1 else 0.0
 
 
 def paired_bootstrap(

@@ -132,6 +132,23 @@ class FinetuningIterationResult:
     distinct_fraction: Annotated[
         float, Metric("different responses among all responses of the batch", "share", "rollout")
     ] = 1.0
+    distinct_2: Annotated[
+        float,
+        Metric(
+            "share of the pairs of words in a response that differ, mean over responses: low where phrases repeat; "
+            "null where no response has two words",
+            "share",
+            "rollout",
+        ),
+    ] = math.nan
+    reference_loss: Annotated[
+        float,
+        Metric(
+            "mean of −log π_ref of the sampled tokens: how much the reference is surprised by the text",
+            PER_TOKEN,
+            "rollout",
+        ),
+    ] = 0.0
     no_signal_fraction: Annotated[
         float,
         Metric(
@@ -141,10 +158,26 @@ class FinetuningIterationResult:
             "advantages",
         ),
     ] = 0.0
+    effective_sample_size: Annotated[
+        float,
+        Metric(
+            "of the tokens in the loss, the share that counts after `sampler_correction`; 1 if konic itself samples in "
+            "fp32",
+            "share",
+            "advantages",
+        ),
+    ] = 1.0
+    num_in_equal_groups: Annotated[
+        int,
+        Metric("responses left out of the loss by `filter_equal_groups`, replaced or not", "count", "advantages"),
+    ] = 0
+    num_cut_off: Annotated[int, Metric("responses left out of the loss by `mask_truncated`", "count", "advantages")] = 0
     ended_fraction: Annotated[
         float, Metric("responses that ended by themselves and not at `max_new_tokens`", "share", "rollout")
     ] = 0.0
-    num_samples: Annotated[int, Metric("responses", "count", "rollout")] = 0
+    num_samples: Annotated[
+        int, Metric("responses, those that `filter_equal_groups` replaced among them", "count", "rollout")
+    ] = 0
     num_unscored: Annotated[
         int,
         Metric(

@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from konic.finetuning.config import TrainingConfig
@@ -80,6 +80,34 @@ class Scores:
     def valid_rewards(self) -> list[float]:
         """The rewards of the samples that have one."""
         return [reward for reward in self.rewards if not math.isnan(reward)]
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """Return the scores of the responses in these rows."""
+        return replace(
+            self,
+            rewards=[self.rewards[row] for row in rows],
+            breakdown={name: [values[row] for row in rows] for name, values in self.breakdown.items()},
+            parts={name: [values[row] for row in rows] for name, values in self.parts.items()},
+            faults=[self.faults[row] for row in rows] if self.faults else [],
+        )
+
+
+def join_scores(rounds: Sequence[Scores]) -> Scores:
+    """Return the scores of several rounds one after another; moments and weights are those of the last."""
+
+    def chained(name: str) -> dict[str, list[float]]:
+        return {
+            part: [v for scores in rounds for v in getattr(scores, name)[part]] for part in getattr(rounds[-1], name)
+        }
+
+    return replace(
+        rounds[-1],
+        rewards=[reward for scores in rounds for reward in scores.rewards],
+        breakdown=chained("breakdown"),
+        parts=chained("parts"),
+        faults=[fault for scores in rounds for fault in scores.faults or [None] * len(scores.rewards)],
+        is_dropped=any(scores.is_dropped for scores in rounds),
+    )
 
 
 class Scorer:

@@ -36,6 +36,9 @@ class TokenNumbers:
     """Entropy of the distribution from which each token was drawn, in nats."""
     values: Tensor
     """The value head's estimate before each token, in units of reward."""
+    hidden: Tensor
+    """[B, R, H] the last hidden states of the policy, from which each token was drawn. Values outside the response mask
+    are arbitrary."""
     ref_hidden: Tensor
     """[B, R, H] the last hidden states of the reference. A KL in the loss recomputes the reference's distributions from
     these states. Values outside the response mask are arbitrary."""
@@ -52,8 +55,15 @@ class Rollout(TokenNumbers):
     """[B] The responses as records, one for each."""
     temperature: float
     """Divides the logits in all log-probs, KL and entropy, as in sampling."""
+    max_new_tokens: int
+    """The most tokens that a response can have."""
     in_full_precision: bool
     """False if the model computes in 16 bits, where rounding alone moves log-probs further than in fp32."""
+
+    @property
+    def is_rescored(self) -> bool:
+        """True if `log_probs` come from a forward pass of the trainer, and not from the sampler's own states."""
+        return self.samples.hidden is None or not self.in_full_precision
 
     @property
     def response_mask(self) -> Tensor:
@@ -106,6 +116,7 @@ def sample_rollout(
         samples=samples,
         records=make_records(batch, samples, policy, generation, special),
         temperature=generation.temperature,
+        max_new_tokens=generation.max_new_tokens,
         in_full_precision=_is_full_precision(policy),
     )
 
@@ -170,5 +181,11 @@ def _score(policy: Policy, samples: Samples, hidden: Tensor, ref_hidden: Tensor,
         score, samples.response_mask, model.vocabulary_size, *inputs
     )
     return TokenNumbers(
-        log_probs=log_probs, ref_log_probs=ref_log_probs, kl=kl, entropy=entropy, values=values, ref_hidden=ref_hidden
+        log_probs=log_probs,
+        ref_log_probs=ref_log_probs,
+        kl=kl,
+        entropy=entropy,
+        values=values,
+        hidden=hidden,
+        ref_hidden=ref_hidden,
     )

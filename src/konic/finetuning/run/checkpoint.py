@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from konic.finetuning.algorithms import ALGORITHMS
 from konic.finetuning.errors import NotFiniteError, OutputError
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.run.environment import environment
@@ -71,6 +72,10 @@ def read_record(folder: Path) -> CheckpointRecord:
     """
     try:
         values = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
+        if "num_prompts" not in values:  # of a version in which every iteration took one batch of prompts
+            num_responses, settings = values["iteration"] * values["settings"]["batch_size"], values["settings"]
+            size = settings["num_generations"] or ALGORITHMS[settings["algorithm"]].group_size
+            values |= {"num_prompts": num_responses // size, "group_spreads": {}}
         record = CheckpointRecord(TrainerState.from_dict(values), values["settings"], values["environment"])
         for name in ("settings", "environment"):
             if not isinstance(getattr(record, name), dict):

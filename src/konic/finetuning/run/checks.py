@@ -25,6 +25,14 @@ PATIENCE = 3
 """Iterations in a row that a fault must last before it is reported: one batch may show it by chance."""
 MAX_UNASKED_KL = 10.0
 """Nats per response that a policy pays at most, unless kl_limit, kl_budget or kl_target allow more."""
+MIN_SAMPLE_SIZE = 0.5
+"""Share of the samples that should count after the correction for another sampler."""
+MAX_CORRECTED_GAP = 0.1
+"""Mean |Δ log-prob| per token, nats, of a sampler with the same weights; 16 bits make less than 0.02."""
+MIN_VARIETY = 0.6
+"""Share of its first distinct-2 that text may fall to while its reward rises."""
+MAX_SURPRISE = 1.0
+"""Nats per token by which the reference may be more surprised by text whose reward rises."""
 ROUNDING = 1e-6
 """A smaller fall of the objective is the rounding of a KL of 0, where all rewards are equal."""
 History = Sequence[FinetuningIterationResult]
@@ -107,7 +115,8 @@ def _constant_reward(history: History, config: TrainingConfig, generation: Gener
 
 def _equal_groups(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
     recent = history[-PATIENCE:]
-    if len(recent) < PATIENCE or any(r.no_signal_fraction < 0.9 or r.reward_std == 0 for r in recent):
+    silent = [max(r.no_signal_fraction, r.num_in_equal_groups / max(1, r.num_samples)) for r in recent]
+    if len(recent) < PATIENCE or min(silent) < 0.9 or any(r.reward_std == 0 for r in recent):
         return None
     return (
         f"In the last {PATIENCE} iterations nearly every group of responses to one prompt got equal rewards, which "
@@ -211,6 +220,26 @@ def _standard_error(part: History) -> float:
     return math.sqrt(sum((result.reward_std**2 / max(1, count)) for count, result in pairs)) / len(part)
 
 
+def _reward_hacking(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    start, recent = history[:PATIENCE], history[PATIENCE:][-PATIENCE:]
+    if len(recent) < PATIENCE or any(math.isnan(result.reward_mean) for result in (*start, *recent)):
+        return None
+    (before, now), (variety, variety_now), (loss, loss_now) = (
+        [mean([getattr(result, name) for result in part]) for part in (start, recent)]
+        for name in ("reward_mean", "distinct_2", "reference_loss")
+    )
+    if now <= before + 3 * math.hypot(_standard_error(start), _standard_error(recent)):
+        return None
+    told = f"The reward rose from {before:.3f} to {now:.3f}, but the text got worse: "
+    advice = "The reward may pay for a trick: read completions/, add a reward for good text, or set kl_budget."
+    if variety_now < MIN_VARIETY * variety:
+        shares = f"{variety_now:.0%} of the pairs of words in a response are different, {variety:.0%} at first"
+        return f"{told}{shares}. {advice}"
+    if loss_now > loss + MAX_SURPRISE:
+        return f"{told}the base model is surprised by {loss_now:.1f} nats per token, {loss:.1f} at first. {advice}"
+    return None
+
+
 def _kl_runaway(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
     asked = max(MAX_UNASKED_KL, *(limit or 0.0 for limit in (config.kl_limit, config.kl_budget, config.kl_target)))
     recent = history[-PATIENCE:]
@@ -247,6 +276,19 @@ def _repeating_responses(history: History, config: TrainingConfig, generation: G
     )
 
 
+def _sampler_differs(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    recent = history[-PATIENCE:]
+    agrees = [r.effective_sample_size >= MIN_SAMPLE_SIZE and r.sampler_gap <= MAX_CORRECTED_GAP for r in recent]
+    if len(recent) < PATIENCE or any(agrees):
+        return None
+    return (
+        f"In the last {PATIENCE} iterations the sampler's log-probs differed from the trainer's by "
+        f"{recent[-1].sampler_gap:.2g} nats per token; after correction the samples count as "
+        f"{recent[-1].effective_sample_size:.0%} of their number. The sampler may hold old weights, or compute in a "
+        "much lower precision: let it load the weights of every iteration, or sample in higher precision."
+    )
+
+
 FINDINGS: dict[str, _Finding] = {
     "no_rewards": _no_rewards,
     "constant_reward": _constant_reward,
@@ -257,7 +299,9 @@ FINDINGS: dict[str, _Finding] = {
     "entropy_collapse": _entropy_collapse,
     "beyond_budget": _beyond_budget,
     "objective_fell": _objective_fell,
+    "reward_hacking": _reward_hacking,
     "kl_runaway": _kl_runaway,
     "shrinking_responses": _shrinking_responses,
     "repeating_responses": _repeating_responses,
+    "sampler_differs": _sampler_differs,
 }

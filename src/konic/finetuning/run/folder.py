@@ -130,9 +130,14 @@ class RunFolder:
         }
         write_text(self.path / _RUN_FILE, json.dumps(record, indent=1, default=str))
 
-    def write_iteration(self, result: FinetuningIterationResult, rollout: Rollout, scores: Scores) -> None:
-        """Write the completions of an iteration, then its line of metrics: a line means that its file is whole."""
-        self._write_completions(result.iteration, rollout, scores)
+    def write_iteration(
+        self, result: FinetuningIterationResult, rollout: Rollout, scores: Scores, left_out: list[str | None]
+    ) -> None:
+        """Write the completions of an iteration, then its line of metrics: a line means that its file is whole.
+
+        `left_out` [B] says why responses are left out of the loss.
+        """
+        self._write_completions(result.iteration, rollout, scores, left_out)
         try:
             with (self.path / _METRICS_FILE).open("a", encoding="utf-8") as file:
                 file.write(_line(result))
@@ -212,7 +217,7 @@ class RunFolder:
                 if file.name.startswith(".") or (file.stem.isdigit() and int(file.stem) > iteration):
                     file.unlink()
 
-    def _write_completions(self, iteration: int, rollout: Rollout, scores: Scores) -> None:
+    def _write_completions(self, iteration: int, rollout: Rollout, scores: Scores, left_out: list[str | None]) -> None:
         records = rollout.records
         columns: dict[str, Any] = {
             "iteration": [iteration] * len(records),
@@ -223,6 +228,7 @@ class RunFolder:
             "kl": rollout.kl.sum(dim=1).tolist(),
             "ended": rollout.samples.ended.tolist(),
             "error": pyarrow.array(scores.errors, pyarrow.string()),
+            "left_out": pyarrow.array(left_out, pyarrow.string()),
             "token_ids": [list(record.token_ids) for record in records],
         }
         columns |= {f"{_PART}{name}": _nulls(values) for name, values in scores.breakdown.items()}

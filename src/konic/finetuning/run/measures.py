@@ -1,7 +1,6 @@
 """Rollout + Scores + Advantages + UpdateStats -> FinetuningIterationResult: the numbers of one iteration."""
 
 import math
-import statistics
 import time
 from collections.abc import Sequence
 
@@ -9,7 +8,7 @@ from konic.finetuning.learning.estimators import Advantages
 from konic.finetuning.learning.losses import k1, k3
 from konic.finetuning.learning.update import UpdateStats
 from konic.finetuning.results.evaluation import Evaluation
-from konic.finetuning.results.intervals import mean, nanmean
+from konic.finetuning.results.intervals import distinct_n, mean, nanmean, spread
 from konic.finetuning.results.iteration import METRICS, FinetuningIterationResult
 from konic.finetuning.rewards.scoring import Scores
 from konic.finetuning.rollout.rollout import Rollout
@@ -25,7 +24,7 @@ class StageClock:
     def lap(self, stage: str) -> None:
         """Count the time since the last lap for this stage."""
         now = time.perf_counter()
-        self.seconds[stage] = now - self._last
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now
 
     @property
@@ -63,10 +62,12 @@ def iteration_result(
     kl_penalty_weight: float,
     clock: StageClock,
     evaluation: Evaluation | None,
+    left_out: Sequence[str | None] = (),
 ) -> FinetuningIterationResult:
-    """The metrics of an iteration. Token averages are over all response tokens of the batch.
+    """The metrics of an iteration. Token averages are over all its response tokens, left out of the loss or not.
 
-    `price` is the β that the user set, `kl_penalty_weight` the β of this iteration.
+    `price` is the β that the user set, `kl_penalty_weight` the β of this iteration, `left_out` [B] why responses are
+    left out of the loss.
     """
     mask = rollout.response_mask
     lengths = mask.sum(dim=1).tolist()
@@ -78,7 +79,7 @@ def iteration_result(
         **from_update,
         iteration=iteration,
         reward_mean=mean(rewards),
-        reward_std=_std(rewards),
+        reward_std=spread(rewards),
         reward_min=min(rewards, default=math.nan),
         reward_max=max(rewards, default=math.nan),
         reward_breakdown={name: nanmean(values) for name, values in scores.breakdown.items()},
@@ -93,9 +94,14 @@ def iteration_result(
         kl_penalty_weight=kl_penalty_weight,
         entropy=rollout.entropy[mask].mean().item(),
         response_length_mean=mean(lengths),
-        response_length_std=_std(lengths),
+        response_length_std=spread(lengths),
         ended_fraction=rollout.samples.ended.double().mean().item(),
+        reference_loss=-rollout.ref_log_probs[mask].mean().item(),
+        distinct_2=mean([distinct_n([text]) for text in rollout.texts if len(text.split()) > 1]),
         distinct_fraction=len(set(rollout.texts)) / len(rollout.texts),
+        num_in_equal_groups=left_out.count("equal group"),
+        num_cut_off=left_out.count("cut off"),
+        effective_sample_size=advantages.effective_sample_size,
         no_signal_fraction=_no_signal_fraction(advantages),
         generation_time_sec=clock.seconds["generation"],
         reward_compute_time_sec=clock.seconds["reward"],
@@ -110,7 +116,3 @@ def _no_signal_fraction(advantages: Advantages) -> float:
     scored = advantages.mask.any(dim=1)
     silent = scored & ~(advantages.advantages != 0).any(dim=1)
     return silent.sum().item() / max(1, scored.sum().item())
-
-
-def _std(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0

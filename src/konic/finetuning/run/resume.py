@@ -23,6 +23,15 @@ _FREE = (
 )  # fmt: skip
 """Settings that change no number of any iteration that both runs contain."""
 
+_BEFORE_IT_EXISTED: dict[str, Any] = {
+    "kl_limit": None, "mask_truncated": False, "clip_ratio_low": None, "clip_ratio_high": None,
+    "divergence_limit": None, "divergence": "total_variation", "gae_lambda_length": None, "value_gae_lambda": None,
+    "overlong_penalty": 0.0, "overlong_share": 0.2, "filter_equal_groups": False, "resampling_budget": 3,
+    "sampler_correction": "truncate", "sampler_correction_level": "token", "sampler_correction_limit": 2.0,
+}  # fmt: skip
+"""What a run did before these settings existed; a checkpoint from then does not name them. A correction of the sampler
+changes nothing in fp32, and what rounding does in 16 bits."""
+
 
 def checkpoint_to_resume(
     resume: bool | str | os.PathLike[str] | None, run_folder: str | os.PathLike[str] | None
@@ -70,7 +79,11 @@ def require_same_run(
     Raises:
         OutputError: A setting differs without `allow_changes`, or one that the weights depend on.
     """
-    now, saved = json.loads(json.dumps(settings, default=str)), record.settings
+    now = json.loads(json.dumps(settings, default=str))
+    saved = _BEFORE_IT_EXISTED | record.settings
+    for name in ("selection", "dataset_config"):  # fields added later have changed nothing that the run had done
+        if isinstance(saved.get(name), dict) and isinstance(now.get(name), dict):
+            saved[name] = now[name] | saved[name]
     decays = now.get("lr_scheduler", "constant") != "constant"  # its rates depend on the length of the run
     free = set(_FREE) - ({"max_iterations"} if decays else set())
     changed = [name for name, value in now.items() if saved.get(name) != value and name not in free]

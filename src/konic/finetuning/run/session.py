@@ -265,6 +265,6 @@ class Session:
         self.state = load_checkpoint(checkpoint, learner.policy, learner.optimizer)
         self.folder.go_back_to(self.state.history)
         if self.prompts.stream is not None:
-            start, num_rows = time.monotonic(), self.state.iteration * self.training.prompts_per_iteration
+            start, num_rows = time.monotonic(), self.state.num_prompts
             self.prompts.batch(num_rows, 0)
             logger.warning("Read the first %d rows of the stream again: %.1f s.", num_rows, time.monotonic() - start)

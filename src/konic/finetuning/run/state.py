@@ -16,7 +16,7 @@ from konic.finetuning.rewards.moments import RunningMoments
 
 @dataclass
 class TrainerState:
-    """Everything in a run except its weights. Random numbers and the position in the data follow from the iteration.
+    """Everything in a run except its weights. Random numbers follow from the iteration.
 
     A field added here is saved and loaded with the others, if :meth:`to_dict` and :meth:`from_dict` can write it.
     """
@@ -25,6 +25,10 @@ class TrainerState:
     """Iterations done."""
     num_steps: int = 0
     """Optimizer steps planned so far, skipped ones included: the place in the learning-rate schedule."""
+    num_prompts: int = 0
+    """Prompts used so far: the place in the data."""
+    group_spreads: dict[str, float] = field(default_factory=dict)
+    """By dataset row, the standard deviation of the scores of its last group; kept for `prefer_undecided`."""
     elapsed_seconds: float = 0.0
     history: list[FinetuningIterationResult] = field(default_factory=list)
     best_weights: dict[str, Tensor] | None = field(default=None, repr=False)
@@ -80,6 +84,8 @@ class TrainerState:
         self,
         result: FinetuningIterationResult,
         num_steps: int,
+        num_prompts: int,
+        group_spreads: Mapping[str, float],
         elapsed_seconds: float,
         reward_moments: dict[str, RunningMoments],
         best_weights: dict[str, Tensor] | None,
@@ -87,6 +93,8 @@ class TrainerState:
         """Count an iteration as done."""
         self.iteration = result.iteration
         self.num_steps += num_steps
+        self.num_prompts += num_prompts
+        self.group_spreads |= group_spreads
         self.elapsed_seconds = elapsed_seconds
         self.history.append(result)
         self.reward_moments = reward_moments

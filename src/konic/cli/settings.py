@@ -1,0 +1,46 @@
+"""`--set config.field=value` -> an agent with other settings, and lines that say what changed."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from konic.finetuning import ConfigError, KonicFinetuningAgent
+
+_WORDS = {"None": None, "True": True, "False": False}
+
+
+def set_settings(agent: KonicFinetuningAgent, assignments: Sequence[str]) -> tuple[KonicFinetuningAgent, list[str]]:
+    """Return an agent with other settings, and a line for each setting that differs, also for those that follow.
+
+    Args:
+        agent: The agent of a script; it is not changed.
+        assignments: `config.field=value`, such as "training_config.algorithm=dapo". A value is JSON, or text as it is.
+
+    Raises:
+        ConfigError: An assignment is not of that form, or names something that does not exist or is invalid.
+    """
+    changes: dict[str, dict[str, Any]] = {}
+    for assignment in assignments:
+        target, equals, value = assignment.partition("=")
+        config, dot, field = target.strip().partition(".")
+        if not (equals and dot and field):
+            raise ConfigError(f"--set {assignment!r}: give config.field=value, such as training_config.algorithm=dapo.")
+        changes.setdefault(config, {})[field] = _parse(value.strip())
+    changed = agent.with_settings(changes)
+    return changed, [line for config in changes for line in _differences(config, agent, changed)]
+
+
+def _parse(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return _WORDS.get(value, value)
+
+
+def _differences(config: str, before: KonicFinetuningAgent, after: KonicFinetuningAgent) -> list[str]:
+    old, new = getattr(before, f"get_{config}")(), getattr(after, f"get_{config}")()
+    return [
+        f"{config}.{name} = {getattr(new, name)!r} (the script: {getattr(old, name, None)!r})"
+        for name in type(new).model_fields
+        if getattr(old, name, None) != getattr(new, name)
+    ]
