@@ -11,6 +11,7 @@ Seconds are those of training alone; every minute of them the policy is tried on
 """
 
 import argparse
+import csv
 import gc
 import json
 import os
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,14 +28,22 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from konic.demo import build_agent
-from konic.finetuning import KonicFinetuningAgent, KonicFinetuningCallback, KonicFinetuningEngine
+from konic.finetuning import (
+    HuggingFaceRewardModel,
+    KonicFinetuningAgent,
+    KonicFinetuningCallback,
+    KonicFinetuningEngine,
+    TrainingConfig,
+)
 from konic.finetuning.data.prompts import load_prompts
 from konic.finetuning.learning.learner import build_learner
+from konic.finetuning.models.loading import load_model
 from konic.finetuning.results.intervals import distinct_n, mean
 from konic.finetuning.rewards.scoring import Scorer
 from konic.finetuning.rollout.evaluation import evaluate
 
 HERE = Path(__file__).parent
+OPINIONS = HERE.parent / "examples" / "data" / "film_opinions.csv"
 RESULTS = HERE / "results" / "curves.jsonl"
 ROUND_SECONDS = 60
 
@@ -43,14 +53,18 @@ OURS = {
     "konic grpo": {"algorithm": "grpo"},
     "konic dr_grpo": {"algorithm": "dr_grpo"},
     "konic reinforce++": {"algorithm": "reinforce++"},
+    **{f"konic {name}": {"algorithm": name} for name in ("dapo", "dppo", "gspo", "cispo", "sapo", "max_rl", "gdpo")},
     "konic ppo, 2 passes": {"ppo_epochs": 2},
-    "konic ppo, defaults": {"batch_size": 4, "ppo_epochs": 4, "num_minibatches": 1},
+    "konic TrainingConfig()": None,
 }
+"""Settings other than the demo's; None takes konic's defaults."""
 PEER = {
-    f"TRL grpo, {rate:g}, {passes} passes" if passes > 1 else f"TRL grpo, {rate:g}, 1 pass": (rate, passes)
+    f"TRL {loss}, {rate:g}, {passes} passes" if passes > 1 else f"TRL {loss}, {rate:g}, 1 pass": (loss, rate, passes)
+    for loss, rates in {"grpo": (1e-3, 5e-4, 3e-4), "dapo": (1e-3,), "cispo": (1e-3,), "gspo": (1e-3,)}.items()
     for passes in (4, 1)
-    for rate in (1e-3, 5e-4, 3e-4)
+    for rate in rates
 }
+"""The loss as peer_trl.py names it, the learning rate, and the passes over each batch."""
 
 
 class StopEveryMinute(KonicFinetuningCallback):
@@ -73,23 +87,63 @@ def agent_of(settings, seed=0, full=False):
         reward_composer=demo.get_reward_composer(),
         lora_config=None if full else demo.get_lora_config(),
         dataset_config=demo.get_dataset_config(),
-        training_config={**demo.get_training_config().model_dump(), "seed": seed, **settings},
+        training_config=(
+            TrainingConfig(seed=seed)
+            if settings is None
+            else demo.get_training_config().with_fields({"seed": seed, **settings})
+        ),
         generation_config=demo.get_generation_config(),
     )
 
 
-def point(evaluation, **where):
-    return where | {
-        "reward": evaluation.reward_mean,
-        "parts": evaluation.reward_breakdown,
-        "kl": mean(evaluation.kl_per_response),
-        "tokens": mean(evaluation.response_lengths),
-        "distinct_2": distinct_n(evaluation.responses),
-        "examples": evaluation.responses[:3],
-    }
+class TextJudge:
+    """Judges text by what no reward saw: the base model, and a classifier trained on labelled film opinions."""
+
+    def __init__(self, folder):
+        command = [str(Path(sys.executable).with_name("konic")), "reward-model", "train", str(OPINIONS)]
+        columns = ["--base", "all-minilm-l6-v2", "--text", "text", "--label", "label", "--output", str(folder)]
+        subprocess.run([*command, *columns], check=True, capture_output=True)
+        self.opinion = HuggingFaceRewardModel(str(folder), output="probability", label_index=1)
+        loaded = load_model(build_agent().get_base_model(), {}, torch.device("cpu"))
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        with OPINIONS.open(encoding="utf-8") as file:
+            self.context = "".join(f"{row['text']}\n\n" for row in islice(csv.DictReader(file), 4))
+
+    def judge(self, evaluation):
+        """Means over the responses: nats per token under the base model, alone and after four opinions; and the
+        probability that the classifier calls the text a good opinion.
+        """
+        pairs = [pair for pair in zip(evaluation.prompts, evaluation.responses, strict=True) if pair[1].strip()]
+        return {
+            "base_loss": mean([self._loss(prompt, response) for prompt, response in pairs]),
+            "context_loss": mean([self._loss(self.context + prompt, response) for prompt, response in pairs]),
+            "opinion": mean(self.opinion.score([p for p, _ in pairs], [r for _, r in pairs])),
+        }
+
+    @torch.no_grad()
+    def _loss(self, prompt, response):
+        start = len(self.tokenizer(prompt).input_ids)
+        ids = torch.tensor([self.tokenizer(prompt + response).input_ids])
+        log_probs = self.model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+        return -log_probs.gather(-1, ids[0, start:, None]).mean().item()
 
 
-def run_ours(settings, seed, seconds):
+def point(evaluation, judge, **where):
+    return (
+        where
+        | judge.judge(evaluation)
+        | {
+            "reward": evaluation.reward_mean,
+            "parts": evaluation.reward_breakdown,
+            "kl": mean(evaluation.kl_per_response),
+            "tokens": mean(evaluation.response_lengths),
+            "distinct_2": distinct_n(evaluation.responses),
+            "examples": evaluation.responses[:3],
+        }
+    )
+
+
+def run_ours(judge, settings, seed, seconds):
     """Points of one run of ours, the first before training."""
     clock = StopEveryMinute()
     with tempfile.TemporaryDirectory() as folder:
@@ -99,23 +153,24 @@ def run_ours(settings, seed, seconds):
         while clock.seconds < seconds:
             result = engine.train(1000)
             if clock.until == ROUND_SECONDS:
-                yield point(result.before, seconds=0.0, samples=0)
-            yield point(result.after, seconds=clock.seconds, samples=result.total_samples)
+                yield point(result.before, judge, seconds=0.0, samples=0)
+            yield point(result.after, judge, seconds=clock.seconds, samples=result.total_samples)
             clock.until += ROUND_SECONDS
 
 
-def run_peer(python, rate, passes, seed, seconds):
+def run_peer(judge, python, loss, rate, passes, seed, seconds):
     """Points of one run of TRL's, evaluated by our code on the same prompts with the same random numbers."""
     agent = agent_of({}, seed)
     with tempfile.TemporaryDirectory() as folder:
-        command = [python, HERE / "peer_trl.py", folder, "--learning-rate", rate, "--num-iterations", passes]
+        command = [python, HERE / "peer_trl.py", folder, "--loss", loss, "--learning-rate", rate]
+        command += ["--num-iterations", passes]
         command += ["--seed", seed, "--seconds", seconds]
         source = {"PYTHONPATH": str(HERE.parent / "src"), "HF_HUB_OFFLINE": "1"}
         subprocess.run([str(part) for part in command], check=True, capture_output=True, env=os.environ | source)
-        yield from peer_points(Path(folder), agent, seed)
+        yield from peer_points(judge, Path(folder), agent, seed)
 
 
-def peer_points(folder, agent, seed):
+def peer_points(judge, folder, agent, seed):
     steps = json.loads((folder / "steps.json").read_text())
     learner = build_learner(agent, torch.device("cpu"))
     prompts = load_prompts(agent.get_dataset_config()).held_out
@@ -134,7 +189,7 @@ def peer_points(folder, agent, seed):
             before, done = before + steps["steps"][done], done + 1
         # a batch is sampled once for every `num_iterations` steps
         passes, size = steps["settings"]["num_iterations"], steps["settings"]["batch_size"]
-        yield point(evaluation, seconds=used, samples=-(-done // passes) * size)
+        yield point(evaluation, judge, seconds=used, samples=-(-done // passes) * size)
 
 
 def machine():
@@ -149,10 +204,14 @@ def machine():
 def run(options):
     RESULTS.parent.mkdir(exist_ok=True)
     done = {(row["system"], row["seed"]) for row in rows()}
-    systems = {name: lambda seed, s=settings: run_ours(s, seed, options.seconds) for name, settings in OURS.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        judge = TextJudge(Path(folder) / "judge")
+    systems = {
+        name: lambda seed, s=settings: run_ours(judge, s, seed, options.seconds) for name, settings in OURS.items()
+    }
     if options.peer:
         systems |= {
-            name: lambda seed, p=setting: run_peer(options.peer, *p, seed, options.seconds)
+            name: lambda seed, p=setting: run_peer(judge, options.peer, *p, seed, options.seconds)
             for name, setting in PEER.items()
         }
     for seed in options.seeds:

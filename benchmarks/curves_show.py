@@ -63,6 +63,25 @@ def budget_table(runs):
     return lines
 
 
+def judge_table(runs):
+    """What no reward saw, before and after training; only of runs that were judged."""
+    names = ("base_loss", "context_loss", "opinion", "distinct_2")
+    lines = [
+        "| system | seeds | nats per token under the base model | after four real opinions | share of good opinions | "
+        "distinct-2 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for system, seeds in runs.items():
+        judged = [points for points in seeds.values() if names[0] in points[-1]]
+        if judged:
+            cells = [
+                f"{spread([points[0][name] for points in judged])} → {spread([points[-1][name] for points in judged])}"
+                for name in names
+            ]
+            lines.append(f"| {system} | {len(judged)} | {' | '.join(cells)} |")
+    return [*lines, ""] if len(lines) > 2 else []
+
+
 def picture(runs, path):
     """Reward over KL: a line per run, a colour per system; the peer's are grey to black and dashed."""
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
@@ -70,7 +89,7 @@ def picture(runs, path):
     for name, seeds in runs.items():
         is_peer = name in peers
         shade = 0.1 + 0.65 * peers.index(name) / max(1, len(peers) - 1) if is_peer else 0
-        colour = str(shade) if is_peer else f"C{list(runs).index(name)}"  # konic's come first, before C7, a grey
+        colour = str(shade) if is_peer else plt.get_cmap("tab20")(list(runs).index(name) % 20)
         for index, points in enumerate(seeds.values()):
             axis.plot(
                 [point["kl"] for point in points], [point["reward"] for point in points], color=colour, marker=".",
@@ -86,9 +105,8 @@ def show(rows):
     """Write the tables between their marks in docs/algorithms.md, and docs/curves.png."""
     runs = by_system(rows)
     machines = sorted({row["machine"] for row in rows})
-    text = "\n".join(
-        [START, "", *final_table(runs), "", *budget_table(runs), "", f"Machine: {'; '.join(machines)}.", "", END]
-    )
+    tables = [*final_table(runs), "", *budget_table(runs), "", *judge_table(runs)]
+    text = "\n".join([START, "", *tables, f"Machine: {'; '.join(machines)}.", "", END])
     document = DOCS / "algorithms.md"
     whole = document.read_text(encoding="utf-8")
     document.write_text(re.sub(f"{START}.*{END}", lambda _: text, whole, flags=re.DOTALL), encoding="utf-8")

@@ -27,6 +27,7 @@ RESULTS = HERE / "results" / "defaults.jsonl"
 DOCS, BEGIN, END = ROOT / "docs" / "defaults.md", "<!-- defaults: made by make defaults -->", "<!-- end of defaults -->"
 SETTINGS = {
     "defaults": {},
+    "KL in the reward": {"kl_placement": "reward"},
     "batches of 4": {"batch_size": 4},
     "no limit": {"kl_limit": None},
     "1 pass": {"ppo_epochs": 1},

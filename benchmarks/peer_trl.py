@@ -1,6 +1,6 @@
 """TRL's GRPO on the demo's task for some seconds of training; run in an environment that has TRL (see curves.py).
 
-python benchmarks/peer_trl.py OUTPUT --learning-rate 1e-3 --num-iterations 4 --seed 0 --seconds 300 [--batch-size 8]
+python benchmarks/peer_trl.py OUTPUT --loss grpo --learning-rate 1e-3 --num-iterations 4 --seed 0 --seconds 300
 
 Same model, adapter, prompts, rewards and sampling as `konic demo`, same price of KL. Leaves an adapter for every minute
 of training in OUTPUT/{seconds}/, the last when time is up, and OUTPUT/steps.json with the seconds of every step.
@@ -22,6 +22,15 @@ from konic.finetuning.data.prompts import load_prompts
 from konic.finetuning.models.loading import load_model
 
 SAVE_EVERY_SECONDS = 60
+LOSSES = {
+    "grpo": {},
+    "dapo": {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28, "beta": 0.0},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
+    "gspo": {
+        "loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4,
+    },
+}  # fmt: skip
+"""What differs from GRPOConfig's own, whose loss is averaged over tokens; DAPO has no price of KL."""
 
 
 class Clock(TrainerCallback):
@@ -46,6 +55,7 @@ class Clock(TrainerCallback):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--loss", choices=tuple(LOSSES), default="grpo")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--num-iterations", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -63,7 +73,8 @@ def main():
             output_dir=str(options.output / "trl"), learning_rate=options.learning_rate, seed=options.seed,
             num_iterations=options.num_iterations, per_device_train_batch_size=options.batch_size, num_generations=4,
             max_completion_length=generation.max_new_tokens, temperature=generation.temperature,
-            beta=demo.kl_penalty_weight, lr_scheduler_type="constant", max_steps=100_000, use_cpu=True, bf16=False,
+            **({"beta": demo.kl_penalty_weight} | LOSSES[options.loss]),
+            lr_scheduler_type="constant", max_steps=100_000, use_cpu=True, bf16=False,
             gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=10, disable_tqdm=True,
         ),
         train_dataset=Dataset.from_dict({"prompt": prompts}),

@@ -13,6 +13,7 @@ from konic.finetuning import (
     DatasetConfig,
     DatasetError,
     KonicLLMRewardComposer,
+    OutputError,
     TrainingError,
     llm_reward,
 )
@@ -236,9 +237,9 @@ def test_a_sampler_of_other_numbers_is_corrected_and_one_of_old_weights_is_told(
 
 def test_a_checkpoint_of_the_version_before_is_resumed_where_it_stood(model_folders, tmp_path):
     """It names neither the prompts used nor the settings that came later."""
-    make_engine(model_folders["llama"], tmp_path / "whole", kl_limit=None, sampler_correction=None).train(4)
+    make_engine(model_folders["llama"], tmp_path / "whole", kl_limit=None, kl_placement="reward").train(4)
     run = tmp_path / "parts"
-    make_engine(model_folders["llama"], run, kl_limit=None, sampler_correction=None).train(2)
+    make_engine(model_folders["llama"], run, kl_limit=None, kl_placement="reward").train(2)
     file = run / "checkpoint-2" / "trainer_state.json"
     record = json.loads(file.read_text())
     for name in ("num_prompts", "group_spreads"):
@@ -247,10 +248,13 @@ def test_a_checkpoint_of_the_version_before_is_resumed_where_it_stood(model_fold
         del record["settings"][name]
     for name in ("weights_column", "prefer_undecided"):
         del record["settings"]["dataset_config"][name]
-    del record["settings"]["selection"]["kl_price"]
+    del record["settings"]["selection"]["kl_price"], record["settings"]["sampler_correction"]
+    record["settings"]["kl_placement"] = None
     file.write_text(json.dumps(record))
     (run / "checkpoint-2" / "complete.json").unlink()
     seal(run / "checkpoint-2")
-    engine = make_engine(model_folders["llama"], run, kl_limit=None, sampler_correction=None)
+    engine = make_engine(model_folders["llama"], run, kl_limit=None, kl_placement="reward")
+    with pytest.raises(OutputError, match="kl_placement was 'reward' and is 'loss'"):
+        make_engine(model_folders["llama"], run, kl_limit=None).train(4, resume_from_checkpoint=True)
     engine.train(4, resume_from_checkpoint=True)
     assert metrics(run) == metrics(tmp_path / "whole")

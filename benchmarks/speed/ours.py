@@ -62,6 +62,7 @@ agent = KonicFinetuningAgent(
         ppo_epochs=4 if what == "ppo" else 1,
         num_minibatches=1,
         learning_rate=1e-4,
+        kl_placement="loss" if what == "grpo" else "reward",  # as the peers have it
         num_generations=4 if what == "grpo" else None,
     ),
     generation_config=GenerationConfig(max_new_tokens=int(tokens), min_new_tokens=int(tokens), temperature=1.0),

@@ -87,7 +87,7 @@ def test_ppo_is_gae_on_the_score_and_the_kl_whitened(rolled):
         ]
         expected.append(row)
         returns.append([a + v for a, v in zip(row, values, strict=True)])
-    config = settings("ppo", gamma=0.9, gae_lambda=0.8)
+    config = settings("ppo", gamma=0.9, gae_lambda=0.8, kl_placement="reward")
     found = compute_advantages(rolled, scored(SCORES), config, BETA)
     check(found.advantages, rolled, whitened(expected))
     check(found.returns, rolled, returns)

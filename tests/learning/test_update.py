@@ -39,7 +39,8 @@ def roll_and_score(learner, config, rewards=REWARDS, shake=True):
 def run_update(
     architecture="llama", *, lora=True, rewards=REWARDS, shake=True, spoil=None, dtype=torch.float64, **settings
 ):
-    config = TrainingConfig(**{"batch_size": 8, "ppo_epochs": 1, "learning_rate": 1e-2} | settings)
+    place = {} if "algorithm" in settings else {"kl_placement": "reward"}
+    config = TrainingConfig(**{"batch_size": 8, "ppo_epochs": 1, "learning_rate": 1e-2} | place | settings)
     learner = tiny_learner(architecture, lora=lora, training=config, generation=GENERATION, dtype=dtype)
     rolled, advantages = roll_and_score(learner, config, rewards, shake)
     if spoil:
@@ -100,7 +101,9 @@ def test_later_epochs_see_the_policy_move():
 
 def test_the_gradient_is_that_of_the_loss_written_out_token_by_token(architecture, monkeypatch):
     """One step against an oracle that loops over sequences and tokens without padding, in plain autograd."""
-    config = TrainingConfig(batch_size=8, ppo_epochs=1, learning_rate=1e-2, vf_coef=0.3, entropy_coef=0.02)
+    config = TrainingConfig(
+        batch_size=8, ppo_epochs=1, learning_rate=1e-2, vf_coef=0.3, entropy_coef=0.02, kl_placement="reward"
+    )
     learner = tiny_learner(architecture, training=config, generation=GENERATION)
     rolled, advantages = roll_and_score(learner, config)
     policy, count, total = learner.policy, int(rolled.response_mask.sum()), 0.0

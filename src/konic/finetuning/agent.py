@@ -110,6 +110,7 @@ class KonicFinetuningAgent:
             "use_lora": uses_lora,
             "learning_rate": self._training_config.peak_learning_rate(uses_lora),
             "kl_penalty_weight": self.kl_penalty_weight,
+            "kl_placement": "loss" if self._training_config.kl_in_loss else "reward",
             "generation_config": self._generation_config.model_dump(),
             "dataset_config": self._dataset_config.model_dump(mode="json", exclude={"prompts", "token"}),
             "lora_config": lora.model_dump() if isinstance(lora, LoraConfig) else lora and _plain(lora.to_dict()),

@@ -59,7 +59,7 @@ class Algorithm:
 
 
 ALGORITHMS = {
-    "ppo": Algorithm(advantages="gae", learns_values=True),
+    "ppo": Algorithm(advantages="gae", learns_values=True, kl_placement="loss"),
     "rloo": Algorithm(advantages="leave_one_out", compares_groups=True),
     "grpo": Algorithm(advantages="group_normalised", compares_groups=True, kl_placement="loss"),
     "dr_grpo": Algorithm(advantages="group_centred", compares_groups=True, kl_placement="loss"),

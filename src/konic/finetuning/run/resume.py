@@ -81,6 +81,9 @@ def require_same_run(
     """
     now = json.loads(json.dumps(settings, default=str))
     saved = _BEFORE_IT_EXISTED | record.settings
+    if saved.get("kl_placement", "") is None:  # written before PPO's own place became the loss
+        of_rewards = ("ppo", "rloo", "reinforce++")
+        saved["kl_placement"] = "reward" if saved.get("algorithm") in of_rewards else "loss"
     for name in ("selection", "dataset_config"):  # fields added later have changed nothing that the run had done
         if isinstance(saved.get(name), dict) and isinstance(now.get(name), dict):
             saved[name] = now[name] | saved[name]
