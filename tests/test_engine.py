@@ -166,10 +166,61 @@ def test_train_called_again_goes_on(model_folders, tmp_path):
     assert metrics(tmp_path / "twice") == metrics(tmp_path / "once")
 
 
-def test_a_finished_run_is_not_overwritten(model_folders, tmp_path):
-    make_engine(model_folders["llama"], tmp_path).train(1)
-    with pytest.raises(OutputError, match="an earlier run is in this folder"):
-        make_engine(model_folders["llama"], tmp_path).train(1)
+def test_a_finished_run_is_not_overwritten_but_set_aside(model_folders, tmp_path, caplog):
+    run = tmp_path / "run"
+    make_engine(model_folders["llama"], run).train(2)
+    before = metrics(run), completions(run), weights(run / "final")
+    make_engine(model_folders["llama"], run, seed=1).train(1)
+    assert f"An earlier run was in {run}; its files are now in {run / 'earlier-1'}." in caplog.text
+    kept = run / "earlier-1"
+    assert (metrics(kept), completions(kept)) == before[:2]
+    same_tensors(weights(kept / "final"), before[2])
+    assert [row["iteration"] for row in metrics(run)] == [1]
+    assert not (run / "checkpoint-2").exists()
+    make_engine(model_folders["llama"], run).train(2)
+    assert (run / "earlier-2" / "final").is_dir()
+    earlier = make_engine(model_folders["llama"], kept).train(3, resume_from_checkpoint=True)
+    assert earlier.total_iterations == 3
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_emptied_by_a_resume(model_folders, tmp_path):
+    make_engine(model_folders["llama"], tmp_path).train(2)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    before = metrics(tmp_path)
+    with pytest.raises(OutputError, match="no whole checkpoint to resume from"):
+        make_engine(model_folders["llama"], tmp_path).train(3, resume_from_checkpoint=True)
+    assert metrics(tmp_path) == before
+    assert (tmp_path / "final" / "adapter_model.safetensors").is_file()
+
+
+def test_a_checkpoint_on_another_disk_counts_through_its_link(model_folders, tmp_path):
+    run = tmp_path / "run"
+    make_engine(model_folders["llama"], run).train(2)
+    shutil.move(run / "checkpoint-2", tmp_path / "elsewhere")
+    (run / "checkpoint-2").symlink_to(tmp_path / "elsewhere")
+    engine = make_engine(model_folders["llama"], run)
+    assert engine.train(3, resume_from_checkpoint=True, save_total_limit=1).total_iterations == 3
+    assert not (run / "checkpoint-2").exists()
+    assert (tmp_path / "elsewhere" / "trainer_state.json").is_file()  # only the link is deleted
+
+
+def test_a_run_moved_together_with_its_model_and_data_goes_on(model_folders, tmp_path):
+    def engine(root, model="model"):
+        data = DatasetConfig(name=root / "data.jsonl")
+        return make_engine(str(root / model), root / "run", dataset=data)
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(model_folders["llama"], here / "model")
+    (here / "data.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    engine(here).train(2)
+    shutil.copytree(here, tmp_path / "kept")
+    engine(here).train(4, resume_from_checkpoint=True)
+    shutil.move(tmp_path / "kept", there)
+    engine(there, "model/").train(4, resume_from_checkpoint=True)
+    assert metrics(there / "run") == metrics(here / "run")
+    (there / "data.jsonl").write_text('{"prompt": "other"}\n')
+    with pytest.raises(OutputError, match="prompts_sha256 was"):
+        engine(there).train(5, resume_from_checkpoint=True)
 
 
 def test_plain_peft_and_transformers_load_what_a_run_leaves(model_folders, architecture, tmp_path):
@@ -985,8 +1036,10 @@ def test_a_broken_checkpoint_is_put_aside_not_deleted(model_folders, tmp_path, c
 def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(model_folders, tmp_path, caplog):
     make_engine(model_folders["llama"], tmp_path / "run").train(2)
     make_engine(model_folders["llama"], tmp_path / "whole").train(3)
-    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    for name in ("checkpoint-2", "final", "best"):
+        shutil.rmtree(tmp_path / "run" / name)
     make_engine(model_folders["llama"], tmp_path / "run").train(3, resume_from_checkpoint=True)
+    assert len(metrics(tmp_path / "run" / "earlier-1")) == 2
     assert "It starts from the beginning" in caplog.text
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     with pytest.raises(OutputError, match="there is no whole checkpoint"):
@@ -1078,5 +1131,5 @@ def test_a_termination_that_a_reward_swallows_still_ends_the_run(model_folders, 
     child = run_child(model_folders["llama"], tmp_path / "run", body)
     lines = child.communicate(timeout=120)[0].split()
     assert child.returncode == -signal.SIGTERM
-    assert lines[-1] == "3"
-    assert (tmp_path / "run" / "checkpoint-3" / "complete.json").is_file()
+    assert lines[-1] == "3"  # the iteration that it ended in, whose batch is not learned from
+    assert (tmp_path / "run" / "checkpoint-2" / "complete.json").is_file()

@@ -16,7 +16,7 @@ ORDER = [
 ]  # fmt: skip
 """Modules and packages of konic.finetuning; each imports only from those before it."""
 INSIDE = {
-    "system": ["memory", "signals", "files"],
+    "system": ["memory", "signals", "output", "files"],
     "results": ["metrics", "intervals", "iteration", "evaluation", "summary"],
     "data": ["loaders", "config", "prompts", "samples", "tokenization"],
     "models": [

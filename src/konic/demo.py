@@ -27,6 +27,7 @@ from konic.finetuning import (
 from konic.finetuning.errors import printable
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.intervals import distinct_n, mean, paired_bootstrap
+from konic.finetuning.system.output import is_terminal
 
 KIND_WORDS = frozenset(
     "admirable amazing beautiful beautifully best brilliant brilliantly captivating charming clever compelling "
@@ -106,7 +107,7 @@ def run_demo(max_iterations: int, max_minutes: float, output: Path | None) -> No
 def print_comparison(before: Evaluation, after: Evaluation) -> None:
     """Print a table that compares before and after on the same prompts, and four responses of each, side by side."""
     gain = paired_bootstrap(before.rewards, after.rewards)
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    console = Console(width=None if is_terminal(sys.stdout) else 100, highlight=False)
     table = Table(title=f"Before and after on {len(before.prompts)} held-out prompts", box=box.SIMPLE_HEAD)
     table.add_column("")
     for heading in ("before", "after"):

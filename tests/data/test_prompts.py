@@ -43,15 +43,14 @@ def complaint(load, *args, **options):
 # --- local files ---
 
 
-def test_csv_keeps_quotes_and_newlines_in_a_prompt_and_the_types_of_other_columns(tmp_path):
-    text = 'prompt,label,score,note\n"She said ""go"", then\nleft",3,0.5,a\nplain,-1,2.25,b\n'
+def test_csv_keeps_quotes_and_newlines_in_a_prompt_and_every_cell_as_it_was_written(tmp_path):
+    text = 'prompt,label,score,note\n"She said ""go"", then\nleft",03,0.50,NA\nplain,true,,2026-01-02\n'
     rows = local(write(tmp_path / "data.csv", text)).rows
     assert contents(rows) == ['She said "go", then\nleft', "plain"]
     assert [row.columns for row in rows] == [
-        {"label": 3, "score": 0.5, "note": "a"},
-        {"label": -1, "score": 2.25, "note": "b"},
+        {"label": "03", "score": "0.50", "note": "NA"},
+        {"label": "true", "score": "", "note": "2026-01-02"},
     ]
-    assert [type(row.columns["label"]) for row in rows] == [int, int]
 
 
 def test_a_large_csv_may_have_newlines_anywhere(tmp_path):
@@ -161,14 +160,142 @@ def test_a_damaged_file_is_refused_with_its_name_and_kind(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     message = complaint(local, tmp_path / name)
     assert name in message
-    assert f"cannot be read as {name[2:]}" in message
+    assert f"cannot be read as {name[2:]}" in message or "is not UTF-8 text" in message
     assert message.endswith(("Save it as UTF-8.", "Fix the file, or rename it with the extension of its real format."))
 
 
-def test_text_that_is_not_utf_8_and_a_file_that_is_not_there_are_told_with_what_to_do(tmp_path):
-    (tmp_path / "a.csv").write_bytes(b"prompt\nab\xff\xfec\n")
-    assert complaint(local, tmp_path / "a.csv").endswith("Save it as UTF-8.")
+@pytest.mark.parametrize(
+    ("name", "column", "encoding", "told"),
+    [
+        ("a.csv", "prompt", "latin-1", r"may be Latin-1 or Windows-1252\. Line 2 holds the byte 0xe9 in .*Where,café"),
+        ("a.csv", "answer", "latin-1", r"may be Latin-1 or Windows-1252\. Line 2 holds the byte 0xe9"),
+        ("a.tsv", "prompt", "latin-1", "may be Latin-1"),
+        ("a.jsonl", "prompt", "utf-16", "may be UTF-16"),
+        ("a.json", "prompt", "utf-16", "may be UTF-16"),
+        ("a.txt", "prompt", "cp1252", "may be Latin-1 or Windows-1252"),
+    ],
+)
+def test_an_encoding_other_than_utf_8_is_named_with_the_line_and_the_fix(tmp_path, name, column, encoding, told):
+    text = "prompt,answer\nWhere,café\n" if name.endswith("csv") else 'prompt\tanswer\n"é"\tx\n'
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    message = complaint(local, tmp_path / name, prompt_column=column)
+    assert re.search(told, message)
+    assert message.endswith("Save it as UTF-8.")
+
+
+def test_a_file_that_is_not_there_is_told_with_its_whole_path():
     assert str(Path("gone.csv").absolute()) in complaint(local, "gone.csv")
+
+
+def as_file(path, rows):
+    """The rows in the format of the path's extension, compressed if it has two."""
+    kind = path.suffixes[0]
+    if kind in (".parquet", ".arrow"):
+        table = pa.Table.from_pylist(rows)
+        if kind == ".parquet":
+            pyarrow.parquet.write_table(table, path)
+        else:
+            with pa.ipc.new_file(str(path), table.schema) as file:
+                file.write_table(table)
+        return path
+    delimiter = "\t" if kind == ".tsv" else ","
+    lines = [delimiter.join(row.values()) for row in ({name: name for name in rows[0]}, *rows)]
+    text = {
+        ".json": json.dumps(rows), ".jsonl": "\n".join(map(json.dumps, rows)),
+        ".ndjson": "\n".join(map(json.dumps, rows)), ".txt": "\n".join(row["prompt"] for row in rows),
+    }.get(kind, "\n".join(lines))  # fmt: skip
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    with pa.output_stream(str(path), compression=compression) as file:
+        file.write(text.encode())
+    return path
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "ndjson", "parquet", "arrow", "txt"])
+def test_every_kind_of_file_gives_the_text_as_it_was_written(tmp_path, kind, compression):
+    rows = [{"prompt": "007", "note": "NA"}, {"prompt": "true", "note": "2026-01-02"}, {"prompt": "é", "note": ""}]
+    if compression and kind in ("parquet", "arrow"):
+        pytest.skip("these compress their columns themselves")
+    found = local(as_file(tmp_path / f"data.{kind}{compression}", rows)).rows
+    assert contents(found) == ["007", "true", "é"]
+    if kind != "txt":
+        assert [row.columns for row in found] == [{"note": "NA"}, {"note": "2026-01-02"}, {"note": ""}]
+
+
+def test_a_cell_may_hold_megabytes(tmp_path):
+    path = write(tmp_path / "a.csv", f'prompt,answer\n"{"word " * 500_000}",1\nshort,2\n')
+    assert [len(row.content) for row in local(path).rows] == [2_500_000, 5]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("prompt,answer\na,b\nc\n", "line 3: it has 1 cells, the header 2"),
+        ("prompt,answer\na,b,c\n", "line 2: it has 3 cells, the header 2"),
+        ('prompt\n"a\n', "unexpected end of data"),
+        ("", "the file is empty"),
+    ],
+)
+def test_a_csv_that_does_not_add_up_is_told_with_its_line(tmp_path, text, told):
+    assert told in complaint(local, write(tmp_path / "a.csv", text))
+
+
+def test_a_folder_of_train_and_test_files_follows_split_and_leaves_documents_aside(tmp_path):
+    for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl", "README.md", "LICENSE", "dataset_infos.json"):
+        write(tmp_path / name, json.dumps({"prompt": name}))
+    assert contents(local(tmp_path).rows) == ["train-0.jsonl", "train-1.jsonl"]
+    assert contents(local(tmp_path, split="test").rows) == ["test.jsonl"]
+    message = complaint(local, tmp_path, split="validation")
+    assert "named after the splits 'test', 'train', and none after split='validation'" in message
+    other = tmp_path / "other"
+    other.mkdir()
+    write(other / "trainers.csv", "prompt\na\n")  # not a split's name
+    assert contents(local(other, split="train").rows) == ["a"]
+
+
+def test_folders_of_save_to_disk_are_read_by_split(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list([{"prompt": "a", "label": 1}, {"prompt": "b", "label": None}])
+    data.save_to_disk(tmp_path / "one")
+    found = [(row.content, row.columns) for row in local(tmp_path / "one").rows]
+    assert found == [("a", {"label": 1}), ("b", {"label": None})]
+    datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(tmp_path / "two")
+    assert contents(local(tmp_path / "two", split="test").rows) == ["b"]
+    assert "no split 'valid'; it has 'train', 'test'" in complaint(local, tmp_path / "two", split="valid")
+
+
+def test_tables_in_memory_are_rows():
+    pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
+    rows = [{"prompt": "Tell me a joke", "answer": "a"}, {"prompt": "Name a river", "answer": None}]
+    frame = pandas.DataFrame(rows, index=[7, 8])
+    for table in (frame, pa.Table.from_pylist(rows), datasets.Dataset.from_list(rows)):
+        assert [(row.content, row.columns) for row in memory(table, shuffle=False).rows] == [
+            ("Tell me a joke", {"answer": "a"}),
+            ("Name a river", {"answer": None}),
+        ]
+    assert contents(memory(frame["prompt"], shuffle=False).rows) == ["Tell me a joke", "Name a river"]
+    assert DatasetConfig(prompts=frame).source == DatasetSource.MEMORY
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
+    with pytest.raises(ConfigError, match=r"holds the splits train: give one of them"):
+        DatasetConfig(prompts=splits)
+
+
+def test_polars_frames_are_rows():
+    polars = pytest.importorskip("polars")
+    frame = polars.DataFrame({"prompt": ["a", "b"], "n": [1, None]})
+    assert [row.columns for row in memory(frame, shuffle=False).rows] == [{"n": 1}, {"n": None}]
+    assert contents(memory(frame["prompt"], shuffle=False).rows) == ["a", "b"]
+
+
+def test_a_path_is_a_name(tmp_path):
+    config = DatasetConfig(name=write(tmp_path / "a.txt", "one\n"))
+    assert (config.source, config.name) == (DatasetSource.LOCAL, str(tmp_path / "a.txt"))
+
+
+def test_a_chat_stored_as_json_text_is_a_chat(tmp_path):
+    path = write(tmp_path / "a.jsonl", json.dumps({"prompt": json.dumps(CHAT)}) + "\n" + json.dumps({"prompt": "[1]"}))
+    assert contents(local(path).rows) == [CHAT, "[1]"]
+    assert contents(memory(['[{"a": 1}]', "[not json", "[]"], shuffle=False).rows) == ['[{"a": 1}]', "[not json", "[]"]
 
 
 def test_a_capital_suffix_is_the_same_kind(tmp_path):
@@ -182,9 +309,9 @@ def test_memory_takes_strings_dicts_and_chats():
     prompts = ["plain", {"prompt": "with", "label": 1}, CHAT, {"prompt": CHAT, "label": 2}]
     rows = memory(prompts, shuffle=False).rows
     assert [(row.row, row.content, row.columns) for row in rows] == [
-        (0, "plain", {}),
+        (0, "plain", {"label": None}),
         (1, "with", {"label": 1}),
-        (2, CHAT, {}),
+        (2, CHAT, {"label": None}),
         (3, CHAT, {"label": 2}),
     ]
     assert [row.text for row in rows] == ["plain", "with", "Hello", "Hello"]
@@ -281,7 +408,7 @@ def test_a_column_missing_from_a_later_row_is_told_with_its_number():
 )
 def test_a_row_that_cannot_be_a_prompt_is_named_by_number_with_why(content, problem):
     rows = [{"prompt": "good"}, {"prompt": content}, {"prompt": "good"}]
-    message = complaint(memory, rows)
+    message = complaint(make_prompts, rows, DatasetConfig(), "Here")
     assert "1 of 3 prompts in column 'prompt'" in message
     assert re.search(rf"row 1 \([^)]*{problem}", message)
 
@@ -293,9 +420,15 @@ def test_many_bad_rows_are_counted_and_the_first_ten_named():
     assert message.endswith("and 15 more.")
 
 
-def test_empty_cells_of_a_csv_are_named(tmp_path):
-    message = complaint(local, write(tmp_path / "a.csv", 'prompt,label\na,1\n"",2\nb,3\n'))
-    assert "row 1 (empty)" in message
+def test_empty_prompts_of_a_dataset_are_left_out_and_told_unless_they_are_most(tmp_path, caplog):
+    path = write(tmp_path / "a.csv", 'prompt,label\na,1\n"",2\nb,3\n')
+    assert [(row.row, row.content) for row in local(path).rows] == [(0, "a"), (2, "b")]
+    assert "1 of 3 prompts are empty and left out: rows 1." in caplog.text
+    rows = ["a", "b", None, "", {"prompt": []}, *"cdefg"]
+    assert contents(memory(rows, shuffle=False).rows) == [*"abcdefg"]
+    assert "rows 2, 3, 4." in caplog.text
+    assert "row 1 (empty), row 2 (empty)" in complaint(memory, ["a", "", ""])
+    assert "row 1 (int, not text), row 2 (empty)" in complaint(memory, ["a", 3, "", "b", "c"])
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl", "a.txt"])
@@ -410,7 +543,7 @@ def test_a_csv_prompt_that_looks_like_a_number_stays_text(tmp_path):
     (tmp_path / "p.csv").write_text("prompt,answer\n007,1\n42,2\n")
     prompts = load_prompts(DatasetConfig(source="local", name=str(tmp_path / "p.csv"), shuffle=False)).rows
     assert [prompt.content for prompt in prompts] == ["007", "42"]
-    assert [prompt.columns["answer"] for prompt in prompts] == [1, 2]
+    assert [prompt.columns["answer"] for prompt in prompts] == ["1", "2"]
 
 
 def test_a_csv_with_two_columns_of_one_name_is_refused(tmp_path):

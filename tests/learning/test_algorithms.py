@@ -338,7 +338,7 @@ def test_dapo_charges_long_responses_and_leaves_equal_groups_out(rolled):
     lengths = [len(ratios) for ratios, _ in plain(rolled)]
     assert max(lengths) == 8 and min(lengths) <= 4
     scores = [0.5] * 4 + SCORES[4:]
-    config = TrainingConfig(algorithm="dapo", batch_size=8, overlong_share=0.5, overlong_penalty=2.0)
+    config = settings("dapo", overlong_share=0.5, overlong_penalty=2.0)
     charged = [score - 2.0 * max(0.0, (n - 4) / 4) for score, n in zip(scores, lengths, strict=True)]
     expected = []
     for start in (0, 4):
@@ -347,11 +347,11 @@ def test_dapo_charges_long_responses_and_leaves_equal_groups_out(rolled):
     found = compute_advantages(rolled, scored(scores), config, 0.0)
     check(found.advantages, rolled, [[a] * n for a, n in zip(expected, lengths, strict=True)])
     assert found.kl_loss_weight == 0.0
-    without = TrainingConfig(algorithm="dapo", batch_size=8, overlong_penalty=0.0)
-    found = compute_advantages(rolled, scored(scores), without, 0.0)
+    whole = TrainingConfig(algorithm="dapo", batch_size=8)  # equal but for the penalty is equal
+    found = compute_advantages(rolled, scored(scores), whole, 0.0)
     assert not found.mask[:4].any()  # they have no part in the token average either
     assert torch.equal(found.mask[4:], rolled.response_mask[4:])
-    assert reasons_left_out(rolled, scored(scores), without) == ["equal group"] * 4 + [None] * 4
+    assert reasons_left_out(rolled, scored(scores), whole) == ["equal group"] * 4 + [None] * 4
 
 
 def test_an_equal_group_is_equal_in_all_parts_for_gdpo(rolled):

@@ -208,7 +208,8 @@ def test_only_folders_with_a_checkpoints_name_are_checkpoints(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-99").write_text("a file")
     (tmp_path / "checkpoint-50").symlink_to(tmp_path / "checkpoint-2")
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+    (tmp_path / "checkpoint-60").symlink_to(tmp_path / "nowhere")
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10", "checkpoint-50"]
 
 
 def test_files_below_a_folder_are_sealed_too_and_none_outside_is_looked_at(tmp_path):

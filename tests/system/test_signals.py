@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from konic.finetuning.system.signals import sigterm_as_interrupt, uninterrupted
+from konic.finetuning.system.signals import stopping_on_signals, uninterrupted
 
 
 @pytest.fixture
@@ -45,13 +45,13 @@ def test_a_second_ctrl_c_does_not_wait():
 
 
 def test_a_termination_ends_the_process_once_the_run_has_ended(terminations):
-    with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt():
+    with pytest.raises(KeyboardInterrupt), stopping_on_signals():
         os.kill(os.getpid(), signal.SIGTERM)
     assert len(terminations) == 1
 
 
 def test_a_swallowed_termination_is_remembered(terminations):
-    with sigterm_as_interrupt() as handler:
+    with stopping_on_signals() as handler:
         with contextlib.suppress(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
@@ -61,8 +61,8 @@ def test_a_swallowed_termination_is_remembered(terminations):
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_termination_in_a_block_that_fails_is_remembered_and_the_error_goes_on(terminations, depth):
-    with sigterm_as_interrupt() as handler:
+    with stopping_on_signals() as handler:
         with pytest.raises(ValueError, match="of the block"):
             asked(signal.SIGTERM, done=[], depth=depth, error=ValueError("of the block"))
-        assert handler.came
+        assert handler.termination is not None
     assert len(terminations) == 1

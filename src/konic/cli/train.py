@@ -37,10 +37,14 @@ def train(
     from konic.cli.scripts import load_agent
     from konic.cli.settings import set_settings
     from konic.finetuning import KonicFinetuningEngine
+    from konic.finetuning.run.session import INTERRUPTED
 
     agent, changes = set_settings(load_agent(script), settings or [])
     for line in changes:
         typer.echo(line, err=True)
-    KonicFinetuningEngine.from_agent(agent, checkpoint_dir=output, device=device).train(
+    engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=output, device=device)
+    result = engine.train(
         max_iterations, save_every, resume, save_total_limit=save_total_limit, allow_changes=allow_changes
     )
+    if result.stopped_because == INTERRUPTED:
+        raise typer.Exit(130)  # as a shell says that Ctrl-C ended a command

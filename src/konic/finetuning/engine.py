@@ -15,7 +15,7 @@ from konic.finetuning.rollout.evaluation import respond
 from konic.finetuning.run.saving import write_model
 from konic.finetuning.run.session import INTERRUPTED, Session
 from konic.finetuning.system.files import as_path, filling_folder
-from konic.finetuning.system.signals import sigterm_as_interrupt, uninterrupted
+from konic.finetuning.system.signals import stopping_on_signals, uninterrupted
 from konic.finetuning.trainer import Trainer
 
 
@@ -82,17 +82,17 @@ class KonicFinetuningEngine:
             KonicError: Something the user can fix. Every whole iteration before it is kept.
         """
         session, callbacks = self._current_session(), Callbacks(self.callback)
-        with sigterm_as_interrupt() as sigterm, session.scorer:
+        with stopping_on_signals() as stop, session.scorer:
             _check_counts(max_iterations=max_iterations, save_every=save_every, save_total_limit=save_total_limit)
             session.check()
             with session.opened(max_iterations, resume_from_checkpoint, allow_changes) as last_iteration:
                 saver = session.saver(callbacks, last_iteration, save_every, save_total_limit)
-                callbacks.on_train_begin(session.settings(last_iteration))
-                for result in session.state.history if resume_from_checkpoint else ():
-                    callbacks.should_stop_early(result)
                 with callbacks.reporting_errors():
+                    callbacks.on_train_begin(session.settings(last_iteration))
+                    for result in session.state.history if resume_from_checkpoint else ():
+                        callbacks.should_stop_early(result)
                     try:
-                        stopped = Trainer(session, callbacks, saver, last_iteration).run(sigterm)
+                        stopped = Trainer(session, callbacks, saver, last_iteration).run(stop)
                     except BaseException as error:
                         if not isinstance(error, KeyboardInterrupt) or not session.weights_are_whole:
                             with uninterrupted():

@@ -11,6 +11,7 @@ from konic.finetuning.callbacks.trackers import MLflowTracker
 from konic.finetuning.errors import ConfigError, printable
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
+from konic.finetuning.system.output import is_terminal, write_line
 
 
 class KonicFinetuningCallback(BaseKonicFinetuningCallback):
@@ -71,7 +72,7 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         lines += [f"LoRA: {config['use_lora']}", f"Learning Rate: {config['learning_rate']:g}"]
         lines += [f"Batch Size: {config['batch_size']}", f"Max Iterations: {config['max_iterations']}", rule, ""]
         _print("\n".join(lines))
-        if sys.stderr.isatty():
+        if is_terminal(sys.stderr):
             self._progress = Progress(
                 TextColumn("{task.description:<10}"),
                 BarColumn(),
@@ -80,7 +81,7 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
-                redirect_stdout=sys.stdout.isatty(),
+                redirect_stdout=is_terminal(sys.stdout),
                 transient=True,
             )
             done = config.get("iterations_done", 0)
@@ -105,7 +106,7 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         self._phase("updating")
         if self.verbose and self.log_samples:
             for (prompt, response), reward in zip(self._samples, rewards, strict=False):
-                print(f"  {reward:+.3f}  {printable(prompt)} → {printable(response)}", file=sys.stderr)  # noqa: T201
+                write_line(f"  {reward:+.3f}  {printable(prompt)} → {printable(response)}", sys.stderr)
 
     def on_iteration_end(self, result: FinetuningIterationResult) -> None:
         """Print the iteration's line and log its metrics."""
@@ -157,4 +158,4 @@ def iteration_line(result: FinetuningIterationResult) -> str:
 
 
 def _print(text: str) -> None:
-    print(text, flush=True)  # noqa: T201
+    write_line(text, sys.stdout)

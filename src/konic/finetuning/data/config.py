@@ -1,5 +1,6 @@
 """Where prompts come from: validated settings."""
 
+import os
 import string
 from collections.abc import Mapping
 from enum import StrEnum
@@ -13,16 +14,44 @@ from konic.finetuning.errors import ConfigError
 from konic.finetuning.system.files import as_path
 
 
+def _name_as_text(name: Any) -> Any:
+    return os.fspath(name) if isinstance(name, os.PathLike) else name
+
+
+def _rows_of(prompts: Any) -> Any:
+    """Return the rows of a table in memory (pandas, polars, `datasets`, pyarrow); anything else as it is."""
+    package = type(prompts).__module__.partition(".")[0]
+    if isinstance(prompts, set | frozenset):
+        raise ValueError("prompts is a set, which has no order: give a list")
+    if package == "pandas":
+        plain = prompts.astype(object).where(prompts.notna(), None)  # a missing value is None, as in other tables
+        return plain.to_dict("records") if hasattr(prompts, "columns") else plain.tolist()
+    if package == "polars":
+        return prompts.to_dicts() if hasattr(prompts, "to_dicts") else prompts.to_list()
+    if package == "pyarrow":
+        return prompts.to_pylist()
+    if package == "datasets":
+        if hasattr(prompts, "keys"):
+            raise ValueError(f"prompts holds the splits {', '.join(prompts)}: give one of them, prompts=data['train']")
+        return list(prompts)
+    return prompts
+
+
+_GIVEN_AS = {"name": _name_as_text, "prompts": _rows_of}
+"""How values of other kinds that people have in hand become a field's own."""
+
+
 class DatasetSource(StrEnum):
     """Where prompts come from."""
 
     HUGGINGFACE = "huggingface"
     """`name` is a Hub dataset: `imdb`, `yelp_polarity`, `tatsu-lab/alpaca`."""
     LOCAL = "local"
-    """`name` is a csv, json, jsonl, parquet or txt file, or a folder of files of one kind. A txt file holds one prompt
-    per line, in the column `text`."""
+    """`name` is a csv, tsv, json, jsonl, ndjson, parquet, arrow or txt file, also compressed (gz, zst), a folder of
+    files of one kind, or a folder of `save_to_disk`. A txt file holds one prompt per line, in the column `text`."""
     MEMORY = "memory"
-    """`prompts` holds the prompts: strings, lists of chat messages, or dicts with more columns."""
+    """`prompts` holds the prompts: strings, lists of chat messages, or dicts with more columns; or a table of pandas,
+    polars, `datasets` or pyarrow."""
     BUNDLED = "bundled"
     """Openings of movie reviews, shipped with the package, in two fixed splits: `train` and `held_out`."""
 
@@ -43,7 +72,7 @@ class DatasetConfig(Settings):
     prompt_column: str = "prompt"
     """The column that holds a prompt: a string, or a list of chat messages."""
     split: str = "train"
-    """The split to train on, for HUGGINGFACE and BUNDLED."""
+    """The split to train on, for HUGGINGFACE, BUNDLED and folders with a file for each split."""
     subset: str | None = None
     """The configuration to load, for a Hub dataset that has several."""
     revision: str | None = None
@@ -79,8 +108,8 @@ class DatasetConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _source_follows_from_what_is_given(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("prompts"), set | frozenset):
-            raise ValueError("prompts is a set, which has no order: give a list")
+        if isinstance(values, dict):
+            values = {**values, **{name: given(values[name]) for name, given in _GIVEN_AS.items() if name in values}}
         if not isinstance(values, dict) or values.get("source") is not None:
             return values
         if values.get("prompts") is not None:
@@ -111,8 +140,8 @@ class DatasetConfig(Settings):
                 "split='held_out' would train on the same prompts that held_out reserves for evaluation: "
                 "use split='train' or held_out=0"
             )
-        if source in (DatasetSource.LOCAL, DatasetSource.MEMORY) and self.split != "train":
-            raise ValueError(f"split={self.split!r} goes with source=HUGGINGFACE or BUNDLED, not {source.name}")
+        if source is DatasetSource.MEMORY and self.split != "train":
+            raise ValueError(f"split={self.split!r} goes with a dataset that has splits, not with prompts=[...]")
         if source is not DatasetSource.HUGGINGFACE:
             for name in ("subset", "revision", "token", "streaming"):
                 if getattr(self, name):

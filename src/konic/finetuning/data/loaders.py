@@ -1,13 +1,18 @@
 """A source's name -> rows: reads files, the bundled prompts, and datasets from the Hugging Face Hub."""
 
 import contextlib
+import csv
+import io
 import json
+import re
+import sys
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import pyarrow.csv
+import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 
 from konic.finetuning.errors import DatasetError, explain_hub_error
@@ -25,40 +30,114 @@ def read_bundled(split: str) -> list[Any]:
     return [{"prompt": line} for line in text.splitlines()]
 
 
-def read_local(name: str, *text_columns: str) -> list[Any]:
-    """Return the rows of a csv, json, jsonl, parquet or txt file, or of a folder that holds one kind of these files.
+def read_local(name: str, split: str = "train") -> list[Any]:
+    """Return the rows of a file, of a folder of files of one kind, or of a folder written by `save_to_disk`.
 
-    A csv file does not declare types: its `text_columns` are read as text, even where a value looks like a number.
+    Files are csv, tsv, json, jsonl, ndjson, parquet, arrow or txt, as they are or compressed with gz or zst. Text files
+    must be UTF-8. A csv or tsv file does not declare types, so every cell is text as it was written, and an empty cell
+    is empty text. In a folder whose files are named after splits (`train.csv`, `test-00.csv`), only those of `split`
+    are read; documents such as README.md are left aside.
 
     Raises:
-        DatasetError: The path does not exist, the folder holds several kinds of files, or a file cannot be read in the
-            format of its extension.
+        DatasetError: The path does not exist, the folder holds several kinds of files or not the split, or a file
+            cannot be read in the format of its extension.
     """
     path = as_path(name, "DatasetConfig(name)", DatasetError)
     if not path.exists():
         raise DatasetError(f"Dataset {name!r}: there is no such file or folder: {str(path.absolute())!r}.")
-    paths = sorted(file for file in path.iterdir() if not file.name.startswith(".")) if path.is_dir() else [path]
-    suffixes = {file.suffix.lower() for file in paths}
-    if len(suffixes) != 1 or not suffixes <= _READERS.keys():
+    if path.is_file() and split != "train":
+        raise DatasetError(f"Dataset {name!r}: is one file, so split={split!r} chooses nothing. Leave split out.")
+    if path.is_dir() and any((path / marker).is_file() for marker in _SAVED_TO_DISK):
+        return _read_saved(path, name, split)
+    paths = _files_of(path, name, split) if path.is_dir() else [path]
+    kinds = {_kind(file) for file in paths}
+    if len(kinds) != 1 or not kinds <= _READERS.keys():
         raise DatasetError(
-            f"Dataset {name!r}: expected one kind of file (one of {', '.join(_READERS)}), found "
-            f"{', '.join(sorted(suffixes)) or 'nothing'}."
+            f"Dataset {name!r}: expected one kind of file ({', '.join(_READERS)}; also with .gz or .zst), found "
+            f"{', '.join(sorted(kind or 'no extension' for kind in kinds)) or 'nothing'}."
         )
-    suffix = suffixes.pop()
+    kind = kinds.pop()
+    rows = []
+    for file in paths:
+        try:
+            rows += _READERS[kind](_content(file))
+        except UnicodeDecodeError as error:
+            raise DatasetError(f"{_named(name, path, file)} is not UTF-8 text: {_explain_encoding(error)}") from None
+        except (OSError, ValueError, RecursionError, csv.Error) as error:
+            raise DatasetError(
+                f"{_named(name, path, file)} cannot be read as {kind[1:]}: {str(error).rstrip('.')}. Fix the file, or "
+                "rename it with the extension of its real format."
+            ) from None
+    return rows
+
+
+def _named(name: str, path: Path, file: Path) -> str:
+    return f"Dataset {name!r}, file {file.name!r}," if path.is_dir() else f"Dataset {name!r}"
+
+
+def _kind(file: Path) -> str:
+    """Return the extension of a file's format: `.csv` for `a.csv` and for `a.csv.gz`."""
+    inner = file.with_suffix("") if file.suffix.lower() in _COMPRESSIONS else file
+    return inner.suffix.lower()
+
+
+def _content(file: Path) -> bytes:
+    """Return the bytes of a file, decompressed."""
+    compression = _COMPRESSIONS.get(file.suffix.lower())
+    if compression is None:
+        return file.read_bytes()
+    with pyarrow.input_stream(str(file), compression=compression) as stream:
+        return bytes(stream.read())
+
+
+def _files_of(folder: Path, name: str, split: str) -> list[Path]:
+    """Return the data files of a folder; those of one split if their names say so.
+
+    Raises:
+        DatasetError: The files are named after splits, but not after this one.
+    """
+    hidden_or_about = (".", "README", "LICENSE", "dataset_info")
+    found = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(hidden_or_about))
+    data = [file for file in found if _kind(file) in _READERS]
+    by_split: dict[str, list[Path]] = {}
+    for file in data:
+        word = re.split(r"[^a-z]", file.name.lower())[0]
+        if word in _SPLIT_WORDS:
+            by_split.setdefault(_SPLIT_WORDS[word], []).append(file)
+    wanted = _SPLIT_WORDS.get(split.lower(), split)
+    if not by_split:
+        return found
+    if wanted not in by_split:
+        raise DatasetError(
+            f"Dataset {name!r}: its files are named after the splits {', '.join(map(repr, by_split))}, and none after "
+            f"split={split!r}. Name one of them, or one file."
+        )
+    return by_split[wanted]
+
+
+def _read_saved(folder: Path, name: str, split: str) -> list[Any]:
+    """Return the rows of a folder that `datasets` wrote with `save_to_disk`."""
+    import datasets
+
     try:
-        rows = []
-        for file in paths:
-            rows += _READERS[suffix](file, text_columns)
-        return rows
-    except (OSError, ValueError, UnicodeError, RecursionError) as error:
-        where = f", in {file.name!r}," if path.is_dir() else ""
-        reason = str(error).rstrip(".")
-        fix = (
-            "Save it as UTF-8."
-            if "utf" in reason.lower()
-            else "Fix the file, or rename it with the extension of its real format."
-        )
-        raise DatasetError(f"Dataset {name!r}{where} cannot be read as {suffix[1:]}: {reason}. {fix}") from None
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"Dataset {name!r} cannot be read as a folder of save_to_disk: {error}.") from None
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise DatasetError(f"Dataset {name!r} has no split {split!r}; it has {', '.join(map(repr, saved))}.")
+        saved = saved[split]
+    return list(saved)
+
+
+def _explain_encoding(error: UnicodeDecodeError) -> str:
+    """Return what a text's encoding probably is, where it stops being UTF-8, and the fix."""
+    data, at = error.object, error.start
+    guess = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "Latin-1 or Windows-1252"
+    line = data.count(b"\n", 0, at) + 1
+    shown = data[max(0, at - 10) : at + 10].decode("latin-1")
+    where = "" if guess == "UTF-16" else f" Line {line} holds the byte 0x{data[at]:02x} in {shown!r}."
+    return f"it may be {guess}.{where} Save it as UTF-8."
 
 
 def read_hub(
@@ -123,28 +202,46 @@ def _canonical_id(name: str, token: str | None) -> str:
     return name
 
 
-def _read_csv(path: Path, text_columns: tuple[str, ...]) -> list[Any]:
-    table = pyarrow.csv.read_csv(
-        path,
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(text_columns, pyarrow.string())),
-    )
-    repeated = {name for name in table.column_names if table.column_names.count(name) > 1}
-    if repeated:
-        raise ValueError(f"more than one column is named {', '.join(map(repr, sorted(repeated)))}")
-    return table.to_pylist()
+def _read_table(content: bytes, delimiter: str) -> list[Any]:
+    text = content.decode("utf-8-sig")
+    limit = csv.field_size_limit(sys.maxsize)  # a cell may hold a whole document
+    try:
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        header = next((line for line in lines if line), [])
+        repeated = {name for name in header if header.count(name) > 1}
+        if not header:
+            raise ValueError("the file is empty")
+        if repeated:
+            raise ValueError(f"more than one column is named {', '.join(map(repr, sorted(repeated)))}")
+        rows = []
+        for line in lines:
+            if len(line) != len(header) and line:
+                raise ValueError(f"line {lines.line_num}: it has {len(line)} cells, the header {len(header)}")
+            if line or len(header) == 1:
+                rows.append(dict(zip(header, line or [""], strict=True)))
+        return rows
+    finally:
+        csv.field_size_limit(limit)
 
 
-def _read_json(path: Path, text_columns: tuple[str, ...]) -> list[Any]:
-    rows = json.loads(path.read_text(encoding="utf-8-sig"))
+def _read_csv(content: bytes) -> list[Any]:
+    return _read_table(content, ",")
+
+
+def _read_tsv(content: bytes) -> list[Any]:
+    return _read_table(content, "\t")
+
+
+def _read_json(content: bytes) -> list[Any]:
+    rows = json.loads(content.decode("utf-8-sig"))
     if not isinstance(rows, list):
         raise ValueError(f"the top level is a {type(rows).__name__}, not a list of rows")
     return rows
 
 
-def _read_jsonl(path: Path, text_columns: tuple[str, ...]) -> list[Any]:
+def _read_jsonl(content: bytes) -> list[Any]:
     rows = []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(_lines(content), start=1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -153,25 +250,41 @@ def _read_jsonl(path: Path, text_columns: tuple[str, ...]) -> list[Any]:
     return rows
 
 
-def _read_parquet(path: Path, text_columns: tuple[str, ...]) -> list[Any]:
-    return pyarrow.parquet.read_table(path).to_pylist()
+def _read_parquet(content: bytes) -> list[Any]:
+    return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
 
 
-def _read_txt(path: Path, text_columns: tuple[str, ...]) -> list[Any]:
-    names = {"text"} | ({"prompt"} & set(text_columns))  # `prompt` is the default prompt column
-    return [dict.fromkeys(names, line) for line in _lines(path)]
+def _read_arrow(content: bytes) -> list[Any]:
+    try:
+        return pyarrow.ipc.open_file(content).read_all().to_pylist()
+    except pyarrow.ArrowInvalid:
+        return pyarrow.ipc.open_stream(content).read_all().to_pylist()
 
 
-def _lines(path: Path) -> list[str]:
+def _read_txt(content: bytes) -> list[Any]:
+    return [{"text": line, "prompt": line} for line in _lines(content)]
+
+
+def _lines(content: bytes) -> list[str]:
     """Return the lines of a text file. Only a newline ends a line: text may hold the other Unicode line separators."""
-    text = path.read_text(encoding="utf-8-sig").removesuffix("\n")
+    text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
     return text.split("\n") if text else []
 
 
-_READERS: dict[str, Callable[[Path, tuple[str, ...]], list[Any]]] = {
+_READERS: dict[str, Callable[[bytes], list[Any]]] = {
     ".csv": _read_csv,
+    ".tsv": _read_tsv,
     ".json": _read_json,
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
     ".txt": _read_txt,
 }
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_SAVED_TO_DISK = ("state.json", "dataset_dict.json")
+_SPLIT_WORDS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test", "validation": "validation",
+    "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
+}  # fmt: skip
+"""How the first word of a file's name says its split."""

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, assert_never
 
@@ -16,6 +16,9 @@ from konic.finetuning.data.loaders import read_bundled, read_hub, read_local, st
 from konic.finetuning.errors import DatasetError, did_you_mean
 
 logger = logging.getLogger(__name__)
+
+_SKIPPABLE = ("empty", "missing", "no messages", "the last message is empty")
+"""Problems of rows that are left out with a warning, as long as they are at most half of all."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def load_prompts(config: DatasetConfig) -> PromptSet:
     order = _permutation(len(rows), config.shuffle_seed, 0) if config.shuffle else np.arange(len(rows))
     kept = order[: config.max_samples].tolist()
     picked = rows.select(kept) if hasattr(rows, "select") else [rows[index] for index in kept]
-    prompts = _prompts(zip(kept, picked, strict=True), config, _where(config))
+    prompts = _prompts(zip(kept, picked, strict=True), config, _where(config), leaves_out_empty=True)
     if config.source is DatasetSource.BUNDLED:
         candidates = make_prompts(read_bundled("held_out"), config, "The bundled prompts")
         held_out, available = candidates[: config.held_out], len(candidates)
@@ -175,27 +178,60 @@ def make_prompts(rows: Sequence[Any], config: DatasetConfig, where: str) -> list
     return _prompts(enumerate(rows), config, where)
 
 
-def _prompts(numbered: Iterable[tuple[int, Any]], config: DatasetConfig, where: str) -> list[Prompt]:
+def _prompts(
+    numbered: Iterable[tuple[int, Any]], config: DatasetConfig, where: str, leaves_out_empty: bool = False
+) -> list[Prompt]:
     results = [_make_prompt(index, row, config, where) for index, row in numbered]
     bad = sorted((index, problem) for index, problem in results if isinstance(problem, str))
-    if bad:
+    if leaves_out_empty and 2 * len(bad) <= len(results) and all(problem in _SKIPPABLE for _, problem in bad):
+        _warn_of_empty(bad, len(results), where)
+    elif bad:
         named = ", ".join(f"row {index} ({problem})" for index, problem in bad[:10])
         more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
         is_made = config.prompt_template is not None
         origin = "made by prompt_template" if is_made else f"in column {config.prompt_column!r}"
         raise DatasetError(f"{where}: {len(bad)} of {len(results)} prompts {origin} cannot be used: {named}{more}.")
-    return [prompt for _, prompt in results if isinstance(prompt, Prompt)]
+    return _with_equal_columns([prompt for _, prompt in results if isinstance(prompt, Prompt)])
+
+
+def _warn_of_empty(bad: Sequence[tuple[int, str]], count: int, where: str) -> None:
+    if bad:
+        named = ", ".join(str(index) for index, _ in bad[:10])
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        logger.warning("%s: %d of %d prompts are empty and left out: rows %s%s.", where, len(bad), count, named, more)
+
+
+def _is_empty(numbered: tuple[int, Any], config: DatasetConfig, where: str) -> bool:
+    """True, with a warning, for a row of a stream that has no prompt."""
+    index, found = _make_prompt(*numbered, config, where)
+    if found not in _SKIPPABLE:
+        return False
+    logger.warning("%s: the prompt of row %d is %s and left out.", where, index, found)
+    return True
+
+
+def _with_equal_columns(prompts: list[Prompt]) -> list[Prompt]:
+    """Return the prompts with the columns of all of them; a value that a row lacks is None."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    return [
+        prompt
+        if len(prompt.columns) == len(names)
+        else replace(prompt, columns={name: prompt.columns.get(name) for name in names})
+        for prompt in prompts
+    ]
 
 
 def _make_prompt(index: int, row: Any, config: DatasetConfig, where: str) -> tuple[int, Prompt | str]:
     """Return the row's number with its prompt, or with the reason why the row has no usable prompt."""
     columns = dict(row) if isinstance(row, Mapping) else {config.prompt_column: row}
+    content: Any
     if config.prompt_template is not None:
         content = _fill_template(config.prompt_template, index, columns, where)
     elif config.prompt_column in columns:
         content = columns.pop(config.prompt_column)
     else:
         raise _missing_column(config.prompt_column, index, columns, where, "DatasetConfig(prompt_column=...)")
+    content = _chat_from_text(content)
     problem = _find_problem(content)
     if problem:
         return index, problem
@@ -205,6 +241,18 @@ def _make_prompt(index: int, row: Any, config: DatasetConfig, where: str) -> tup
         if content[0]["role"] != "system":
             content = [{"role": "system", "content": config.system_prompt}, *content]
     return index, Prompt(index, content if isinstance(content, str) else list(content), columns)
+
+
+def _chat_from_text(content: Any) -> Any:
+    """Return the messages of a chat that is stored as JSON text; anything else as it is."""
+    if not isinstance(content, str) or not content.lstrip().startswith("["):
+        return content
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    is_chat = bool(found) and all(isinstance(part, dict) and {"role", "content"} <= part.keys() for part in found)
+    return found if is_chat else content
 
 
 def _fill_template(template: str, index: int, columns: Mapping[str, Any], where: str) -> str:
@@ -275,7 +323,7 @@ def _read(config: DatasetConfig) -> Any:
         case DatasetSource.BUNDLED:
             return read_bundled(config.split)
         case DatasetSource.LOCAL:
-            return read_local(str(config.name), config.prompt_column)
+            return read_local(str(config.name), config.split)
         case DatasetSource.HUGGINGFACE:
             settings = config.subset, config.split, config.revision, config.token
             return read_hub(str(config.name), *settings, streaming=False)
@@ -288,7 +336,8 @@ def _open_stream(config: DatasetConfig) -> PromptSet:
     where = _where(config)
     dataset = read_hub(str(config.name), config.subset, config.split, config.revision, config.token, streaming=True)
     numbered = stream_rows(dataset, config.shuffle_seed if config.shuffle else None, where)
-    rows = (prompt for pair in islice(numbered, config.max_samples) for prompt in _prompts([pair], config, where))
+    pairs = (pair for pair in islice(numbered, config.max_samples) if not _is_empty(pair, config, where))
+    rows = (prompt for pair in pairs for prompt in _prompts([pair], config, where))
     held_out, first = list(islice(rows, config.held_out)), list(islice(rows, 1))
     if not first:
         raise DatasetError(f"{where}: no rows are left to train on after held_out={config.held_out}.")

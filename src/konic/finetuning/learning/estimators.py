@@ -139,8 +139,12 @@ def penalised_scores(rollout: Rollout, scores: Scores, config: TrainingConfig) -
 
 
 def in_equal_group(rollout: Rollout, scores: Scores, config: TrainingConfig) -> Tensor:
-    """Return True [B] for the responses whose group has equal penalised scores; for GDPO, equal parts."""
-    rewards, groups = penalised_scores(rollout, scores, config), (-1, config.responses_per_prompt)
+    """Return True [B] for the responses whose group has equal scores, before any penalty; for GDPO, equal parts.
+
+    A penalty for length, which alone would differ, teaches nothing about the reward.
+    """
+    rewards = torch.tensor(scores.filled(), dtype=rollout.values.dtype, device=rollout.values.device)
+    groups = (-1, config.responses_per_prompt)
     if config.algorithm_row.advantages == "parts_normalised":
         parts, mask, _ = _parts_of(scores, rewards)
     else:

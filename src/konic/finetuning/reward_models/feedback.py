@@ -36,7 +36,7 @@ def read_preferences(data: str) -> list[Preference]:
     Raises:
         DatasetError: A row holds something else; the message names the row.
     """
-    rows = _rows(data, "prompt", "chosen", "rejected")
+    rows = _rows(data)
     _require_columns(data, rows, ("chosen", "rejected"))
     return [_preference(row, f"{data}, row {number}") for number, row in enumerate(rows)]
 
@@ -47,17 +47,17 @@ def read_labelled(data: str, text: str, label: str) -> list[Labelled]:
     Raises:
         DatasetError: A column is missing, or a row has no text or no label.
     """
-    rows = _rows(data, text, label)
+    rows = _rows(data)
     _require_columns(data, rows, (text, label))
     for number, row in enumerate(rows):
-        if not isinstance(row[text], str) or not row[text].strip() or row[label] is None:
+        if not isinstance(row[text], str) or not row[text].strip() or row[label] in (None, ""):
             raise DatasetError(f"{data}, row {number}: needs a text in {text!r} and a label in {label!r}.")
     return [Labelled(row[text], str(row[label])) for row in rows]
 
 
-def _rows(data: str, *text_columns: str) -> list[Any]:
+def _rows(data: str) -> list[Any]:
     if Path(data).expanduser().exists():
-        return read_local(data, *text_columns)
+        return read_local(data)
     return list(read_hub(data, None, "train", None, None, streaming=False))
 
 

@@ -190,7 +190,7 @@ def read_responses(name: str) -> list[Sample]:
     Raises:
         DatasetError: The file does not exist or has no rows, or a row has no response.
     """
-    rows = read_local(name, "prompt", "response")
+    rows = read_local(name)
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping) or not isinstance(row.get("response"), str):
             raise DatasetError(f"{name}, row {number}: needs a text in the column 'response'.")

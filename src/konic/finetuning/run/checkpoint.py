@@ -110,7 +110,7 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
 def checkpoints(run_folder: Path) -> list[Path]:
     """The checkpoints in a run's folder, whole or not, by iteration."""
     named = [path for path in run_folder.glob("checkpoint-*") if _NAMED.fullmatch(path.name)]
-    return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=iteration_number)
+    return sorted((path for path in named if path.is_dir()), key=iteration_number)
 
 
 def iteration_number(checkpoint: Path) -> int:

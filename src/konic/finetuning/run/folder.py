@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +35,10 @@ _METRICS_FILE = "metrics.jsonl"
 _RUN_FILE = "run.json"
 _LOCK_FILE = ".lock"
 _PART = "reward/"
+_WRITTEN = (
+    _METRICS_FILE, _RUN_FILE, "completions", "evaluations", "checkpoint-*", "broken-checkpoint-*", "best", "final",
+)  # fmt: skip
+"""What a run writes into its folder."""
 
 
 class RunFolder:
@@ -61,16 +66,27 @@ class RunFolder:
 
     @property
     def holds_no_checkpoint_yet(self) -> bool:
-        """True where a run started and ended before its first checkpoint."""
-        return (self.path / _RUN_FILE).exists() and not checkpoints(self.path)
+        """True where a run started and ended before its first checkpoint and its first model."""
+        models = ((self.path / name).exists() for name in ("final", "best"))
+        return (self.path / _RUN_FILE).exists() and not checkpoints(self.path) and not any(models)
 
-    def require_no_run(self) -> None:
-        """Raise OutputError if an earlier run is in the folder."""
-        if self.holds_a_run:
-            raise OutputError(
-                f"{self.path}: an earlier run is in this folder. Resume it with train(resume_from_checkpoint=True), or "
-                "name another checkpoint_dir."
-            )
+    def set_earlier_run_aside(self) -> Path | None:
+        """Move what an earlier run wrote here into a new folder `earlier-N` beside it; None if there is nothing.
+
+        Raises:
+            OutputError: Something cannot be moved.
+        """
+        written = [path for pattern in _WRITTEN for path in sorted(self.path.glob(pattern))]
+        if not self.holds_a_run:
+            return None
+        aside = next(path for n in range(1, sys.maxsize) if not (path := self.path / f"earlier-{n}").exists())
+        try:
+            aside.mkdir()
+            for path in written:
+                os.replace(path, aside / path.name)
+        except OSError as error:
+            raise unwritable(error.filename or aside, error) from None
+        return aside
 
     def prepare(self) -> None:
         """Create the folder and check that it can be written.

@@ -32,6 +32,9 @@ _BEFORE_IT_EXISTED: dict[str, Any] = {
 """What a run did before these settings existed; a checkpoint from then does not name them. A correction of the sampler
 changes nothing in fp32, and what rounding does in 16 bits."""
 
+_WHERE_ROWS_ARE = ("source", "name", "split", "subset", "revision")
+"""Where rows come from; the same rows may come from elsewhere."""
+
 
 def checkpoint_to_resume(
     resume: bool | str | os.PathLike[str] | None, run_folder: str | os.PathLike[str] | None
@@ -87,6 +90,10 @@ def require_same_run(
     for name in ("selection", "dataset_config"):  # fields added later have changed nothing that the run had done
         if isinstance(saved.get(name), dict) and isinstance(now.get(name), dict):
             saved[name] = now[name] | saved[name]
+    if saved.get("base_sha256") and saved["base_sha256"] == now.get("base_sha256"):
+        saved["model_name"] = now.get("model_name")  # the same weights under another path
+    if saved.get("prompts_sha256") and saved["prompts_sha256"] == now.get("prompts_sha256"):
+        saved["dataset_config"] |= {name: now["dataset_config"][name] for name in _WHERE_ROWS_ARE}
     decays = now.get("lr_scheduler", "constant") != "constant"  # its rates depend on the length of the run
     free = set(_FREE) - ({"max_iterations"} if decays else set())
     changed = [name for name, value in now.items() if saved.get(name) != value and name not in free]

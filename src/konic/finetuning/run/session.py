@@ -25,7 +25,7 @@ from konic.finetuning.rewards.reducers import WeightedSumReducer
 from konic.finetuning.rewards.scoring import Scorer
 from konic.finetuning.rewards.totals import evaluation_moments
 from konic.finetuning.rollout.evaluation import evaluate
-from konic.finetuning.run.checkpoint import load_checkpoint, read_record
+from konic.finetuning.run.checkpoint import checkpoints, load_checkpoint, read_record
 from konic.finetuning.run.environment import environment
 from konic.finetuning.run.folder import RunFolder
 from konic.finetuning.run.resume import checkpoint_to_resume, newest_checkpoint, require_same_run
@@ -197,7 +197,7 @@ class Session:
             if resume is True:
                 checkpoint = self._newest_checkpoint()
             elif checkpoint is None and not self.state.iteration:
-                folder.require_no_run()
+                self._set_earlier_run_aside()
             if checkpoint is not None:
                 self._load(checkpoint, max_iterations, allow_changes)
             last = max_iterations if resume else self.state.iteration + max_iterations
@@ -223,9 +223,15 @@ class Session:
     def finish(self, saver: Saver, last_iteration: int, stopped: str | None) -> FinetuningResult:
         """Write the last checkpoint, the final and the best model; then evaluate the held-out prompts once more."""
         final = self.folder.path / "final"
-        result = self.result(str(final), stopped)
+        result, is_saved = self.result(str(final), stopped), False
         with contextlib.suppress(KeyboardInterrupt), uninterrupted():
             saver.final(result)
+            is_saved = True
+        if not is_saved:
+            newest = next(reversed(checkpoints(self.folder.path)), None)
+            kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint"
+            logger.warning("A second Ctrl-C stopped the saving: final/ was not written; %s.", kept)
+            return replace(result, model_path=None)
         if self.prompts.held_out and stopped != INTERRUPTED:
             with contextlib.suppress(KeyboardInterrupt):
                 before = self.folder.read_evaluation(0) or self.evaluate_held_out(0)
@@ -251,12 +257,19 @@ class Session:
         return folder
 
     def _newest_checkpoint(self) -> Path | None:
-        """The checkpoint to resume from. None if the run ended before its first one; its folder is then emptied."""
+        """The checkpoint to resume from. None if the run ended before its first one; its files are then set aside."""
         if not self.folder.holds_no_checkpoint_yet or self.state.iteration:
             return newest_checkpoint(self.folder.path)
         logger.warning("%s: the run ended before its first checkpoint. It starts from the beginning.", self.folder.path)
+        self._set_earlier_run_aside()
         self.folder.go_back_to([])
         return None
+
+    def _set_earlier_run_aside(self) -> None:
+        """Move the files of an earlier run away, so that nothing is lost, and say where they are."""
+        aside = self.folder.set_earlier_run_aside()
+        if aside is not None:
+            logger.warning("An earlier run was in %s; its files are now in %s.", self.folder.path, aside)
 
     def _load(self, checkpoint: Path, max_iterations: int, allow_changes: bool) -> None:
         """Restore the state of a checkpoint, and remove from the folder what was written after it."""

@@ -196,7 +196,13 @@ def find_corruption(folder: Path) -> str | None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a sealed folder, the seal first: a folder that is deleted only in part does not count as complete."""
+    """Delete a sealed folder, the seal first: a folder that is deleted only in part does not count as complete.
+
+    Of a link, only the link is deleted.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+        return
     (folder / SEAL_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder)
 

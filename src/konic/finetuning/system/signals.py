@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM -> KeyboardInterrupt: holds signals back while a run's state changes, then delivers them."""
+"""Ctrl-C, SIGTERM and SIGHUP -> KeyboardInterrupt: held back while a run's state changes, and never lost."""
 
 import os
 import signal
@@ -8,33 +8,48 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_TERMINATIONS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Requests to end the process: a scheduler's, and that of a terminal that closes."""
+_SIGNALS = (signal.SIGINT, *_TERMINATIONS)
 
 
-class SigtermHandler:
-    """Turns the first SIGTERM into a KeyboardInterrupt, and records in `came` that a SIGTERM came."""
+class StopHandler:
+    """Turns Ctrl-C and the first termination into a KeyboardInterrupt, and remembers that they came."""
 
     def __init__(self) -> None:
-        self.came = False
+        self.termination: int | None = None
+        """The number of the first SIGTERM or SIGHUP."""
+        self.was_interrupted = False
+        """True once Ctrl-C came."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Record the signal; raise KeyboardInterrupt the first time."""
-        if not self.came:
-            self.came = True
+        """Record the signal and raise KeyboardInterrupt: at every Ctrl-C, and at the first termination."""
+        if number == signal.SIGINT:
+            self.was_interrupted = True
+            raise KeyboardInterrupt
+        if self.termination is None:
+            self.termination = number
             raise KeyboardInterrupt
 
+    def record(self, number: int) -> None:
+        """Remember a signal without raising."""
+        if number == signal.SIGINT:
+            self.was_interrupted = True
+        elif self.termination is None:
+            self.termination = number
+
     def check(self) -> None:
-        """Raise KeyboardInterrupt if a SIGTERM came: a bare `except:` in user code may have swallowed the first one."""
-        if self.came:
+        """Raise KeyboardInterrupt if a signal came: a bare `except:` in user code may have swallowed the first one."""
+        if self.was_interrupted or self.termination is not None:
             raise KeyboardInterrupt
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM inside the block, and deliver them on exit. A second Ctrl-C does not wait.
+    """Hold back Ctrl-C, SIGTERM and SIGHUP inside the block; deliver them on exit. A second Ctrl-C does not wait.
 
-    If the block raises an error, the error propagates and a SIGTERM that came is recorded. This works only in the main
-    thread; other threads get no protection.
+    If the block raises an error, the error propagates and the signals that came are recorded. This works only in the
+    main thread; other threads get no protection.
     """
     if not _in_main_thread():
         yield
@@ -54,37 +69,40 @@ def uninterrupted() -> Iterator[None]:
         yield
     except BaseException:
         _put_back(before)
-        handler = before[signal.SIGTERM]
-        if signal.SIGTERM in waiting:
-            if isinstance(handler, SigtermHandler):
-                handler.came = True
-            else:
-                _deliver(signal.SIGTERM, handler)
+        for number in waiting:
+            handler = before[signal.Signals(number)]
+            if isinstance(handler, StopHandler):
+                handler.record(number)
+            elif number != signal.SIGINT:
+                _deliver(signal.Signals(number), handler)
         raise
     _put_back(before)
-    if waiting:
-        last = signal.SIGTERM if signal.SIGTERM in waiting else signal.SIGINT  # a request to end must not be lost
+    if waiting:  # a request to end the process must not be lost
+        last = next((signal.Signals(number) for number in waiting if number != signal.SIGINT), signal.SIGINT)
         _deliver(last, before[last])
 
 
 @contextmanager
-def sigterm_as_interrupt() -> Iterator[SigtermHandler]:
-    """Turn SIGTERM into a KeyboardInterrupt inside the block.
+def stopping_on_signals() -> Iterator[StopHandler]:
+    """Turn Ctrl-C, SIGTERM and SIGHUP into a KeyboardInterrupt inside the block.
 
-    If a SIGTERM came, the process gets it again on exit, with the earlier handler. This works only in the main thread.
+    A signal that the process ignores, as under nohup, stays ignored. If a SIGTERM or SIGHUP came, the process gets it
+    again on exit, with the earlier handler. This works only in the main thread.
     """
-    handler = SigtermHandler()
+    handler = StopHandler()
     if not _in_main_thread():
         yield handler
         return
-    before = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, handler)
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    taken = {number: own for number, own in before.items() if own not in (signal.SIG_IGN, None)}
+    for number in taken:
+        signal.signal(number, handler)
     try:
         yield handler
     finally:
-        signal.signal(signal.SIGTERM, before)
-        if handler.came:
-            os.kill(os.getpid(), signal.SIGTERM)
+        _put_back(taken)
+        if handler.termination is not None:
+            os.kill(os.getpid(), handler.termination)
 
 
 def _put_back(handlers: dict[signal.Signals, Any]) -> None:

@@ -1,0 +1,205 @@
+"""What reaches a run from outside: Ctrl-C in user code, a closed terminal, broken output, rewards that change data."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from conftest import PROMPTS
+from konic.finetuning import (
+    BaseKonicFinetuningCallback,
+    DatasetConfig,
+    KonicFinetuningCallback,
+    KonicLLMRewardComposer,
+    llm_reward,
+)
+from konic.finetuning.run.saving import Saver
+from konic.finetuning.system.output import is_terminal, write_line
+from test_engine import Silent, make_engine, metrics
+
+
+class Press(BaseKonicFinetuningCallback):
+    """Sends signals to this process, a moment after a hook of an iteration."""
+
+    def __init__(self, iteration, *times, number=signal.SIGINT):
+        self.iteration, self.times, self.number, self.count = iteration, times, number, 0
+
+    def on_iteration_begin(self, iteration):
+        self.count = iteration
+        if iteration == self.iteration:
+            for delay in self.times:
+                threading.Timer(delay, os.kill, (os.getpid(), self.number)).start()
+
+
+class Swallows(KonicLLMRewardComposer):
+    @llm_reward
+    def judged(self, prompt, response):
+        try:
+            time.sleep(0.05)
+            return float(len(response))
+        except:  # noqa: E722
+            return -99.0
+
+
+def test_a_ctrl_c_that_a_reward_swallows_ends_the_run_and_teaches_nothing(model_folders, tmp_path):
+    engine = make_engine(model_folders["llama"], tmp_path, [Silent(), Press(3, 0.2)], composer=Swallows())
+    result = engine.train(6)
+    assert (result.stopped_because, result.total_iterations) == ("interrupted", 2)
+    assert all(row["reward_min"] >= 0 for row in metrics(tmp_path))
+
+
+def test_what_a_second_ctrl_c_kept_from_being_saved_is_not_called_saved(
+    model_folders, tmp_path, monkeypatch, capsys, caplog
+):
+    def interrupted(self, result):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Saver, "final", interrupted)
+    result = make_engine(model_folders["llama"], tmp_path, KonicFinetuningCallback()).train(2)
+    assert result.model_path is None
+    assert "Saved in" not in capsys.readouterr().out
+    assert "final/ was not written; there is no checkpoint." in caplog.text
+
+
+CHILD = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    from test_engine import make_engine
+    from test_interruptions import Press
+    from konic.finetuning import KonicFinetuningCallback
+    import signal, pathlib
+    engine = make_engine({model!r}, pathlib.Path({run!r}), [KonicFinetuningCallback(), {more}])
+    engine.train(4)
+    print("after", file=sys.stderr)
+"""
+
+
+def child(model_folders, run, more, **options):
+    text = textwrap.dedent(CHILD).format(
+        tests=os.path.dirname(__file__), model=model_folders["llama"], run=str(run), more=more
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_a_terminal_that_closes_saves_the_run_before_the_process_ends(model_folders, tmp_path):
+    process = child(model_folders, tmp_path / "run", "Press(3, 0.0, number=signal.SIGHUP)")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGHUP, errors
+    assert "after" not in errors
+    assert (tmp_path / "run" / "final").is_dir()
+    assert (
+        make_engine(model_folders["llama"], tmp_path / "run").train(4, resume_from_checkpoint=True).total_iterations
+        == 4
+    )
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing(model_folders, tmp_path):
+    process = child(
+        model_folders, tmp_path / "run", "Press(2, 0.0, number=signal.SIGHUP)",
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )  # fmt: skip
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert len(metrics(tmp_path / "run")) == 4
+
+
+def test_a_reader_that_goes_away_does_not_stop_the_run(model_folders, tmp_path):
+    process = child(model_folders, tmp_path / "run", "Press(99)")
+    process.stdout.readline()
+    process.stdout.close()
+    with process.stderr as stream:
+        errors = stream.read()
+    assert process.wait(timeout=120) == 0, errors
+    assert "after" in errors and "Error" not in errors
+    assert (tmp_path / "run" / "final").is_dir()
+
+
+def test_an_ascii_terminal_shows_what_it_can(model_folders, tmp_path):
+    run = tmp_path / "é"
+    process = child(model_folders, run, "Press(99)", env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert f"Saved in: {tmp_path}/?/final" in output
+
+
+class Tee:
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("stream", [None, Tee()])
+def test_streams_that_are_replaced_or_missing_are_no_terminals(model_folders, tmp_path, monkeypatch, stream):
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "stdout", stream)
+    make_engine(model_folders["llama"], tmp_path, KonicFinetuningCallback(log_samples=True)).train(1)
+    if stream is not None:
+        assert "[Iter    1] Reward:" in stream.text
+
+
+def test_a_line_is_written_where_it_can_be_and_dropped_where_not():
+    closed = io.StringIO()
+    closed.close()
+    for stream in (closed, None, object()):
+        write_line("x", stream)
+        assert not is_terminal(stream)
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    write_line("é ok", ascii_only)
+    assert ascii_only.buffer.getvalue() == b"? ok\n"
+
+
+class Appends(KonicLLMRewardComposer):
+    @llm_reward
+    def judged(self, prompt, response, messages, tags):
+        messages.append({"role": "assistant", "content": response})
+        messages[0]["content"] = "changed"
+        tags.pop()
+        return float(len(messages) + len(tags))
+
+    @llm_reward(batch=True)
+    def all_at_once(self, prompts, responses, tags):
+        for own in tags:
+            own.clear()
+        return [float(len(own)) for own in tags]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rewards_get_copies_as_deep_as_the_data(model_folders, tmp_path, workers):
+    rows = [{"prompt": [{"role": "user", "content": text}], "tags": ["a", "b"]} for text in PROMPTS if len(text) < 9]
+    seen = []
+
+    class See(Silent):
+        def on_generation_begin(self, prompts):
+            seen.extend(prompts)
+
+    engine = make_engine(
+        model_folders["llama"], tmp_path, See(), composer=Appends(), dataset=DatasetConfig(prompts=rows),
+        reward_workers=workers,
+    )  # fmt: skip
+    assert engine.train(3).get_reward_curve() == [3.0, 3.0, 3.0]
+    assert set(seen) == {text for text in PROMPTS if len(text) < 9}
+
+
+def test_a_column_named_messages_beside_plain_prompts_is_a_column(model_folders, tmp_path):
+    class Counts(KonicLLMRewardComposer):
+        @llm_reward
+        def count(self, prompt, response, messages):
+            return None if messages is None else float(len(messages))
+
+    rows = [{"prompt": "p0", "messages": ["m", "n"]}, *({"prompt": f"p{n}"} for n in range(1, 16))]
+    engine = make_engine(model_folders["llama"], tmp_path, composer=Counts(), dataset=DatasetConfig(prompts=rows))
+    history = engine.train(2).history
+    assert {result.reward_max for result in history if result.num_unscored < 8} == {2.0}
