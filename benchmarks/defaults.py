@@ -116,7 +116,8 @@ def line_of(row):
     highest = max(entry["kl_per_response"] for entry in rows)
     told = ", ".join(sorted({f"`{name}`" for entry in rows for name in entry["checks"]}))
     cells += [f"{highest:.1f}", f"{rows[-1]['response_length_mean']:.0f}", told]
-    return f"| {row['task']} | {row['settings']} | {row['seed']} | " + " | ".join(cells) + " |"
+    samples = len(rows) * row["batch_size"]
+    return f"| {row['task']} | {row['settings']} | {row['seed']} | {samples} | " + " | ".join(cells) + " |"
 
 
 def show():
@@ -124,8 +125,8 @@ def show():
     rows = sorted(read(), key=lambda row: (TASKS.index(row["task"]), names.index(row["settings"]), row["seed"]))
     times = " | ".join(f"{seconds} s" for seconds in TIMES)
     lines = [
-        f"| task | settings | seed | reward at first | {times} | highest KL | tokens at last | findings |",
-        "|---|---|---|---|" + "---|" * len(TIMES) + "---|---|---|",
+        f"| task | settings | seed | samples | reward at first | {times} | highest KL | tokens at last | findings |",
+        "|---|---|---|---|---|" + "---|" * len(TIMES) + "---|---|---|",
         *map(line_of, rows),
         "",
         f"Machines: {'; '.join(sorted({row['machine'] for row in rows}))}.",

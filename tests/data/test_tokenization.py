@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tokenizers import processors
 
 from conftest import byte_tokenizer
 from konic.finetuning.data.config import DatasetConfig
@@ -101,3 +102,19 @@ def test_a_cut_through_a_character_ends_and_leaves_no_half_of_it(text):
 def test_no_prompts_are_one_error():
     with pytest.raises(ConfigError, match="no prompts to respond to"):
         make_prompt_batch([], byte_tokenizer("gpt2"), 10, 0, CPU)
+
+
+@pytest.mark.parametrize("text", ["ab", "<eos>", "a<eos>b"])
+@pytest.mark.parametrize("limit", [40, 3])
+def test_a_tokenizer_that_ends_texts_does_not_end_prompts(text, limit):
+    plain, ending = byte_tokenizer("gpt2"), byte_tokenizer("gpt2")
+    template = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 0)])
+    ending.backend_tokenizer.post_processor = template
+    assert ending(text).input_ids[-1] == 0
+    prompt = make_prompts([f"long before {text}"], DatasetConfig(), "test")[0]
+    assert encode_prompt(prompt, ending, limit) == encode_prompt(prompt, plain, limit)
+
+
+def test_special_tokens_of_a_prompt_stay_in_its_text_when_it_is_cut():
+    prompt = make_prompts(["a long beginning <eos>b"], DatasetConfig(), "test")[0]
+    assert encode_prompt(prompt, byte_tokenizer("gpt2"), 3)[1] == " <eos>b"

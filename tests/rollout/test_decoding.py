@@ -255,7 +255,7 @@ def alone(batch, row):
 
 def texts_of(samples, learner, generation):
     special = find_special_tokens(generation, learner.policy.language_model, learner.policy.tokenizer)
-    return decode_responses(samples, learner.policy.tokenizer, special, generation.stop)
+    return decode_responses(samples, learner.policy.tokenizer, special, generation)
 
 
 def tokens_of(samples, row):

@@ -11,7 +11,7 @@ from konic.finetuning.errors import ConfigError
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.positions import position_ids
 from konic.finetuning.rollout.local_sampler import draw, sample, uniforms
-from konic.finetuning.rollout.sampler import RandomKey, decode_responses, find_special_tokens
+from konic.finetuning.rollout.sampler import RandomKey, Samples, SpecialTokens, decode_responses, find_special_tokens
 
 KEY = RandomKey(seed=3, iteration=1)
 
@@ -33,7 +33,8 @@ def rows_of(batch, rows):
 
 
 def texts_of(samples, learner, stop=None):
-    return decode_responses(samples, learner.policy.tokenizer, learner.special_tokens, stop)
+    generation = GenerationConfig(stop=stop)
+    return decode_responses(samples, learner.policy.tokenizer, learner.special_tokens, generation)
 
 
 def tokens_of(samples, row):
@@ -270,5 +271,26 @@ def test_the_padding_token_changes_nothing():
         batch = replace(batch, ids=torch.where(batch.mask, batch.ids, pad))
         model = eos_everywhere(learner, 4.0)
         samples = sample(model, learner.policy.tokenizer, batch, generation, special, KEY)
-        texts.append(decode_responses(samples, learner.policy.tokenizer, special, None))
+        texts.append(decode_responses(samples, learner.policy.tokenizer, special, generation))
     assert texts[0] == texts[1]
+
+
+def test_rewards_and_stop_strings_see_special_tokens_that_were_sampled_unless_told_not_to():
+    learner = tiny_learner("llama")
+    tokenizer = learner.policy.tokenizer
+    bos = tokenizer.bos_token_id
+    ids = torch.tensor([[40, bos, 41, 0]])
+    samples = Samples(
+        response_ids=ids, response_mask=torch.ones_like(ids, dtype=torch.bool), log_probs=torch.zeros(1, 4),
+        ended=torch.tensor([True]),
+    )  # fmt: skip
+    special = SpecialTokens(eos=(0,), pad=0)
+    first, last = tokenizer.decode([40]), tokenizer.decode([41])
+
+    def text(**options):
+        return decode_responses(samples, tokenizer, special, GenerationConfig(**options))
+
+    assert text() == [f"{first}<bos>{last}"]
+    assert text(skip_special_tokens=True) == [first + last]
+    assert text(stop="<bos>") == [first]
+    assert text(stop="<bos>", skip_special_tokens=True) == [first + last]

@@ -296,6 +296,8 @@ class GenerationConfig(Settings):
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Divides the positive and multiplies the negative logits of tokens that are in the text already. Other values than
     1 change the distribution."""
+    skip_special_tokens: bool = False
+    """Leave special tokens, such as `<think>`, out of the text that rewards get; the end token is never in it."""
     stop: tuple[str, ...] | None = None
     """Strings that end a response. Its text is cut before them."""
     eos_token_id: _TokenId | Annotated[tuple[_TokenId, ...], Field(min_length=1)] | None = None

@@ -62,6 +62,11 @@ def read_local(name: str, split: str = "train") -> list[Any]:
         try:
             rows += _READERS[kind](_content(file))
         except UnicodeDecodeError as error:
+            compressed = next((end for end, magic in _MAGIC.items() if error.object.startswith(magic)), None)
+            if compressed:
+                raise DatasetError(
+                    f"{_named(name, path, file)} is compressed: rename it to {file.name}{compressed}."
+                ) from None
             raise DatasetError(f"{_named(name, path, file)} is not UTF-8 text: {_explain_encoding(error)}") from None
         except (OSError, ValueError, RecursionError, csv.Error) as error:
             raise DatasetError(
@@ -281,6 +286,8 @@ _READERS: dict[str, Callable[[bytes], list[Any]]] = {
     ".arrow": _read_arrow,
     ".txt": _read_txt,
 }
+_MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
+"""The first bytes of a compressed file."""
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 _SPLIT_WORDS = {

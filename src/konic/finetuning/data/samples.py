@@ -20,7 +20,7 @@ class Sample:
     prompt: str
     """The text that the model read, without chat markup; for a chat, the text of its last message."""
     response: str
-    """The text of the response, without special tokens and cut before a stop string."""
+    """The text of the response as it was sampled, without its end token and cut before a stop string."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Values that rewards can request by name: the other columns of the row, and `messages` if the batch holds chats.
     All samples of a batch have the same names; a value that the row lacks is None."""

@@ -90,13 +90,21 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length
 
 
 def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], str]:
-    ids = tokenizer(text, verbose=False).input_ids
+    ids = _without_end(tokenizer(text, verbose=False).input_ids, text, tokenizer)
     if len(ids) <= max_length:
         return ids, text
     starts_with_bos = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
     head = ids[:1] if starts_with_bos and max_length > 1 else []
     tail = ids[len(ids) - max_length + len(head) :]
-    return head + tail, tokenizer.decode(tail, skip_special_tokens=True).lstrip(_HALF_A_CHARACTER)
+    return head + tail, tokenizer.decode(tail, skip_special_tokens=False).lstrip(_HALF_A_CHARACTER)
+
+
+def _without_end(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens of a text without those that the tokenizer adds after it, such as an end of sequence."""
+    own = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    starts = range(len(ids) - len(own) + 1)
+    start = next((start for start in starts if ids[start : start + len(own)] == own), len(ids))
+    return ids[: start + len(own)]
 
 
 def _encode_chat(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], str]:

@@ -103,7 +103,7 @@ def sample(
             responses.add(step, rows, running, chosen, logits / generation.temperature, hidden)
             done = torch.isin(chosen, eos)
             if generation.stop:
-                done = done | responses.hit_stop(step, rows, tokenizer, generation.stop)
+                done = done | responses.hit_stop(step, rows, tokenizer, generation)
             responses.ended[rows] |= running & done
             running = running & ~done
             if step + 1 == generation.max_new_tokens:
@@ -141,12 +141,16 @@ class _Responses:
         self._log_probs[rows, step] = torch.where(running, log_prob, 0.0)
         self._hidden[rows, step] = torch.where(running[:, None], hidden, 0.0)
 
-    def hit_stop(self, step: int, rows: Tensor, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> Tensor:
+    def hit_stop(
+        self, step: int, rows: Tensor, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig
+    ) -> Tensor:
         """Return True [n] where the response of a row so far contains a stop string."""
         ids, mask = self._ids[rows, : step + 1], self._mask[rows, : step + 1]
         texts = [
-            tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in zip(ids, mask, strict=True)
+            tokenizer.decode(row[keep].tolist(), skip_special_tokens=generation.skip_special_tokens)
+            for row, keep in zip(ids, mask, strict=True)
         ]
+        stop = generation.stop or ()
         return torch.tensor([any(string in text for string in stop) for text in texts], device=ids.device)
 
     def samples(self) -> Samples:

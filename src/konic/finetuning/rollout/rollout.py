@@ -125,7 +125,7 @@ def make_records(
     batch: PromptBatch, samples: Samples, policy: Policy, generation: GenerationConfig, special: SpecialTokens
 ) -> list[Sample]:
     """Return one record for each response [B]."""
-    responses = decode_responses(samples, policy.tokenizer, special, generation.stop)
+    responses = decode_responses(samples, policy.tokenizer, special, generation)
     return make_samples(batch.prompts, batch.texts, responses, samples.token_ids())
 
 

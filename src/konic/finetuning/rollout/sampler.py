@@ -96,17 +96,17 @@ def find_special_tokens(
 
 
 def decode_responses(
-    samples: Samples, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, stop: tuple[str, ...] | None
+    samples: Samples, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, generation: GenerationConfig
 ) -> list[str]:
-    """Return the text of each response [B], without special tokens and cut before a stop string."""
-    return [_decode_response(ids, tokenizer, special.eos, stop) for ids in samples.token_ids()]
+    """Return the text of each response [B] as it was sampled, without its end token and cut before a stop string."""
+    return [_decode_response(ids, tokenizer, special.eos, generation) for ids in samples.token_ids()]
 
 
 def _decode_response(
-    ids: list[int], tokenizer: PreTrainedTokenizerBase, eos: tuple[int, ...], stop: tuple[str, ...] | None
+    ids: list[int], tokenizer: PreTrainedTokenizerBase, eos: tuple[int, ...], generation: GenerationConfig
 ) -> str:
     if ids and ids[-1] in eos:
         ids = ids[:-1]
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    ends = [text.find(string) for string in stop or () if string in text]
+    text = tokenizer.decode(ids, skip_special_tokens=generation.skip_special_tokens)
+    ends = [text.find(string) for string in generation.stop or () if string in text]
     return text[: min(ends)] if ends else text

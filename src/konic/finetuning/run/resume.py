@@ -87,6 +87,8 @@ def require_same_run(
     if saved.get("kl_placement", "") is None:  # written before PPO's own place became the loss
         of_rewards = ("ppo", "rloo", "reinforce++")
         saved["kl_placement"] = "reward" if saved.get("algorithm") in of_rewards else "loss"
+    if isinstance(saved.get("generation_config"), dict):  # rewards did not see special tokens before
+        saved["generation_config"] = {"skip_special_tokens": True} | saved["generation_config"]
     for name in ("selection", "dataset_config"):  # fields added later have changed nothing that the run had done
         if isinstance(saved.get(name), dict) and isinstance(now.get(name), dict):
             saved[name] = now[name] | saved[name]
