@@ -17,6 +17,7 @@ from konic.finetuning import (
     DatasetConfig,
     KonicFinetuningCallback,
     KonicLLMRewardComposer,
+    RewardError,
     llm_reward,
 )
 from konic.finetuning.run.saving import Saver
@@ -90,7 +91,10 @@ def child(model_folders, run, more, **options):
 
 
 def test_a_terminal_that_closes_saves_the_run_before_the_process_ends(model_folders, tmp_path):
-    process = child(model_folders, tmp_path / "run", "Press(3, 0.0, number=signal.SIGHUP)")
+    process = child(
+        model_folders, tmp_path / "run", "Press(3, 0.0, number=signal.SIGHUP)",
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
+    )  # fmt: skip
     _, errors = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGHUP, errors
     assert "after" not in errors
@@ -193,13 +197,25 @@ def test_rewards_get_copies_as_deep_as_the_data(model_folders, tmp_path, workers
     assert set(seen) == {text for text in PROMPTS if len(text) < 9}
 
 
-def test_a_column_named_messages_beside_plain_prompts_is_a_column(model_folders, tmp_path):
+def test_a_column_named_messages_beside_plain_prompts_is_told_apart_from_a_chat(model_folders, tmp_path):
     class Counts(KonicLLMRewardComposer):
         @llm_reward
         def count(self, prompt, response, messages):
-            return None if messages is None else float(len(messages))
+            return float(len(messages))
 
-    rows = [{"prompt": "p0", "messages": ["m", "n"]}, *({"prompt": f"p{n}"} for n in range(1, 16))]
+    rows = [{"prompt": f"p{n}", "messages": ["m"]} for n in range(16)]
     engine = make_engine(model_folders["llama"], tmp_path, composer=Counts(), dataset=DatasetConfig(prompts=rows))
-    history = engine.train(2).history
-    assert {result.reward_max for result in history if result.num_unscored < 8} == {2.0}
+    with pytest.raises(RewardError, match=r"'messages', the chat of a prompt, but the prompts are plain text"):
+        engine.train(1)
+
+
+def test_a_column_that_some_rows_lack_is_none_there(model_folders, tmp_path):
+    class Right(KonicLLMRewardComposer):
+        @llm_reward
+        def right(self, prompt, response, answer):
+            return None if answer is None else 1.0
+
+    rows = [{"prompt": f"p{n}", **({"answer": "x"} if n % 5 == 4 else {})} for n in range(40)]
+    data = DatasetConfig(prompts=rows, shuffle=False)
+    history = make_engine(model_folders["llama"], tmp_path, composer=Right(), dataset=data).train(5).history
+    assert [result.num_unscored for result in history] == [7, 6, 7, 6, 6]

@@ -16,8 +16,7 @@ class OneToken(KonicLLMRewardComposer):
         return float(response == "k")
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("seed", [0, 2])
+@pytest.mark.parametrize(("algorithm", "seed"), [*((name, 0) for name in ALGORITHMS), ("ppo", 2), ("grpo", 2)])
 def test_the_bandit_is_solved(model_folders, algorithm, seed, tmp_path):
     """One-token answers, one of them rewarded, which the model gives once in 700 at first: 95 % of the maximum.
 

@@ -5,7 +5,7 @@ The library lives in :mod:`konic.finetuning`, the commands in :mod:`konic.cli`. 
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # No telemetry unless the user asks for it: these are read when huggingface_hub and datasets are first imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -190,7 +190,7 @@ def test_one_part_of_a_reward_may_have_its_own_weight():
 
 def test_a_weight_for_an_unknown_reward_is_refused_with_the_nearest_and_all():
     with pytest.raises(ConfigError) as error:
-        LengthAndVowels(reward_weights={"lenght": 2})
+        LengthAndVowels().set_reward_weight("lenght", 2)
     assert "no reward 'lenght'. Did you mean 'length'?" in str(error.value)
     assert "length, vowels" in str(error.value)
     with pytest.raises(ConfigError, match=r"no reward 'stile\.loud'"):
@@ -514,7 +514,7 @@ def test_messages_are_none_for_plain_prompts_beside_chats_and_no_column_without_
 
     mixed = make_prompts(["plain", [{"role": "user", "content": "Hello"}]], DatasetConfig(), "test")
     assert score(Turns(), mixed, ["plain", "Hello"], ["a", "b"]).rewards == [0, 1]
-    with pytest.raises(RewardError, match="asks for the column 'messages'"):
+    with pytest.raises(RewardError, match="asks for 'messages', the chat of a prompt"):
         score(Turns(), mixed[:1], ["plain"], ["a"])
 
 

@@ -72,8 +72,9 @@ class KonicFinetuningEngine:
         A checkpoint is also written at the end, after Ctrl-C, and after SIGTERM, which then ends the process.
 
         Args:
-            max_iterations: Iterations to run; with `resume_from_checkpoint`, the total.
-            save_every: Iterations between checkpoints; None writes one whenever ten minutes have passed.
+            max_iterations: Iterations to run; with `resume_from_checkpoint`, the total. 0 does nothing.
+            save_every: Iterations between checkpoints; None writes one whenever ten minutes have passed, 0 only at the
+                end.
             resume_from_checkpoint: True for the newest whole checkpoint in `checkpoint_dir`, or a checkpoint's folder.
             save_total_limit: How many of the newest checkpoints to keep; None keeps all.
             allow_changes: Resume although settings differ from the checkpoint's, which makes it another run.
@@ -85,6 +86,8 @@ class KonicFinetuningEngine:
         with stopping_on_signals() as stop, session.scorer:
             _check_counts(max_iterations=max_iterations, save_every=save_every, save_total_limit=save_total_limit)
             session.check()
+            if max_iterations == 0:
+                return session.result()
             with session.opened(max_iterations, resume_from_checkpoint, allow_changes) as last_iteration:
                 saver = session.saver(callbacks, last_iteration, save_every, save_total_limit)
                 with callbacks.reporting_errors():
@@ -155,6 +158,7 @@ class KonicFinetuningEngine:
 
 def _check_counts(max_iterations: Any, **others: Any) -> None:
     for name, value in {"max_iterations": max_iterations, **others}.items():
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        least = 1 if name == "save_total_limit" else 0
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
         if not is_count and (value is not None or name == "max_iterations"):
-            raise ConfigError(f"train({name}={value!r}): it must be a whole number of at least 1.")
+            raise ConfigError(f"train({name}={value!r}): it must be a whole number of at least {least}.")

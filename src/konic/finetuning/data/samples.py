@@ -68,7 +68,8 @@ def samples_from_texts(
 
 def collect_columns(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     """Return the columns that rewards can request [B]: each row's other columns, and `messages` if there are chats."""
-    names = dict.fromkeys(str(name) for prompt in prompts for name in prompt.columns if name not in RESERVED)
+    taken = (*RESERVED, _MESSAGES)
+    names = dict.fromkeys(str(name) for prompt in prompts for name in prompt.columns if name not in taken)
     columns = [{name: prompt.columns.get(name) for name in names} for prompt in prompts]
     if any(prompt.messages is not None for prompt in prompts):
         for values, prompt in zip(columns, prompts, strict=True):

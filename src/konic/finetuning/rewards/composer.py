@@ -2,8 +2,9 @@
 
 import hashlib
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from konic.finetuning.data.samples import samples_from_texts
 from konic.finetuning.errors import ConfigError, RewardError, did_you_mean
@@ -19,6 +20,8 @@ from konic.finetuning.rewards.totals import (
     compute_total,
     require_no_fault,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class RewardModel(Protocol):
@@ -75,12 +78,21 @@ class KonicLLMRewardComposer:
         for model in reward_models or ():
             self.add_reward_model(model)
         for name, weight in (reward_weights or {}).items():
-            self.set_reward_weight(name, weight)
+            self._weigh_at_start(str(name), weight)
         if reducer is not None:
             self.reducer = reducer
         if kl_penalty_weight is not None:
             self.kl_penalty_weight = kl_penalty_weight
         _check_kl_penalty_weight(self.kl_penalty_weight)
+
+    def _weigh_at_start(self, name: str, weight: float) -> None:
+        """Set a weight; a name that no reward has is a warning, because a reward may be switched off or come later."""
+        if not any(name == reward or name.startswith(f"{reward}.") for reward in self.reward_names):
+            logger.warning(
+                "reward_weights: %s has no reward %r.%s Its weight counts only if such a reward is added later.",
+                type(self).__name__, name, did_you_mean(name, self.reward_names),
+            )  # fmt: skip
+        self._set_weight(name, weight)
 
     @property
     def reward_names(self) -> list[str]:
@@ -100,7 +112,8 @@ class KonicLLMRewardComposer:
         }
 
     def add_reward_model(self, model: RewardModel, weight: float = 1.0) -> Self:
-        """Add a reward model under its own name.
+        """Add a reward model under its own name. It has a method `score(prompts, responses)`, or one of konic 0.1:
+        `batch_compute_reward(prompts, responses)` or `compute_reward(prompt, response)`.
 
         If its attribute `normalize` is True, its values are normalised as in `@llm_reward(normalize=True)`.
 
@@ -108,13 +121,16 @@ class KonicLLMRewardComposer:
             ConfigError: The object has no name or no method `score`, or its name is already in use.
         """
         name = getattr(model, "name", None)
-        if not isinstance(name, str) or not callable(getattr(model, "score", None)):
+        methods = (getattr(model, own, None) for own in ("score", "batch_compute_reward", "compute_reward"))
+        method = next((method for method in methods if callable(method)), None)
+        if not isinstance(name, str) or method is None:
             advice = " Plain functions go to add_reward_function." if callable(model) else ""
             raise ConfigError(
                 f"A reward model needs a name and a method score(prompts, responses); got {model!r}.{advice}"
             )
         normalize = getattr(model, "normalize", False) is True
-        return self._add(Reward(name, model.score, "batch", is_model=True, normalize=normalize), weight)
+        shape: Literal["batch", "sample"] = "sample" if method == getattr(model, "compute_reward", None) else "batch"
+        return self._add(Reward(name, method, shape, is_model=True, normalize=normalize), weight)
 
     def add_reward_function(
         self,
@@ -158,10 +174,13 @@ class KonicLLMRewardComposer:
                 f"reward_weights: there is no reward {name!r}.{did_you_mean(name, known)} "
                 f"The rewards of {type(self).__name__}: {', '.join(known) or 'none'}."
             )
+        self._set_weight(name, weight)
+        return self
+
+    def _set_weight(self, name: str, weight: float) -> None:
         if not is_finite_number(weight):
             raise ConfigError(f"reward_weights[{name!r}] must be a finite number, got {weight!r}.")
         self._reward_weights[name] = float(weight)
-        return self
 
     def compose(self, prompt: str, response: str) -> float:
         """The reward of one response; NaN if every part abstains."""
@@ -213,7 +232,7 @@ class KonicLLMRewardComposer:
             raise ConfigError(f"There are two rewards named {reward.name!r}. Give one of them another name.")
         self._added[reward.name] = reward
         try:
-            return self.set_reward_weight(reward.name, weight)
+            return self.set_reward_weight(reward.name, self._reward_weights.get(reward.name, weight))
         except ConfigError:
             del self._added[reward.name]
             raise

@@ -100,6 +100,11 @@ def requested_columns(reward: Reward, columns: Mapping[str, Any]) -> list[str]:
         if parameter.name in columns:
             wanted.append(parameter.name)
         elif parameter.default is inspect.Parameter.empty and parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
+            if parameter.name == "messages":
+                raise RewardError(
+                    f"{reward.who} asks for 'messages', the chat of a prompt, but the prompts are plain text. A column "
+                    "of that name must be renamed to reach rewards."
+                )
             raise RewardError(
                 f"{reward.who} asks for the column {parameter.name!r}, which the dataset does not have."
                 f"{did_you_mean(parameter.name, columns)} Its other columns: {', '.join(columns) or 'none'}."

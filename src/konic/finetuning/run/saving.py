@@ -32,7 +32,7 @@ class Saver:
         state: Where the run stands; read at each save.
         callbacks: `on_checkpoint_saved` is called for every checkpoint.
         settings: Returns the settings of the run by name.
-        save_every: Iterations between checkpoints; None writes one every ten minutes.
+        save_every: Iterations between checkpoints; None writes one every ten minutes, 0 only at the end.
         save_total_limit: Checkpoints kept, the newest; None keeps all.
         saved_iteration: The iteration that was resumed, whose checkpoint is in the folder already.
     """
@@ -58,7 +58,7 @@ class Saver:
     def after_iteration(self) -> None:
         """Write a checkpoint if it is time."""
         if self._save_every is not None:
-            is_time = self._state.iteration % self._save_every == 0
+            is_time = self._save_every > 0 and self._state.iteration % self._save_every == 0
         else:
             is_time = time.monotonic() - self._saved_at >= SAVE_AFTER_SECONDS
         if is_time:
