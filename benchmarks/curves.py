@@ -49,6 +49,7 @@ ROUND_SECONDS = 60
 
 OURS = {
     "konic ppo": {},
+    "konic ppo, KL in the loss": {"kl_placement": "loss"},
     "konic rloo": {"algorithm": "rloo"},
     "konic grpo": {"algorithm": "grpo"},
     "konic dr_grpo": {"algorithm": "dr_grpo"},
@@ -82,6 +83,8 @@ class StopEveryMinute(KonicFinetuningCallback):
 def agent_of(settings, seed=0, full=False):
     """The demo's agent with other training settings; `full` trains every weight."""
     demo = build_agent()
+    if settings and "algorithm" in settings:
+        settings = {"kl_placement": None, **settings}  # each row's own place
     return KonicFinetuningAgent(
         base_model=demo.get_base_model(),
         reward_composer=demo.get_reward_composer(),

@@ -90,7 +90,13 @@ def build_agent(max_minutes: float | None = None) -> KonicFinetuningAgent:
         reward_composer=MovieReviewRewards(reward_weights={"positivity": 2.0}),
         lora_config=LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj")),
         dataset_config=DatasetConfig(source=DatasetSource.BUNDLED, held_out=64),
-        training_config=TrainingConfig(batch_size=16, ppo_epochs=1, num_minibatches=2, max_minutes=max_minutes),
+        training_config=TrainingConfig(
+            batch_size=16,
+            ppo_epochs=1,
+            num_minibatches=2,
+            kl_placement="reward",  # as in the figures that the README and docs/algorithms.md show
+            max_minutes=max_minutes,
+        ),
         generation_config=GenerationConfig(max_new_tokens=48, max_prompt_length=64, temperature=0.7),
     )
 
