@@ -219,3 +219,41 @@ def test_a_column_that_some_rows_lack_is_none_there(model_folders, tmp_path):
     data = DatasetConfig(prompts=rows, shuffle=False)
     history = make_engine(model_folders["llama"], tmp_path, composer=Right(), dataset=data).train(5).history
     assert [result.num_unscored for result in history] == [7, 6, 7, 6, 6]
+
+
+def test_a_command_that_ctrl_c_ends_has_saved_and_says_so_by_its_exit_code(model_folders, tmp_path):
+    script = tmp_path / "agent.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        from konic.finetuning import *
+
+        class Rewards(KonicLLMRewardComposer):
+            @llm_reward
+            def brief(self, prompt, response):
+                return -len(response) / 80
+
+        agent = KonicFinetuningAgent(
+            base_model={model_folders["llama"]!r}, reward_composer=Rewards(), lora_config=LoraConfig(r=2),
+            dataset_config=DatasetConfig(prompts=["a", "b", "c"]),
+            generation_config=GenerationConfig(max_new_tokens=4, max_prompt_length=16),
+        )
+        """)
+    )
+    command = [
+        os.path.join(os.path.dirname(sys.executable), "konic"),
+        "train",
+        str(script),
+        "--max-iterations",
+        "100000",
+    ]
+    process = subprocess.Popen(
+        [*command, "--output", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    while "[Iter" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "Stopped early: interrupted" in output
+    assert (tmp_path / "run" / "final").is_dir()

@@ -2,9 +2,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from conftest import PROMPTS, byte_tokenizer, prompt_batch, shake_adapter, tiny_learner, tiny_model
+from konic.finetuning import KonicFinetuningAgent, KonicFinetuningEngine, KonicLLMRewardComposer, ModelError
 from konic.finetuning.config import GenerationConfig
 from konic.finetuning.data.tokenization import PromptBatch, make_prompt_batch
 from konic.finetuning.models.language_model import LanguageModel
@@ -421,3 +422,33 @@ def test_responses_are_the_same_however_seldom_the_ended_rows_are_looked_for(arc
     seldom = sampled(learner, generation)
     assert often.response_mask.shape[1] < 60
     assert_same(seldom, often)
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "mamba"])
+def test_models_with_a_running_state_are_refused_by_name_before_anything_is_sampled(kind, tmp_path, model_folders):
+    sizes = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 0}
+    more = {
+        "lfm2": {
+            "layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "block_auto_adjust_ff_dim": False,
+            "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
+        },
+        "mamba": {"state_size": 4, "pad_token_id": 0},
+    }  # fmt: skip
+    config = AutoConfig.for_model(kind, **sizes | more[kind])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    byte_tokenizer("llama").save_pretrained(tmp_path)
+
+    def nothing(prompt, response):
+        return 0.0
+
+    agent = KonicFinetuningAgent(
+        str(tmp_path), KonicLLMRewardComposer(reward_functions=[nothing]), None, {"prompts": ["a", "b"]},
+        {"batch_size": 2}, {"max_new_tokens": 4, "max_prompt_length": 16},
+    )  # fmt: skip
+    for call in (lambda engine: engine.train(1), lambda engine: engine.generate(["a"])):
+        engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=tmp_path / "run", device="cpu")
+        with pytest.raises(
+            ModelError, match=rf"{kind} models have layers that keep a running state .*Use a model with"
+        ):
+            call(engine)
+    assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ from konic.finetuning.errors import ConfigError, ModelError
 from konic.finetuning.learning.update import make_optimizer
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.policy import Policy
+from konic.finetuning.rollout.decoding import require_decodable
 from konic.finetuning.rollout.local_sampler import LocalSampler
 from konic.finetuning.rollout.sampler import Sampler, SpecialTokens, find_special_tokens
 
@@ -57,7 +58,7 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device) -> Learner:
 
     Raises:
         ConfigError: Prompt and response do not fit into the model's context.
-        ModelError: The tokenizer has more tokens than the model's vocabulary.
+        ModelError: The tokenizer has more tokens than the model's vocabulary, or rows cannot leave its cache.
     """
     config, generation = agent.get_training_config(), agent.get_generation_config()
     loaded = load_model(agent.get_base_model(), agent.get_model_kwargs(), device)
@@ -82,6 +83,7 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device) -> Learner:
             "under one head, but here the head is trained too. Use LoRA without lm_head, or another algorithm, such as "
             "'grpo'."
         )
+    require_decodable(policy.language_model, agent.get_base_model())
     special = find_special_tokens(generation, policy.language_model, policy.tokenizer)
     policy.check_reference()
     return make_learner(policy, make_optimizer(policy, config), special, loaded.location, base_sha256)

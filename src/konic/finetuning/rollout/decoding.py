@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from konic.finetuning.errors import ModelError
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.positions import position_ids
 from konic.finetuning.models.prepacked import prepacked_layers, rows_to_prepack
@@ -65,6 +66,23 @@ def open_decoder(model: LanguageModel, num_rows: int, num_tokens: int) -> Iterat
     finally:
         if prepacked_rows is not None:
             return_freed_memory()
+
+
+def require_decodable(model: LanguageModel, name: str) -> None:
+    """Check that rows can leave the batch while a model decodes.
+
+    Raises:
+        ModelError: Some layers keep a running state instead of keys and values, from which no rows can be taken; padding
+            on the left of a prompt would also change it.
+    """
+    layers = DynamicCache(config=model.causal_lm.config).layers
+    other = next((type(layer).__name__ for layer in layers if not hasattr(layer, "batch_select_indices")), None)
+    if other is not None:
+        raise ModelError(
+            f"base_model={name!r}: {model.causal_lm.config.model_type} models have layers that keep a running state "
+            f"({other}), and konic cannot sample from these in batches. Use a model with attention in every layer, "
+            "such as a Llama, Qwen3 or Gemma model."
+        )
 
 
 class GeneralDecoder:
