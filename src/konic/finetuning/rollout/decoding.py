@@ -72,8 +72,8 @@ def require_decodable(model: LanguageModel, name: str) -> None:
     """Check that rows can leave the batch while a model decodes.
 
     Raises:
-        ModelError: Some layers keep a running state instead of keys and values, from which no rows can be taken; padding
-            on the left of a prompt would also change it.
+        ModelError: Some layers keep a running state instead of keys and values. No rows can be taken from it, and
+            padding on the left of a prompt would change it.
     """
     layers = DynamicCache(config=model.causal_lm.config).layers
     other = next((type(layer).__name__ for layer in layers if not hasattr(layer, "batch_select_indices")), None)
