@@ -486,7 +486,7 @@ def test_a_context_too_short_is_refused_before_the_run_writes(model_folders, tmp
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("arguments", [{"max_iterations": 0}, {"max_iterations": 2.5}, {"save_every": 0}])
+@pytest.mark.parametrize("arguments", [{"max_iterations": -1}, {"max_iterations": 2.5}, {"save_every": -1}])
 def test_counts_that_cannot_be_are_refused(model_folders, arguments, tmp_path):
     with pytest.raises(ConfigError, match=f"train\\({next(iter(arguments))}="):
         make_engine(model_folders["llama"], tmp_path).train(**arguments)
