@@ -25,6 +25,14 @@ from konic.finetuning.system.output import is_terminal, write_line
 from test_engine import Silent, make_engine, metrics
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_arrives():
+    """Also where the tests run in the background of a shell, which ignores Ctrl-C there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Press(BaseKonicFinetuningCallback):
     """Sends signals to this process, a moment after a hook of an iteration."""
 
