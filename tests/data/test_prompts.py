@@ -210,12 +210,15 @@ def as_file(path, rows):
     return path
 
 
-@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
-@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "ndjson", "parquet", "arrow", "txt"])
+TEXT_FILES = ("csv", "tsv", "json", "jsonl", "ndjson", "txt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "compression"),
+    [*((kind, end) for kind in TEXT_FILES for end in ("", ".gz", ".zst")), ("parquet", ""), ("arrow", "")],
+)
 def test_every_kind_of_file_gives_the_text_as_it_was_written(tmp_path, kind, compression):
     rows = [{"prompt": "007", "note": "NA"}, {"prompt": "true", "note": "2026-01-02"}, {"prompt": "é", "note": ""}]
-    if compression and kind in ("parquet", "arrow"):
-        pytest.skip("these compress their columns themselves")
     found = local(as_file(tmp_path / f"data.{kind}{compression}", rows)).rows
     assert contents(found) == ["007", "true", "é"]
     if kind != "txt":
@@ -281,10 +284,22 @@ def test_tables_in_memory_are_rows():
 
 
 def test_polars_frames_are_rows():
-    polars = pytest.importorskip("polars")
-    frame = polars.DataFrame({"prompt": ["a", "b"], "n": [1, None]})
-    assert [row.columns for row in memory(frame, shuffle=False).rows] == [{"n": 1}, {"n": None}]
-    assert contents(memory(frame["prompt"], shuffle=False).rows) == ["a", "b"]
+    """Stand-ins with the two methods of polars that are called; polars itself is not installed here."""
+
+    class DataFrame:
+        __module__ = "polars.dataframe.frame"
+
+        def to_dicts(self):
+            return [{"prompt": "a", "n": 1}, {"prompt": "b", "n": None}]
+
+    class Series:
+        __module__ = "polars.series.series"
+
+        def to_list(self):
+            return ["a", "b"]
+
+    assert [row.columns for row in memory(DataFrame(), shuffle=False).rows] == [{"n": 1}, {"n": None}]
+    assert contents(memory(Series(), shuffle=False).rows) == ["a", "b"]
 
 
 def test_a_path_is_a_name(tmp_path):

@@ -28,7 +28,7 @@ MAX_UNASKED_KL = 10.0
 MIN_SAMPLE_SIZE = 0.5
 """Share of the samples that should count after the correction for another sampler."""
 MAX_CORRECTED_GAP = 0.1
-"""Mean |Δ log-prob| per token, nats, of a sampler with the same weights; 16 bits make less than 0.02."""
+"""Mean |Δ log-prob| per token, nats, that a sampler of the same weights stays below: bf16 made 0.006 (docs/gpu.md)."""
 MIN_VARIETY = 0.6
 """Share of its first distinct-2 that text may fall to while its reward rises."""
 MAX_SURPRISE = 1.0
