@@ -165,6 +165,7 @@ FIELDS = {
         "text or None": "name subset revision token system_prompt prompt_template weights_column",
         "word or None": "source",
         "rows": "prompts",
+        "values or None": "chat_template_kwargs",
     },
 }
 MISTAKES = {
@@ -182,6 +183,7 @@ MISTAKES = {
     "text": {"number": 3, "list": ["prompt"], "bytes": b"\xff", "flag": True},
     "texts": {"number": 3, "numbers": [1, 2], "nested": [["a"]], "flag": True, "none inside": ["a", None]},
     "rows": {"text": "only one", "number": 3, "dict": {"prompt": "a"}, "bytes": b"ab", "set": {"a", "b"}},
+    "values": {"text": "a=b", "list": [["a", 1]], "number keys": {1: 2}, "object": {"a": object()}, "set": {"a"}},
 }
 
 

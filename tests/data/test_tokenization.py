@@ -4,7 +4,7 @@ from tokenizers import processors
 
 from conftest import byte_tokenizer
 from konic.finetuning.data.config import DatasetConfig
-from konic.finetuning.data.prompts import Prompt, make_prompts
+from konic.finetuning.data.prompts import Prompt, load_prompts, make_prompts
 from konic.finetuning.data.tokenization import encode_prompt, make_prompt_batch
 from konic.finetuning.errors import ConfigError, DatasetError, ModelError
 from konic.finetuning.models.positions import position_ids
@@ -61,6 +61,64 @@ def test_messages_go_through_the_chat_template_and_strings_do_not():
     assert text == "hello there my friend"
     plain, _ = encode_prompt(Prompt(0, "hello"), tokenizer, 100)
     assert tokenizer.decode(plain) == "<bos>hello"
+
+
+def test_a_chat_has_the_tokens_that_the_tokenizer_s_own_template_gives():
+    tokenizer = thinking_tokenizer()
+    for kwargs in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+        prompt = make_prompts([CHAT], DatasetConfig(chat_template_kwargs=kwargs or None), "test")[0]
+        expected = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False, **kwargs)
+        assert encode_prompt(prompt, tokenizer, 200)[0] == expected
+        cut, text = encode_prompt(prompt, tokenizer, len(expected) - 5)
+        shorter = [CHAT[0], {"role": "user", "content": text}]
+        assert cut == tokenizer.apply_chat_template(shorter, add_generation_prompt=True, return_dict=False, **kwargs)
+    assert encode_prompt(prompt, tokenizer, 200)[0] != encode_prompt(Prompt(0, CHAT), tokenizer, 200)[0]
+
+
+def thinking_tokenizer():
+    tokenizer = byte_tokenizer("llama")
+    tokenizer.chat_template += "{% if enable_thinking is defined %}<think>{{ enable_thinking }}{% endif %}"
+    return tokenizer
+
+
+def test_a_name_that_the_chat_template_does_not_read_is_refused():
+    prompt = make_prompts([CHAT], DatasetConfig(chat_template_kwargs={"enable_thiking": False}), "test")[0]
+    with pytest.raises(ConfigError, match=r"does not read 'enable_thiking'\. Did you mean 'enable_thinking'"):
+        encode_prompt(prompt, thinking_tokenizer(), 100)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt_template": "{a}"}, "give one of them"),
+        ({"chat_template_kwargs": {"add_generation_prompt": False}}, "cannot set 'add_generation_prompt'"),
+        ({"chat_template_kwargs": {"a": object()}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": ["a"]}, "chat_template_kwargs"),
+    ],
+)
+def test_template_values_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        DatasetConfig(prompts=[{"a": "b"}], **{"chat_template_kwargs": {"a": 1}} | settings)
+
+
+def test_template_values_go_with_chats():
+    with pytest.raises(DatasetError, match="plain text: chat_template_kwargs goes with chat messages"):
+        load_prompts(DatasetConfig(prompts=["Hello"], chat_template_kwargs={"enable_thinking": False}))
+
+
+def test_no_space_is_taken_out_of_text():
+    tokenizer = byte_tokenizer("gpt2")
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    assert encode_prompt(Prompt(0, "a long text , it is n't ."), tokenizer, 14)[1] == " , it is n't ."
+
+
+def test_all_tokens_before_a_text_survive_the_cut():
+    tokenizer = byte_tokenizer("gpt2")
+    template = processors.TemplateProcessing(single="<eos> <eos> $A", special_tokens=[("<eos>", 0)])
+    tokenizer.backend_tokenizer.post_processor = template
+    expected = [0, 0, *byte_tokenizer("gpt2")("fgh").input_ids]
+    assert encode_prompt(Prompt(0, "abcdefgh"), tokenizer, 5) == (expected, "fgh")
 
 
 def test_only_the_last_user_message_is_shortened_from_its_start():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from konic.finetuning.config import Settings
 from konic.finetuning.data.loaders import BUNDLED_SPLITS
@@ -37,6 +37,8 @@ def _rows_of(prompts: Any) -> Any:
     return prompts
 
 
+_OF_THE_PROMPT = ("messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message")
+"""What a chat template gets from the prompt itself."""
 _GIVEN_AS = {"name": _name_as_text, "prompts": _rows_of}
 """How values of other kinds that people have in hand become a field's own."""
 
@@ -97,6 +99,8 @@ class DatasetConfig(Settings):
     """Number of prompts reserved for evaluation; for BUNDLED, the first prompts of its own held-out split."""
     system_prompt: str | None = None
     """A system message to put first in chats that have none."""
+    chat_template_kwargs: dict[str, JsonValue] | None = None
+    """What the model's chat template gets besides the messages, `{"enable_thinking": False}`."""
     prompt_template: str | None = None
     """A template that builds plain text from a row's columns, `"Review: {text}"`; it replaces `prompt_column`."""
 
@@ -149,6 +153,13 @@ class DatasetConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _check_chat_template_kwargs(self) -> Self:
+        taken = next((name for name in self.chat_template_kwargs or {} if name in _OF_THE_PROMPT), None)
+        if taken is not None:
+            raise ValueError(f"chat_template_kwargs cannot set {taken!r}, which follows from the prompt")
+        return self
+
+    @model_validator(mode="after")
     def _check_drawing(self) -> Self:
         for name in ("weights_column", "prefer_undecided"):
             if not getattr(self, name):
@@ -170,8 +181,9 @@ class DatasetConfig(Settings):
                 raise ValueError(
                     f"prompt_template={self.prompt_template!r} must name columns in braces, as in '{{text}}'"
                 )
-            if self.system_prompt is not None:
-                raise ValueError(
-                    "prompt_template makes plain text, but system_prompt needs chat messages: give one of them"
-                )
+            for name in ("system_prompt", "chat_template_kwargs"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"prompt_template makes plain text, but {name} needs chat messages: give one of them"
+                    )
         return self

@@ -31,6 +31,8 @@ class Prompt:
     """Plain text, or chat messages that end with a user message."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """What the chat template gets besides the messages."""
 
     @property
     def messages(self) -> list[dict[str, str]] | None:
@@ -235,12 +237,14 @@ def _make_prompt(index: int, row: Any, config: DatasetConfig, where: str) -> tup
     problem = _find_problem(content)
     if problem:
         return index, problem
-    if config.system_prompt is not None:
-        if isinstance(content, str):
-            return index, "plain text: system_prompt goes with chat messages, [{'role': 'user', 'content': ...}]"
-        if content[0]["role"] != "system":
-            content = [{"role": "system", "content": config.system_prompt}, *content]
-    return index, Prompt(index, content if isinstance(content, str) else list(content), columns)
+    if isinstance(content, str):
+        for_chats = [name for name in ("system_prompt", "chat_template_kwargs") if getattr(config, name) is not None]
+        if for_chats:
+            return index, f"plain text: {for_chats[0]} goes with chat messages, [{{'role': 'user', 'content': ...}}]"
+        return index, Prompt(index, content, columns)
+    if config.system_prompt is not None and content[0]["role"] != "system":
+        content = [{"role": "system", "content": config.system_prompt}, *content]
+    return index, Prompt(index, list(content), columns, config.chat_template_kwargs or {})
 
 
 def _chat_from_text(content: Any) -> Any:

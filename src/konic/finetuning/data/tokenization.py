@@ -3,7 +3,8 @@
 Shapes: B prompts, P tokens of the longest prompt. A mask is True where a token counts.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from konic.finetuning.data.prompts import Prompt
-from konic.finetuning.errors import ConfigError, DatasetError, ModelError
+from konic.finetuning.errors import ConfigError, DatasetError, ModelError, did_you_mean
 
 _HALF_A_CHARACTER = "\ufffd"
 """The replacement character, which decoding gives for a character that a cut split."""
@@ -73,8 +74,8 @@ def make_prompt_batch(
 def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], str]:
     """Return the tokens of one prompt, at most `max_length`, and the text that they represent.
 
-    Plain text that is cut keeps its end, and the beginning-of-sequence token if the tokenizer adds one. Chat messages
-    go through the model's chat template; only the last user message is shortened, from its start.
+    Plain text that is cut keeps its end, and what the tokenizer adds before it, such as a beginning of sequence. Chat
+    messages go through the model's chat template; only the last user message is shortened, from its start.
 
     Raises:
         DatasetError: The prompt has no tokens, or the messages do not fit even if the last one is empty.
@@ -89,22 +90,31 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length
     return ids, text
 
 
+def read_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = False) -> str:
+    """Return the text of tokens as it is: no space is taken out before punctuation, as some tokenizers would."""
+    text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+    return str(text)
+
+
 def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], str]:
-    ids = _without_end(tokenizer(text, verbose=False).input_ids, text, tokenizer)
-    if len(ids) <= max_length:
-        return ids, text
-    starts_with_bos = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
-    head = ids[:1] if starts_with_bos and max_length > 1 else []
-    tail = ids[len(ids) - max_length + len(head) :]
-    return head + tail, tokenizer.decode(tail, skip_special_tokens=False).lstrip(_HALF_A_CHARACTER)
+    head, own = _without_end(text, tokenizer)
+    if len(head) + len(own) <= max_length:
+        return head + own, text
+    head = head if len(head) < max_length else []
+    tail = own[len(own) - max_length + len(head) :]
+    return head + tail, read_text(tail, tokenizer).lstrip(_HALF_A_CHARACTER)
 
 
-def _without_end(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens of a text without those that the tokenizer adds after it, such as an end of sequence."""
+def _without_end(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the tokens that the tokenizer adds before a text, such as a beginning of sequence, and those of the text.
+
+    What it adds after the text, such as an end of sequence, is left out.
+    """
+    ids = tokenizer(text, verbose=False).input_ids
     own = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     starts = range(len(ids) - len(own) + 1)
-    start = next((start for start in starts if ids[start : start + len(own)] == own), len(ids))
-    return ids[: start + len(own)]
+    start = next((start for start in starts if ids[start : start + len(own)] == own), None)
+    return ([], ids) if start is None else (ids[:start], own)
 
 
 def _encode_chat(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], str]:
@@ -114,7 +124,8 @@ def _encode_chat(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length:
             "Use a chat model, or plain-text prompts."
         )
     messages = [dict(message) for message in prompt.content if isinstance(message, dict)]
-    ids, text = shorten_chat(messages, [], tokenizer, max_length)
+    _check_template_kwargs(prompt.chat_template_kwargs, tokenizer)
+    ids, text = shorten_chat(messages, [], tokenizer, max_length, prompt.chat_template_kwargs)
     if len(ids) > max_length:
         raise DatasetError(
             f"Row {prompt.row}: the messages before the last one take {len(ids)} tokens, more than "
@@ -123,11 +134,23 @@ def _encode_chat(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length:
     return ids, text
 
 
+def _check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a ConfigError for a name that the chat template never reads, because it would change nothing."""
+    words = set(re.findall(r"\w+", str(tokenizer.chat_template))) if kwargs else set()
+    unread = next((name for name in kwargs if name not in words), None)
+    if unread is not None:
+        hint = did_you_mean(unread, words)
+        raise ConfigError(
+            f"DatasetConfig.chat_template_kwargs: the model's chat template does not read {unread!r}.{hint}"
+        )
+
+
 def shorten_chat(
     messages: list[dict[str, Any]],
     answer: list[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], str]:
     """Return the tokens of a chat and the text of its last message, after shortening that message from its start.
 
@@ -139,18 +162,19 @@ def shorten_chat(
         answer: A message that follows and is not shortened; if empty, the template opens the assistant's turn.
         tokenizer: A tokenizer with a chat template.
         max_length: Maximum number of tokens of the chat, answer included.
+        template_kwargs: More values for the template, such as enable_thinking.
     """
     *before, last = messages
     words = tokenizer(last["content"], add_special_tokens=False, verbose=False).input_ids
-    text, dropped = last["content"], 0
+    text, dropped, more = last["content"], 0, template_kwargs or {}
     while True:
         chat = [*before, {**last, "content": text}, *answer]
         try:
-            rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=not answer, tokenize=False)
+            rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=not answer, tokenize=False, **more)
         except TemplateError as error:
             raise ModelError(f"The tokenizer's chat template fails: {type(error).__name__}: {error}.") from None
         ids = tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids
         if len(ids) <= max_length or dropped >= len(words):
             return ids, text
         dropped += len(ids) - max_length
-        text = tokenizer.decode(words[dropped:], skip_special_tokens=False).lstrip(_HALF_A_CHARACTER)
+        text = read_text(words[dropped:], tokenizer).lstrip(_HALF_A_CHARACTER)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from konic.finetuning.config import GenerationConfig
-from konic.finetuning.data.tokenization import PromptBatch
+from konic.finetuning.data.tokenization import PromptBatch, read_text
 from konic.finetuning.errors import ConfigError
 from konic.finetuning.models.language_model import LanguageModel
 
@@ -107,6 +107,6 @@ def _decode_response(
 ) -> str:
     if ids and ids[-1] in eos:
         ids = ids[:-1]
-    text = tokenizer.decode(ids, skip_special_tokens=generation.skip_special_tokens)
+    text = read_text(ids, tokenizer, generation.skip_special_tokens)
     ends = [text.find(string) for string in generation.stop or () if string in text]
     return text[: min(ends)] if ends else text
