@@ -709,6 +709,24 @@ def test_metrics_torn_by_a_kill_are_written_anew_from_the_checkpoint(model_folde
     assert not list((tmp_path / "run").rglob(".*"))
 
 
+def test_a_resume_from_an_earlier_checkpoint_keeps_what_came_after(model_folders, tmp_path, caplog):
+    run, earlier = tmp_path / "run", tmp_path / "run" / "earlier-1"
+    make_engine(model_folders["llama"], run).train(4, save_every=1)
+    before, final, answers = metrics(run), weights(run / "final"), completions(run)
+    again = make_engine(model_folders["llama"], run, learning_rate=0.02)
+    again.train(3, resume_from_checkpoint=run / "checkpoint-2", allow_changes=True)
+    assert f"What had been written after iteration 2 is now in {earlier}" in caplog.text
+    assert metrics(earlier) == before
+    same_tensors(weights(earlier / "final"), final)
+    assert (earlier / "best").is_dir()
+    assert sorted(path.name for path in earlier.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    assert completions(earlier) == answers[2:]
+    assert [row["iteration"] for row in metrics(run)] == [1, 2, 3]
+    assert len(completions(run)) == 3
+    make_engine(model_folders["llama"], run, learning_rate=0.02).train(4, resume_from_checkpoint=True)
+    assert not (run / "earlier-2").exists()
+
+
 def test_a_resumed_stream_is_read_again_to_where_the_run_stood(model_folders, tmp_path, caplog):
     def engine(run):
         made = make_engine(model_folders["llama"], run, dataset=DatasetConfig(prompts=PROMPTS))

@@ -27,7 +27,7 @@ from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.rewards.scoring import Scores
 from konic.finetuning.rollout.rollout import Rollout
 from konic.finetuning.run.checkpoint import checkpoints, iteration_number
-from konic.finetuning.system.files import as_path, discard, find_corruption, replacing_file, unwritable, write_text
+from konic.finetuning.system.files import as_path, find_corruption, replacing_file, unwritable, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,11 @@ _WRITTEN = (
     _METRICS_FILE, _RUN_FILE, "completions", "evaluations", "checkpoint-*", "broken-checkpoint-*", "best", "final",
 )  # fmt: skip
 """What a run writes into its folder."""
+_UNFINISHED = (
+    ".checkpoint-*", ".best-*", ".final-*", f".{_METRICS_FILE}", f".{_RUN_FILE}", "completions/.[0-9]*",
+    "evaluations/.[0-9]*",
+)  # fmt: skip
+"""What a run that was killed has left half written."""
 
 
 class RunFolder:
@@ -76,16 +81,20 @@ class RunFolder:
         Raises:
             OutputError: Something cannot be moved.
         """
-        written = [path for pattern in _WRITTEN for path in sorted(self.path.glob(pattern))]
         if not self.holds_a_run:
             return None
-        aside = next(path for n in range(1, sys.maxsize) if not (path := self.path / f"earlier-{n}").exists())
         try:
-            aside.mkdir()
-            for path in written:
-                os.replace(path, aside / path.name)
+            return self._set_aside([path for pattern in _WRITTEN for path in sorted(self.path.glob(pattern))])
         except OSError as error:
-            raise unwritable(error.filename or aside, error) from None
+            raise unwritable(error.filename or self.path, error) from None
+
+    def _set_aside(self, written: list[Path]) -> Path:
+        """Move files and folders of this one into a new folder `earlier-N`, under the same names."""
+        aside = next(path for n in range(1, sys.maxsize) if not (path := self.path / f"earlier-{n}").exists())
+        for path in written:
+            target = aside / path.relative_to(self.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
         return aside
 
     def prepare(self) -> None:
@@ -196,42 +205,44 @@ class RunFolder:
             logger.warning("%s cannot be read, so its prompts are evaluated again: %s", path, printable(str(error)))
             return None
 
-    def go_back_to(self, history: list[FinetuningIterationResult]) -> None:
-        """Remove what was written after the last of these iterations, and unfinished files, before a resume.
+    def go_back_to(self, history: list[FinetuningIterationResult]) -> Path | None:
+        """Leave nothing here that was written after the last of these iterations, before a resume.
 
-        A broken checkpoint is renamed to `broken-checkpoint-{n}`.
+        Where a model or a whole checkpoint is among it, all of it is moved into a new folder `earlier-N`, which is
+        returned. Otherwise it is what an interrupted run had not saved, and is removed, because the resumed run writes
+        it again. A broken checkpoint is renamed to `broken-checkpoint-{n}`.
 
         Raises:
-            OutputError: Something cannot be removed or written.
+            OutputError: Something cannot be moved, removed or written.
         """
         try:
-            self._go_back_to(history)
+            return self._go_back_to(history)
         except OSError as error:
             raise unwritable(error.filename or self.path, error) from None
 
-    def _go_back_to(self, history: list[FinetuningIterationResult]) -> None:
-        iteration = history[-1].iteration if history else 0
-        for folder in checkpoints(self.path):
-            if iteration_number(folder) > iteration and find_corruption(folder) is None:
-                discard(folder)
-            elif iteration_number(folder) > iteration:
-                aside = folder.with_name(f"broken-{folder.name}")
-                if aside.exists():
-                    shutil.rmtree(aside)
-                os.replace(folder, aside)
-        metrics = self.path / _METRICS_FILE
-        if metrics.is_file() and metrics.read_bytes().count(b"\n") > len(history):  # models of removed iterations
-            for name in ("final", "best"):
-                if (self.path / name).is_dir():
-                    shutil.rmtree(self.path / name)
-        for pattern in (".checkpoint-*", ".best-*", ".final-*", f".{_METRICS_FILE}", f".{_RUN_FILE}"):
-            for left in self.path.glob(pattern):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    def _go_back_to(self, history: list[FinetuningIterationResult]) -> Path | None:
+        iteration, metrics = history[-1].iteration if history else 0, self.path / _METRICS_FILE
+        later = [folder for folder in checkpoints(self.path) if iteration_number(folder) > iteration]
+        broken = [folder for folder in later if find_corruption(folder) is not None]
+        models = [folder for folder in later if folder not in broken]
+        if metrics.is_file() and metrics.read_bytes().count(b"\n") > len(history):
+            models += [folder for name in ("final", "best") if (folder := self.path / name).is_dir()]
+        tables = [file for name in ("completions", "evaluations") for file in (self.path / name).glob("[0-9]*.parquet")]
+        tables = [file for file in tables if file.stem.isdigit() and int(file.stem) > iteration]
+        for folder in broken:
+            aside = folder.with_name(f"broken-{folder.name}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.replace(folder, aside)
+        for left in (path for pattern in _UNFINISHED for path in self.path.glob(pattern)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        earlier = self._set_aside([*models, *tables]) if models else None
+        if earlier is not None and metrics.is_file():
+            shutil.copy2(metrics, earlier)
         write_text(metrics, "".join(_line(result) for result in history))
-        for name in ("completions", "evaluations"):
-            for file in (*(self.path / name).glob("[0-9]*.parquet"), *(self.path / name).glob(".[0-9]*")):
-                if file.name.startswith(".") or (file.stem.isdigit() and int(file.stem) > iteration):
-                    file.unlink()
+        for file in tables:
+            file.unlink(missing_ok=True)
+        return earlier
 
     def _write_completions(self, iteration: int, rollout: Rollout, scores: Scores, left_out: list[str | None]) -> None:
         records = rollout.records

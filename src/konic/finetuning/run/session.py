@@ -276,7 +276,9 @@ class Session:
         record, learner = read_record(checkpoint), self.learner
         require_same_run(checkpoint, record, self.settings(max_iterations), learner.policy.device, allow_changes)
         self.state = load_checkpoint(checkpoint, learner.policy, learner.optimizer)
-        self.folder.go_back_to(self.state.history)
+        earlier = self.folder.go_back_to(self.state.history)
+        if earlier is not None:
+            logger.warning("What had been written after iteration %d is now in %s.", self.state.iteration, earlier)
         if self.prompts.stream is not None:
             start, num_rows = time.monotonic(), self.state.num_prompts
             self.prompts.batch(num_rows, 0)
