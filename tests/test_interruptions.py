@@ -1,5 +1,6 @@
 """What reaches a run from outside: Ctrl-C in user code, a closed terminal, broken output, rewards that change data."""
 
+import errno
 import io
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +23,7 @@ from konic.finetuning import (
     llm_reward,
 )
 from konic.finetuning.run.saving import Saver
-from konic.finetuning.system.output import is_terminal, write_line
+from konic.output import is_terminal, write_line
 from test_engine import Silent, make_engine, metrics
 
 
@@ -171,6 +173,44 @@ def test_a_line_is_written_where_it_can_be_and_dropped_where_not():
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     write_line("é ok", ascii_only)
     assert ascii_only.buffer.getvalue() == b"? ok\n"
+
+
+class Full:
+    """A stream to a full disk."""
+
+    def write(self, text=""):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    flush = write
+
+
+class Prints(KonicLLMRewardComposer):
+    @llm_reward
+    def judged(self, prompt, response):
+        print("scoring", response)
+        print("scoring", response, file=sys.stderr, flush=True)
+        return float(len(response))
+
+
+def test_a_full_disk_under_the_output_stops_neither_a_run_nor_a_reward_that_prints(
+    model_folders, tmp_path, monkeypatch
+):
+    streams = Full(), Full()
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    engine = make_engine(model_folders["llama"], tmp_path, KonicFinetuningCallback(log_samples=True), composer=Prints())
+    result = engine.train(2)
+    assert (sys.stdout, sys.stderr) == streams
+    assert result.total_iterations == 2
+    assert not any(row.num_reward_errors for row in result.history)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_command_whose_output_is_full_keeps_its_exit_code():
+    konic = str(Path(sys.executable).with_name("konic"))
+    with open("/dev/full", "w") as full:
+        for arguments, code in ((["--version"], 0), (["train", "nothing.py"], 1)):
+            assert subprocess.run([konic, *arguments], stdout=full, stderr=full, timeout=60).returncode == code
 
 
 class Appends(KonicLLMRewardComposer):

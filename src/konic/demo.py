@@ -27,7 +27,7 @@ from konic.finetuning import (
 from konic.finetuning.errors import printable
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.intervals import distinct_n, mean, paired_bootstrap
-from konic.finetuning.system.output import is_terminal
+from konic.output import is_terminal
 
 KIND_WORDS = frozenset(
     "admirable amazing beautiful beautifully best brilliant brilliantly captivating charming clever compelling "

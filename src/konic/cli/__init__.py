@@ -9,6 +9,7 @@ from konic.cli.demo import demo
 from konic.cli.reward_model import reward_model
 from konic.cli.rewards import rewards
 from konic.cli.train import train
+from konic.output import end_streams, is_terminal, tolerant_streams, write_line
 
 app = typer.Typer(
     name="konic",
@@ -34,7 +35,8 @@ def _options(version: bool = typer.Option(False, "--version", help="Print the ve
 def main() -> None:
     """Run the command line. A user's mistake prints one message and exits with code 1, without a traceback."""
     try:
-        app()
+        with tolerant_streams():
+            app()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -42,5 +44,7 @@ def main() -> None:
 
         if not isinstance(error, KonicError):
             raise
-        typer.secho(f"Error: {error}", fg=typer.colors.RED if sys.stderr.isatty() else None, err=True)
+        write_line(f"\x1b[31mError: {error}\x1b[0m" if is_terminal(sys.stderr) else f"Error: {error}", sys.stderr)
         sys.exit(1)
+    finally:
+        end_streams()

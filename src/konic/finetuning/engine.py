@@ -17,6 +17,7 @@ from konic.finetuning.run.session import INTERRUPTED, Session
 from konic.finetuning.system.files import as_path, filling_folder
 from konic.finetuning.system.signals import stopping_on_signals, uninterrupted
 from konic.finetuning.trainer import Trainer
+from konic.output import tolerant_streams
 
 
 class KonicFinetuningEngine:
@@ -83,7 +84,7 @@ class KonicFinetuningEngine:
             KonicError: Something the user can fix. Every whole iteration before it is kept.
         """
         session, callbacks = self._current_session(), Callbacks(self.callback)
-        with stopping_on_signals() as stop, session.scorer:
+        with stopping_on_signals() as stop, tolerant_streams(), session.scorer:
             _check_counts(max_iterations=max_iterations, save_every=save_every, save_total_limit=save_total_limit)
             session.check()
             if max_iterations == 0:

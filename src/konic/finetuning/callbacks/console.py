@@ -11,7 +11,7 @@ from konic.finetuning.callbacks.trackers import MLflowTracker
 from konic.finetuning.errors import ConfigError, printable
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
-from konic.finetuning.system.output import is_terminal, write_line
+from konic.output import is_terminal, write_line
 
 
 class KonicFinetuningCallback(BaseKonicFinetuningCallback):

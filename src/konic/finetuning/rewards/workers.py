@@ -30,6 +30,7 @@ from konic.finetuning.rewards.calls import call_reward
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer, list_rewards, without_models
 from konic.finetuning.rewards.outcomes import Fault, Outcome, Reward, timeout_fault
 from konic.finetuning.rewards.signatures import requested_columns
+from konic.output import tolerate_broken_streams
 
 RESTARTS = 3
 """How many times a broken pool is restarted for one call."""
@@ -265,6 +266,7 @@ def _begin_worker(pickled: bytes) -> None:
     parent ends.
     """
     global _find_problem
+    tolerate_broken_streams()
     if hasattr(os, "setsid"):
         os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()

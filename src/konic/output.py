@@ -1,0 +1,96 @@
+"""Text -> a stream that may be missing, replaced, closed, full or unable to show it: output never ends a run."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+def is_terminal(stream: Any) -> bool:
+    """True if a stream is a terminal; False for None, and for an object in its place that does not say."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError, OSError, TypeError):  # closed streams raise ValueError
+        return False
+
+
+class Tolerant:
+    """A stream that drops what cannot be written, and shows ? for characters that its encoding lacks.
+
+    A pipe that its reader has closed (`| head -1`) is pointed at nothing, so that Python's last flush is silent too.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write what can be written; return the number of characters given."""
+        with self._tolerance():
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                encoding = getattr(self._stream, "encoding", None) or "ascii"
+                self._stream.write(text.encode(encoding, "replace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        """Send on what was written."""
+        with self._tolerance():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _tolerance(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            self.discard_rest()
+        except (OSError, ValueError, AttributeError):
+            pass
+
+    def discard_rest(self) -> None:
+        """Point the stream at nothing."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self._stream.fileno())
+            os.close(nothing)
+
+
+def write_line(text: str, stream: Any) -> None:
+    """Write a line as :class:`Tolerant` does; nothing where there is no stream."""
+    if stream is not None:
+        tolerant = Tolerant(stream)
+        tolerant.write(text + "\n")
+        tolerant.flush()
+
+
+@contextlib.contextmanager
+def tolerant_streams() -> Iterator[None]:
+    """Within it, printing to a broken standard output or error raises nothing, also in a user's reward."""
+    before = sys.stdout, sys.stderr
+    tolerate_broken_streams()
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def tolerate_broken_streams() -> None:
+    """From here on, printing to a broken standard output or error raises nothing."""
+    sys.stdout, sys.stderr = (
+        stream if stream is None or isinstance(stream, Tolerant) else Tolerant(stream)
+        for stream in (sys.stdout, sys.stderr)
+    )
+
+
+def end_streams() -> None:
+    """Drop what a full disk still refuses, before Python's last flush would turn it into exit code 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            Tolerant(stream).discard_rest()
