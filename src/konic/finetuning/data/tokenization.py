@@ -97,7 +97,8 @@ def read_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, skip_speci
 
 
 def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], str]:
-    head, own = _without_end(text, tokenizer)
+    head = _added_before(tokenizer)
+    own = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if len(head) + len(own) <= max_length:
         return head + own, text
     head = head if len(head) < max_length else []
@@ -105,16 +106,15 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int)
     return head + tail, read_text(tail, tokenizer).lstrip(_HALF_A_CHARACTER)
 
 
-def _without_end(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the tokens that the tokenizer adds before a text, such as a beginning of sequence, and those of the text.
+def _added_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that the tokenizer adds before a text, such as a beginning of sequence.
 
-    What it adds after the text, such as an end of sequence, is left out.
+    What it adds after a text, such as an end of sequence, would end the prompt and is not wanted.
     """
-    ids = tokenizer(text, verbose=False).input_ids
-    own = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ids = tokenizer("a", verbose=False).input_ids
+    own = tokenizer("a", add_special_tokens=False, verbose=False).input_ids
     starts = range(len(ids) - len(own) + 1)
-    start = next((start for start in starts if ids[start : start + len(own)] == own), None)
-    return ([], ids) if start is None else (ids[:start], own)
+    return ids[: next((start for start in starts if ids[start : start + len(own)] == own), 0)]
 
 
 def _encode_chat(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], str]:
