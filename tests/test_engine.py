@@ -498,7 +498,7 @@ def test_engine_options_are_checked(model_folders, tmp_path):
         KonicFinetuningEngine.from_agent(agent, chekpoint_dir=tmp_path)
     with pytest.raises(ConfigError, match="device='cuda:99' is not available"):
         KonicFinetuningEngine.from_agent(agent, device="cuda:99")
-    with pytest.raises(ConfigError, match="device='quantum' is not available"):
+    with pytest.raises(ConfigError, match="device='quantum' is not a device: give auto"):
         KonicFinetuningEngine.from_agent(agent, device="quantum")
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
@@ -919,7 +919,7 @@ def test_a_resume_from_an_earlier_checkpoint_drops_the_branch_it_leaves(model_fo
         make_engine(model_folders["llama"], tmp_path / "b").train(
             3, resume_from_checkpoint=tmp_path / "a" / "checkpoint-2"
         )
-    with pytest.raises(OutputError, match="is not a whole checkpoint"):
+    with pytest.raises(OutputError, match="typo/x: there is no such folder to resume from"):
         make_engine(model_folders["llama"], tmp_path / "c").train(3, resume_from_checkpoint=tmp_path / "typo" / "x")
     assert not (tmp_path / "c").exists()
     assert not (tmp_path / "typo").exists()

@@ -146,6 +146,31 @@ def test_a_module_level_agent_and_a_sibling_import_work(model_folders, tmp_path)
     assert isinstance(load_agent(script(tmp_path, text, "other-name.py")), KonicFinetuningAgent)
 
 
+def test_a_script_inside_a_package_may_import_what_is_beside_it(model_folders, tmp_path):
+    script(tmp_path, "MODEL = 1", "beside_a_konic_script.py")
+    (tmp_path / "outer_of_scripts" / "inner").mkdir(parents=True)
+    for folder in ("outer_of_scripts", "outer_of_scripts/inner"):
+        script(tmp_path / folder, "", "__init__.py")
+    script(tmp_path / "outer_of_scripts", "NAME = 2", "settings.py")
+    text = "from ..settings import NAME\n" + SCRIPT.format(name="make", model=model_folders["llama"]) + "agent = make()"
+    assert isinstance(load_agent(script(tmp_path / "outer_of_scripts" / "inner", text, "job.py")), KonicFinetuningAgent)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["job.py", "--resume"], "give --output"),
+        (["job.py", "--max-iterations", -1], "--max-iterations"),
+        (["job.py", "--save-total-limit", 0], "--save-total-limit"),
+    ],
+)
+def test_mistakes_on_the_command_line_speak_of_its_options(arguments, told):
+    run = konic("train", *arguments)
+    assert run.returncode == 2
+    assert told in run.stderr
+    assert "resume_from" not in run.stderr
+
+
 def test_a_scripts_own_konic_error_stays_itself(tmp_path):
     text = "from konic.finetuning import TrainingConfig\nTrainingConfig(batch_sise=4)"
     with pytest.raises(ConfigError, match="Did you mean 'batch_size'"):

@@ -570,6 +570,17 @@ def test_a_csv_with_two_columns_of_one_name_is_refused(tmp_path):
 CHAT = [{"role": "user", "content": "Hello"}]
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "./rows", "data/rows.jsonl.gz", "~/no-rows"])
+def test_a_name_that_is_a_path_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "row.csv").write_text("prompt\na\n")
+    assert DatasetConfig(name=name).source is DatasetSource.LOCAL
+    hint = "Did you mean 'row.csv'" if name == "rows.csv" else ""
+    with pytest.raises(DatasetError, match=f"there is no such file or folder.*{hint}"):
+        load_prompts(DatasetConfig(name=name))
+    assert DatasetConfig(name="someone/rows").source is DatasetSource.HUGGINGFACE
+
+
 def test_a_system_prompt_goes_before_chats_that_have_none():
     own = [{"role": "system", "content": "Mine."}, *CHAT]
     rows = load_prompts(DatasetConfig(prompts=[CHAT, own], system_prompt="Be kind.", shuffle=False)).rows

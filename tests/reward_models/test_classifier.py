@@ -733,7 +733,7 @@ def test_in_a_run_responses_are_read_by_the_classifiers_own_tokenizer(classifier
         ("batch_size", "16", r"batch_size='16'\) must be"),
         ("max_length", 0, r"max_length=0\) must be"),
         ("max_length", None, r"max_length=None\) must be"),
-        ("device", "gpu", r"device='gpu' is not available"),
+        ("device", "gpu", r"device='gpu' is not a device: give auto"),
         ("model_kwargs", {"revison": "main"}, r"no key 'revison'.*Did you mean 'revision'"),
         ("text_format", "chat", r"text_format='chat'\): its tokenizer has no chat template. Use another text_format"),
     ],

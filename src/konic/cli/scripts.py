@@ -60,6 +60,10 @@ def load_composer(script: Path) -> KonicLLMRewardComposer:
 
 
 def _import(script: Path) -> Any:
+    package = _package_of(script)
+    if package:
+        sys.path.insert(0, str(script.absolute().parents[len(package)]))
+        return _call(script, importlib.import_module, ".".join([*package, script.stem]))
     name = (
         script.stem if script.stem.isidentifier() and script.stem not in sys.modules else f"konic_script_{script.stem}"
     )
@@ -71,6 +75,16 @@ def _import(script: Path) -> Any:
     sys.path.insert(0, str(script.absolute().parent))
     _call(script, spec.loader.exec_module, module)
     return module
+
+
+def _package_of(script: Path) -> list[str]:
+    """Return the names of the packages that a script is in, the outermost first; relative imports need them."""
+    names: list[str] = []
+    folder = script.absolute().parent
+    while (folder / "__init__.py").is_file() and folder.name.isidentifier():
+        names.insert(0, folder.name)
+        folder = folder.parent
+    return names if script.stem.isidentifier() else []
 
 
 def _call(script: Path, function: Any, *values: Any) -> Any:

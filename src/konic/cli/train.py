@@ -8,7 +8,7 @@ import typer
 
 def train(
     script: Annotated[Path, typer.Argument(help="A Python file with a module-level `agent` or a `build_agent()`.")],
-    max_iterations: Annotated[int, typer.Option(help="Number of iterations.")] = 100,
+    max_iterations: Annotated[int, typer.Option(help="Number of iterations.", min=0)] = 100,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="A setting other than the script's: training_config.algorithm=dapo. Repeatable."),
@@ -16,10 +16,10 @@ def train(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     output: Annotated[Path | None, typer.Option(help="The run's folder. Default: a new one under runs/.")] = None,
     save_every: Annotated[
-        int | None, typer.Option(help="Iterations between checkpoints. Default: a checkpoint every ten minutes.")
+        int | None, typer.Option(help="Iterations between checkpoints. Default: a checkpoint every ten minutes.", min=0)
     ] = None,
     save_total_limit: Annotated[
-        int | None, typer.Option(help="Number of newest checkpoints to keep. Default: all.")
+        int | None, typer.Option(help="Number of newest checkpoints to keep. Default: all.", min=1)
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume from the newest complete checkpoint in --output.")
@@ -33,6 +33,8 @@ def train(
 
     Example: konic train my_rewards.py --max-iterations 50 --output runs/kind --save-every 10
     """
+    if resume and output is None:
+        raise typer.BadParameter("give --output, the folder of the run to resume", param_hint="--resume")
     typer.echo(f"Loading {script} ...", err=True)
     from konic.cli.scripts import load_agent
     from konic.cli.settings import set_settings

@@ -9,9 +9,7 @@ from typing import Any, Self
 from pydantic import Field, JsonValue, model_validator
 
 from konic.finetuning.config import Settings
-from konic.finetuning.data.loaders import BUNDLED_SPLITS
-from konic.finetuning.errors import ConfigError
-from konic.finetuning.system.files import as_path
+from konic.finetuning.data.loaders import BUNDLED_SPLITS, is_local
 
 
 def _name_as_text(name: Any) -> Any:
@@ -119,8 +117,7 @@ class DatasetConfig(Settings):
         if values.get("prompts") is not None:
             return {**values, "source": DatasetSource.MEMORY}
         if isinstance(values.get("name"), str):
-            is_path = as_path(values["name"], "name", ConfigError).exists()
-            return {**values, "source": DatasetSource.LOCAL if is_path else DatasetSource.HUGGINGFACE}
+            return {**values, "source": DatasetSource.LOCAL if is_local(values["name"]) else DatasetSource.HUGGINGFACE}
         return {name: value for name, value in values.items() if name != "source"}
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from konic.finetuning.errors import DatasetError, explain_hub_error
+from konic.finetuning.errors import ConfigError, DatasetError, did_you_mean, explain_hub_error
 from konic.finetuning.system.files import as_path
 
 BUNDLED_SPLITS = {"train": "movie_reviews_train.txt", "held_out": "movie_reviews_held_out.txt"}
@@ -28,6 +28,12 @@ def read_bundled(split: str) -> list[Any]:
     """Return the bundled prompts of a split, in order."""
     text = files("konic.finetuning.data").joinpath("bundled", BUNDLED_SPLITS[split]).read_text(encoding="utf-8")
     return [{"prompt": line} for line in text.splitlines()]
+
+
+def is_local(name: str) -> bool:
+    """True for a path that exists, and for a name that can only be meant as one: `./rows`, `~/rows`, `rows.csv`."""
+    path = as_path(name, "name", ConfigError)
+    return path.exists() or name.startswith((".", "/", "~", "\\")) or _kind(path) in _READERS
 
 
 def read_local(name: str, split: str = "train") -> list[Any]:
@@ -44,7 +50,9 @@ def read_local(name: str, split: str = "train") -> list[Any]:
     """
     path = as_path(name, "DatasetConfig(name)", DatasetError)
     if not path.exists():
-        raise DatasetError(f"Dataset {name!r}: there is no such file or folder: {str(path.absolute())!r}.")
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, beside)
+        raise DatasetError(f"Dataset {name!r}: there is no such file or folder: {str(path)!r}.{hint}")
     if path.is_file() and split != "train":
         raise DatasetError(f"Dataset {name!r}: is one file, so split={split!r} chooses nothing. Leave split out.")
     if path.is_dir() and any((path / marker).is_file() for marker in _SAVED_TO_DISK):

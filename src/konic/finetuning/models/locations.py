@@ -144,7 +144,8 @@ def loading_failed(asked: str, location: str, error: Exception) -> str:
     `asked` is the user's setting as the message shows it, such as `base_model='gpt'`.
     """
     if not Path(location).exists():
-        what = explain_hub_error(error, "model_kwargs={'token': ...}", "base_model='smollm2-135m'")
+        packaged = "base_model='smollm2-135m'" if asked.startswith("base_model") else "A folder"
+        what = explain_hub_error(error, "model_kwargs={'token': ...}", packaged)
         hint = did_you_mean(location, PACKAGED_MODELS)
         return f"{asked} is not a local folder and could not be loaded from the Hub: {what}{hint}"
     reason = " ".join(str(error).split())

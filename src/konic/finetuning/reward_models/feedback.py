@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from konic.finetuning.data.loaders import read_hub, read_local
+from konic.finetuning.data.loaders import is_local, read_hub, read_local
 from konic.finetuning.errors import DatasetError, did_you_mean
 
 
@@ -56,7 +55,7 @@ def read_labelled(data: str, text: str, label: str) -> list[Labelled]:
 
 
 def _rows(data: str) -> list[Any]:
-    if Path(data).expanduser().exists():
+    if is_local(data):
         return read_local(data)
     return list(read_hub(data, None, "train", None, None, streaming=False))
 

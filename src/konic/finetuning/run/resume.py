@@ -49,6 +49,8 @@ def checkpoint_to_resume(
         return None
     if resume is not True:
         named = as_path(resume, "train(resume_from_checkpoint)", OutputError)
+        if not named.is_dir():
+            raise OutputError(f"{named}: there is no such folder to resume from.")
         broken = find_corruption(named)
         if broken is not None:
             raise OutputError(f"{named}: is not a whole checkpoint: {broken}. Give another one.")
@@ -70,7 +72,7 @@ def newest_checkpoint(run_folder: Path) -> Path:
             return folder
         logger.warning("%s is skipped: %s.", folder, printable(broken))
     raise OutputError(
-        f"{run_folder}: there is no whole checkpoint to resume from. To start from the beginning, name another folder."
+        f"{run_folder}: there is no whole checkpoint to resume from. To start from the beginning, do not resume."
     )
 
 
