@@ -332,7 +332,7 @@ def test_gradient_checkpointing_saves_bytes_and_changes_no_gradient(architecture
             return tensor
 
         known = {weight.data_ptr() for weight in learner.policy.model.parameters()}
-        with learner.policy.training_mode(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with learner.policy.saving_memory(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             learner.policy.language_model.response_hidden(rolled.ids, rolled.mask, 8)
         return sum(counted.values())
 

@@ -59,13 +59,16 @@ def test_full_finetuning_keeps_a_frozen_copy_as_the_reference(architecture):
     policy.check_reference()
 
 
-@pytest.mark.parametrize("options", [{"bias": "all"}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}])
-def test_adapters_that_rewrite_the_base_get_a_frozen_copy(options):
-    adapter = peft.LoraConfig(r=4, target_modules=list(LORA_TARGETS["gpt2"]), **options)
-    policy = Policy(loaded_model("gpt2", torch.float32), adapter)
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [({"bias": "all"}, "gpt2"), ({"init_lora_weights": "pissa"}, "gpt2"), ({"init_lora_weights": "olora"}, "llama")],
+)
+def test_adapters_that_rewrite_the_base_get_a_frozen_copy(options, kind):
+    adapter = peft.LoraConfig(r=4, target_modules=list(LORA_TARGETS[kind]), **options)
+    policy = Policy(loaded_model(kind, torch.float32), adapter)
     shake_adapter(policy)
     with policy.reference() as reference:
-        assert torch.equal(logits_of(reference, IDS), tiny_model("gpt2", torch.float32)(IDS).logits)
+        assert torch.equal(logits_of(reference, IDS), tiny_model(kind, torch.float32)(IDS).logits)
 
 
 def test_a_reference_that_moved_is_noticed():
@@ -147,7 +150,15 @@ def test_conv1d_adapters_need_no_hint_and_draw_no_warning(recwarn):
 
 def test_targets_that_match_nothing_are_named_with_the_candidates():
     with pytest.raises(ConfigError, match=r"'q_porj' matches no layer.*Did you mean 'q_proj'.*down_proj, .*v_proj"):
-        Policy(loaded_model("llama"), LoraConfig(target_modules=("v_proj", "q_porj")))
+        Policy(loaded_model("llama"), LoraConfig(target_modules=("q_porj",)))
+
+
+def test_targets_of_which_some_match_are_one_warning_that_names_the_others(caplog):
+    policy = Policy(loaded_model("llama"), LoraConfig(target_modules=("v_proj", "q_porj", "c_attn")))
+    (message,) = [record.message for record in caplog.records]
+    assert "'c_attn', 'q_porj' match no layer of LlamaForCausalLM. Did you mean 'q_proj'?" in message
+    assert message.endswith("Only v_proj is adapted.")
+    assert {name.split(".")[-4] for name in policy.trainable() if "lora_" in name} == {"v_proj"}
 
 
 def test_without_targets_peft_chooses(architecture):
@@ -238,8 +249,8 @@ def test_a_prompt_of_several_rows_is_read_once_with_the_values_and_gradients_of_
     for name, gradient in gradients.items():
         difference = (gradient - expected[name]).abs().max()
         assert difference <= 1e-6 * expected[name].abs().max(), name  # Llama's norm computes in fp32 whatever the model
-    learner.policy.language_model.causal_lm.train()  # as under gradient checkpointing, which keeps no cache
-    gradients_of(slice(None))
+    with learner.policy.language_model.checkpointed():  # keeps no cache
+        gradients_of(slice(None))
     assert read[-1] == (6, length + num_response_tokens - 1)
 
 

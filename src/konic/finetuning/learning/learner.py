@@ -5,12 +5,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from konic.finetuning.agent import KonicFinetuningAgent
+from konic.finetuning.config import GenerationConfig
 from konic.finetuning.errors import ConfigError, ModelError
 from konic.finetuning.learning.update import make_optimizer
+from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.policy import Policy
+from konic.finetuning.models.positions import length_limit
 from konic.finetuning.rollout.decoding import require_decodable
 from konic.finetuning.rollout.local_sampler import LocalSampler
 from konic.finetuning.rollout.sampler import Sampler, SpecialTokens, find_special_tokens
@@ -63,12 +67,7 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device) -> Learner:
     config, generation = agent.get_training_config(), agent.get_generation_config()
     loaded = load_model(agent.get_base_model(), agent.get_model_kwargs(), device)
     model_config = loaded.model.config.get_text_config()
-    context = getattr(model_config, "max_position_embeddings", None)
-    if context is not None and generation.max_prompt_length + generation.max_new_tokens > context:
-        raise ConfigError(
-            f"GenerationConfig: max_prompt_length={generation.max_prompt_length} + max_new_tokens="
-            f"{generation.max_new_tokens} is over the {context} positions of {agent.get_base_model()!r}. Lower one."
-        )
+    _require_length(agent.get_base_model(), model_config, generation)
     vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
     if len(loaded.tokenizer) > vocabulary:
         raise ModelError(
@@ -76,6 +75,7 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device) -> Learner:
             f"model's vocabulary has only {vocabulary}. Use the model's own tokenizer, or resize its embeddings."
         )
     base_sha256 = _fingerprint(loaded.model)
+    require_decodable(LanguageModel(loaded.model.eval()), agent.get_base_model())
     policy = Policy(loaded, agent.get_lora_config(), config.gradient_checkpointing, config.seed)
     if config.divergence_limit is not None and policy.language_model.head_learns:
         raise ConfigError(
@@ -83,10 +83,29 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device) -> Learner:
             "under one head, but here the head is trained too. Use LoRA without lm_head, or another algorithm, such as "
             "'grpo'."
         )
-    require_decodable(policy.language_model, agent.get_base_model())
     special = find_special_tokens(generation, policy.language_model, policy.tokenizer)
     policy.check_reference()
     return make_learner(policy, make_optimizer(policy, config), special, loaded.location, base_sha256)
+
+
+def _require_length(base_model: str, model_config: PreTrainedConfig, generation: GenerationConfig) -> None:
+    """Raise ConfigError if a prompt and its response may be longer than the model can read, or reads row by row."""
+    length = generation.max_prompt_length + generation.max_new_tokens
+    problem = None
+    context = getattr(model_config, "max_position_embeddings", None)
+    if context is not None and length > context:
+        problem = f"is over the {context} positions of {base_model!r}"
+    limit, setting = length_limit(model_config)
+    if length > limit:
+        problem = (
+            f"is over {limit}: beyond that, {setting} of {base_model!r} makes the numbers of a response depend on the "
+            "longest row of its batch"
+        )
+    if problem is not None:
+        raise ConfigError(
+            f"GenerationConfig: max_prompt_length={generation.max_prompt_length} + max_new_tokens="
+            f"{generation.max_new_tokens} {problem}. Lower one."
+        )
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -5,18 +5,22 @@ Shapes: B sequences, T tokens of prompt and response, R response tokens, H hidde
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from konic.finetuning.errors import ModelError
 from konic.finetuning.models.length_groups import cost_of_a_pass
 from konic.finetuning.models.positions import distinct_prompts, position_ids
 from konic.finetuning.models.prepacked import Product
+from konic.finetuning.system.signals import uninterrupted
 
 
 class LanguageModel:
@@ -24,6 +28,10 @@ class LanguageModel:
 
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         self.causal_lm = causal_lm
+        self._body = causal_lm.base_model
+        if self._body is causal_lm:  # Llama 4 does not say where its body is
+            self._body = getattr(causal_lm, "model", causal_lm)
+        self._is_checkpointed = False
         config = causal_lm.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._prepacked_head: Product | None = None
@@ -55,7 +63,7 @@ class LanguageModel:
             positions: [B, T].
             cache: A `transformers` cache, or None.
         """
-        output = self.causal_lm.base_model(
+        output = self._body(
             input_ids=ids,
             attention_mask=mask.long(),
             position_ids=positions,
@@ -77,7 +85,7 @@ class LanguageModel:
         positions = position_ids(mask)
         prompts, prompt_mask, prompt_of_row = distinct_prompts(ids[:, :length], mask[:, :length])
         cache = DynamicCache(config=self.causal_lm.config)
-        can_share = not self.causal_lm.training and all(type(layer) is DynamicLayer for layer in cache.layers)
+        can_share = not self._is_checkpointed and all(type(layer) is DynamicLayer for layer in cache.layers)
         if not can_share or (len(ids) - len(prompts)) * length <= cost_of_a_pass(ids.device):
             hidden = self.decode(ids, mask, positions)[:, length - 1 :]
         else:
@@ -102,6 +110,30 @@ class LanguageModel:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+    @property
+    def checkpointed_layers(self) -> list[nn.Module]:
+        """The layers that :meth:`checkpointed` computes twice."""
+        return [layer for layer in self.causal_lm.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+    @contextmanager
+    def checkpointed(self) -> Iterator[None]:
+        """Keep only the input of each layer for the backward pass, which computes the layer again.
+
+        The switch in `transformers` does the same, but only in train mode, which also enables dropout and the noise of
+        routers.
+        """
+        layers = self.checkpointed_layers
+        try:
+            for layer in layers:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            self._is_checkpointed = True
+            yield
+        finally:
+            with uninterrupted():
+                for layer in layers:
+                    vars(layer).pop("forward", None)
+                self._is_checkpointed = False
 
     @contextmanager
     def prepacked_head(self, num_rows: int | None) -> Iterator[None]:

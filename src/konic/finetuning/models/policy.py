@@ -6,7 +6,7 @@ With a new LoRA adapter, the reference policy is the same weights with the adapt
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -14,19 +14,21 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from konic.finetuning.config import LoraConfig
-from konic.finetuning.errors import TrainingError
+from konic.finetuning.errors import ConfigError, TrainingError
 from konic.finetuning.models.adapters import (
     REFERENCE_ADAPTER,
     adapter_off_is_base,
     can_merge,
     load_adapter,
     merged_layer,
+    merged_model,
+    moved_weights,
     new_adapter,
     peft_config,
     switch_off_dropout,
@@ -40,6 +42,12 @@ from konic.finetuning.system.memory import eager_free
 from konic.finetuning.system.signals import uninterrupted
 
 logger = logging.getLogger(__name__)
+
+MAX_REFERENCE_DIFFERENCE = 1e-4
+"""Largest difference between the logits of the reference and those of the loaded model."""
+MAX_MERGED_DIFFERENCE = 0.2
+"""Largest difference between the logits of the merged and the unmerged adapter, relative to what the adapter changes.
+In 16 bits, rounding alone gives some hundredths."""
 
 
 class Policy:
@@ -55,7 +63,6 @@ class Policy:
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         causal_lm = loaded.model
         self.language_model = LanguageModel(causal_lm)
-        self.language_model.check_logits()
         switch_off_dropout(causal_lm)
         self._gradient_checkpointing = gradient_checkpointing
         self._probe = torch.arange(3, 11, device=causal_lm.device)[None] % causal_lm.config.get_text_config().vocab_size
@@ -63,6 +70,7 @@ class Policy:
         self._adapted: peft.PeftModel | None = None
         self._frozen_copy: LanguageModel | None = None
         self._resumes_adapter = loaded.adapter is not None
+        self._adapter_name = loaded.name if self._resumes_adapter else "lora_config"
         if loaded.adapter is not None:
             self._adapted = load_adapter(causal_lm, loaded.adapter)
         self._reference_logits = self._probe_logits(self.language_model)
@@ -81,15 +89,19 @@ class Policy:
                 causal_lm.dtype,
             )
         switch_off_dropout(causal_lm)
-        if gradient_checkpointing:
-            switch_on = getattr(causal_lm, "activation_checkpointing_enable", None)  # what 5.23 calls it
-            (switch_on or causal_lm.gradient_checkpointing_enable)({"use_reentrant": False})
         causal_lm.eval()
+        if gradient_checkpointing and not self.language_model.checkpointed_layers:
+            raise ConfigError(
+                f"gradient_checkpointing=True: {type(causal_lm).__name__} has no layers that support it. Set it to "
+                "False, and raise gradient_accumulation_steps to save memory."
+            )
 
         self.value_head = ValueHead(causal_lm.get_output_embeddings().weight, causal_lm.device)
         named = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         of_values = {f"value_head.{name}": weight for name, weight in self.value_head.named_parameters()}
         self._trainable: dict[str, nn.Parameter] = named | of_values
+        if self._adapted is not None:
+            self._check_adapter(named.values())
 
     @property
     def device(self) -> torch.device:
@@ -111,14 +123,11 @@ class Policy:
         return dict(self._trainable)
 
     @contextmanager
-    def training_mode(self) -> Iterator[None]:
-        """Enable train mode inside the context if gradient checkpointing is on: `transformers` needs it for that."""
-        self.language_model.causal_lm.train(self._gradient_checkpointing)
-        try:
-            with eager_free(self._gradient_checkpointing):
-                yield
-        finally:
-            self.language_model.causal_lm.eval()
+    def saving_memory(self) -> Iterator[None]:
+        """Compute layers twice inside the context if gradient checkpointing is on. Train mode is never used."""
+        checkpointed = self.language_model.checkpointed() if self._gradient_checkpointing else nullcontext()
+        with eager_free(self._gradient_checkpointing), checkpointed:
+            yield
 
     @contextmanager
     def reference(self) -> Iterator[LanguageModel]:
@@ -146,7 +155,7 @@ class Policy:
     def reference_logits(self, hidden: Tensor) -> Tensor:
         """Return the reference's logits [..., V] for its own hidden states [..., H], in fp32 or better."""
         head = self.language_model.causal_lm.get_output_embeddings()
-        if self._frozen_copy is None and not isinstance(head, BaseTunerLayer | ModulesToSaveWrapper):
+        if self._frozen_copy is None and not isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper):
             return self.language_model.logits(hidden)  # policy and reference share the head
         with self.reference() as reference:
             return reference.logits(hidden)
@@ -177,13 +186,50 @@ class Policy:
 
     def check_reference(self) -> None:
         """Raise TrainingError if the reference is no longer the model that was loaded, judged by its logits."""
-        with self.reference() as reference:
-            difference = (self._probe_logits(reference) - self._reference_logits).abs().max().item()
-        if not difference <= 1e-4:
+        difference = self._reference_difference()
+        if not difference <= MAX_REFERENCE_DIFFERENCE:
             raise TrainingError(
                 f"The reference policy has moved: its logits differ by {difference:.2g} from the loaded model's. "
                 "Something changes weights outside the adapter. Use an adapter that does not change the base model."
             )
+
+    def _check_adapter(self, weights: Iterable[nn.Parameter]) -> None:
+        """Raise ConfigError unless the adapter can be switched off, and merged, however far its weights move."""
+        name, kind = self._adapter_name, type(self.language_model.causal_lm).__name__
+        try:
+            with moved_weights(weights):
+                adapted = self._probe_logits(self.language_model)
+                difference = self._reference_difference()
+                with self.merged_adapter() as model:
+                    merged = self._probe_logits(model)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{name}: {kind} cannot be run with this adapter: {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}. Name other target_modules; routers cannot be adapted."
+            ) from error
+        effect = (adapted - self._reference_logits).norm()
+        if effect == 0:
+            raise ConfigError(
+                f"{name}: its layers take no part when {kind} reads text, so training would change nothing. Name other "
+                "target_modules, or leave them out to use the default."
+            )
+        if not difference <= MAX_REFERENCE_DIFFERENCE:
+            raise ConfigError(
+                f"{name}: with the adapter switched off, the logits of {kind} differ by {difference:.2g} from those of "
+                "the loaded model. Use target_modules without other options of PEFT."
+            )
+        if not (merged - adapted).norm() <= MAX_MERGED_DIFFERENCE * effect:
+            raise ConfigError(
+                f"{name}: once merged, the logits of {kind} differ by {(merged - adapted).abs().max().item():.2g} from "
+                "those with the adapter. Name other target_modules; a layer whose weights are used without calling it, "
+                "such as some routers, cannot be adapted."
+            )
+
+    def _reference_difference(self) -> float:
+        """Return how far the reference's logits are from those of the loaded model."""
+        with self.reference() as reference:
+            hidden = self._probe_hidden(reference)
+        return (self.reference_logits(hidden) - self._reference_logits).abs().max().item()
 
     def save(self, folder: Path) -> None:
         """Write the adapter (or the full model), the tokenizer and the value head to a folder, as safetensors."""
@@ -203,7 +249,7 @@ class Policy:
         """Write the full model, with the adapter merged in, and the tokenizer to a folder."""
         model = self.language_model.causal_lm
         if self._adapted is not None:
-            model = copy.deepcopy(self._adapted).merge_and_unload()
+            model = merged_model(self._adapted)
         with quiet_transformers():
             model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
@@ -228,10 +274,14 @@ class Policy:
             self.language_model.causal_lm.load_state_dict(source.state_dict())
         self.value_head.load(folder)
 
+    @torch.no_grad()
     def _probe_logits(self, model: LanguageModel) -> Tensor:
+        return model.logits(self._probe_hidden(model))
+
+    @torch.no_grad()
+    def _probe_hidden(self, model: LanguageModel) -> Tensor:
         mask = torch.ones_like(self._probe, dtype=torch.bool)
-        with torch.no_grad():
-            return model.logits(model.decode(self._probe, mask, position_ids(mask)))
+        return model.decode(self._probe, mask, position_ids(mask))
 
 
 def _frozen_copy(causal_lm: PreTrainedModel) -> PreTrainedModel:

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from konic.finetuning.errors import ModelError
 from konic.finetuning.models.language_model import LanguageModel
@@ -21,6 +22,11 @@ from konic.finetuning.rollout.fused_decoder import FusedDecoder
 from konic.finetuning.rollout.fused_transformer import fused_transformer
 from konic.finetuning.rollout.graphed_decoder import GraphedDecoder
 from konic.finetuning.system.memory import return_freed_memory
+
+MAX_DIFFERENCE = 1e-3
+"""Largest difference of a row's logits in a batch and alone, relative to their spread; rounding is below 1 % of it."""
+MAX_DIFFERENCE_IN_16_BITS = 0.2
+"""The same for models in 16 bits, where rounding alone gives some hundredths."""
 
 
 class Decoder(Protocol):
@@ -69,20 +75,54 @@ def open_decoder(model: LanguageModel, num_rows: int, num_tokens: int) -> Iterat
 
 
 def require_decodable(model: LanguageModel, name: str) -> None:
-    """Check that rows can leave the batch while a model decodes.
+    """Check that a row has the same logits in a batch, token by token, as in a forward pass of its own.
 
     Raises:
-        ModelError: Some layers keep a running state instead of keys and values. No rows can be taken from it, and
-            padding on the left of a prompt would change it.
+        ModelError: The model keeps a running state, or computes a row differently beside others, or cannot be run.
     """
-    layers = DynamicCache(config=model.causal_lm.config).layers
-    other = next((type(layer).__name__ for layer in layers if not hasattr(layer, "batch_select_indices")), None)
-    if other is not None:
-        raise ModelError(
-            f"base_model={name!r}: {model.causal_lm.config.model_type} models have layers that keep a running state "
-            f"({other}), and konic cannot sample from these in batches. Use a model with attention in every layer, "
-            "such as a Llama, Qwen3 or Gemma model."
+    start = f"base_model={name!r}: {model.causal_lm.config.model_type} models"
+    advice = "Use a model with attention in every layer, such as a Llama, Qwen3 or Gemma model."
+    try:
+        layers = DynamicCache(config=model.causal_lm.config).layers
+        state = next(
+            (type(layer).__name__ for layer in layers if isinstance(layer, LinearAttentionCacheLayerMixin)), None
         )
+        if state is not None:
+            raise ModelError(
+                f"{start} have layers that keep a running state ({state}), and konic cannot sample from these in "
+                f"batches. {advice}"
+            )
+        model.check_logits()
+        ours, truth = _logits_in_a_batch_and_alone(model)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{start} cannot be run with the cache and the positions that konic passes to them: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]} {advice}"
+        ) from error
+    difference = ((ours - truth).norm() / (truth - truth.mean()).norm()).item()
+    if not difference <= (MAX_DIFFERENCE if model.causal_lm.dtype.itemsize >= 4 else MAX_DIFFERENCE_IN_16_BITS):
+        raise ModelError(
+            f"{start} compute a row of a padded batch differently from the row alone: the logits differ by "
+            f"{difference:.2g} of their spread. {advice}"
+        )
+
+
+@torch.no_grad()
+def _logits_in_a_batch_and_alone(model: LanguageModel) -> tuple[Tensor, Tensor]:
+    """Return the logits [2, V] after two short texts: decoded in one batch, and from a forward pass of each alone."""
+    device, vocabulary = model.causal_lm.device, model.causal_lm.config.get_text_config().vocab_size
+    ids = torch.arange(3, 30, device=device).view(3, 9) % vocabulary
+    lengths = torch.tensor([8, 8, 3], device=device)
+    mask = torch.arange(8, device=device) >= 8 - lengths[:, None]
+    rows = torch.tensor([2, 0], device=device)  # the second row leaves the batch
+    with open_decoder(model, len(ids), 2) as decoder:
+        decoder.prefill(ids[:, :8], mask)
+        decoder.select(rows)
+        ours = decoder.logits(decoder.step(ids[rows, 8], torch.ones(2, dtype=torch.bool, device=device)))
+    alone = [model.causal_lm(input_ids=ids[row : row + 1, 8 - lengths[row] :], use_cache=False).logits for row in rows]
+    return ours.float(), torch.cat([logits[:, -1] for logits in alone]).float()
 
 
 class GeneralDecoder:
