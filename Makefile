@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup demo reward-model test check format clean parity curves defaults mutation bench gpu chaos audit golden
+.PHONY: setup demo reward-model test check format clean parity curves defaults mutation bench gpu chaos audit golden families
 
 setup: $(READY)
 
@@ -86,6 +86,10 @@ gpu: $(if $(GPU_PYTHON),,$(READY))
 chaos: $(READY)
 	@$(BIN)/python tests/kill_test.py 100 benchmarks/results/chaos.md
 	@$(BIN)/python benchmarks/long_run.py
+
+# The table of docs/families.md: tiny models of every family, compared with plain transformers and PEFT.
+families: $(READY)
+	@$(BIN)/python tests/families.py docs/families.md
 
 # Known vulnerabilities of what is installed, by PyPI's database.
 audit: $(READY)
