@@ -910,7 +910,7 @@ def test_a_name_that_is_no_model_is_said_and_starts_no_run(name, told, tmp_path)
     ("options", "told"),
     [
         case("targets of another model", {"lora": {"target_modules": ["c_attn"]}}, "target_modules: 'c_attn'"),
-        case("one target misspelt", {"lora": {"target_modules": ["q_proj", "v_prj"]}}, "Did you mean 'v_proj'"),
+        case("targets misspelt", {"lora": {"target_modules": ["q_prj", "v_prj"]}}, "Did you mean 'v_proj'"),
         case("a blank target", {"lora": {"target_modules": [""]}}, "target_modules"),
         case("no targets", {"lora": {"target_modules": []}}, "target_modules"),
         case("target that is no layer", {"lora": {"target_modules": ["norm"]}}, "target_modules"),

@@ -4,8 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig
 
-from families import FAMILIES, examine
+from families import FAMILIES, SIZES, examine, learner_of, save_base
+from konic.finetuning import ConfigError, ModelError
+from konic.finetuning.models.language_model import LanguageModel
+from konic.finetuning.models.positions import length_limit, position_ids
+from konic.finetuning.rollout import decoding
 
 PAGE = (Path(__file__).parents[2] / "docs/families.md").read_text(encoding="utf-8")
 VERDICTS = dict(re.findall(r"^\| `(\S+)` \|[^|]+\| (.*) \|$", PAGE, flags=re.MULTILINE))
@@ -31,3 +37,65 @@ def test_a_family_is_right_or_refused_as_the_page_says(kind):
         print(kind, {check: f"{difference:.1e}" for check, difference in found.items()})
         assert VERDICTS[kind].startswith("right")
         assert {check: value for check, value in found.items() if value > (1e-6 if "KL" in check else ROUNDING)} == {}
+
+
+LONGROPE = FAMILIES["phi3"][1] | {"max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "limit", "setting"),
+    [
+        ("llama", {}, float("inf"), ""),
+        ("phi3", LONGROPE, 64, "rope_type='longrope'"),
+        ("llama4_text", {"attn_temperature_tuning": True, "floor_scale": 50}, 50, "attn_temperature_tuning"),
+        ("gemma3_text", {"sliding_window": 8}, float("inf"), ""),
+    ],
+)
+def test_the_length_up_to_which_a_row_does_not_depend_on_its_neighbours(kind, sizes, limit, setting):
+    assert length_limit(AutoConfig.for_model(kind, **SIZES | sizes)) == (limit, setting)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        (
+            "phi3",
+            {"original_max_position_embeddings": 45},
+            "is over 45: .* rope_type='longrope' of .* longest row",
+        ),
+        ("llama4_text", {"attn_temperature_tuning": True, "floor_scale": 45}, "is over 45: .* attn_temperature_tuning"),
+        (
+            "llama",
+            {
+                "max_position_embeddings": 45,
+                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            },
+            "is over the 45 positions",
+        ),
+    ],
+)
+def test_responses_longer_than_that_are_refused(kind, change, message, tmp_path, monkeypatch):
+    special, sizes = FAMILIES[kind]
+    if "rope_parameters" in sizes:
+        sizes = sizes | {"rope_parameters": sizes["rope_parameters"] | change}
+    monkeypatch.setitem(FAMILIES, kind, (special, sizes | change))
+    save_base(kind, tmp_path)
+    with pytest.raises(ConfigError, match=rf"max_prompt_length=40 \+ max_new_tokens=6 {message}.*Lower one"):
+        learner_of(tmp_path, None)
+
+
+def test_a_model_that_computes_a_row_differently_beside_others_is_refused(tmp_path, monkeypatch):
+    model = LanguageModel(save_base("gpt2", tmp_path))
+    decoding.require_decodable(model, "mine")
+    monkeypatch.setattr(
+        "konic.finetuning.rollout.fused_decoder.position_ids", lambda mask: position_ids(torch.ones_like(mask))
+    )
+    with pytest.raises(ModelError, match="base_model='mine': gpt2 models compute a row of a padded batch differently"):
+        decoding.require_decodable(model, "mine")
+
+
+def test_a_model_that_cannot_be_run_as_it_is_sampled_is_one_error(tmp_path, monkeypatch):
+    base = save_base("llama", tmp_path)
+    monkeypatch.setattr(type(base.model), "forward", lambda self, input_ids: None)
+    with pytest.raises(ModelError, match=r"llama models cannot be run with the cache .* TypeError.*Use a model with"):
+        decoding.require_decodable(LanguageModel(base), "mine")

@@ -445,10 +445,10 @@ def test_models_with_a_running_state_are_refused_by_name_before_anything_is_samp
         str(tmp_path), KonicLLMRewardComposer(reward_functions=[nothing]), None, {"prompts": ["a", "b"]},
         {"batch_size": 2}, {"max_new_tokens": 4, "max_prompt_length": 16},
     )  # fmt: skip
-    for call in (lambda engine: engine.train(1), lambda engine: engine.generate(["a"])):
+    for name, value in (("train", 1), ("generate", ["a"]), ("evaluate", ["a"])):
         engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=tmp_path / "run", device="cpu")
         with pytest.raises(
             ModelError, match=rf"{kind} models have layers that keep a running state .*Use a model with"
         ):
-            call(engine)
+            getattr(engine, name)(value)
     assert not (tmp_path / "run").exists()

@@ -144,7 +144,7 @@ def new_adapter(causal_lm: PreTrainedModel, adapter: peft.LoraConfig, seed: int)
     """
     layers = {name: module for name, module in causal_lm.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     try:
-        with torch.random.fork_rng(), _without_renaming_advice():
+        with torch.random.fork_rng(), _without_peft_advice():
             torch.manual_seed(seed)
             adapted = peft.get_peft_model(causal_lm, adapter)
     except (ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, re.error) as error:
@@ -183,7 +183,7 @@ def load_adapter(causal_lm: PreTrainedModel, folder: Path) -> peft.PeftModel:
     if problem is not None:
         raise ModelError(f"{folder}: {problem} Merge this adapter into its base model and start from the merged model.")
     try:
-        with _without_renaming_advice():
+        with _without_peft_advice():
             adapted = peft.PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=True)
             weights = load_file(folder / "adapter_model.safetensors")
             # a second `load_adapter` would subtract the start of PiSSA or OLoRA from the base model once more
@@ -211,12 +211,16 @@ def load_adapter(causal_lm: PreTrainedModel, folder: Path) -> peft.PeftModel:
 
 
 @contextmanager
-def _without_renaming_advice() -> Iterator[None]:
+def _without_peft_advice() -> Iterator[None]:
     with warnings.catch_warnings():
         # PEFT 0.21 uses a name that transformers 5.23 deprecates
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         # PEFT writes these patterns itself, for the experts of adapters that transformers 4 trained
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        # one setting for all layers; PEFT corrects it for those of the other kind
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
+        # PEFT takes the biases of lora_bias for weights without a shape
+        warnings.filterwarnings("ignore", r"Adapter '\w+': \d+ LoRA tensor\(s\) have invalid shape", UserWarning)
         # load_adapter compares the keys itself
         warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
         yield

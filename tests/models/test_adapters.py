@@ -1,0 +1,146 @@
+"""Adapters of PEFT beyond plain LoRA: right as plain PEFT has them, or one error that names the option."""
+
+import json
+
+import peft
+import pytest
+import torch
+from test_families import ROUNDING
+from transformers import AutoModelForCausalLM
+
+from conftest import loaded_model, shake_adapter
+from families import IDS, differences, largest, learner_of, logits_of, save_base
+from konic.finetuning import ConfigError, LoraConfig, ModelError
+from konic.finetuning.models.language_model import LanguageModel
+from konic.finetuning.models.loading import load_model
+from konic.finetuning.models.policy import Policy
+
+ATTENTION = ["q_proj", "v_proj"]
+ADAPTERS = {
+    "tokens of a tied model": ("qwen2", {"trainable_token_indices": [66, 67]}),
+    "tokens": ("llama", {"trainable_token_indices": [66, 67]}),
+    "tied head": ("qwen2", {"target_modules": ["q_proj", "lm_head"]}),
+    "tied embedding": ("qwen2", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "both of a tied model": ("qwen2", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "tied head of GPT-2": ("gpt2", {"target_modules": ["c_attn", "lm_head"]}),
+    "tied embedding of Gemma": ("gemma3_text", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "whole head of a tied model": ("qwen2", {"modules_to_save": ["lm_head"]}),
+    "whole embedding of a tied model": ("qwen2", {"modules_to_save": ["embed_tokens"]}),
+    "norms": ("llama", {"modules_to_save": ["norm", "input_layernorm"]}),
+    "dora": ("qwen2", {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]}),
+    "lora_bias": ("qwen2", {"lora_bias": True}),
+    "ranks": ("llama", {"use_rslora": True, "rank_pattern": {"v_proj": 2}}),
+    "pissa": ("llama", {"init_lora_weights": "pissa"}),
+    "olora": ("llama", {"init_lora_weights": "olora"}),
+    "orthogonal": ("llama", {"init_lora_weights": "orthogonal"}),
+    "mica": ("llama", {"init_lora_weights": "mica"}),
+    "experts": ("mixtral", {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}),
+}
+
+
+def adapter(**options):
+    return peft.LoraConfig(**{"r": 4, "target_modules": ATTENTION, "task_type": "CAUSAL_LM"} | options)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings=True`", "ignore:fan_in_fan_out is set to"
+)  # plain PEFT's
+@pytest.mark.filterwarnings(r"ignore:Adapter '\w+'. \d+ LoRA tensor.s. have invalid shape")
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_is_switched_off_merged_saved_and_gone_on_from_without_a_difference(name, tmp_path):
+    kind, options = ADAPTERS[name]
+    base = save_base(kind, tmp_path / "base")
+    found = differences(base, tmp_path, adapter(**options))
+    assert {check: value for check, value in found.items() if value > ROUNDING} == {}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    saved = logits_of(peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval())
+    policy = learner_of(tmp_path / "adapter", None)[0].policy
+    assert largest(logits_of(policy.model), saved) < ROUNDING
+    shake_adapter(policy)
+    assert largest(logits_of(policy.model), saved) > 0.01
+    with policy.reference() as reference, torch.no_grad():
+        hidden = reference.decode(IDS, torch.ones_like(IDS, dtype=torch.bool), torch.arange(IDS.shape[1])[None])
+        assert largest(policy.reference_logits(hidden), saved) < ROUNDING
+    assert not any("start" in weight for weight in policy.trainable())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is not supported"),
+        ({"ensure_weight_tying": True, "modules_to_save": ["lm_head"]}, "ensure_weight_tying is not supported"),
+        ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication is not supported"),
+        ({"lora_bias": True}, r"lora_bias=True needs layers with a bias, and model.layers.0.self_attn.q_proj has none"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights='eva' starts from data"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda' starts from data"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights='pissa_niter_4' starts from data or random numbers",
+        ),
+        ({"modules_to_save": ["lm_haed"]}, "modules_to_save: 'lm_haed' matches no module .* Did you mean 'lm_head'"),
+        ({"trainable_token_indices": [9999]}, "index 9999 is out of bounds"),
+        ({"layers_to_transform": [7]}, r"layers_to_transform.*Candidates for target_modules: .*q_proj"),
+        ({"target_modules": r".*\.nothing"}, r"Target modules .* not found.*Candidates for target_modules: .*q_proj"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:`init_lora_weights` is")
+def test_an_option_that_cannot_be_right_is_one_error_that_names_it(options, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        Policy(loaded_model("llama", torch.float32), adapter(**options))
+    assert "Traceback" not in str(error.value)
+
+
+def test_an_adapter_that_peft_itself_cannot_run_is_one_error():
+    with pytest.raises(ConfigError, match="lora_config: GPT2LMHeadModel cannot be run with this adapter: RuntimeError"):
+        Policy(loaded_model("gpt2", torch.float32), adapter(target_modules=["c_attn"], init_lora_weights="olora"))
+
+
+def test_an_adapter_that_changes_the_base_at_random_is_not_gone_on_from(tmp_path):
+    base = save_base("llama", tmp_path / "base")
+    peft.get_peft_model(base, adapter(init_lora_weights="pissa_niter_4")).save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter/adapter_config.json"
+    values = json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}
+    config.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match="init_lora_weights='pissa_niter_4' changes the base model at random"):
+        Policy(load_model(str(tmp_path / "adapter"), {}, torch.device("cpu")), None)
+
+
+def test_peft_names_the_default_layers_of_some_models_by_a_pattern(tmp_path):
+    save_base("gemma4", tmp_path)
+    names = list(Policy(load_model(str(tmp_path), {}, torch.device("cpu")), LoraConfig()).trainable())[:-2]
+    assert names
+    assert all("language_model" in name and ("q_proj" in name or "v_proj" in name) for name in names)
+
+
+@pytest.mark.parametrize("kind", ["phimoe", "llama4_text"])
+def test_an_adapted_router_is_one_error_and_all_linear_leaves_routers_out(kind, tmp_path):
+    save_base(kind, tmp_path)
+    with pytest.raises(ConfigError, match="routers cannot be adapted"):
+        Policy(load_model(str(tmp_path), {}, torch.device("cpu")), LoraConfig(target_modules=["q_proj", "router"]))
+    policy = Policy(load_model(str(tmp_path), {}, torch.device("cpu")), LoraConfig())
+    assert not any("router" in name for name in policy.trainable())
+
+
+def test_layers_that_read_no_text_are_refused(tmp_path):
+    save_base("gemma3", tmp_path)
+    with pytest.raises(ConfigError, match="take no part when Gemma3ForConditionalGeneration reads text"):
+        Policy(load_model(str(tmp_path), {}, torch.device("cpu")), LoraConfig(target_modules=["out_proj"]))
+
+
+@pytest.mark.parametrize("kind", ["falcon", "phimoe", "mixtral"])
+def test_in_16_bits_too_nothing_is_random_under_gradient_checkpointing(kind, tmp_path):
+    save_base(kind, tmp_path)
+    loaded = load_model(str(tmp_path), {"dtype": torch.bfloat16}, torch.device("cpu"))
+    policy = Policy(loaded, LoraConfig(), gradient_checkpointing=True)
+    ids, mask = IDS.repeat(2, 1), torch.ones(2, IDS.shape[1], dtype=torch.bool)
+    with torch.no_grad():
+        expected = policy.language_model.response_hidden(ids, mask, 4)
+    with policy.saving_memory():
+        assert torch.equal(policy.language_model.response_hidden(ids, mask, 4), expected)
+
+
+def test_gradient_checkpointing_without_layers_for_it_is_one_error(monkeypatch):
+    monkeypatch.setattr(LanguageModel, "checkpointed_layers", [])
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has no layers that support it"):
+        Policy(loaded_model("llama"), LoraConfig(), gradient_checkpointing=True)
