@@ -6,7 +6,15 @@ import pytest
 
 import konic
 import konic.finetuning
-from konic.finetuning import ConfigError, KonicLLMRewardComposer
+from konic.finetuning import (
+    ConfigError,
+    DatasetConfig,
+    DatasetSource,
+    GenerationConfig,
+    KonicLLMRewardComposer,
+    LoraConfig,
+    TrainingConfig,
+)
 from test_engine import LetterRewards, make_engine, metrics
 
 
@@ -72,3 +80,38 @@ def test_saving_may_be_off_and_nothing_to_do_is_a_result(model_folders, tmp_path
     for wrong in ({"max_iterations": -1}, {"save_every": -1}, {"save_total_limit": 0}, {"max_iterations": True}):
         with pytest.raises(ConfigError, match=r"must be a whole number of at least [01]"):
             engine.train(**wrong)
+
+
+def test_configs_have_what_konic_0_1_had():
+    training = TrainingConfig(batch_size=2, gradient_accumulation_steps=4)
+    assert training.effective_batch_size == 2  # what one step averages over
+    assert TrainingConfig.from_dict(training.to_dict()) == training
+    assert "hf_secret" not in str(DatasetConfig(name="a/b", token="hf_secret").to_dict())
+    presets = TrainingConfig.fast_debug(), TrainingConfig.cpu_optimized(), TrainingConfig.gpu_optimized()
+    assert [preset.batch_size for preset in presets] == [2, 1, 16]
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "successor"),
+    [
+        (TrainingConfig, "samples_per_iteration", "batch_size"),
+        (GenerationConfig, "max_length", "max_prompt_length"),
+        (DatasetConfig, "preprocessing_fn", "prompts="),
+        (DatasetConfig, "response_column", "sampled"),
+        (DatasetConfig, "chosen_column", "konic reward-model train"),
+        (DatasetConfig, "rejected_column", "konic reward-model train"),
+        (DatasetConfig, "context_column", "prompt_template"),
+        (LoraConfig, "to_peft_config", "peft.LoraConfig"),
+    ],
+)
+def test_a_field_that_is_not_offered_names_its_successor(kind, field, successor):
+    with pytest.raises(ConfigError, match=f"has no field '{field}'.*{successor}") as error:
+        kind(**{field: 1})
+    assert "Did you mean" not in str(error.value)
+    with pytest.raises(AttributeError, match=successor):
+        getattr(kind(), field)
+
+
+def test_the_cloud_is_not_offered():
+    with pytest.raises(ConfigError, match=r"KONIC_CLOUD is not offered: .* LOCAL"):
+        DatasetConfig(source=DatasetSource.KONIC_CLOUD, name="prompts")

@@ -216,7 +216,6 @@ def test_a_value_of_the_wrong_kind_is_refused_by_its_fields_name(kind, field, va
         case("groups do not fit", TrainingConfig, {"algorithm": "grpo", "batch_size": 6}, "valid batch_size: 4 or 8"),
         case("group over batch", TrainingConfig, {"num_generations": 32}, "groups of num_generations=32"),
         case("minibatches over batch", TrainingConfig, {"num_minibatches": 10**30}, "num_minibatches"),
-        case("micro-batches", TrainingConfig, {"gradient_accumulation_steps": 3}, "gradient_accumulation_steps=3"),
         case("target over budget", TrainingConfig, {"kl_target": 2, "kl_budget": 1}, "kl_budget=1"),
         case("warmup no head", TrainingConfig, {"value_warmup_iterations": 1, "vf_coef": 0}, "vf_coef"),
         case("warmup rloo", TrainingConfig, {"value_warmup_iterations": 1, "algorithm": "rloo"}, "value_warmup_iter"),

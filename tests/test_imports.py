@@ -11,8 +11,8 @@ import konic
 
 ROOT = Path(konic.__file__).parent / "finetuning"
 ORDER = [
-    "errors", "algorithms", "config", "system", "results", "data", "models", "rewards", "agent", "rollout", "learning",
-    "reward_models", "callbacks", "run", "trainer", "engine",
+    "errors", "settings", "algorithms", "config", "system", "results", "data", "models", "rewards", "agent", "rollout",
+    "learning", "reward_models", "callbacks", "run", "trainer", "engine",
     "callback", "reward", "dataset",
 ]  # fmt: skip
 """Modules and packages of konic.finetuning; each imports only from those before it."""

@@ -63,7 +63,7 @@ def gradients(architecture, monkeypatch, **settings):
 
 
 @pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("accumulation", [2, 4, 8])
+@pytest.mark.parametrize("accumulation", [2, 3, 8, 16])
 def test_gradients_are_the_same_for_every_split_into_micro_batches(architecture, lora, accumulation, monkeypatch):
     whole = gradients(architecture, monkeypatch, lora=lora)
     split = gradients(architecture, monkeypatch, lora=lora, gradient_accumulation_steps=accumulation)

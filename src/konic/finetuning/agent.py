@@ -5,10 +5,11 @@ import os
 from collections.abc import Mapping
 from typing import Any, Self
 
-from konic.finetuning.config import GenerationConfig, LoraConfig, Settings, TrainingConfig
+from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
 from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.errors import ConfigError, did_you_mean
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer
+from konic.finetuning.settings import Settings
 
 _CONFIGS = ("training_config", "generation_config", "dataset_config", "lora_config")
 

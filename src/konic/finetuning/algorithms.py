@@ -6,7 +6,10 @@ update and the config read the row and need no change.
 """
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Literal
+
+from konic.finetuning.errors import ConfigError
 
 AdvantageRule = Literal[
     "gae", "reward_to_go", "leave_one_out", "group_normalised", "group_centred", "group_mean_normalised",
@@ -91,3 +94,44 @@ ALGORITHMS = {
 (2501.03262), DAPO (2503.14476), DPPO (2602.04879), GSPO (2507.18071), CISPO (2506.13585; weights up to 5 as in
 2510.13786), SAPO (2511.20347), MaxRL (2602.02710), GDPO (2601.05242).
 """
+
+
+class KonicFinetuningMethodType(StrEnum):
+    """How konic 0.1 named what `TrainingConfig.algorithm` chooses here."""
+
+    NATIVE_PPO = "NATIVE_PPO"
+    """algorithm="ppo"."""
+    TRL_GRPO = "TRL_GRPO"
+    """algorithm="grpo"."""
+    TRL_DPO = "TRL_DPO"
+    """Not offered."""
+
+
+_ALGORITHM_OF_METHOD = {"NATIVE_PPO": "ppo", "TRL_GRPO": "grpo"}
+
+
+def algorithm_of_method(method: str) -> str:
+    """Return the algorithm that a method of konic 0.1 names.
+
+    Raises:
+        ConfigError: There is no such method, or it is not offered.
+    """
+    if method in _ALGORITHM_OF_METHOD:
+        return _ALGORITHM_OF_METHOD[method]
+    if method == KonicFinetuningMethodType.TRL_DPO:
+        raise ConfigError(
+            "method=TRL_DPO is not offered: DPO learns from preference pairs, without rewards. Make a reward model of "
+            "the pairs with `konic reward-model train`, and train with TrainingConfig(algorithm='ppo')."
+        )
+    if method == "RLHF":
+        raise ConfigError("method='RLHF' is PPO: leave it out, or set TrainingConfig(algorithm='ppo').")
+    raise ConfigError(
+        f"method={method!r} is not known: use {' or '.join(_ALGORITHM_OF_METHOD)}, or leave it out and set "
+        f"TrainingConfig(algorithm=...) to one of: {', '.join(ALGORITHMS)}."
+    )
+
+
+def method_of_algorithm(algorithm: str) -> KonicFinetuningMethodType | None:
+    """Return the method that konic 0.1 had for an algorithm, or None."""
+    methods = {own: method for method, own in _ALGORITHM_OF_METHOD.items()}
+    return KonicFinetuningMethodType(methods[algorithm]) if algorithm in methods else None

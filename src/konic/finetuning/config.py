@@ -1,17 +1,25 @@
-"""A user's settings -> validated, keyword-only, frozen values. Loads no torch.
+"""A user's settings -> validated, keyword-only values. Loads no torch.
 
 A default comes from a paper or from a measurement, which its docstring names. Derived numbers are properties.
 """
 
 import math
-import reprlib
-from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from konic.finetuning.algorithms import ALGORITHMS, Algorithm, KLPlacement
-from konic.finetuning.errors import ConfigError, did_you_mean
+from konic.finetuning.algorithms import (
+    ALGORITHMS,
+    Algorithm,
+    KLPlacement,
+    KonicFinetuningMethodType,
+    algorithm_of_method,
+)
+from konic.finetuning.errors import ConfigError
+from konic.finetuning.settings import Settings
+
+__all__ = ["GenerationConfig", "KonicFinetuningMethodType", "LoraConfig", "TrainingConfig"]
 
 _TokenId = Annotated[int, Field(ge=0)]
 
@@ -29,41 +37,18 @@ def _of_algorithm(name: str) -> Any:
 
 DEFAULT_LORA_LEARNING_RATE = 1e-3
 DEFAULT_FULL_LEARNING_RATE = 1e-5
+DEFAULT_NUM_MINIBATCHES = 1
 
 
-class Settings(BaseModel):
-    """Frozen settings whose every mistake is a :class:`ConfigError` that names the field and the fix."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(_explain(type(self), error)) from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        kind = type(self).__name__
-        raise ConfigError(f"{kind} is frozen: give {name}={value!r} when you build it, {kind}({name}={value!r}, ...).")
-
-    def with_fields(self, fields: Mapping[str, Any]) -> Self:
-        """Return settings with other values for some fields; those that were never given follow from the new ones."""
-        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | dict(fields))
-
-    @classmethod
-    def from_value(cls, value: Self | Mapping[str, Any] | None) -> Self:
-        """The settings for an instance of the class, a mapping of its fields, or None (all defaults)."""
-        if value is None:
-            return cls()
-        if isinstance(value, cls):
-            return value
-        if isinstance(value, Mapping):
-            return cls(**{str(name): given for name, given in value.items()})
-        raise ConfigError(f"Expected a {cls.__name__} or a dict of its fields, got {type(value).__name__}: {value!r}.")
+def _default_num_minibatches(given: dict[str, Any]) -> int:
+    """Return the default, or what divides both it and the batch size, so that every batch size works."""
+    return math.gcd(DEFAULT_NUM_MINIBATCHES, given.get("batch_size", DEFAULT_NUM_MINIBATCHES))
 
 
 class TrainingConfig(Settings):
     """How to learn. Sources: N, the 37 details (2023); N+, arXiv 2403.17031; Schulman 2016 (GAE), 2017 (PPO)."""
+
+    successors = MappingProxyType({"samples_per_iteration": "The number of responses per iteration is batch_size."})
 
     algorithm: AlgorithmName = "ppo"
     """The name of a row in `algorithms.py`. Each row says how its algorithm differs from the others."""
@@ -74,11 +59,12 @@ class TrainingConfig(Settings):
     batch_size: int = Field(default=16, ge=1)
     """Responses collected per iteration. Fewer are noisier: docs/defaults.md."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Micro-batches of one optimizer step. More of them need less memory; the result differs by rounding only."""
+    """Micro-batches of one optimizer step. More of them need less memory; the result differs by rounding only. They may
+    be uneven, and are never more than there are responses."""
     ppo_epochs: int = Field(default=4, ge=1)
     """Passes over each iteration's responses."""
-    num_minibatches: int = Field(default=1, ge=1)
-    """Optimizer steps per pass."""
+    num_minibatches: int = Field(default_factory=_default_num_minibatches, ge=1)
+    """Optimizer steps per pass. It has to divide batch_size; the default gives way where it does not."""
     kl_penalty_weight: float = Field(default_factory=_of_algorithm("kl_penalty_weight"), ge=0)
     """β, the price of one nat of divergence from the reference, in units of reward; with kl_target, its first value.
     Without it the algorithm's own: 0.05, or 0 for DAPO."""
@@ -177,14 +163,14 @@ class TrainingConfig(Settings):
 
     @model_validator(mode="after")
     def _check_divisions(self) -> Self:
-        steps, group = self.num_minibatches * self.gradient_accumulation_steps, self.responses_per_prompt
+        steps, group = self.num_minibatches, self.responses_per_prompt
         unit = math.lcm(steps, group)
         below = self.batch_size // unit * unit
         nearest = "nearest valid batch_size: " + " or ".join(str(n) for n in (below, below + unit) if n)
         if self.batch_size % steps:
             raise ValueError(
-                f"batch_size={self.batch_size} cannot be split evenly into num_minibatches={self.num_minibatches} x "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}; {nearest}"
+                f"batch_size={self.batch_size} cannot be split evenly into num_minibatches={self.num_minibatches}; "
+                f"{nearest}"
             )
         if self.batch_size % group:
             raise ValueError(
@@ -231,6 +217,41 @@ class TrainingConfig(Settings):
             )
         return self
 
+    @classmethod
+    def fast_debug(cls) -> Self:
+        """Return settings to try a script with, as konic 0.1 had them: tiny batches, one pass, no price of KL."""
+        return cls(learning_rate=1e-4, batch_size=2, ppo_epochs=1, kl_penalty_weight=0.0)
+
+    @classmethod
+    def cpu_optimized(cls) -> Self:
+        """Return what konic 0.1 called so. The defaults here were measured on CPUs and learn faster."""
+        return cls(learning_rate=5e-5, batch_size=1, gradient_accumulation_steps=8, ppo_epochs=2, max_grad_norm=0.5)
+
+    @classmethod
+    def gpu_optimized(cls) -> Self:
+        """Return what konic 0.1 called so; see :meth:`cpu_optimized`."""
+        return cls(learning_rate=1e-5, batch_size=16, gradient_accumulation_steps=2, entropy_coef=0.01)
+
+    def with_method(self, method: str | None) -> Self:
+        """Return settings for a method of konic 0.1, a :class:`KonicFinetuningMethodType`; None changes nothing.
+
+        Where the algorithm compares groups and num_generations is not set, it is the largest of 4, 3 and 2 that divides
+        batch_size.
+
+        Raises:
+            ConfigError: There is no such method, it is not offered, or `algorithm` is set to another one.
+        """
+        if method is None:
+            return self
+        algorithm = algorithm_of_method(method)
+        if "algorithm" in self.model_fields_set and self.algorithm != algorithm:
+            raise ConfigError(
+                f"method={str(method)!r} is algorithm={algorithm!r}, but algorithm={self.algorithm!r} is set."
+            )
+        sizes = [size for size in (4, 3, 2) if self.batch_size % size == 0]
+        adapts = ALGORITHMS[algorithm].compares_groups and self.num_generations is None and sizes
+        return self.with_fields({"algorithm": algorithm} | ({"num_generations": sizes[0]} if adapts else {}))
+
     @property
     def algorithm_row(self) -> Algorithm:
         """The algorithm's row of the table."""
@@ -267,8 +288,13 @@ class TrainingConfig(Settings):
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences in one forward and backward pass."""
-        return self.batch_size // self.num_minibatches // self.gradient_accumulation_steps
+        """The most sequences in one forward and backward pass."""
+        return -(-self.effective_batch_size // self.gradient_accumulation_steps)
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Responses that one optimizer step averages over."""
+        return self.batch_size // self.num_minibatches
 
     @property
     def steps_per_iteration(self) -> int:
@@ -278,6 +304,8 @@ class TrainingConfig(Settings):
 
 class GenerationConfig(Settings):
     """How responses are sampled, in training, `evaluate` and `generate` alike."""
+
+    successors = MappingProxyType({"max_length": "Prompts are cut to max_prompt_length, responses to max_new_tokens."})
 
     max_new_tokens: int = Field(default=48, ge=1)
     """The most tokens of a response; the end-of-sequence token counts."""
@@ -333,6 +361,8 @@ class GenerationConfig(Settings):
 class LoraConfig(Settings):
     """Low-rank adapters, with PEFT's meaning for every field (arXiv 2106.09685)."""
 
+    successors = MappingProxyType({"to_peft_config": "peft.LoraConfig(**config.to_dict()) makes PEFT's."})
+
     r: int = Field(default=8, ge=1)
     """Rank of the adapter matrices."""
     lora_alpha: float = Field(default=16, gt=0)
@@ -347,19 +377,3 @@ class LoraConfig(Settings):
     """The only supported task."""
     fan_in_fan_out: bool | None = None
     """Whether weights are stored transposed, as in GPT-2's Conv1D. konic reads it from the layers and ignores this."""
-
-
-def _explain(kind: type[BaseModel], error: ValidationError) -> str:
-    lines = []
-    for problem in error.errors(include_url=False):
-        name = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            hint = did_you_mean(name, kind.model_fields) or f" Its fields: {', '.join(kind.model_fields)}."
-            lines.append(f"{kind.__name__} has no field {name!r}.{hint}")
-        elif problem["type"] == "value_error":
-            lines.append(f"{kind.__name__}: {problem['ctx']['error']}.")
-        else:
-            message = problem["msg"][0].lower() + problem["msg"][1:]
-            shown = "***" if problem["loc"][:1] == ("token",) else reprlib.repr(problem["input"])
-            lines.append(f"{kind.__name__}.{name}: {message}, got {shown}.")
-    return "\n".join(lines)

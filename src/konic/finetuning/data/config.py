@@ -4,12 +4,13 @@ import os
 import string
 from collections.abc import Mapping
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from konic.finetuning.config import Settings
 from konic.finetuning.data.loaders import BUNDLED_SPLITS, is_local
+from konic.finetuning.settings import Settings
 
 
 def _name_as_text(name: Any) -> Any:
@@ -54,6 +55,8 @@ class DatasetSource(StrEnum):
     polars, `datasets` or pyarrow."""
     BUNDLED = "bundled"
     """Openings of movie reviews, shipped with the package, in two fixed splits: `train` and `held_out`."""
+    KONIC_CLOUD = "konic_cloud"
+    """Of konic 0.1, and not offered: export the data, and load the file with LOCAL."""
 
 
 class DatasetConfig(Settings):
@@ -62,6 +65,16 @@ class DatasetConfig(Settings):
     Without `source`, the source is MEMORY if `prompts` is given, LOCAL if `name` is an existing path, HUGGINGFACE for
     any other `name`, and BUNDLED if neither is given.
     """
+
+    successors = MappingProxyType(
+        {
+            "response_column": "Responses are sampled; a reward reads a column by a parameter of its name.",
+            "chosen_column": "`konic reward-model train` makes a reward model of preference pairs.",
+            "rejected_column": "`konic reward-model train` makes a reward model of preference pairs.",
+            "preprocessing_fn": "Change the rows in Python, and give them as prompts=[...].",
+            "context_column": 'A prompt of several columns is prompt_template="{context}\n\n{prompt}".',
+        }
+    )
 
     source: DatasetSource = DatasetSource.BUNDLED
     """Where the prompts come from."""
@@ -123,6 +136,8 @@ class DatasetConfig(Settings):
     @model_validator(mode="after")
     def _check_source(self) -> Self:
         source = self.source
+        if source is DatasetSource.KONIC_CLOUD:
+            raise ValueError("source=KONIC_CLOUD is not offered: export the data, and load the file with LOCAL")
         if source is DatasetSource.MEMORY and self.prompts is None:
             raise ValueError("source=MEMORY needs prompts=[...]")
         if source is not DatasetSource.MEMORY and self.prompts is not None:

@@ -331,6 +331,8 @@ def _read(config: DatasetConfig) -> Any:
         case DatasetSource.HUGGINGFACE:
             settings = config.subset, config.split, config.revision, config.token
             return read_hub(str(config.name), *settings, streaming=False)
+        case DatasetSource.KONIC_CLOUD:
+            raise AssertionError("DatasetConfig refuses this source")
         case _:
             assert_never(config.source)
 

@@ -17,7 +17,6 @@ from pydantic import Field
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from konic.finetuning.config import Settings
 from konic.finetuning.errors import DatasetError, ModelError, TrainingError
 from konic.finetuning.learning.schedule import learning_rate_at
 from konic.finetuning.models.loading import pick_device
@@ -27,6 +26,7 @@ from konic.finetuning.reward_models.classifier import batches_by_length, choose_
 from konic.finetuning.reward_models.feedback import Labelled, Preference
 from konic.finetuning.reward_models.saving import RewardModelReport, save_reward_model
 from konic.finetuning.reward_models.texts import TextFormat, encode_pair
+from konic.finetuning.settings import Settings
 
 logger = logging.getLogger(__name__)
 
