@@ -1,10 +1,13 @@
 import inspect
+import sys
+from types import ModuleType
 
 import pytest
 
-from konic.finetuning.callbacks.composite import Callbacks
+from konic.finetuning.callbacks.composite import Callbacks, CompositeCallback
 from konic.finetuning.callbacks.console import KonicFinetuningCallback, iteration_line
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
+from konic.finetuning.callbacks.trackers import MLflowTracker
 from konic.finetuning.errors import ConfigError, printable
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
@@ -279,6 +282,30 @@ def test_a_printer_comes_first_where_none_is_given(capsys, given):
     assert capsys.readouterr().out == BANNER + ("the user's own\n" if given == "recorder" else "")
 
 
+class Counting(BaseKonicFinetuningCallback):
+    def on_iteration_end(self, result):
+        print(f"iteration {result.iteration}")
+
+
+@pytest.mark.parametrize("given", [Counting(), [Recorder("a", []), Counting()], CompositeCallback([Counting()])])
+def test_a_callback_that_handles_iterations_replaces_the_printer(capsys, given):
+    callbacks = Callbacks(given)
+    callbacks.on_train_begin(CONFIG)
+    callbacks.on_iteration_end(iteration())
+    assert capsys.readouterr().out == "iteration 1\n"
+
+
+def test_a_tracker_or_a_silent_printer_changes_nothing_about_who_prints(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", ModuleType("mlflow"))
+    for given, printers in (
+        (MLflowTracker(), 1),
+        (CompositeCallback([MLflowTracker()]), 1),
+        (KonicFinetuningCallback(verbose=False), 0),
+        (CompositeCallback([KonicFinetuningCallback()]), 0),
+    ):
+        assert len(Callbacks(given).callbacks) == 1 + printers
+
+
 @pytest.mark.parametrize("as_list", [True, False])
 def test_a_given_printer_is_the_only_one(capsys, as_list):
     class Mine(KonicFinetuningCallback):
@@ -313,7 +340,7 @@ def test_every_hook_reaches_every_callback_in_order():
     """Each hook of the base class is spelled out in the composite, or one added later would reach nobody."""
     hooks = [name for name, member in vars(BaseKonicFinetuningCallback).items() if inspect.isfunction(member)]
     assert len(hooks) == 10
-    assert not set(hooks) - vars(Callbacks).keys()
+    assert not set(hooks) - vars(CompositeCallback).keys()
     called = []
 
     class Noted(KonicFinetuningCallback):

@@ -6,27 +6,30 @@ from typing import Any
 
 from konic.finetuning.callbacks.console import KonicFinetuningCallback
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
+from konic.finetuning.callbacks.trackers import MLflowTracker
 from konic.finetuning.errors import ConfigError
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
 
 
-class Callbacks(BaseKonicFinetuningCallback):
-    """Calls each hook of all callbacks in order. If no KonicFinetuningCallback is among them, one is added first.
+class CompositeCallback(BaseKonicFinetuningCallback):
+    """Several callbacks as one: each hook of all of them is called, in order.
 
     Raises:
         ConfigError: One of the objects is not a callback.
     """
 
-    def __init__(self, given: Any) -> None:
-        callbacks = list(given) if isinstance(given, Sequence) else [given] if given is not None else []
+    def __init__(self, callbacks: Sequence[BaseKonicFinetuningCallback]) -> None:
         for callback in callbacks:
             if not isinstance(callback, BaseKonicFinetuningCallback):
                 hint = " Give an instance: add ()." if isinstance(callback, type) else ""
                 raise ConfigError(f"callback: {callback!r} is not a BaseKonicFinetuningCallback.{hint}")
-        if not any(isinstance(callback, KonicFinetuningCallback) for callback in callbacks):
-            callbacks.insert(0, KonicFinetuningCallback())
-        self._callbacks: list[BaseKonicFinetuningCallback] = callbacks
+        self.callbacks = list(callbacks)
+
+    @property
+    def reports_iterations(self) -> bool:
+        """True if one of the callbacks does something of its own at the end of an iteration, or is the printing one."""
+        return any(map(_reports_iterations, self.callbacks))
 
     @contextmanager
     def reporting_errors(self) -> Iterator[None]:
@@ -39,49 +42,69 @@ class Callbacks(BaseKonicFinetuningCallback):
 
     def on_train_begin(self, config: dict[str, Any]) -> None:
         """See the base class."""
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             callback.on_train_begin(config)
 
     def on_iteration_begin(self, iteration: int) -> None:
         """See the base class."""
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             callback.on_iteration_begin(iteration)
 
     def on_generation_begin(self, prompts: list[str]) -> None:
         """See the base class."""
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             callback.on_generation_begin(prompts)
 
     def on_generation_end(self, prompts: list[str], responses: list[str]) -> None:
         """See the base class."""
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             callback.on_generation_end(prompts, responses)
 
     def on_reward_computed(self, rewards: list[float], reward_breakdown: dict[str, list[float]]) -> None:
         """See the base class."""
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             callback.on_reward_computed(rewards, reward_breakdown)
 
     def on_iteration_end(self, result: FinetuningIterationResult) -> None:
         """See the base class."""
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             callback.on_iteration_end(result)
 
     def on_checkpoint_saved(self, path: str, iteration: int) -> None:
         """See the base class."""
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             callback.on_checkpoint_saved(path, iteration)
 
     def on_train_end(self, result: FinetuningResult) -> None:
         """See the base class."""
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             callback.on_train_end(result)
 
     def on_train_error(self, error: BaseException) -> None:
         """See the base class."""
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             callback.on_train_error(error)
 
     def should_stop_early(self, result: FinetuningIterationResult) -> bool:
         """True if any callback returns True; every callback is called."""
-        return True in [callback.should_stop_early(result) for callback in self._callbacks]
+        return True in [callback.should_stop_early(result) for callback in self.callbacks]
+
+
+class Callbacks(CompositeCallback):
+    """The callbacks of a run. If none of those given reports iterations, one that prints them comes first.
+
+    Raises:
+        ConfigError: One of the objects is not a callback.
+    """
+
+    def __init__(self, given: Any) -> None:
+        super().__init__(given if isinstance(given, Sequence) else [given] if given is not None else [])
+        if not self.reports_iterations:
+            self.callbacks.insert(0, KonicFinetuningCallback())
+
+
+def _reports_iterations(callback: BaseKonicFinetuningCallback) -> bool:
+    if isinstance(callback, CompositeCallback):
+        return callback.reports_iterations
+    is_own = getattr(callback.on_iteration_end, "__func__", None) is not BaseKonicFinetuningCallback.on_iteration_end
+    return is_own and not isinstance(callback, MLflowTracker)

@@ -55,6 +55,7 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         self.early_stop_kl_threshold = early_stop_kl_threshold
         self.early_stop_patience = early_stop_patience
         self.verbose = verbose
+        self.use_mlflow = use_mlflow
         self._tracker = MLflowTracker() if use_mlflow else BaseKonicFinetuningCallback()
         self._iterations_above = 0
         self._progress: Progress | None = None
