@@ -137,7 +137,7 @@ def point(evaluation, judge, **where):
         | judge.judge(evaluation)
         | {
             "reward": evaluation.reward_mean,
-            "parts": evaluation.reward_breakdown,
+            "parts": evaluation.reward_breakdown_mean,
             "kl": mean(evaluation.kl_per_response),
             "tokens": mean(evaluation.response_lengths),
             "distinct_2": distinct_n(evaluation.responses),

@@ -451,7 +451,9 @@ def test_columns_of_the_dataset_reach_the_rewards_that_ask(model_folders, tmp_pa
 def test_evaluate_is_the_same_every_time_and_does_not_train(model_folders, tmp_path):
     engine = make_engine(model_folders["llama"], tmp_path)
     first = engine.evaluate(list(PROMPTS))
-    assert {"prompts", "responses", "rewards", "reward_mean", "reward_breakdown"} <= first.keys()
+    assert {"prompts", "responses", "rewards", "reward_mean"} <= first.keys()
+    assert [len(values) for values in first["reward_breakdown"].values()] == [8, 8]
+    assert first["reward_breakdown"].keys() == first["reward_breakdown_mean"].keys() == {"letters", "brief"}
     assert first == engine.evaluate(list(PROMPTS))
     assert first["prompts"] == list(PROMPTS)
     assert first["reward_mean"] == pytest.approx(sum(first["rewards"]) / 8)

@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from konic.finetuning import (
+    ConfigError,
     DatasetConfig,
     KonicFinetuningEngine,
     KonicLLMRewardComposer,
@@ -183,3 +184,20 @@ def test_the_value_head_starts_at_the_first_batchs_mean_score(model_folders, tmp
     head = load_file(tmp_path / "checkpoint-1" / "value_head.safetensors")
     assert head["bias"].item() == pytest.approx(result.history[0].reward_mean, abs=1e-6)
     assert head["weight"].abs().max() < 1e-6
+
+
+class Plus100(LetterRewards):
+    def compose(self, prompt, response):
+        return 100.0 + super().compose(prompt, response)
+
+
+def test_an_overridden_compose_is_what_a_run_learns_from_and_evaluates(model_folders, tmp_path):
+    kinds = LetterRewards, Plus100
+    runs = {kind: make_engine(model_folders["llama"], tmp_path / kind.__name__, composer=kind()) for kind in kinds}
+    plain, raised = (engine.train(1).history[0] for engine in runs.values())
+    assert raised.reward_mean == pytest.approx(plain.reward_mean + 100)
+    assert raised.reward_breakdown == plain.reward_breakdown
+    assert min(runs[Plus100].evaluate(["a film"])["rewards"]) > 90
+    both = {"algorithm": "gdpo", "num_generations": 4}
+    with pytest.raises(ConfigError, match=r"'gdpo' weights and sums .* it cannot use Plus100\.compose"):
+        make_engine(model_folders["llama"], tmp_path / "gdpo", composer=Plus100(), **both).train(1)

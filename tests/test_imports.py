@@ -25,7 +25,8 @@ INSIDE = {
         "locations", "loading", "adapters", "policy",
     ],
     "rewards": [
-        "moments", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "composer", "workers", "scoring",
+        "moments", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "composer", "overrides", "workers",
+        "scoring",
         "trial",
     ],
     "rollout": [

@@ -119,8 +119,8 @@ def print_comparison(before: Evaluation, after: Evaluation) -> None:
     for heading in ("before", "after"):
         table.add_column(heading, justify="right")
     table.add_row("mean reward", f"{before.reward_mean:.3f}", f"{after.reward_mean:.3f}", style="bold")
-    for name, value in before.reward_breakdown.items():
-        table.add_row(f"  {name}", f"{value:.3f}", f"{after.reward_breakdown[name]:.3f}")
+    for name, value in before.reward_breakdown_mean.items():
+        table.add_row(f"  {name}", f"{value:.3f}", f"{after.reward_breakdown_mean[name]:.3f}")
     for label, numbers in (
         ("KL paid per response (nats)", [f"{mean(side.kl_per_response):.2f}" for side in (before, after)]),
         ("response length (tokens)", [f"{mean(side.response_lengths):.1f}" for side in (before, after)]),

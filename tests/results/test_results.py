@@ -147,7 +147,10 @@ def test_breakdown_means_leave_out_the_samples_that_abstained():
         prompts=["p"] * 3, responses=["r"] * 3, rewards=[1.0, math.nan, 3.0], breakdown=parts,
         kl_per_response=[0.0] * 3, response_lengths=[1] * 3,
     )  # fmt: skip
-    assert evaluation.reward_breakdown == {"a": 3, "b": 4}
+    assert evaluation.reward_breakdown_mean == {"a": 3, "b": 4}
+    shown = evaluation.to_dict()
+    assert shown["reward_breakdown"] == parts
+    assert shown["reward_breakdown_mean"] == {"a": 3, "b": 4}
     assert evaluation.reward_mean == 2
 
 

@@ -729,7 +729,7 @@ def test_the_composer_of_a_script_is_found(text, weights, tmp_path):
         (COMPOSER + "    def __init__(self, needed):\n        pass\n", r"raised TypeError.*'needed'"),
         ("import nothing_of_this_name", "raised ModuleNotFoundError"),
         ("raise SystemExit(0)", r"called sys\.exit\(\)"),
-        (COMPOSER + "Rewards().set_reward_weight('sice', 1)\n", "Did you mean 'size'"),
+        (COMPOSER + "Rewards().set_reward_weight('size', 'x')\n", "must be a finite number"),
     ],
 )
 def test_a_script_without_one_composer_is_told_why(text, told, tmp_path):

@@ -114,8 +114,8 @@ class KonicFinetuningEngine:
             prompts: Strings, lists of chat messages, or dicts with columns; None takes the dataset's held-out prompts.
 
         Returns:
-            prompts, responses, rewards, reward_mean, reward_breakdown (each reward's mean), and per response
-            kl_per_response (nats) and response_lengths (tokens).
+            prompts, responses, rewards and reward_mean; reward_breakdown (a list per reward, before weights) and
+            reward_breakdown_mean; and per response kl_per_response (nats) and response_lengths (tokens).
         """
         session = self._current_session()
         chosen = session.prompts.held_out if prompts is None else self._make_prompts(prompts, "evaluate(prompts)")

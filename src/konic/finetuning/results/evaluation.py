@@ -29,11 +29,12 @@ class Evaluation:
         return nanmean(self.rewards)
 
     @property
-    def reward_breakdown(self) -> dict[str, float]:
+    def reward_breakdown_mean(self) -> dict[str, float]:
         """Mean of each part's own values, before weights, over the responses that have one."""
         return {name: nanmean(values) for name, values in self.breakdown.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The dict that `engine.evaluate` returns."""
-        names = ("prompts", "responses", "rewards", "reward_mean", "reward_breakdown")
-        return {name: getattr(self, name) for name in (*names, "kl_per_response", "response_lengths")}
+        names = "prompts", "responses", "rewards", "reward_mean", "reward_breakdown_mean"
+        values = {name: getattr(self, name) for name in (*names, "kl_per_response", "response_lengths")}
+        return values | {"reward_breakdown": self.breakdown}

@@ -3,7 +3,8 @@
 import hashlib
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, Self
 
 from konic.finetuning.data.samples import samples_from_texts
@@ -14,6 +15,7 @@ from konic.finetuning.rewards.outcomes import Reward
 from konic.finetuning.rewards.reducers import WeightedSumReducer
 from konic.finetuning.rewards.signatures import detect_shape, requested_columns
 from konic.finetuning.rewards.totals import (
+    AlreadyScored,
     Weighting,
     collect_breakdown,
     collect_parts,
@@ -43,7 +45,8 @@ class KonicLLMRewardComposer:
         reward_models: Objects with a `name` and `score(prompts, responses)`, each with weight 1.
         reward_weights: Weight per reward name; the default is 1. A reward that returns a dict has parts named
             `reward.key`, and each part may have its own weight.
-        reducer: A class or instance with `reduce(dict[str, float]) -> float`; None uses the class attribute.
+        reducer: A class or instance with `reduce(dict[str, float]) -> float`; None uses the class attribute. A class
+            that can be called with `weights=` gets the weights so, and the parts before weights.
         kl_penalty_weight: Overrides TrainingConfig's, if given.
         reward_functions: Plain functions, as :meth:`add_reward_function` takes them.
     """
@@ -52,6 +55,7 @@ class KonicLLMRewardComposer:
     kl_penalty_weight: float | None = None
     _added: dict[str, Reward]
     _reward_weights: dict[str, float]
+    _scored: AlreadyScored | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Create the state here, so that a subclass works even if its `__init__` never calls `super().__init__()`."""
@@ -78,21 +82,12 @@ class KonicLLMRewardComposer:
         for model in reward_models or ():
             self.add_reward_model(model)
         for name, weight in (reward_weights or {}).items():
-            self._weigh_at_start(str(name), weight)
+            self.set_reward_weight(name, weight)
         if reducer is not None:
             self.reducer = reducer
         if kl_penalty_weight is not None:
             self.kl_penalty_weight = kl_penalty_weight
         _check_kl_penalty_weight(self.kl_penalty_weight)
-
-    def _weigh_at_start(self, name: str, weight: float) -> None:
-        """Set a weight; a name that no reward has is a warning, because a reward may be switched off or come later."""
-        if not any(name == reward or name.startswith(f"{reward}.") for reward in self.reward_names):
-            logger.warning(
-                "reward_weights: %s has no reward %r.%s Its weight counts only if such a reward is added later.",
-                type(self).__name__, name, did_you_mean(name, self.reward_names),
-            )  # fmt: skip
-        self._set_weight(name, weight)
 
     @property
     def reward_names(self) -> list[str]:
@@ -103,7 +98,7 @@ class KonicLLMRewardComposer:
         """The settings that determine a reward: names, weights, reducer, SHA-256 of the rewards' own source lines."""
         kind = self.reducer if isinstance(self.reducer, type) else type(self.reducer)
         rewards = list_rewards(self)
-        sources = "\n".join(f"{reward.name}: {_source_of(reward)}" for reward in rewards)
+        sources = "\n".join(f"{reward.name}: {_source_of(reward)}" for reward in _list_all(self))
         return {
             "rewards": [reward.name for reward in rewards],
             "reward_weights": dict(self._reward_weights),
@@ -162,34 +157,43 @@ class KonicLLMRewardComposer:
         return self._add(Reward(name, function, shape, normalize=normalize or mark.normalize, clip=clip), weight)
 
     def set_reward_weight(self, name: str, weight: float) -> Self:
-        """Set the factor that multiplies a reward, or one of its parts `reward.key`.
+        """Set the factor that multiplies a reward, or one of its parts: `reward.key`, or `key` alone.
+
+        A name that no reward has is a warning, because a reward may be switched off, or come later, or return a dict.
 
         Raises:
-            ConfigError: There is no such reward, or the weight is not a finite number.
+            ConfigError: The weight is not a finite number.
         """
-        known = self.reward_names
         name = str(name)
-        if not any(name == reward or name.startswith(f"{reward}.") for reward in known):
-            raise ConfigError(
-                f"reward_weights: there is no reward {name!r}.{did_you_mean(name, known)} "
-                f"The rewards of {type(self).__name__}: {', '.join(known) or 'none'}."
-            )
-        self._set_weight(name, weight)
-        return self
-
-    def _set_weight(self, name: str, weight: float) -> None:
         if not is_finite_number(weight):
             raise ConfigError(f"reward_weights[{name!r}] must be a finite number, got {weight!r}.")
+        known = self.reward_names
+        is_known = any(name == reward or name.startswith(f"{reward}.") for reward in known)
+        if not is_known and name not in self._reward_weights:
+            logger.warning(
+                "reward_weights: %s has no reward %r.%s Its weight counts only for a reward that is added later, or "
+                "for this key of a reward that returns a dict.",
+                type(self).__name__, name, did_you_mean(name, known),
+            )  # fmt: skip
         self._reward_weights[name] = float(weight)
+        return self
 
     def compose(self, prompt: str, response: str) -> float:
-        """The reward of one response; NaN if every part abstains."""
-        return self.compose_batch([prompt], [response])[0][0]
+        """The reward of one response; NaN if every part abstains. A subclass may score in its own way."""
+        return KonicLLMRewardComposer.compose_batch(self, [prompt], [response])[0][0]
+
+    def get_reward_breakdown(self, prompt: str, response: str) -> dict[str, float]:
+        """The parts of one response's reward, before weights."""
+        breakdown = KonicLLMRewardComposer.compose_batch(self, [prompt], [response])[1]
+        return {name: value for name, (value,) in breakdown.items()}
 
     def compose_batch(
         self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[Any]
     ) -> tuple[list[float], dict[str, list[float]]]:
         """Return the rewards of a batch, and each part's own values before weights.
+
+        A subclass may override it, or :meth:`compose`, to score in its own way. A run then calls the marked methods
+        first, and answers `super().compose_batch(...)` with their values. Where one class has both, this one counts.
 
         A part's value is NaN if the part abstained; a reward is NaN if every part abstained. For the reward, values are
         clipped if their part has bounds. They are not normalised: only training has a running mean.
@@ -205,6 +209,11 @@ class KonicLLMRewardComposer:
         for name, values in {"responses": responses, **columns}.items():
             if len(values) != len(prompts):
                 raise RewardError(f"compose_batch: {len(prompts)} prompts, but {len(values)} {name}.")
+        if not self.reward_names and type(self).compose is not KonicLLMRewardComposer.compose:
+            return [self.compose(*texts) for texts in zip(prompts, responses, strict=True)], {}
+        answer = self._scored.find(prompts, responses) if self._scored is not None else None
+        if answer is not None:
+            return answer
         samples, weighting = samples_from_texts(prompts, responses, columns), describe_weighting(self)
         called = (call_reward(reward, samples) for reward in weighting.rewards)
         parts = collect_parts([require_no_fault(outcomes, samples) for outcomes in called], len(samples))
@@ -212,8 +221,8 @@ class KonicLLMRewardComposer:
         return rewards, collect_breakdown(parts)
 
     def check(self) -> None:
-        """Raise RewardError if the composer has no rewards, or if its reducer has no method `reduce`."""
-        if not self.reward_names:
+        """Raise RewardError if the composer cannot score, or if its reducer has no method `reduce`."""
+        if not self.reward_names and find_override(self) is None:
             raise RewardError(
                 f"{type(self).__name__} has no rewards. Mark at least one method (self, prompt, response) with "
                 "@llm_reward, or add a reward model or function."
@@ -224,8 +233,17 @@ class KonicLLMRewardComposer:
 
     def check_columns(self, columns: Mapping[str, Any]) -> None:
         """Raise RewardError if a reward asks for a column that the dataset does not have."""
-        for reward in list_rewards(self):
+        for reward in _list_all(self):
             requested_columns(reward, columns)
+
+    @contextmanager
+    def answering(self, scored: AlreadyScored) -> Iterator[None]:
+        """Within the block, :meth:`compose_batch` and :meth:`compose` of this class answer with known values."""
+        self._scored = scored
+        try:
+            yield
+        finally:
+            self._scored = None
 
     def _add(self, reward: Reward, weight: float) -> Self:
         if reward.name in self.reward_names:
@@ -249,6 +267,24 @@ def list_rewards(composer: KonicLLMRewardComposer) -> list[Reward]:
         if mark is not None and callable(getattr(type(composer), name, None))
     ]
     return [*methods, *composer._added.values()]
+
+
+def find_override(composer: KonicLLMRewardComposer) -> Reward | None:
+    """The composer's own `compose_batch` or `compose`, as a reward; None if its class overrides neither."""
+    for kind in type(composer).__mro__[: type(composer).__mro__.index(KonicLLMRewardComposer)]:
+        for name, shape in _SHAPE_OF_OVERRIDE.items():
+            if name in vars(kind):
+                return Reward(f"{type(composer).__name__}.{name}", getattr(composer, name), shape)
+    return None
+
+
+_SHAPE_OF_OVERRIDE: dict[str, Literal["sample", "batch"]] = {"compose_batch": "batch", "compose": "sample"}
+
+
+def _list_all(composer: KonicLLMRewardComposer) -> list[Reward]:
+    """The rewards, and the composer's own method that makes their total, if it has one."""
+    override = find_override(composer)
+    return [*list_rewards(composer), *([override] if override else [])]
 
 
 def describe_weighting(composer: KonicLLMRewardComposer) -> Weighting:

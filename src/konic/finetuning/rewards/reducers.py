@@ -1,7 +1,10 @@
-"""A sample's parts, each already multiplied by its weight -> one reward: their sum, mean or maximum."""
+"""A sample's parts and their weights -> one reward: their sum, mean or maximum."""
 
+import inspect
 import math
-from typing import Protocol
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Protocol
 
 
 class Reducer(Protocol):
@@ -11,15 +14,39 @@ class Reducer(Protocol):
         """Return the sample's reward; `parts` has at least one entry."""
 
 
-class WeightedSumReducer:
-    """The sum of the weighted parts."""
+class BaseRewardReducer:
+    """Base class of one's own reducers; any class with a method `reduce(parts)` serves.
+
+    A class that can be called with `weights=` gets the composer's weights so, and the parts before weights. Any other
+    gets parts that are multiplied by their weights.
+    """
+
+
+@cache
+def takes_weights(reducer: type[Any]) -> bool:
+    """True if the class can be called with `weights=`."""
+    parameters = inspect.signature(reducer).parameters.values()
+    return any(each.name == "weights" or each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+
+
+class WeightedSumReducer(BaseRewardReducer):
+    """The sum of the parts, each times its weight.
+
+    Args:
+        weights: By part name; a composer gives its own.
+        default_weight: For a part that has none.
+    """
+
+    def __init__(self, weights: Mapping[str, float] | None = None, default_weight: float = 1.0) -> None:
+        self.weights = dict(weights or {})
+        self.default_weight = default_weight
 
     def reduce(self, parts: dict[str, float]) -> float:
-        """The sum of `parts`."""
-        return math.fsum(parts.values())
+        """The weighted sum of `parts`."""
+        return math.fsum(self.weights.get(name, self.default_weight) * value for name, value in parts.items())
 
 
-class MeanReducer:
+class MeanReducer(BaseRewardReducer):
     """The mean of the weighted parts."""
 
     def reduce(self, parts: dict[str, float]) -> float:
@@ -27,7 +54,7 @@ class MeanReducer:
         return math.fsum(parts.values()) / len(parts)
 
 
-class MaxReducer:
+class MaxReducer(BaseRewardReducer):
     """The largest of the weighted parts."""
 
     def reduce(self, parts: dict[str, float]) -> float:

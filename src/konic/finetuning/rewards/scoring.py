@@ -19,6 +19,7 @@ from konic.finetuning.rewards.calls import call_reward
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer, describe_weighting
 from konic.finetuning.rewards.moments import RunningMoments
 from konic.finetuning.rewards.outcomes import Fault, Outcome, Reward
+from konic.finetuning.rewards.overrides import compose_totals
 from konic.finetuning.rewards.totals import (
     collect_breakdown,
     collect_parts,
@@ -158,14 +159,14 @@ class Scorer:
         counted = [own for own, fault in zip(parts, faults, strict=True) if not fault]
         known = moments_after(weighting.rewards, given if update_moments else {}, counted)
         known |= {} if update_moments else given
-        rewards = compute_totals(weighting, parts, faults, samples, known)
-        breakdown = collect_breakdown(parts)
+        totals = compute_totals(weighting, parts, faults, samples, known)
+        composed = compose_totals(self._composer, samples, parts, totals, faults, self._accepted)
         return Scores(
-            rewards=rewards,
-            breakdown=breakdown,
+            rewards=composed.totals,
+            breakdown=composed.breakdown,
             parts=collect_breakdown([prepared_parts(weighting, own, known) for own in parts]),
-            weights=part_weights(weighting, breakdown),
-            faults=faults,
+            weights=part_weights(weighting, composed.breakdown),
+            faults=composed.faults,
             moments=known if update_moments else given,
         )
 

@@ -10,6 +10,7 @@ from konic.finetuning.errors import RewardError
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.rewards.moments import RunningMoments
 from konic.finetuning.rewards.outcomes import Fault, NotANumberError, Outcome, Parts, Reward, number, sample_text
+from konic.finetuning.rewards.reducers import takes_weights
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,36 @@ class Weighting:
     weights: Mapping[str, float]
     """Weight by the name of a part or of its reward; the default is 1."""
     reducer: Any
-    """A class or an object with `reduce(dict[str, float]) -> float`."""
+    """A class or an object with `reduce(dict[str, float]) -> float`; see `BaseRewardReducer`."""
+
+
+@dataclass(frozen=True)
+class AlreadyScored:
+    """The values of B samples whose rewards have been called."""
+
+    samples: Sequence[Sample]
+    parts: Sequence[Parts]
+    """[B], before normalising and weights."""
+    totals: Sequence[float]
+    """[B]; NaN for a sample whose parts all abstained."""
+
+    def find(
+        self, prompts: Sequence[str], responses: Sequence[str]
+    ) -> tuple[list[float], dict[str, list[float]]] | None:
+        """The totals and the breakdown for these texts; None if the values of one of them are not known."""
+        wanted = list(zip(prompts, responses, strict=True))
+        own = [(sample.prompt, sample.response) for sample in self.samples]
+        rows = list(range(len(own))) if wanted == own else [self._row_of(texts, own) for texts in wanted]
+        if None in rows:
+            return None
+        found = [row for row in rows if row is not None]
+        return [self.totals[row] for row in found], collect_breakdown([self.parts[row] for row in found])
+
+    def _row_of(self, texts: tuple[str, str], own: Sequence[tuple[str, str]]) -> int | None:
+        """A row with these texts; None if there is none, or if such rows have different values."""
+        rows = [row for row, candidate in enumerate(own) if candidate == texts]
+        alike = rows and all(self.parts[row] == self.parts[rows[0]] for row in rows)
+        return rows[0] if alike else None
 
 
 def compute_totals(
@@ -52,11 +82,14 @@ def compute_total(
     if not parts:
         return math.nan
     reducer = weighting.reducer
-    weighted = weighted_parts(weighting, parts, moments)
     who = f"Reducer {(reducer if isinstance(reducer, type) else type(reducer)).__name__!r}"
     where = sample_text(sample.prompt, sample.response)
     try:
-        return number((reducer() if isinstance(reducer, type) else reducer).reduce(weighted))
+        if isinstance(reducer, type) and takes_weights(reducer):
+            weights = {**weighting.weights, **given_weights(weighting, parts)}
+            return number(reducer(weights=weights).reduce(prepared_parts(weighting, parts, moments)))
+        instance = reducer() if isinstance(reducer, type) else reducer
+        return number(instance.reduce(weighted_parts(weighting, parts, moments)))
     except NotANumberError as error:
         raise RewardError(f"{who} {error}{where}") from None
     except Exception as error:
@@ -64,7 +97,7 @@ def compute_total(
 
 
 def weighted_parts(weighting: Weighting, parts: Parts, moments: Mapping[str, RunningMoments] | None = None) -> Parts:
-    """The input of the reducer: each part normalised, clipped and multiplied by its weight."""
+    """What a reducer without weights gets: each part normalised, clipped and multiplied by its weight."""
     weights = part_weights(weighting, parts)
     return {part: weights[part] * value for part, value in prepared_parts(weighting, parts, moments).items()}
 
@@ -83,10 +116,26 @@ def prepared_parts(weighting: Weighting, parts: Parts, moments: Mapping[str, Run
 
 
 def part_weights(weighting: Weighting, parts: Iterable[str]) -> dict[str, float]:
-    """The weight of each part: its own, else that of its reward, else 1."""
-    weights = weighting.weights
+    """The weight of each part: the one given, else 1."""
     owners = find_owners(weighting.rewards, parts)
-    return {part: weights.get(part, weights.get(reward.name, 1.0)) for part, reward in owners.items()}
+    return dict.fromkeys(owners, 1.0) | given_weights(weighting, owners)
+
+
+def given_weights(weighting: Weighting, parts: Iterable[str]) -> dict[str, float]:
+    """The weights given for parts: for a part itself, or for its key, or for its reward.
+
+    The key of a part `reward.key` counts where no other part or reward has that name.
+    """
+    given: dict[str, float] = {}
+    owners = find_owners(weighting.rewards, parts)
+    taken = {*owners, *(reward.name for reward in weighting.rewards)}
+    for part, reward in owners.items():
+        key = part.removeprefix(f"{reward.name}.")
+        names = [part, key, reward.name] if key not in taken else [part, reward.name]
+        name = next((name for name in names if name in weighting.weights), None)
+        if name is not None:
+            given[part] = weighting.weights[name]
+    return given
 
 
 def find_owners(rewards: Iterable[Reward], parts: Iterable[str]) -> dict[str, Reward]:

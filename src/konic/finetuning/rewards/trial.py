@@ -15,6 +15,7 @@ from konic.finetuning.errors import DatasetError
 from konic.finetuning.rewards.calls import call_reward
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer, describe_weighting
 from konic.finetuning.rewards.outcomes import Fault, Outcome, Reward
+from konic.finetuning.rewards.overrides import compose_totals
 from konic.finetuning.rewards.scoring import warn_if_slow
 from konic.finetuning.rewards.totals import (
     collect_breakdown,
@@ -169,7 +170,9 @@ def try_rewards(composer: KonicLLMRewardComposer, samples: Sequence[Sample]) -> 
     valid = [own for own, fault in zip(parts, faults, strict=True) if not fault]
     moments = moments_after(weighting.rewards, {}, valid)
     totals = compute_totals(weighting, parts, faults, samples, moments)
+    totals = compose_totals(composer, samples, parts, totals, faults).totals
     probe_totals = compute_totals(weighting, probed, probe_faults, probes, moments)
+    probe_totals = compose_totals(composer, probes, probed, probe_totals, probe_faults).totals
     weighted = [weighted_parts(weighting, own, moments) for own in parts]
     lengths = [float(len(sample.response)) for sample in samples]
     owners = find_owners(weighting.rewards, collect_breakdown(parts))

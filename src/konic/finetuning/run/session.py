@@ -19,7 +19,7 @@ from konic.finetuning.learning.learner import Learner, build_learner
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.summary import FinetuningResult, Selection
-from konic.finetuning.rewards.composer import list_rewards
+from konic.finetuning.rewards.composer import find_override, list_rewards
 from konic.finetuning.rewards.moments import RunningMoments
 from konic.finetuning.rewards.reducers import WeightedSumReducer
 from konic.finetuning.rewards.scoring import Scorer
@@ -165,10 +165,17 @@ class Session:
             raise ConfigError("kl_target steers kl_penalty_weight by factors: start it above 0, such as 0.05.")
         reducer = self.agent.get_reward_composer().reducer
         kind = reducer if isinstance(reducer, type) else type(reducer)
-        if self.training.algorithm_row.advantages == "parts_normalised" and kind is not WeightedSumReducer:
+        is_plain_sum = kind is WeightedSumReducer and (reducer is kind or vars(reducer) == vars(WeightedSumReducer()))
+        if self.training.algorithm_row.advantages == "parts_normalised" and not is_plain_sum:
             raise ConfigError(
                 f"algorithm={self.training.algorithm!r} weights and sums the parts of the reward itself: it cannot use "
-                f"the reducer {kind.__name__}. Use WeightedSumReducer, or algorithm='grpo'."
+                f"the reducer {kind.__name__}. Use WeightedSumReducer without arguments, or algorithm='grpo'."
+            )
+        override = find_override(self.agent.get_reward_composer())
+        if self.training.algorithm_row.advantages == "parts_normalised" and override is not None:
+            raise ConfigError(
+                f"algorithm={self.training.algorithm!r} weights and sums the parts of the reward itself: it cannot use "
+                f"{override.name}. Use algorithm='grpo'."
             )
         first = self.prompts.rows[0]
         names = dict.fromkeys([*first.columns, *collect_columns([first])[0]])

@@ -1,0 +1,181 @@
+"""A composer's own `compose` or `compose_batch` is what scores, with the rewards' error policy and metrics."""
+
+import math
+
+import pytest
+
+from konic.finetuning import KonicLLMRewardComposer, RewardError, TrainingConfig, llm_reward
+from konic.finetuning.data.samples import samples_from_texts
+from konic.finetuning.rewards.composer import find_override
+from konic.finetuning.rewards.scoring import Scorer
+from konic.finetuning.rewards.trial import try_rewards
+
+NAN = math.nan
+
+
+class Length(KonicLLMRewardComposer):
+    """Its reward counts its calls, fails on "bad" and abstains on "?"."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.calls = 0
+
+    @llm_reward
+    def length(self, prompt, response):
+        self.calls += 1
+        if response == "bad":
+            raise ValueError("bad response")
+        return None if response == "?" else float(len(response))
+
+
+def score(composer, responses, prompts=None, columns=None, **settings):
+    samples = samples_from_texts(prompts or ["p"] * len(responses), responses, columns or {})
+    with Scorer(composer, TrainingConfig(**settings)) as scorer:
+        return scorer.score(samples, update_moments=True)
+
+
+class Doubled(Length):
+    def compose_batch(self, prompts, responses):
+        rewards, breakdown = super().compose_batch(prompts, responses)
+        return [2 * reward for reward in rewards], breakdown | {"doubled": [2 * reward for reward in rewards]}
+
+
+class Shouted(Length):
+    def compose(self, prompt, response):
+        return super().compose(prompt, response) + (100 if response.isupper() else 0)
+
+
+def test_compose_batch_scores_and_its_rewards_are_called_once():
+    composer = Doubled(reward_weights={"length": 3})
+    scores = score(composer, ["a", "abc"])
+    assert scores.rewards == [6.0, 18.0]
+    assert scores.breakdown == {"length": [1.0, 3.0], "doubled": [6.0, 18.0]}
+    assert scores.parts == {"length": [1.0, 3.0]}
+    assert composer.calls == 2
+    assert composer.compose_batch(["p"], ["abc"])[0] == [18.0]
+
+
+def test_compose_scores_response_by_response_and_its_rewards_are_called_once():
+    composer = Shouted()
+    scores = score(composer, ["ABC", "abc", "ABC"])
+    assert scores.rewards == [103.0, 3.0, 103.0]
+    assert scores.breakdown == {"length": [3.0, 3.0, 3.0]}
+    assert composer.calls == 3
+
+
+def test_an_override_alone_is_enough():
+    class Alone(KonicLLMRewardComposer):
+        def compose(self, prompt, response):
+            return float(len(prompt) * len(response))
+
+    composer = Alone()
+    composer.check()
+    scores = score(composer, ["a", "ab"], prompts=["ppp", "p"])
+    assert (scores.rewards, scores.breakdown) == ([3.0, 2.0], {})
+    assert composer.compose_batch(["ppp"], ["a"]) == ([3.0], {})
+    assert score(Length(), ["abc"]).rewards == [3.0]
+
+
+def test_what_a_subclass_changes_last_counts():
+    class OneByOne(Doubled):
+        def compose(self, prompt, response):
+            return -1.0
+
+    class Both(Length):
+        compose = OneByOne.compose
+        compose_batch = Doubled.__dict__["compose_batch"]
+
+    assert find_override(Length()) is None
+    assert find_override(OneByOne()).name == "OneByOne.compose"
+    assert find_override(Both()).name == "Both.compose_batch"
+    assert score(OneByOne(), ["abc"]).rewards == [-1.0]
+
+
+def test_columns_reach_an_override_that_asks_for_them_by_name():
+    class Answers(Length):
+        def compose(self, prompt, response, answer):
+            return float(response == answer)
+
+    class AllColumns(Length):
+        def compose_batch(self, prompts, responses, **columns):
+            return [float(value) for value in columns["worth"]], {}
+
+    assert score(Answers(), ["a", "b"], columns={"answer": ["a", "x"], "worth": [5, 7]}).rewards == [1.0, 0.0]
+    assert score(AllColumns(), ["a", "b"], columns={"answer": ["a", "x"], "worth": [5, 7]}).rewards == [5.0, 7.0]
+    with pytest.raises(RewardError, match=r"'Answers.compose' asks for the column 'answer'"):
+        Answers().check_columns({"anser": 1})
+
+
+def test_equal_texts_with_other_columns_keep_their_own_values():
+    class Worth(KonicLLMRewardComposer):
+        @llm_reward
+        def worth(self, prompt, response, worth):
+            return float(worth)
+
+        def compose(self, prompt, response):
+            return -super().compose(prompt, response)
+
+    assert score(Worth(), ["a", "a"], columns={"worth": [1, 2]}).rewards == [-1.0, -2.0]
+
+
+@pytest.mark.parametrize("kind", [Doubled, Shouted])
+def test_a_reward_that_fails_or_abstains_keeps_the_policy(kind):
+    with pytest.raises(RewardError, match="'length' raised ValueError: bad response"):
+        score(kind(), ["a", "bad"])
+    scores = score(kind(), ["a", "bad", "?"], on_reward_error="skip")
+    assert scores.has_score == [True, False, False]
+    assert [fault is not None for fault in scores.faults] == [False, True, False]
+    assert scores.breakdown["length"][0] == 1.0 and math.isnan(scores.breakdown["length"][1])
+
+
+class Failing(Length):
+    def compose(self, prompt, response):
+        return {"x": 1.0} if response == "dict" else 1 / (len(response) - 1)
+
+
+def test_an_override_that_fails_is_named_with_its_response():
+    with pytest.raises(RewardError, match=r"(?s)'Failing\.compose' raised ZeroDivisionError.*response: 'a'"):
+        score(Failing(), ["abc", "a"])
+    scores = score(Failing(), ["abc", "a", "dict"], on_reward_error="skip")
+    assert scores.has_score == [True, False, False]
+    assert "returned {'x': 1.0}, not a number" in scores.errors[2]
+    assert scores.breakdown == {"length": [3.0, 1.0, 4.0]}
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (([1.0], {}), "returned 1 values for 2 responses"),
+        (([1.0, NAN], {}), "returned nan, not a finite number"),
+        (([1.0, "x"], {}), "returned 'x', not a number"),
+        (([1.0, 2.0], {"part": [1.0]}), "returned 1 values of 'part' in its breakdown for 2 responses"),
+        (([1.0, 2.0], {"part": [1.0, "x"]}), "returned 'x', not a number"),
+        (None, "returned None, not a list"),
+        (3.0, "returned 3.0, not a list"),
+    ],
+)
+def test_what_an_override_must_not_return(returned, message):
+    class Wrong(Length):
+        def compose_batch(self, prompts, responses):
+            return returned
+
+    with pytest.raises(RewardError, match=f"'Wrong.compose_batch' {message}"):
+        score(Wrong(), ["a", "b"])
+
+
+def test_normalised_rewards_reach_the_override_normalised():
+    class Scaled(KonicLLMRewardComposer):
+        @llm_reward(normalize=True)
+        def length(self, prompt, response):
+            return float(len(response))
+
+        def compose_batch(self, prompts, responses):
+            return super().compose_batch(prompts, responses)[0], {}
+
+    assert score(Scaled(), ["a", "abc"]).rewards == pytest.approx([-(0.5**0.5), 0.5**0.5])
+
+
+def test_the_trial_and_the_record_of_a_run_know_the_override():
+    samples = samples_from_texts(["p"] * 3, ["a", "ab", "abc"], {})
+    assert try_rewards(Doubled(), samples).total.mean == 4.0
+    assert Doubled().settings()["rewards_sha256"] != Length().settings()["rewards_sha256"]
