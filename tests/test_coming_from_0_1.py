@@ -6,16 +6,26 @@ import pytest
 
 import konic
 import konic.finetuning
+from konic.cli.scripts import load_agent
 from konic.finetuning import (
+    BaseKonicFinetuningAgent,
+    BaseKonicLLMRewardComposer,
+    BaseRewardModel,
+    BaseRewardReducer,
     ConfigError,
     DatasetConfig,
     DatasetSource,
     GenerationConfig,
+    KonicFinetuningAgent,
+    KonicFinetuningCallback,
+    KonicFinetuningEngine,
+    KonicFinetuningMethodType,
     KonicLLMRewardComposer,
     LoraConfig,
     TrainingConfig,
 )
-from test_engine import LetterRewards, make_engine, metrics
+from konic.finetuning.konic_0_1 import MODULES, SUCCESSORS
+from test_engine import LetterRewards, Silent, make_engine, metrics, same_tensors, weights
 
 
 @pytest.mark.parametrize("module", ["callback", "reward", "dataset", "config", "engine", "agent"])
@@ -113,3 +123,217 @@ def test_a_field_that_is_not_offered_names_its_successor(kind, field, successor)
 def test_the_cloud_is_not_offered():
     with pytest.raises(ConfigError, match=r"KONIC_CLOUD is not offered: .* LOCAL"):
         DatasetConfig(source=DatasetSource.KONIC_CLOUD, name="prompts")
+
+
+PROMPTS = ("a film", "two films", "a long and winding film")
+GENERATION = GenerationConfig(max_new_tokens=8, max_prompt_length=48)
+SMALL = {
+    "dataset_config": DatasetConfig(prompts=PROMPTS),
+    "training_config": TrainingConfig(batch_size=8, learning_rate=1e-2, ppo_epochs=2),
+    "generation_config": GENERATION,
+}
+
+
+def test_an_engine_of_parts_is_the_engine_of_an_agent_with_them(model_folders, tmp_path):
+    lora = LoraConfig(r=4)
+    one = KonicFinetuningEngine(
+        model_name=model_folders["llama"], reward_composer=LetterRewards(), lora_config=lora, callback=Silent(),
+        checkpoint_dir=str(tmp_path / "one"), device="cpu", method=KonicFinetuningMethodType.NATIVE_PPO, **SMALL,
+    )  # fmt: skip
+    agent = KonicFinetuningAgent(model_folders["llama"], LetterRewards(), lora, **SMALL)
+    other = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=tmp_path / "other", device="cpu", callback=Silent())
+    for engine in (one, other):
+        engine.setup()
+        engine.train(1)
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "other")
+    same_tensors(weights(tmp_path / "one" / "final"), weights(tmp_path / "other" / "final"))
+    assert one.model_name == model_folders["llama"]
+    assert isinstance(one.reward_composer, LetterRewards)
+    assert (one.lora_config, one.checkpoint_dir, one.device) == (lora, str(tmp_path / "one"), "cpu")
+    assert (one.dataset_config, one.training_config.batch_size) == (SMALL["dataset_config"], 8)
+    assert (one.generation_config, one.method, one.backend_name) == (GENERATION, "NATIVE_PPO", "konic ppo")
+
+
+def test_an_engine_reads_its_settings_until_it_starts_and_then_keeps_them(model_folders, tmp_path):
+    engine = make_engine(model_folders["llama"], tmp_path)
+    engine.training_config.batch_size = 4
+    engine.generation_config = {"max_new_tokens": 3, "max_prompt_length": 8}
+    assert isinstance(KonicFinetuningEngine.from_agent(engine.agent).callback, KonicFinetuningCallback)
+    assert engine.train(1).total_samples == 4
+    engine.training_config.batch_size = 2
+    assert engine.train(1).total_samples == 8
+    with pytest.raises(ConfigError, match="has started and keeps its training_config"):
+        engine.training_config = TrainingConfig()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model_name": "gpt2"}, "needs a reward_composer"),
+        ({"model_name": KonicFinetuningAgent("gpt2", LetterRewards())}, r"use from_agent\(agent\)"),
+        ({"model_name": "gpt2", "reward_composer": LetterRewards(), "method": "TRL_DPO"}, "TRL_DPO is not offered"),
+        ({"model_name": "gpt2", "reward_composer": LetterRewards(), "method": "RLHF"}, "'RLHF' is PPO"),
+        ({"model_name": "gpt2", "reward_composer": LetterRewards(), "method": "SFT"}, "use NATIVE_PPO or TRL_GRPO"),
+    ],
+)
+def test_what_an_engine_of_parts_cannot_be(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        KonicFinetuningEngine(**arguments)
+
+
+def test_a_method_is_the_algorithm_of_that_name():
+    engine = KonicFinetuningEngine("gpt2", LetterRewards(), method=KonicFinetuningMethodType.TRL_GRPO)
+    assert engine.training_config.algorithm == "grpo"
+    assert engine.method is KonicFinetuningMethodType.TRL_GRPO
+    for batch, group in ((2, 2), (6, 3), (8, 4)):
+        small = KonicFinetuningAgent("gpt2", LetterRewards(), training_config={"batch_size": batch}, method="TRL_GRPO")
+        assert small.get_training_config().responses_per_prompt == group
+    with pytest.raises(ConfigError, match="method='TRL_GRPO' is algorithm='grpo', but algorithm='rloo' is set"):
+        KonicFinetuningAgent("gpt2", LetterRewards(), training_config={"algorithm": "rloo"}, method="TRL_GRPO")
+    rloo = KonicFinetuningAgent("gpt2", LetterRewards(), training_config={"algorithm": "rloo"})
+    assert rloo.get_finetuning_method() is None
+
+
+def test_attributes_and_arguments_that_are_not_offered_name_their_successor():
+    agent = KonicFinetuningAgent("gpt2", LetterRewards(), environment=None, module=None)
+    assert agent.training_config is agent.get_training_config()
+    engine = KonicFinetuningEngine.from_agent(agent)
+    for thing, name, successor in (
+        (agent, "get_module", "get_base_model"),
+        (agent, "get_environment", "get_dataset_config"),
+        (engine, "backend", "algorithm="),
+        (engine, "module", "save_pretrained"),
+        (LetterRewards(), "set_env", "columns of the dataset"),
+        (LetterRewards(), "compute_kl_penalty", "kl_penalty_weight"),
+        (LetterRewards(), "nothing", "no attribute 'nothing'"),
+    ):
+        assert not hasattr(thing, name)
+        with pytest.raises(AttributeError, match=successor):
+            getattr(thing, name)
+    for wrong, message in (("environment", "dataset_config"), ("module", "base_model"), ("base_modl", "Did you mean")):
+        with pytest.raises(ConfigError, match=f"has no argument '{wrong}'.*{message}"):
+            KonicFinetuningAgent("gpt2", LetterRewards(), **{wrong: object()})
+
+
+class OldAgent(BaseKonicFinetuningAgent):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def get_base_model(self):
+        return self.folder
+
+    def get_reward_composer(self):
+        return LetterRewards()
+
+    def get_dataset_config(self):
+        return SMALL["dataset_config"]
+
+    def get_training_config(self):
+        return SMALL["training_config"]
+
+    def get_generation_config(self):
+        return GENERATION
+
+    def get_lora_config(self):
+        return {"r": 2}
+
+    def get_finetuning_method(self):
+        return KonicFinetuningMethodType.TRL_GRPO
+
+
+def test_any_object_with_the_getters_is_an_agent(model_folders, tmp_path):
+    engine = KonicFinetuningEngine.from_agent(
+        OldAgent(model_folders["llama"]), checkpoint_dir=tmp_path, callback=Silent()
+    )
+    assert (engine.lora_config.r, engine.training_config.algorithm) == (2, "grpo")
+    assert engine.train(1).total_samples == 8
+
+
+def test_the_base_classes_are_accepted():
+    class Model(BaseRewardModel):
+        name = "constant"
+
+        def compute_reward(self, prompt, response, **more):
+            return 3.0
+
+    class Twice(Model):
+        def batch_compute_reward(self, prompts, responses):
+            return [6.0] * len(prompts)
+
+        name = "twice"
+
+    class Total(BaseRewardReducer):
+        def __init__(self, weights=None):
+            self.weights = weights
+
+        def reduce(self, rewards):
+            return sum(self.weights.get(name, 1.0) * value for name, value in rewards.items())
+
+    class Composer(BaseKonicLLMRewardComposer):
+        def compose(self, prompt, response):
+            return float(len(response))
+
+    models = KonicLLMRewardComposer([Model(), Twice()], {"constant": 2.0}, Total)
+    assert models.compose("p", "r") == 2 * 3 + 6
+    assert models.get_reward_breakdown("p", "r") == {"constant": 3.0, "twice": 6.0}
+    KonicFinetuningAgent("gpt2", Composer())
+    assert Composer().compose_batch(["p"], ["abc"]) == ([3.0], {})
+
+
+REGISTERED = """
+from konic.finetuning import *
+from konic.runtime import register_agent
+class Rewards(KonicLLMRewardComposer):
+    @llm_reward
+    def one(self, prompt, response):
+        return 1.0
+mine = KonicFinetuningAgent("gpt2", Rewards())
+register_agent(mine, name="mine")
+"""
+
+
+def test_a_registered_agent_is_the_one_of_its_script(tmp_path):
+    (tmp_path / "registers.py").write_text(REGISTERED)
+    assert load_agent(tmp_path / "registers.py").get_base_model() == "gpt2"
+    (tmp_path / "does_not.py").write_text("x = 1")
+    with pytest.raises(ConfigError, match="defines neither"):
+        load_agent(tmp_path / "does_not.py")
+    runtime = importlib.import_module("konic.runtime")
+    agent = KonicFinetuningAgent("gpt2", LetterRewards())
+    assert runtime.register_agent(agent, name="x") is agent
+    assert runtime.get_registered_agent()[0] is agent
+    for wrong in ((KonicFinetuningAgent, "x"), (agent, "")):
+        with pytest.raises(ConfigError, match="register_agent"):
+            runtime.register_agent(*wrong)
+
+
+@pytest.mark.parametrize("name", SUCCESSORS)
+def test_a_name_that_is_not_offered_names_its_successor(name):
+    module = "konic.runtime" if "data" in name.lower().split("_") or name == "DataDependency" else "konic.finetuning"
+    with pytest.raises(ImportError) as error:
+        exec(f"from {module} import {name}")
+    assert f"konic 0.1 had {name}" in str(error.value)
+    assert SUCCESSORS[name] in str(error.value)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_that_is_not_offered_names_its_successor(module):
+    for name in (module, f"{module}.anything"):
+        with pytest.raises(ImportError, match=f"konic 0.1 had the module {module}"):
+            importlib.import_module(name)
+
+
+@pytest.mark.parametrize("module", ["dataset", "reward", "engine"])
+def test_names_that_are_not_offered_are_so_at_their_own_place(module):
+    with pytest.raises(ImportError, match="had DatasetLoader"):
+        exec(f"from konic.finetuning.{module} import DatasetLoader")
+    with pytest.raises(ImportError, match="'nothing'"):
+        exec(f"from konic.finetuning.{module} import nothing")
+
+
+def test_errors_of_konic_0_1_are_caught():
+    from konic.common.errors import KonicError, KonicValidationError
+
+    with pytest.raises(KonicValidationError):
+        TrainingConfig(learning_rate=-1.0)
+    assert issubclass(KonicValidationError, KonicError)

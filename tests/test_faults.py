@@ -125,7 +125,7 @@ def engine_of(base_model, run="run", composer=None, lora=True, dataset=None, gen
         generation_config={"max_new_tokens": 4, "max_prompt_length": 16} | (generation or {}),
         model_kwargs=options.pop("model_kwargs", None),
     )
-    return KonicFinetuningEngine(agent, checkpoint_dir=run, device=device, callback=Silent(), **options)
+    return KonicFinetuningEngine.from_agent(agent, checkpoint_dir=run, device=device, callback=Silent(), **options)
 
 
 # --- settings ---

@@ -11,9 +11,9 @@ import konic
 
 ROOT = Path(konic.__file__).parent / "finetuning"
 ORDER = [
-    "errors", "settings", "algorithms", "config", "system", "results", "data", "models", "rewards", "agent", "rollout",
-    "learning", "reward_models", "callbacks", "run", "trainer", "engine",
-    "callback", "reward", "dataset",
+    "errors", "konic_0_1", "settings", "algorithms", "config", "system", "results", "data", "models", "rewards",
+    "agent", "rollout", "learning", "reward_models", "callbacks", "run", "trainer", "engine",
+    "callback", "reward", "dataset", "environment", "module", "backends",
 ]  # fmt: skip
 """Modules and packages of konic.finetuning; each imports only from those before it."""
 INSIDE = {

@@ -6,9 +6,11 @@ import inspect
 import konic.finetuning as public
 
 NAMES = """
-BaseKonicFinetuningCallback ConfigError DatasetConfig DatasetError DatasetSource FinetuningIterationResult
+BaseKonicFinetuningAgent BaseKonicFinetuningCallback BaseKonicLLMRewardComposer BaseRewardModel BaseRewardReducer
+CompositeCallback ConfigError DatasetConfig DatasetError DatasetSource FinetuningIterationResult
 FinetuningResult GenerationConfig HuggingFaceRewardModel KonicError KonicFinetuningAgent KonicFinetuningCallback
-KonicFinetuningEngine KonicLLMRewardComposer LoraConfig MaxReducer MeanReducer ModelError OutputError RewardError
+KonicFinetuningEngine KonicFinetuningMethodType KonicLLMRewardComposer LoraConfig
+MaxReducer MeanReducer ModelError OutputError RewardError
 TrainingConfig TrainingError WeightedSumReducer llm_reward
 """.split()
 
@@ -60,7 +62,10 @@ def test_signatures_are_the_contracts():
     assert list(composer)[1:] == ["reward_models", "reward_weights", "reducer", "kl_penalty_weight", "reward_functions"]
     agent = inspect.signature(public.KonicFinetuningAgent.__init__).parameters
     expected = "base_model reward_composer lora_config dataset_config training_config generation_config model_kwargs"
-    assert list(agent)[1:] == expected.split()
+    assert list(agent)[1:] == [*expected.split(), "method", "unknown"]
+    parts = "model_name reward_composer dataset_config lora_config training_config generation_config callback"
+    started = inspect.signature(engine.__init__).parameters
+    assert list(started)[1:] == f"{parts} checkpoint_dir device method".split()
 
 
 def test_config_defaults_are_the_contracts():

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from konic.finetuning import ConfigError, KonicError, KonicFinetuningAgent, KonicLLMRewardComposer
+from konic.finetuning.agent import read_agent
+from konic.runtime.agent import forget_registered_agent, get_registered_agent
 
 
 def load_agent(script: Path) -> KonicFinetuningAgent:
-    """Load the module-level `agent` of a script, or the agent that its `build_agent()` returns.
+    """Load the agent of a script: registered, or its module-level `agent`, or what its `build_agent()` returns.
 
     Raises:
         ConfigError: The file does not exist, defines no agent, or raised an error while it was imported.
@@ -22,7 +24,7 @@ def load_agent(script: Path) -> KonicFinetuningAgent:
 
 
 def _find_agent(script: Path, module: Any) -> KonicFinetuningAgent:
-    agent: Any = getattr(module, "agent", None)
+    agent: Any = get_registered_agent()[0] or getattr(module, "agent", None)
     if agent is None:
         build = getattr(module, "build_agent", None)
         if not callable(build):
@@ -33,9 +35,9 @@ def _find_agent(script: Path, module: Any) -> KonicFinetuningAgent:
             hint = f" It defines {near[0]!r}: rename it." if near else ""
             raise ConfigError(f"{script}: defines neither a module-level `agent` nor a function `build_agent()`.{hint}")
         agent = _call(script, build)
-    if not isinstance(agent, KonicFinetuningAgent):
+    if not hasattr(agent, "get_base_model"):
         raise ConfigError(f"{script}: its agent is a {type(agent).__name__}, not a KonicFinetuningAgent.")
-    return agent
+    return agent if isinstance(agent, KonicFinetuningAgent) else read_agent(agent)
 
 
 def load_composer(script: Path) -> KonicLLMRewardComposer:
@@ -43,7 +45,7 @@ def load_composer(script: Path) -> KonicLLMRewardComposer:
     if not script.is_file():
         raise ConfigError(f"{script}: there is no such file.")
     module = _import(script)
-    if hasattr(module, "agent") or hasattr(module, "build_agent"):
+    if get_registered_agent()[0] or hasattr(module, "agent") or hasattr(module, "build_agent"):
         return _find_agent(script, module).get_reward_composer()
     own = {id(value): value for value in vars(module).values()}.values()
     found = [value for value in own if isinstance(value, KonicLLMRewardComposer)]
@@ -72,6 +74,7 @@ def _import(script: Path) -> Any:
         raise ConfigError(f"{script}: is not a Python file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    forget_registered_agent()
     sys.path.insert(0, str(script.absolute().parent))
     _call(script, spec.loader.exec_module, module)
     return module

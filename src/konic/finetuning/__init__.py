@@ -10,7 +10,9 @@ rewards of feedback; `system` has files, signals and memory.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from konic.finetuning.agent import KonicFinetuningAgent
+from konic.finetuning.agent import BaseKonicFinetuningAgent, KonicFinetuningAgent
+from konic.finetuning.algorithms import KonicFinetuningMethodType
+from konic.finetuning.callbacks.composite import CompositeCallback
 from konic.finetuning.callbacks.console import KonicFinetuningCallback
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
 from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
@@ -24,18 +26,27 @@ from konic.finetuning.errors import (
     RewardError,
     TrainingError,
 )
+from konic.finetuning.konic_0_1 import name_not_found
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
-from konic.finetuning.rewards.composer import KonicLLMRewardComposer
+from konic.finetuning.rewards.composer import BaseRewardModel, KonicLLMRewardComposer
 from konic.finetuning.rewards.marks import llm_reward
-from konic.finetuning.rewards.reducers import MaxReducer, MeanReducer, WeightedSumReducer
+from konic.finetuning.rewards.reducers import BaseRewardReducer, MaxReducer, MeanReducer, WeightedSumReducer
 
 if TYPE_CHECKING:
     from konic.finetuning.engine import KonicFinetuningEngine
     from konic.finetuning.reward_models.classifier import HuggingFaceRewardModel
 
+BaseKonicLLMRewardComposer = KonicLLMRewardComposer
+"""Its name in konic 0.1 for composers that only have a `compose` of their own."""
+
 __all__ = [
+    "BaseKonicFinetuningAgent",
     "BaseKonicFinetuningCallback",
+    "BaseKonicLLMRewardComposer",
+    "BaseRewardModel",
+    "BaseRewardReducer",
+    "CompositeCallback",
     "ConfigError",
     "DatasetConfig",
     "DatasetError",
@@ -48,6 +59,7 @@ __all__ = [
     "KonicFinetuningAgent",
     "KonicFinetuningCallback",
     "KonicFinetuningEngine",
+    "KonicFinetuningMethodType",
     "KonicLLMRewardComposer",
     "LoraConfig",
     "MaxReducer",
@@ -67,5 +79,5 @@ _LOADS_TORCH = {"HuggingFaceRewardModel": "reward_models.classifier", "KonicFine
 def __getattr__(name: str) -> Any:
     """What loads torch is imported when it is first asked for: worker processes never ask."""
     if name not in _LOADS_TORCH:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise name_not_found(__name__, name)
     return getattr(import_module(f"{__name__}.{_LOADS_TORCH[name]}"), name)

@@ -5,16 +5,36 @@ import os
 from collections.abc import Mapping
 from typing import Any, Self
 
+from konic.finetuning.algorithms import KonicFinetuningMethodType, method_of_algorithm
 from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
 from konic.finetuning.data.config import DatasetConfig
-from konic.finetuning.errors import ConfigError, did_you_mean
+from konic.finetuning.errors import ConfigError, did_you_mean, no_attribute
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer
 from konic.finetuning.settings import Settings
 
 _CONFIGS = ("training_config", "generation_config", "dataset_config", "lora_config")
+_PARTS = ("base_model", "reward_composer", *_CONFIGS, "model_kwargs")
+"""What an agent consists of; each has a getter of its name."""
 
 
-class KonicFinetuningAgent:
+_SUCCESSORS = {
+    "environment": "Prompts come from dataset_config, rewards from reward_composer.",
+    "module": "The model is named by base_model; what from_pretrained takes goes into model_kwargs.",
+    "get_environment": "Prompts come from get_dataset_config(), rewards from get_reward_composer().",
+    "get_environment_config": "Use get_generation_config().to_dict().",
+    "get_algorithm_config": "Use get_training_config().to_dict().",
+    "get_module": "The engine builds the model of get_base_model() and get_lora_config().",
+}
+
+
+class BaseKonicFinetuningAgent:
+    """Base class of one's own agents. Any object with the getters of :class:`KonicFinetuningAgent` is an agent.
+
+    get_base_model() and get_reward_composer() are needed; what another getter would return is the default without it.
+    """
+
+
+class KonicFinetuningAgent(BaseKonicFinetuningAgent):
     """What to train and how: a base model, a reward composer and configs. Each config may be a dict.
 
     Args:
@@ -26,6 +46,7 @@ class KonicFinetuningAgent:
         generation_config: How to sample responses.
         model_kwargs: Passed to `from_pretrained`: revision, token, dtype, attn_implementation, trust_remote_code,
             quantization_config.
+        method: A KonicFinetuningMethodType of konic 0.1; here `training_config` has the `algorithm`.
 
     Raises:
         ConfigError: A value is invalid; the message names it.
@@ -41,7 +62,10 @@ class KonicFinetuningAgent:
         training_config: TrainingConfig | Mapping[str, Any] | None = None,
         generation_config: GenerationConfig | Mapping[str, Any] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
+        method: str | None = None,
+        **unknown: Any,
     ) -> None:
+        _refuse_unknown(unknown)
         if isinstance(base_model, os.PathLike):
             base_model = os.fspath(base_model)
         if not isinstance(base_model, str) or not base_model.strip():
@@ -54,7 +78,7 @@ class KonicFinetuningAgent:
         self._reward_composer = reward_composer
         self._lora_config = _lora_config(lora_config)
         self._dataset_config = DatasetConfig.from_value(dataset_config)
-        self._training_config = TrainingConfig.from_value(training_config)
+        self._training_config = TrainingConfig.from_value(training_config).with_method(method)
         self._generation_config = GenerationConfig.from_value(generation_config)
         if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
             raise ConfigError(f"model_kwargs must be a dict, got {model_kwargs!r}.")
@@ -97,6 +121,16 @@ class KonicFinetuningAgent:
     def get_generation_config(self) -> GenerationConfig:
         """Return the generation config: how to sample responses."""
         return self._generation_config
+
+    def get_finetuning_method(self) -> KonicFinetuningMethodType | None:
+        """Return the algorithm as konic 0.1 named it; None where it had no such algorithm."""
+        return method_of_algorithm(self._training_config.algorithm)
+
+    training_config = property(get_training_config)
+    generation_config = property(get_generation_config)
+
+    def __getattr__(self, name: str) -> Any:
+        raise no_attribute(self, name, _SUCCESSORS)
 
     def get_model_kwargs(self) -> dict[str, Any]:
         """Return a copy of the arguments for `from_pretrained`."""
@@ -149,6 +183,40 @@ class KonicFinetuningAgent:
         """β: the composer's value if it has one, else the training config's value."""
         own = self._reward_composer.kl_penalty_weight
         return self._training_config.kl_penalty_weight if own is None else own
+
+
+def read_agent(agent: Any, **changes: Any) -> KonicFinetuningAgent:
+    """Return an agent with what the getters of any agent return, and other values for some of them.
+
+    Raises:
+        ConfigError: The object lacks a getter that is needed, or what one returns is invalid.
+    """
+    if isinstance(agent, type):
+        raise ConfigError(f"The agent must be an instance, got the class {agent.__name__}: add ().")
+    missing = [f"{name}()" for name in ("get_base_model", "get_reward_composer") if not hasattr(agent, name)]
+    if missing:
+        raise ConfigError(
+            f"The agent must be a KonicFinetuningAgent, or an object with its getters, got {agent!r} without "
+            f"{' and '.join(missing)}."
+        )
+    parts = {name: getattr(agent, f"get_{name}")() for name in _PARTS if hasattr(agent, f"get_{name}")}
+    if not isinstance(agent, KonicFinetuningAgent) and hasattr(agent, "get_finetuning_method"):
+        parts["method"] = agent.get_finetuning_method()
+    return KonicFinetuningAgent(**parts | changes)
+
+
+def with_own_configs(agent: KonicFinetuningAgent) -> KonicFinetuningAgent:
+    """Return an agent with copies of its configs, so that what is assigned to them later changes nothing."""
+    configs = {name: getattr(agent, f"get_{name}")() for name in _CONFIGS}
+    copies = {n: c.model_copy() if isinstance(c, Settings) else copy.deepcopy(c) for n, c in configs.items()}
+    return read_agent(agent, **copies)
+
+
+def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
+    for name, value in arguments.items():
+        if name not in _SUCCESSORS or value is not None:
+            hint = f" {_SUCCESSORS[name]}" if name in _SUCCESSORS else did_you_mean(name, _PARTS)
+            raise ConfigError(f"KonicFinetuningAgent has no argument {name!r}.{hint} It has: {', '.join(_PARTS)}.")
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -2,15 +2,21 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Self
 
-from konic.finetuning.agent import KonicFinetuningAgent
+from konic.finetuning.agent import KonicFinetuningAgent, read_agent, with_own_configs
+from konic.finetuning.algorithms import KonicFinetuningMethodType
 from konic.finetuning.callbacks.composite import Callbacks
+from konic.finetuning.callbacks.console import KonicFinetuningCallback
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
 from konic.finetuning.data.prompts import Prompt, make_prompts
-from konic.finetuning.errors import ConfigError, OutputError, did_you_mean
+from konic.finetuning.errors import ConfigError, OutputError, did_you_mean, no_attribute
+from konic.finetuning.konic_0_1 import name_not_found
 from konic.finetuning.models.loading import check_model_kwargs, pick_device
+from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
+from konic.finetuning.rewards.composer import KonicLLMRewardComposer
 from konic.finetuning.rollout.evaluation import respond
 from konic.finetuning.run.saving import write_model
 from konic.finetuning.run.session import INTERRUPTED, Session
@@ -19,45 +25,133 @@ from konic.finetuning.system.signals import stopping_on_signals, uninterrupted
 from konic.finetuning.trainer import Trainer
 from konic.output import tolerant_streams
 
+__all__ = ["FinetuningIterationResult", "FinetuningResult", "KonicFinetuningEngine"]
+
+_SUCCESSORS = {
+    "backend": "There is one engine; TrainingConfig(algorithm=...) chooses how it learns.",
+    "module": "save_pretrained(path) writes the model, for PEFT and transformers.",
+    "dataset_loader": "dataset_config says where prompts come from.",
+    "optimizer": "TrainingConfig has the settings of the optimizer.",
+    "train_iter": "train(1) runs one more iteration.",
+}
+
+
+def __getattr__(name: str) -> Any:
+    raise name_not_found(__name__, name)
+
+
+def _of_agent(part: str) -> Any:
+    """Return the engine's attribute for a part of its agent: read at any time, and set until the engine starts."""
+
+    def read(engine: "KonicFinetuningEngine") -> Any:
+        return getattr(engine.agent, f"get_{part}")()
+
+    def write(engine: "KonicFinetuningEngine", value: Any) -> None:
+        if engine.has_started:
+            raise ConfigError(f"The engine has started and keeps its {part}. Make a new engine for another one.")
+        engine.agent = read_agent(engine.agent, **{part: value})
+
+    return property(read, write)
+
 
 class KonicFinetuningEngine:
     """Trains an agent's model by reinforcement learning, and samples, evaluates and saves it.
 
+    It takes an agent, `KonicFinetuningEngine.from_agent(agent, **options)`, or the parts of one. It copies the settings
+    when it first trains, evaluates or generates; what is assigned to a config later does not change its run.
+
     Args:
-        agent: What to train.
-        checkpoint_dir: The run's folder; None makes a new one under `runs/`.
-        device: "auto" (CUDA if there is one, else the CPU), or a torch device such as "cpu" or "cuda:0".
+        model_name: The agent's `base_model`.
+        reward_composer: See KonicFinetuningAgent, as for the configs.
+        dataset_config: Where prompts come from.
+        lora_config: The adapter; None trains every weight.
+        training_config: How to train.
+        generation_config: How to sample responses.
         callback: One callback or a list; see BaseKonicFinetuningCallback.
+        checkpoint_dir: The run's folder; None makes a new one under `runs/`.
+        device: "auto" or None (CUDA if there is one, else the CPU), or a torch device such as "cpu" or "cuda:0".
+        method: A KonicFinetuningMethodType of konic 0.1; here `training_config` has the `algorithm`.
     """
+
+    model_name = _of_agent("base_model")
+    reward_composer = _of_agent("reward_composer")
+    dataset_config = _of_agent("dataset_config")
+    lora_config = _of_agent("lora_config")
+    training_config = _of_agent("training_config")
+    generation_config = _of_agent("generation_config")
 
     def __init__(
         self,
-        agent: KonicFinetuningAgent,
-        checkpoint_dir: str | os.PathLike[str] | None = None,
-        device: str = "auto",
+        model_name: str | os.PathLike[str],
+        reward_composer: KonicLLMRewardComposer | None = None,
+        dataset_config: Any = None,
+        lora_config: Any = None,
+        training_config: Any = None,
+        generation_config: Any = None,
         callback: BaseKonicFinetuningCallback | Sequence[BaseKonicFinetuningCallback] | None = None,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        device: str | None = None,
+        method: str | None = None,
     ) -> None:
-        if not isinstance(agent, KonicFinetuningAgent):
-            raise ConfigError(f"KonicFinetuningEngine.from_agent takes a KonicFinetuningAgent, got {agent!r}.")
-        self.agent = agent
-        self.checkpoint_dir = checkpoint_dir
-        self.device = device
-        self.callback = callback
-        self._session = Session(agent)
-        check_model_kwargs(agent.get_model_kwargs())
-        pick_device(device)
-        if checkpoint_dir is not None:
-            as_path(checkpoint_dir, "checkpoint_dir", OutputError)
+        if hasattr(model_name, "get_base_model"):
+            raise ConfigError("KonicFinetuningEngine takes a model's name; for an agent, use from_agent(agent).")
+        if reward_composer is None:
+            raise ConfigError("KonicFinetuningEngine needs a reward_composer: an instance of your composer.")
+        configs = {"training_config": training_config, "generation_config": generation_config}
+        agent = KonicFinetuningAgent(model_name, reward_composer, lora_config, dataset_config, **configs, method=method)
+        self._prepare(agent, callback=callback, checkpoint_dir=checkpoint_dir, device=device)
 
     @classmethod
-    def from_agent(cls, agent: KonicFinetuningAgent, **options: Any) -> Self:
-        """An engine for an agent; options are those of the class: checkpoint_dir, device, callback."""
+    def from_agent(cls, agent: Any, **options: Any) -> Self:
+        """An engine for an agent, or any object with its getters; options: checkpoint_dir, device, callback."""
         known = ("checkpoint_dir", "device", "callback")
         for name in options:
             if name not in known:
                 hint = did_you_mean(name, known)
                 raise ConfigError(f"from_agent has no option {name!r}.{hint} It has: {', '.join(known)}.")
-        return cls(agent, **options)
+        engine = cls.__new__(cls)
+        engine._prepare(agent if isinstance(agent, KonicFinetuningAgent) else read_agent(agent), **options)
+        return engine
+
+    def _prepare(
+        self, agent: KonicFinetuningAgent, *, callback: Any = None, checkpoint_dir: Any = None, device: Any = None
+    ) -> None:
+        self.agent = agent
+        self.checkpoint_dir = checkpoint_dir
+        self.device = device or "auto"
+        self.callback = KonicFinetuningCallback() if callback is None else callback
+        check_model_kwargs(agent.get_model_kwargs())
+        pick_device(self.device)
+        if checkpoint_dir is not None:
+            as_path(checkpoint_dir, "checkpoint_dir", OutputError)
+
+    @cached_property
+    def _session(self) -> Session:
+        return Session(with_own_configs(self.agent))
+
+    @property
+    def has_started(self) -> bool:
+        """True once the engine has trained, evaluated or generated: it then keeps its settings."""
+        return "_session" in vars(self)
+
+    @property
+    def method(self) -> KonicFinetuningMethodType | None:
+        """The algorithm as konic 0.1 named it; None where it had no such algorithm."""
+        return self.agent.get_finetuning_method()
+
+    @property
+    def backend_name(self) -> str:
+        """The algorithm, for scripts of konic 0.1, which print it."""
+        return f"konic {self.agent.get_training_config().algorithm}"
+
+    def __getattr__(self, name: str) -> Any:
+        raise no_attribute(self, name, _SUCCESSORS)
+
+    def setup(self) -> None:
+        """Load the prompts and the model now, rather than when they are first needed."""
+        session = self._current_session()
+        session.check()
+        _ = session.learner
 
     def train(
         self,
@@ -148,13 +242,13 @@ class KonicFinetuningEngine:
 
     def _current_session(self) -> Session:
         """The session, with the attributes of the engine as they are set now."""
-        self._session.device, self._session.checkpoint_dir = self.device, self.checkpoint_dir
+        self._session.device, self._session.checkpoint_dir = self.device or "auto", self.checkpoint_dir
         return self._session
 
     def _make_prompts(self, prompts: Sequence[Any], where: str) -> list[Prompt]:
         if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
             raise ConfigError(f"{where} takes a list of prompts, got {type(prompts).__name__}.")
-        return make_prompts(list(prompts), self.agent.get_dataset_config(), where)
+        return make_prompts(list(prompts), self._session.agent.get_dataset_config(), where)
 
 
 def _check_counts(max_iterations: Any, **others: Any) -> None:

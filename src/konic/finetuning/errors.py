@@ -2,7 +2,7 @@
 
 import difflib
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 
 def printable(text: str) -> str:
@@ -26,6 +26,10 @@ class ConfigError(KonicError, ValueError):
 
 class ModelError(KonicError):
     """A base model, tokenizer or adapter cannot be loaded or used."""
+
+
+class NotOfferedError(KonicError, ImportError):
+    """A name or module of konic 0.1 that is not here; the message says what to use instead."""
 
 
 class DatasetError(KonicError):
@@ -52,6 +56,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the known name closest to a misspelt one, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def no_attribute(owner: object, name: str, successors: Mapping[str, str]) -> AttributeError:
+    """Return the error of an attribute that is not there; for one of konic 0.1 it says what to use instead."""
+    hint = f" {successors[name]}" if name in successors else ""
+    return AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}.{hint}", name=name, obj=owner)
 
 
 _KINDS = (

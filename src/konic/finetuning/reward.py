@@ -1,7 +1,27 @@
 """The rewards, at the place where konic 0.1 had them."""
 
-from konic.finetuning.rewards.composer import KonicLLMRewardComposer
-from konic.finetuning.rewards.marks import llm_reward
-from konic.finetuning.rewards.reducers import MaxReducer, MeanReducer, WeightedSumReducer
+from typing import Any
 
-__all__ = ["KonicLLMRewardComposer", "MaxReducer", "MeanReducer", "WeightedSumReducer", "llm_reward"]
+from konic.finetuning.konic_0_1 import name_not_found
+from konic.finetuning.reward_models.classifier import HuggingFaceRewardModel
+from konic.finetuning.rewards.composer import BaseRewardModel, KonicLLMRewardComposer
+from konic.finetuning.rewards.marks import llm_reward
+from konic.finetuning.rewards.reducers import BaseRewardReducer, MaxReducer, MeanReducer, WeightedSumReducer
+
+BaseKonicLLMRewardComposer = KonicLLMRewardComposer
+
+__all__ = [
+    "BaseKonicLLMRewardComposer",
+    "BaseRewardModel",
+    "BaseRewardReducer",
+    "HuggingFaceRewardModel",
+    "KonicLLMRewardComposer",
+    "MaxReducer",
+    "MeanReducer",
+    "WeightedSumReducer",
+    "llm_reward",
+]
+
+
+def __getattr__(name: str) -> Any:
+    raise name_not_found(__name__, name)

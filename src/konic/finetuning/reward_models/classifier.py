@@ -14,6 +14,7 @@ from konic.finetuning.errors import ConfigError, ModelError, did_you_mean
 from konic.finetuning.models.loading import check_model_kwargs, pick_device
 from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
 from konic.finetuning.reward_models.texts import TEXT_FORMATS, TextFormat, encode_pair
+from konic.finetuning.rewards.composer import BaseRewardModel
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ _COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longfor
 _OUTPUTS = ("logit", "probability", "log_odds")
 
 
-class HuggingFaceRewardModel:
+class HuggingFaceRewardModel(BaseRewardModel):
     """Scores responses with a sequence classifier from the Hub or a folder. Give it to a composer's `reward_models`.
 
     The classifier's own tokenizer encodes the text again, so the policy may use a different tokenizer. A text longer
@@ -30,7 +31,7 @@ class HuggingFaceRewardModel:
 
     Args:
         model_id: A Hub id or a folder.
-        device: "auto" (CUDA if there is one, else the CPU), or a torch device.
+        device: "auto" or None (CUDA if there is one, else the CPU), or a torch device.
         dtype: A torch dtype or its name; None takes the checkpoint's dtype on CUDA and float32 on the CPU.
         max_length: Maximum number of tokens that the classifier reads.
         label_index: The label whose score is the reward, as an index or a name. A classifier with one label needs none;
@@ -54,7 +55,7 @@ class HuggingFaceRewardModel:
     def __init__(
         self,
         model_id: str,
-        device: str = "auto",
+        device: str | None = "auto",
         dtype: torch.dtype | str | None = None,
         max_length: int = 512,
         label_index: int | str | None = None,
@@ -64,14 +65,19 @@ class HuggingFaceRewardModel:
         batch_size: int = 16,
         name: str | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
+        **unknown: Any,
     ) -> None:
+        for option in unknown:
+            hint = " normalize=True gives standard deviations from the running mean." if "normalize" in option else ""
+            raise ConfigError(f"HuggingFaceRewardModel has no argument {option!r}.{hint}")
         _check(output=(output, _OUTPUTS), text_format=(text_format, ("auto", *TEXT_FORMATS)))
         for option, number in (("max_length", max_length), ("batch_size", batch_size)):
             if not isinstance(number, int) or number < 1:
                 raise ConfigError(f"HuggingFaceRewardModel({option}={number!r}) must be a whole number of at least 1.")
+        self.model_id = str(model_id)
         self.name = name or reward_name(model_id)
         self.normalize = normalize
-        self._device = pick_device(device)
+        self._device = pick_device(device or "auto")
         self.model, self.tokenizer = _load(str(model_id), self._device, dtype, model_kwargs or {})
         self.model.eval().requires_grad_(False)
         self.max_length = min(max_length, longest_input(self.model, self.tokenizer))
@@ -108,6 +114,14 @@ class HuggingFaceRewardModel:
             for row, value in zip(rows, self._scores(logits.float()), strict=True):
                 scores[row] = value
         return scores
+
+    def batch_compute_reward(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """Return the score of each response, as :meth:`score` does."""
+        return self.score(prompts, responses)
+
+    def compute_reward(self, prompt: str, response: str) -> float:
+        """Return the score of one response."""
+        return self.score([prompt], [response])[0]
 
     def _scores(self, logits: Tensor) -> list[float]:
         """Convert [B, labels] logits to [B] scores."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, Protocol, Self
 
 from konic.finetuning.data.samples import samples_from_texts
-from konic.finetuning.errors import ConfigError, RewardError, did_you_mean
+from konic.finetuning.errors import ConfigError, RewardError, did_you_mean, no_attribute
 from konic.finetuning.rewards.calls import call_reward
 from konic.finetuning.rewards.marks import Mark, checked_clip, find_mark, is_finite_number
 from konic.finetuning.rewards.outcomes import Reward
@@ -25,6 +25,13 @@ from konic.finetuning.rewards.totals import (
 
 logger = logging.getLogger(__name__)
 
+_SUCCESSORS = {
+    "set_env": "A reward gets the columns of the dataset by parameters of their names.",
+    "env": "A reward gets the columns of the dataset by parameters of their names.",
+    "compute_kl_penalty": "The run computes the exact KL; kl_penalty_weight is its price.",
+}
+"""For what konic 0.1 had in a composer: what to use instead."""
+
 
 class RewardModel(Protocol):
     """Interface for :meth:`KonicLLMRewardComposer.add_reward_model`: any object with a name that scores in batches."""
@@ -33,6 +40,10 @@ class RewardModel(Protocol):
 
     def score(self, prompts: list[str], responses: list[str]) -> Sequence[float | None]:
         """Return per response a number, or None to abstain. Further parameters receive the dataset's columns."""
+
+
+class BaseRewardModel:
+    """Base class of one's own reward models; any object that :class:`RewardModel` describes serves."""
 
 
 class KonicLLMRewardComposer:
@@ -115,16 +126,15 @@ class KonicLLMRewardComposer:
         Raises:
             ConfigError: The object has no name or no method `score`, or its name is already in use.
         """
-        name = getattr(model, "name", None)
-        methods = (getattr(model, own, None) for own in ("score", "batch_compute_reward", "compute_reward"))
-        method = next((method for method in methods if callable(method)), None)
+        name, own = getattr(model, "name", None), _scoring_method(model)
+        method = getattr(model, own or "", None)
         if not isinstance(name, str) or method is None:
             advice = " Plain functions go to add_reward_function." if callable(model) else ""
             raise ConfigError(
                 f"A reward model needs a name and a method score(prompts, responses); got {model!r}.{advice}"
             )
         normalize = getattr(model, "normalize", False) is True
-        shape: Literal["batch", "sample"] = "sample" if method == getattr(model, "compute_reward", None) else "batch"
+        shape: Literal["batch", "sample"] = "sample" if own == "compute_reward" else "batch"
         return self._add(Reward(name, method, shape, is_model=True, normalize=normalize), weight)
 
     def add_reward_function(
@@ -236,6 +246,9 @@ class KonicLLMRewardComposer:
         for reward in _list_all(self):
             requested_columns(reward, columns)
 
+    def __getattr__(self, name: str) -> Any:
+        raise no_attribute(self, name, _SUCCESSORS)
+
     @contextmanager
     def answering(self, scored: AlreadyScored) -> Iterator[None]:
         """Within the block, :meth:`compose_batch` and :meth:`compose` of this class answer with known values."""
@@ -300,6 +313,16 @@ def without_models(composer: KonicLLMRewardComposer) -> KonicLLMRewardComposer:
     copied._reward_weights = dict(composer._reward_weights)
     copied.__dict__.pop("reducer", None)  # only the run's own process weights and reduces
     return copied
+
+
+def _scoring_method(model: Any) -> str | None:
+    """The name of a reward model's method; the one that its most derived class has, where it inherits others."""
+    names = ("score", "batch_compute_reward", "compute_reward")
+    for own in (getattr(model, "__dict__", {}), *map(vars, type(model).__mro__)):
+        for name in names:
+            if callable(own.get(name)):
+                return name
+    return next((name for name in names if callable(getattr(model, name, None))), None)
 
 
 def _check_kl_penalty_weight(weight: Any) -> None:
