@@ -1,12 +1,16 @@
 """Rewards inside a run: faults skipped or raised, workers, normalisation across checkpoints, hangs that end."""
 
 import math
+import os
+import signal
 import statistics
 import time
+from pathlib import Path
 
 import psutil
 import pyarrow.parquet
 import pytest
+import torch
 
 from konic.finetuning import (
     ConfigError,
@@ -18,6 +22,7 @@ from konic.finetuning import (
     llm_reward,
 )
 from konic.finetuning.data.prompts import load_prompts
+from konic.finetuning.system.user_code import preserved_state
 from test_engine import LetterRewards, Silent, make_agent, make_engine, metrics, same_tensors, weights
 
 
@@ -96,6 +101,95 @@ def test_a_run_with_workers_is_the_run_without(model_folders, tmp_path):
     same_tensors(weights(tmp_path / "serial" / "final"), weights(tmp_path / "pool" / "final"))
     assert metrics(tmp_path / "serial") == metrics(tmp_path / "pool")
     assert not [child for child in psutil.Process().children() if "resource_tracker" not in str(child.cmdline())]
+
+
+def disturb():
+    """What user code may leave behind: each of these alone ended a run or changed its numbers."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.set_autocast_enabled("cpu", True)
+    torch.set_grad_enabled(False)
+    torch.manual_seed(1)
+
+
+def disturb_kernels():
+    """What a script may choose for a run, but not a reward."""
+    from torch.backends import cuda  # cloudpickle cannot send it to a worker
+
+    torch.set_float32_matmul_precision("medium")
+    cuda.enable_flash_sdp(False)
+    cuda.enable_mem_efficient_sdp(False)
+    os.chdir("/")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Disturbing(LetterRewards):
+    @llm_reward
+    def letters(self, prompt, response):
+        disturb()
+        disturb_kernels()
+        return super().letters(prompt, response)
+
+    @llm_reward(batch=True)
+    async def brief(self, prompts, responses):
+        disturb()
+        return [-len(response) / 80 for response in responses]
+
+
+class DisturbingReducer:
+    def reduce(self, parts):
+        disturb()
+        disturb_kernels()
+        return sum(parts.values())
+
+
+class DisturbingCallback(Silent):
+    def on_generation_end(self, prompts, responses):
+        disturb()
+        disturb_kernels()
+
+    def should_stop_early(self, result):
+        disturb()
+        disturb_kernels()
+        return False
+
+
+def test_user_code_that_changes_the_process_changes_no_number(model_folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain = make_engine(model_folders["llama"], Path("plain"))
+    plain.train(2)
+    disturbing = Disturbing(reducer=DisturbingReducer)
+    engines = {
+        name: make_engine(
+            model_folders["llama"], Path(name), DisturbingCallback(), composer=disturbing, reward_workers=workers
+        )
+        for name, workers in (("serial", 0), ("pool", 1))
+    }
+    with preserved_state("test"):
+        disturb()  # between the engine's construction and its training
+        for engine in engines.values():
+            engine.train(2)
+        assert torch.get_default_dtype() == torch.float64 and not torch.is_grad_enabled()
+    for name in engines:
+        same_tensors(weights(Path("plain/final")), weights(Path(name, "final")))
+        assert metrics(Path("plain")) == metrics(Path(name))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("how", [SystemExit, GeneratorExit, type("TimedOut", (BaseException,), {})])
+def test_what_is_no_exception_is_an_error_of_the_reward_too(model_folders, tmp_path, how):
+    class Raises(LetterRewards):
+        @llm_reward
+        def letters(self, prompt, response):
+            raise how(0)
+
+    class Reducer:
+        def reduce(self, parts):
+            raise how(0)
+
+    for composer, who in ((Raises(), "Reward 'letters'"), (LetterRewards(reducer=Reducer), "Reducer 'Reducer'")):
+        with pytest.raises(RewardError, match=f"{who} raised {how.__name__}: 0"):
+            make_engine(model_folders["llama"], tmp_path / who, composer=composer).train(1)
 
 
 def test_no_worker_outlives_a_run_that_fails(model_folders, tmp_path):

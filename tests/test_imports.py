@@ -17,7 +17,7 @@ ORDER = [
 ]  # fmt: skip
 """Modules and packages of konic.finetuning; each imports only from those before it."""
 INSIDE = {
-    "system": ["memory", "signals", "files"],
+    "system": ["memory", "signals", "user_code", "files"],
     "results": ["metrics", "intervals", "iteration", "evaluation", "summary"],
     "data": ["loaders", "config", "prompts", "samples", "tokenization"],
     "models": [

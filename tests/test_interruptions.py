@@ -65,6 +65,46 @@ def test_a_ctrl_c_that_a_reward_swallows_ends_the_run_and_teaches_nothing(model_
     assert all(row["reward_min"] >= 0 for row in metrics(tmp_path))
 
 
+class SwallowsInHook(Silent):
+    """A callback that catches everything, in one of its hooks."""
+
+    def __init__(self, hook):
+        super().__init__()
+        self.seen = []
+        setattr(self, hook, self.swallow)
+
+    def swallow(self, *_):
+        self.seen.append(1)
+        if len(self.seen) == 2:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            except:  # noqa: E722
+                pass
+
+
+@pytest.mark.parametrize("hook", ["on_generation_begin", "on_reward_computed", "on_iteration_end", "should_stop_early"])
+def test_a_ctrl_c_that_a_callback_swallows_ends_the_run(model_folders, tmp_path, hook):
+    result = make_engine(model_folders["llama"], tmp_path, SwallowsInHook(hook)).train(4)
+    done = 2 if hook in ("on_iteration_end", "should_stop_early") else 1
+    assert (result.stopped_because, result.total_iterations) == ("interrupted", done)
+
+
+def test_a_ctrl_c_swallowed_in_an_evaluation_leaves_no_evaluation(model_folders, tmp_path):
+    class Interrupted(KonicLLMRewardComposer):
+        @llm_reward(batch=True)
+        def judged(self, prompts, responses):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            except:  # noqa: E722
+                return [-99.0] * len(responses)
+
+    engine = make_engine(model_folders["llama"], tmp_path, composer=Interrupted(), eval_every=1)
+    assert engine.train(4).stopped_because == "interrupted"
+    assert not list((tmp_path / "evaluations").glob("*"))
+
+
 def test_what_a_second_ctrl_c_kept_from_being_saved_is_not_called_saved(
     model_folders, tmp_path, monkeypatch, capsys, caplog
 ):

@@ -22,6 +22,7 @@ from konic.finetuning.run.saving import write_model
 from konic.finetuning.run.session import INTERRUPTED, Session
 from konic.finetuning.system.files import as_path, filling_folder
 from konic.finetuning.system.signals import stopping_on_signals, uninterrupted
+from konic.finetuning.system.user_code import standard_torch_modes
 from konic.finetuning.trainer import Trainer
 from konic.output import tolerant_streams
 
@@ -153,6 +154,7 @@ class KonicFinetuningEngine:
         session.check()
         _ = session.learner
 
+    @standard_torch_modes()
     def train(
         self,
         max_iterations: int = 100,
@@ -178,7 +180,7 @@ class KonicFinetuningEngine:
             KonicError: Something the user can fix. Every whole iteration before it is kept.
         """
         session, callbacks = self._current_session(), Callbacks(self.callback)
-        with stopping_on_signals() as stop, tolerant_streams(), session.scorer:
+        with stopping_on_signals(), tolerant_streams(), session.scorer:
             _check_counts(max_iterations=max_iterations, save_every=save_every, save_total_limit=save_total_limit)
             session.check()
             if max_iterations == 0:
@@ -190,7 +192,7 @@ class KonicFinetuningEngine:
                     for result in session.state.history if resume_from_checkpoint else ():
                         callbacks.should_stop_early(result)
                     try:
-                        stopped = Trainer(session, callbacks, saver, last_iteration).run(stop)
+                        stopped = Trainer(session, callbacks, saver, last_iteration).run()
                     except BaseException as error:
                         if not isinstance(error, KeyboardInterrupt) or not session.weights_are_whole:
                             with uninterrupted():
@@ -201,6 +203,7 @@ class KonicFinetuningEngine:
                     callbacks.on_train_end(final)
                     return final
 
+    @standard_torch_modes()
     def evaluate(self, prompts: Sequence[Any] | None = None) -> dict[str, Any]:
         """Responses to prompts and their rewards, with the same random numbers every time.
 
@@ -219,6 +222,7 @@ class KonicFinetuningEngine:
             untrained = session.state.num_steps == 0
             return session.evaluate(chosen, session.state.reward_moments, untrained).to_dict()
 
+    @standard_torch_modes()
     def generate(self, prompts: Sequence[Any]) -> list[str]:
         """A response to every prompt, with the same random numbers every time."""
         session, made = self._current_session(), self._make_prompts(prompts, "generate(prompts)")
@@ -228,6 +232,7 @@ class KonicFinetuningEngine:
             for sample in respond(learner.policy, learner.sampler, made, generation, learner.special_tokens, seed)
         ]
 
+    @standard_torch_modes()
     def save_pretrained(self, path: str | os.PathLike[str], merge: bool = False) -> None:
         """Write the model, tokenizer and a model card into a folder that PEFT and `transformers` load.
 

@@ -37,7 +37,7 @@ from konic.finetuning.run.checks import find_nonfinite, new_findings, require_no
 from konic.finetuning.run.measures import RunClock, StageClock, iteration_result
 from konic.finetuning.run.saving import Saver
 from konic.finetuning.run.session import Session
-from konic.finetuning.system.signals import StopHandler, uninterrupted
+from konic.finetuning.system.signals import uninterrupted
 
 logger = logging.getLogger(__name__)
 
@@ -55,18 +55,16 @@ class Trainer:
         self._session, self._callbacks, self._saver = session, callbacks, saver
         self._last_iteration = last_iteration
 
-    def run(self, stop: StopHandler) -> str | None:
+    def run(self) -> str | None:
         """Run the remaining iterations. Returns why it stopped before the last one, or None."""
         session, callbacks, state = self._session, self._callbacks, self._session.state
         run_clock = RunClock(state.elapsed_seconds, session.training.max_minutes)
         for iteration in range(state.iteration + 1, self._last_iteration + 1):
-            stop.check()  # a bare `except:` in a reward or callback may have caught the first one
             callbacks.on_iteration_begin(iteration)
             evaluation = self._evaluate_if_due(iteration)
             stage_clock = StageClock()
 
             rollout, scores = self._sample_and_score(iteration, stage_clock)
-            stop.check()  # nothing is learned from rewards that may have swallowed a Ctrl-C
             value_shift = self._value_shift(scores)
             rollout = replace(rollout, values=shift_values(rollout.values, rollout.response_mask, value_shift))
             kl_weight = self._kl_weight(rollout)

@@ -10,6 +10,7 @@ from konic.finetuning.callbacks.trackers import MLflowTracker
 from konic.finetuning.errors import ConfigError
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
+from konic.finetuning.system.user_code import preserved_state
 
 
 class CompositeCallback(BaseKonicFinetuningCallback):
@@ -40,54 +41,60 @@ class CompositeCallback(BaseKonicFinetuningCallback):
             self.on_train_error(error)
             raise
 
+    def _each(self) -> Iterator[BaseKonicFinetuningCallback]:
+        """Every callback in order. What its hook leaves changed of the process is undone."""
+        for callback in self.callbacks:
+            with preserved_state(f"Callback {type(callback).__name__!r}"):
+                yield callback
+
     def on_train_begin(self, config: dict[str, Any]) -> None:
         """See the base class."""
-        for callback in self.callbacks:
+        for callback in self._each():
             callback.on_train_begin(config)
 
     def on_iteration_begin(self, iteration: int) -> None:
         """See the base class."""
-        for callback in self.callbacks:
+        for callback in self._each():
             callback.on_iteration_begin(iteration)
 
     def on_generation_begin(self, prompts: list[str]) -> None:
         """See the base class."""
-        for callback in self.callbacks:
+        for callback in self._each():
             callback.on_generation_begin(prompts)
 
     def on_generation_end(self, prompts: list[str], responses: list[str]) -> None:
         """See the base class."""
-        for callback in self.callbacks:
+        for callback in self._each():
             callback.on_generation_end(prompts, responses)
 
     def on_reward_computed(self, rewards: list[float], reward_breakdown: dict[str, list[float]]) -> None:
         """See the base class."""
-        for callback in self.callbacks:
+        for callback in self._each():
             callback.on_reward_computed(rewards, reward_breakdown)
 
     def on_iteration_end(self, result: FinetuningIterationResult) -> None:
         """See the base class."""
-        for callback in self.callbacks:
+        for callback in self._each():
             callback.on_iteration_end(result)
 
     def on_checkpoint_saved(self, path: str, iteration: int) -> None:
         """See the base class."""
-        for callback in self.callbacks:
+        for callback in self._each():
             callback.on_checkpoint_saved(path, iteration)
 
     def on_train_end(self, result: FinetuningResult) -> None:
         """See the base class."""
-        for callback in self.callbacks:
+        for callback in self._each():
             callback.on_train_end(result)
 
     def on_train_error(self, error: BaseException) -> None:
         """See the base class."""
-        for callback in self.callbacks:
+        for callback in self._each():
             callback.on_train_error(error)
 
     def should_stop_early(self, result: FinetuningIterationResult) -> bool:
         """True if any callback returns True; every callback is called."""
-        return True in [callback.should_stop_early(result) for callback in self.callbacks]
+        return True in [callback.should_stop_early(result) for callback in self._each()]
 
 
 class Callbacks(CompositeCallback):

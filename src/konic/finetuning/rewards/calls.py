@@ -25,8 +25,7 @@ from konic.finetuning.rewards.outcomes import (
     users_traceback,
 )
 from konic.finetuning.rewards.signatures import TextParameters, requested_columns, text_parameters
-
-_FAILURES = (Exception, SystemExit, asyncio.CancelledError)
+from konic.finetuning.system.user_code import preserved_state
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional arguments and keyword arguments."""
@@ -57,7 +56,7 @@ def call_reward(reward: Reward, samples: Sequence[Sample], timeout: float | None
         yield from _call_together(reward, calls, timeout)
         return
     for places, named in calls:
-        yield _outcome(reward, lambda places=places, named=named: _finished(reward.call(*places, **named)))  # type: ignore[misc]
+        yield _outcome(reward, lambda places=places, named=named: _called(reward, places, named))  # type: ignore[misc]
 
 
 def _copied(columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +90,7 @@ def _call_together(reward: Reward, calls: list[Arguments], timeout: float | None
     async def all_of_them() -> list[Any]:
         return await asyncio.gather(*(one(*call) for call in calls), return_exceptions=True)
 
-    for value in _finished(all_of_them()):
+    for value in _run(reward.who, all_of_them()):
         if isinstance(value, Fault):
             yield value
         elif isinstance(value, BaseException):
@@ -112,10 +111,12 @@ def _call_with_batch(
         responses = [[{"role": "assistant", "content": text}] for text in responses]
     try:
         places, named = _arguments(names, prompts, responses, columns)
-        values = _listed(_finished(reward.call(*places, **named)), len(samples))
+        values = _listed(_called(reward, places, named), len(samples))
     except NotANumberError as error:
         return [Fault(reward.who, str(error))] * len(samples)
-    except _FAILURES as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # such as sys.exit()
         return [_fault(reward, error)] * len(samples)
     return [_outcome(reward, lambda v=value: v) for value in values]  # type: ignore[misc]
 
@@ -137,7 +138,9 @@ def _outcome(reward: Reward, make: Callable[[], Any]) -> Outcome:
         return read_parts(reward.name, make())
     except NotANumberError as error:
         return Fault(reward.who if error.key is None else f"Reward {f'{reward.name}.{error.key}'!r}", str(error))
-    except _FAILURES as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # such as sys.exit()
         return _fault(reward, error)
 
 
@@ -150,18 +153,20 @@ def _fault(reward: Reward, error: BaseException) -> Fault:
     return Fault(reward.who, what, users_traceback(error), error)
 
 
-def _finished(value: Any) -> Any:
-    """Return the value itself, or the result of an awaitable."""
+def _called(reward: Reward, places: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """Call a reward; return its value, or the result of the awaitable that it returns."""
+    with preserved_state(reward.who):
+        value = reward.call(*places, **named)
     if not inspect.isawaitable(value):
         return value
 
     async def result() -> Any:
         return await value
 
-    return _run(result())
+    return _run(reward.who, result())
 
 
-def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+def _run(who: str, coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run a coroutine and return its result.
 
     All coroutines share one event loop in a thread of its own, which also works inside a notebook's running loop.
@@ -169,7 +174,8 @@ def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
     async def result() -> tuple[Any, BaseException | None]:
         try:
-            return await coroutine, None
+            with preserved_state(who):
+                return await coroutine, None
         except (SystemExit, KeyboardInterrupt) as error:  # these would stop the event loop
             return None, error
 

@@ -11,6 +11,7 @@ from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.rewards.moments import RunningMoments
 from konic.finetuning.rewards.outcomes import Fault, NotANumberError, Outcome, Parts, Reward, number, sample_text
 from konic.finetuning.rewards.reducers import takes_weights
+from konic.finetuning.system.user_code import preserved_state
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,19 @@ def compute_total(
     who = f"Reducer {(reducer if isinstance(reducer, type) else type(reducer)).__name__!r}"
     where = sample_text(sample.prompt, sample.response)
     try:
-        if isinstance(reducer, type) and takes_weights(reducer):
-            weights = {**weighting.weights, **given_weights(weighting, parts)}
-            return number(reducer(weights=weights).reduce(prepared_parts(weighting, parts, moments)))
-        instance = reducer() if isinstance(reducer, type) else reducer
-        return number(instance.reduce(weighted_parts(weighting, parts, moments)))
+        with preserved_state(who):
+            if isinstance(reducer, type) and takes_weights(reducer):
+                weights = {**weighting.weights, **given_weights(weighting, parts)}
+                reduced = reducer(weights=weights).reduce(prepared_parts(weighting, parts, moments))
+            else:
+                instance = reducer() if isinstance(reducer, type) else reducer
+                reduced = instance.reduce(weighted_parts(weighting, parts, moments))
+        return number(reduced)
     except NotANumberError as error:
         raise RewardError(f"{who} {error}{where}") from None
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # such as sys.exit()
         raise RewardError(f"{who} raised {type(error).__name__}: {error}{where}") from error
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 _TERMINATIONS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Requests to end the process: a scheduler's, and that of a terminal that closes."""
-_SIGNALS = (signal.SIGINT, *_TERMINATIONS)
+SIGNALS = (signal.SIGINT, *_TERMINATIONS)
+"""What ends a run."""
 
 
 class StopHandler:
@@ -38,10 +39,10 @@ class StopHandler:
         elif self.termination is None:
             self.termination = number
 
-    def check(self) -> None:
-        """Raise KeyboardInterrupt if a signal came: a bare `except:` in user code may have swallowed the first one."""
-        if self.was_interrupted or self.termination is not None:
-            raise KeyboardInterrupt
+    @property
+    def has_come(self) -> bool:
+        """True once any of the signals came."""
+        return self.was_interrupted or self.termination is not None
 
 
 @contextmanager
@@ -51,11 +52,11 @@ def uninterrupted() -> Iterator[None]:
     If the block raises an error, the error propagates and the signals that came are recorded. This works only in the
     main thread; other threads get no protection.
     """
-    if not _in_main_thread():
+    if not in_main_thread():
         yield
         return
     waiting: list[int] = []
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def hold(number: int, frame: FrameType | None) -> None:
         handler = before[signal.Signals(number)]
@@ -63,7 +64,7 @@ def uninterrupted() -> Iterator[None]:
             handler(number, frame)
         waiting.append(number)
 
-    for number in _SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, hold)
     try:
         yield
@@ -90,10 +91,10 @@ def stopping_on_signals() -> Iterator[StopHandler]:
     again on exit, with the earlier handler. This works only in the main thread.
     """
     handler = StopHandler()
-    if not _in_main_thread():
+    if not in_main_thread():
         yield handler
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     taken = {number: own for number, own in before.items() if own not in (signal.SIG_IGN, None)}
     for number in taken:
         signal.signal(number, handler)
@@ -117,5 +118,6 @@ def _deliver(number: signal.Signals, handler: object) -> None:
         os.kill(os.getpid(), number)
 
 
-def _in_main_thread() -> bool:
+def in_main_thread() -> bool:
+    """True in the only thread that receives signals and may set their handlers."""
     return threading.current_thread() is threading.main_thread()
