@@ -1,0 +1,100 @@
+"""The MLflow tracker, against a stand-in that refuses what MLflow 3.17 refuses."""
+
+import posixpath
+import re
+import sys
+import types
+
+import pytest
+
+from konic.finetuning.callbacks.trackers import MLflowTracker
+
+
+class Refused(Exception):
+    pass
+
+
+class StandIn(types.ModuleType):
+    """Refuses a whole batch for one bad name, as MLflow does; `is_gone` fails every call."""
+
+    def __init__(self):
+        super().__init__("mlflow")
+        self.is_gone, self.calls, self.metrics, self.params, self.run = False, 0, {}, {}, None
+
+    def _request(self):
+        self.calls += 1
+        if self.is_gone:
+            raise Refused("connection refused")
+
+    def active_run(self):
+        return self.run
+
+    def start_run(self):
+        self._request()
+        self.run = types.SimpleNamespace(
+            info=types.SimpleNamespace(run_id="r"), data=types.SimpleNamespace(params=self.params)
+        )
+
+    def get_run(self, run_id):
+        self._request()
+        return self.run
+
+    def log_params(self, params):
+        self._request()
+        self.params |= params
+
+    def log_metrics(self, metrics, step):
+        self._request()
+        for name in metrics:
+            norm = posixpath.normpath(name)
+            if len(name) > 250 or norm != name or norm == "." or norm[0] in "/" or norm.startswith(".."):
+                raise Refused(name)
+            if not re.fullmatch(r"[/\w.\- :]+", name):
+                raise Refused(name)
+        self.metrics[step] = metrics
+
+    def end_run(self, status):
+        self._request()
+        self.run = None
+
+
+@pytest.fixture
+def mlflow(monkeypatch):
+    module = StandIn()
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    return module
+
+
+def result(iteration, **breakdown):
+    return types.SimpleNamespace(iteration=iteration, reward_breakdown=breakdown, to_dict=lambda: {"loss": 1.0})
+
+
+def test_no_reward_name_costs_an_iteration_its_metrics(mlflow, caplog):
+    names = ["acc@1", "acc#1", "a b", "é", "x" * 300, "x" * 301, "../up", "a//b", "/", ""]
+    tracker = MLflowTracker()
+    tracker.on_train_begin({"lr": 0.1})
+    tracker.on_iteration_end(result(1, **{name: float(place) for place, name in enumerate(names)}))
+    assert sorted(mlflow.metrics[1].values()) == sorted([1.0, *map(float, range(len(names)))])
+    assert {"reward/acc_1": 0.0, "reward/acc_1_2": 1.0}.items() <= mlflow.metrics[1].items()
+    assert not caplog.records
+
+
+def test_a_server_that_dies_costs_three_calls_and_two_lines(mlflow, caplog):
+    tracker = MLflowTracker()
+    tracker.on_train_begin({"lr": 0.1})
+    tracker.on_iteration_end(result(1))
+    mlflow.is_gone, before = True, mlflow.calls
+    for iteration in range(2, 50):
+        tracker.on_iteration_end(result(iteration))
+    tracker.on_train_end(None)
+    assert mlflow.calls - before == 3
+    assert [record.message.split(":")[0] for record in caplog.records] == ["MLflow"] * 2
+
+
+def test_a_server_that_comes_back_gets_the_next_iterations(mlflow):
+    tracker = MLflowTracker()
+    tracker.on_train_begin({"lr": 0.1})
+    for iteration in range(1, 9):
+        mlflow.is_gone = iteration in (2, 3, 5, 6)
+        tracker.on_iteration_end(result(iteration))
+    assert list(mlflow.metrics) == [1, 4, 7, 8]
