@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from konic.finetuning.agent import KonicFinetuningAgent
 from konic.finetuning.config import TrainingConfig
 from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.data.prompts import make_prompts
@@ -72,6 +73,92 @@ def same(values, expected):
 
 
 # --- discovery ---
+
+
+@pytest.mark.parametrize(
+    "name", ["compose", "check", "settings", "reducer", "add_reward_model", "reward_names", "__init__", "__len__"]
+)
+def test_a_reward_with_a_name_that_the_composer_uses_is_refused_where_the_class_is_made(name):
+    def reward(self, prompt, response):
+        return 1.0
+
+    with pytest.raises(ConfigError, match=f"Mine.{name}: a composer has {name} itself. Give the reward another name"):
+        type("Mine", (KonicLLMRewardComposer,), {name: llm_reward(reward)})
+
+
+@pytest.mark.parametrize(
+    "name", ["forward", "score", "total", "reward", "prompt", "kl_per_response", "row", "weights", "σ", "x" * 300]
+)
+def test_any_other_name_is_a_reward(name):
+    def reward(self, prompt, response):
+        return 2.0
+
+    composer = type("Mine", (KonicLLMRewardComposer,), {name: llm_reward(reward)})()
+    composer.check()
+    assert composer.compose_batch(["a"], ["b"]) == ([2.0], {name: [2.0]})
+
+
+@pytest.mark.parametrize("name", ["check", "settings", "check_columns", "evaluate"])
+def test_a_helper_may_have_any_name(name):
+    class Mine(KonicLLMRewardComposer):
+        @llm_reward
+        def judged(self, prompt, response):
+            return float(getattr(self, name)(response, 1, 2))
+
+    setattr(Mine, name, lambda self, text, *_: len(text))
+    agent = KonicFinetuningAgent("smollm2-135m", Mine())
+    assert agent.settings(uses_lora=True)["rewards"] == ["judged"]
+    assert agent.get_reward_composer().compose("a", "bcd") == 3.0
+
+
+def _yields(self, prompt, response):
+    yield 1.0
+
+
+@pytest.mark.parametrize(
+    ("member", "told"),
+    [
+        (lambda: llm_reward(_yields), "yields its values"),
+        (lambda: llm_reward(int), "marks a method"),
+        (lambda: llm_reward(property(len)), "marks a method"),
+        (lambda: property(llm_reward(lambda self: 1.0)), "is a property"),
+        (lambda: llm_reward(name="other")(len), "no option 'name'"),
+        (lambda: llm_reward("a", "b"), "no option 'b'"),
+    ],
+)
+def test_what_cannot_be_a_reward_is_refused_where_it_is_written(member, told):
+    with pytest.raises(ConfigError, match=told):
+        type("Mine", (KonicLLMRewardComposer,), {"judged": member()})
+
+
+def test_class_and_static_methods_are_rewards_in_either_order():
+    class Mine(KonicLLMRewardComposer):
+        @llm_reward
+        @classmethod
+        def first(cls, prompt, response):
+            return len(cls.__name__)
+
+        @classmethod
+        @llm_reward
+        def second(cls, prompt, response):
+            return 1.0
+
+        @llm_reward
+        @staticmethod
+        def third(prompt, response):
+            return 2.0
+
+    assert Mine().compose("a", "b") == 7.0
+
+
+def test_a_reward_without_a_place_for_the_response_is_refused_before_a_run():
+    class Mine(KonicLLMRewardComposer):
+        @llm_reward
+        def judged(self):
+            return 1.0
+
+    with pytest.raises(RewardError, match="'judged' takes no response"):
+        Mine().check()
 
 
 def test_rewards_are_the_marked_methods_in_the_order_written_bases_first():

@@ -57,7 +57,7 @@ def load_composer(script: Path) -> KonicLLMRewardComposer:
             f"{script}: defines {len(found) or 'no'} composers and no agent. Define one composer, or an `agent` that "
             "has the composer to try."
         )
-    found[0].check()
+    KonicLLMRewardComposer.check(found[0])
     return found[0]
 
 

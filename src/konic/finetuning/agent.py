@@ -73,7 +73,7 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
         if not isinstance(reward_composer, KonicLLMRewardComposer):
             hint = " Give an instance: add ()." if isinstance(reward_composer, type) else ""
             raise ConfigError(f"reward_composer must be a KonicLLMRewardComposer, got {reward_composer!r}.{hint}")
-        reward_composer.check()
+        KonicLLMRewardComposer.check(reward_composer)  # a script may have a method `check` of its own
         self._base_model = base_model
         self._reward_composer = reward_composer
         self._lora_config = _lora_config(lora_config)
@@ -149,7 +149,7 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
             "generation_config": self._generation_config.model_dump(),
             "dataset_config": self._dataset_config.model_dump(mode="json", exclude={"prompts", "token"}),
             "lora_config": lora.model_dump() if isinstance(lora, LoraConfig) else lora and _plain(lora.to_dict()),
-            **self._reward_composer.settings(),
+            **KonicLLMRewardComposer.settings(self._reward_composer),
             "model_kwargs": {name: str(value) for name, value in self._model_kwargs.items() if name != "token"},
         }
 

@@ -13,7 +13,7 @@ from konic.finetuning.rewards.calls import call_reward
 from konic.finetuning.rewards.marks import Mark, checked_clip, find_mark, is_finite_number
 from konic.finetuning.rewards.outcomes import Reward
 from konic.finetuning.rewards.reducers import WeightedSumReducer
-from konic.finetuning.rewards.signatures import detect_shape, requested_columns
+from konic.finetuning.rewards.signatures import detect_shape, requested_columns, require_a_response
 from konic.finetuning.rewards.totals import (
     AlreadyScored,
     Weighting,
@@ -67,6 +67,18 @@ class KonicLLMRewardComposer:
     _added: dict[str, Reward]
     _reward_weights: dict[str, float]
     _scored: AlreadyScored | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse rewards whose name is one that a composer has a use for itself."""
+        super().__init_subclass__(**kwargs)
+        for name, member in vars(cls).items():
+            if isinstance(member, property) and find_mark(member.fget) is not None:
+                raise ConfigError(
+                    f"{cls.__name__}.{name} is a property. A reward is a method (self, prompt, response)."
+                )
+            is_taken = name in vars(KonicLLMRewardComposer) or (name.startswith("__") and name.endswith("__"))
+            if is_taken and find_mark(member) is not None:
+                raise ConfigError(f"{cls.__name__}.{name}: a composer has {name} itself. Give the reward another name.")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Create the state here, so that a subclass works even if its `__init__` never calls `super().__init__()`."""
@@ -177,7 +189,7 @@ class KonicLLMRewardComposer:
         name = str(name)
         if not is_finite_number(weight):
             raise ConfigError(f"reward_weights[{name!r}] must be a finite number, got {weight!r}.")
-        known = self.reward_names
+        known = [reward.name for reward in list_rewards(self)]
         is_known = any(name == reward or name.startswith(f"{reward}.") for reward in known)
         if not is_known and name not in self._reward_weights:
             logger.warning(
@@ -219,7 +231,7 @@ class KonicLLMRewardComposer:
         for name, values in {"responses": responses, **columns}.items():
             if len(values) != len(prompts):
                 raise RewardError(f"compose_batch: {len(prompts)} prompts, but {len(values)} {name}.")
-        if not self.reward_names and type(self).compose is not KonicLLMRewardComposer.compose:
+        if not list_rewards(self) and type(self).compose is not KonicLLMRewardComposer.compose:
             return [self.compose(*texts) for texts in zip(prompts, responses, strict=True)], {}
         answer = self._scored.find(prompts, responses) if self._scored is not None else None
         if answer is not None:
@@ -232,11 +244,13 @@ class KonicLLMRewardComposer:
 
     def check(self) -> None:
         """Raise RewardError if the composer cannot score, or if its reducer has no method `reduce`."""
-        if not self.reward_names and find_override(self) is None:
+        if not list_rewards(self) and find_override(self) is None:
             raise RewardError(
                 f"{type(self).__name__} has no rewards. Mark at least one method (self, prompt, response) with "
                 "@llm_reward, or add a reward model or function."
             )
+        for reward in list_rewards(self):
+            require_a_response(reward)
         _check_kl_penalty_weight(self.kl_penalty_weight)
         if not callable(getattr(self.reducer, "reduce", None)):
             raise RewardError(f"{type(self).__name__}.reducer has no method reduce(parts): {self.reducer!r}.")
@@ -259,7 +273,7 @@ class KonicLLMRewardComposer:
             self._scored = None
 
     def _add(self, reward: Reward, weight: float) -> Self:
-        if reward.name in self.reward_names:
+        if any(reward.name == other.name for other in list_rewards(self)):
             raise ConfigError(f"There are two rewards named {reward.name!r}. Give one of them another name.")
         self._added[reward.name] = reward
         try:

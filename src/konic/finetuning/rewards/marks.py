@@ -1,5 +1,6 @@
 """@llm_reward: marks a method of a composer as a reward, with its options."""
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -28,7 +29,12 @@ def llm_reward(
     *, batch: bool = False, normalize: bool = False, clip: tuple[float, float] | None = None
 ) -> Callable[[Method], Method]: ...
 def llm_reward(
-    method: Any = None, *, batch: bool = False, normalize: bool = False, clip: tuple[float, float] | None = None
+    method: Any = None,
+    *more: Any,
+    batch: bool = False,
+    normalize: bool = False,
+    clip: tuple[float, float] | None = None,
+    **other: Any,
 ) -> Any:
     """Mark a composer's method `(self, prompt: str, response: str)` as a reward; the method may be `async`.
 
@@ -40,15 +46,29 @@ def llm_reward(
         batch: The method takes `(self, prompts, responses)` and returns a list with one value per response.
         normalize: In training, convert each value to standard deviations from the running mean of its part.
         clip: Lowest and highest value; values outside are clipped to these bounds, after normalising.
+        *more: Refused, as other options are.
+        **other: Refused by name.
 
     Raises:
-        ConfigError: The bounds are not a lower and a higher number.
+        ConfigError: There is no such option, the bounds are not a lower and a higher number, or what is marked cannot
+            be called with a prompt and a response or returns no value.
     """
+    if more or other:
+        raise ConfigError(
+            f"@llm_reward has no option {[*other, *more][0]!r}. It has batch=, normalize= and clip=; a reward is named "
+            "after its method."
+        )
     mark = Mark(batch, normalize, checked_clip(clip))
 
     def marked(function: Any) -> Any:
-        if not callable(function):
-            raise ConfigError(f"@llm_reward marks a method, got {function!r}. Pass options by name: batch=, clip=.")
+        plain = inspect.unwrap(getattr(function, "__func__", function))
+        if isinstance(function, type) or not (callable(function) or isinstance(function, classmethod)):
+            raise ConfigError(
+                f"@llm_reward marks a method (self, prompt, response), got {function!r}. Pass options by name: batch=, "
+                "normalize=, clip=."
+            )
+        if inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain):
+            raise ConfigError(f"@llm_reward: {plain.__qualname__} yields its values. Return one value per response.")
         setattr(function, _MARK, mark)
         return function
 

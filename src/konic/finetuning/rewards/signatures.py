@@ -80,6 +80,20 @@ def text_parameters(reward: Reward, columns: Mapping[str, Any]) -> TextParameter
     return None
 
 
+def require_a_response(reward: Reward) -> None:
+    """Raise RewardError for a reward whose parameters leave no place for a response."""
+    try:
+        parameters = inspect.signature(reward.call).parameters
+    except (TypeError, ValueError):  # written in C
+        return
+    kinds = [parameter.kind for parameter in parameters.values()]
+    places = sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+    takes_more = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} & set(kinds)
+    if places < 2 and not takes_more and not {"response", "responses", "completions"} & set(parameters):
+        shown = ", ".join(parameters) or "nothing"
+        raise RewardError(f"{reward.who} takes no response. Its parameters are (prompt, response), not {shown}.")
+
+
 def requested_columns(reward: Reward, columns: Mapping[str, Any]) -> list[str]:
     """The dataset's columns that a reward asks for by its parameters other than prompt and response.
 

@@ -19,7 +19,7 @@ from konic.finetuning.learning.learner import Learner, build_learner
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.summary import FinetuningResult, Selection
-from konic.finetuning.rewards.composer import find_override, list_rewards
+from konic.finetuning.rewards.composer import KonicLLMRewardComposer, find_override, list_rewards
 from konic.finetuning.rewards.moments import RunningMoments
 from konic.finetuning.rewards.reducers import WeightedSumReducer
 from konic.finetuning.rewards.scoring import Scorer
@@ -179,7 +179,7 @@ class Session:
             )
         first = self.prompts.rows[0]
         names = dict.fromkeys([*first.columns, *collect_columns([first])[0]])
-        self.agent.get_reward_composer().check_columns(names)
+        KonicLLMRewardComposer.check_columns(self.agent.get_reward_composer(), names)
         if self.generation.distribution_filters:
             logger.warning(
                 "Sampling with %s draws from another distribution than the one trained: the ratio and the KL shown "
