@@ -215,6 +215,24 @@ def test_a_line_is_written_where_it_can_be_and_dropped_where_not():
     assert ascii_only.buffer.getvalue() == b"? ok\n"
 
 
+class Leaves(Silent):
+    def on_iteration_end(self, result):
+        if result.iteration == 2:
+            os.chdir("/")
+            sys.exit(7)
+
+
+def test_a_callback_that_exits_is_named_and_what_is_done_is_saved(model_folders, tmp_path, caplog):
+    before = os.getcwd()
+    engine = make_engine(model_folders["llama"], tmp_path, Leaves())
+    with pytest.raises(SystemExit) as left:
+        engine.train(4)
+    assert left.value.code == 7
+    assert "Callback 'Leaves' called sys.exit(): what is done is saved" in caplog.text
+    assert os.getcwd() == before
+    assert (tmp_path / "checkpoint-2").is_dir()
+
+
 class Full:
     """A stream to a full disk."""
 

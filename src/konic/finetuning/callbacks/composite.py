@@ -1,6 +1,7 @@
 """Combines the user's callbacks into one callback; every hook is written out for the type checker."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +12,8 @@ from konic.finetuning.errors import ConfigError
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.system.user_code import preserved_state
+
+logger = logging.getLogger(__name__)
 
 
 class CompositeCallback(BaseKonicFinetuningCallback):
@@ -41,60 +44,58 @@ class CompositeCallback(BaseKonicFinetuningCallback):
             self.on_train_error(error)
             raise
 
-    def _each(self) -> Iterator[BaseKonicFinetuningCallback]:
-        """Every callback in order. What its hook leaves changed of the process is undone."""
+    def _all(self, call: Callable[[BaseKonicFinetuningCallback], Any]) -> list[Any]:
+        """Call every callback in order. What one leaves changed of the process is undone."""
+        results = []
         for callback in self.callbacks:
-            with preserved_state(f"Callback {type(callback).__name__!r}"):
-                yield callback
+            who = f"Callback {type(callback).__name__!r}"
+            with preserved_state(who):
+                try:
+                    results.append(call(callback))
+                except SystemExit:
+                    logger.warning("%s called sys.exit(): what is done is saved, and the process ends.", who)
+                    raise
+        return results
 
     def on_train_begin(self, config: dict[str, Any]) -> None:
         """See the base class."""
-        for callback in self._each():
-            callback.on_train_begin(config)
+        self._all(lambda callback: callback.on_train_begin(config))
 
     def on_iteration_begin(self, iteration: int) -> None:
         """See the base class."""
-        for callback in self._each():
-            callback.on_iteration_begin(iteration)
+        self._all(lambda callback: callback.on_iteration_begin(iteration))
 
     def on_generation_begin(self, prompts: list[str]) -> None:
         """See the base class."""
-        for callback in self._each():
-            callback.on_generation_begin(prompts)
+        self._all(lambda callback: callback.on_generation_begin(prompts))
 
     def on_generation_end(self, prompts: list[str], responses: list[str]) -> None:
         """See the base class."""
-        for callback in self._each():
-            callback.on_generation_end(prompts, responses)
+        self._all(lambda callback: callback.on_generation_end(prompts, responses))
 
     def on_reward_computed(self, rewards: list[float], reward_breakdown: dict[str, list[float]]) -> None:
         """See the base class."""
-        for callback in self._each():
-            callback.on_reward_computed(rewards, reward_breakdown)
+        self._all(lambda callback: callback.on_reward_computed(rewards, reward_breakdown))
 
     def on_iteration_end(self, result: FinetuningIterationResult) -> None:
         """See the base class."""
-        for callback in self._each():
-            callback.on_iteration_end(result)
+        self._all(lambda callback: callback.on_iteration_end(result))
 
     def on_checkpoint_saved(self, path: str, iteration: int) -> None:
         """See the base class."""
-        for callback in self._each():
-            callback.on_checkpoint_saved(path, iteration)
+        self._all(lambda callback: callback.on_checkpoint_saved(path, iteration))
 
     def on_train_end(self, result: FinetuningResult) -> None:
         """See the base class."""
-        for callback in self._each():
-            callback.on_train_end(result)
+        self._all(lambda callback: callback.on_train_end(result))
 
     def on_train_error(self, error: BaseException) -> None:
         """See the base class."""
-        for callback in self._each():
-            callback.on_train_error(error)
+        self._all(lambda callback: callback.on_train_error(error))
 
     def should_stop_early(self, result: FinetuningIterationResult) -> bool:
         """True if any callback returns True; every callback is called."""
-        return True in [callback.should_stop_early(result) for callback in self._each()]
+        return True in self._all(lambda callback: callback.should_stop_early(result))
 
 
 class Callbacks(CompositeCallback):
