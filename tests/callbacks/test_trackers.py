@@ -1,5 +1,6 @@
 """The MLflow tracker, against a stand-in that refuses what MLflow 3.17 refuses."""
 
+import os
 import posixpath
 import re
 import sys
@@ -98,3 +99,15 @@ def test_a_server_that_comes_back_gets_the_next_iterations(mlflow):
         mlflow.is_gone = iteration in (2, 3, 5, 6)
         tracker.on_iteration_end(result(iteration))
     assert list(mlflow.metrics) == [1, 4, 7, 8]
+
+
+def test_mlflow_is_told_to_be_brief_and_to_report_nothing_unless_the_user_said_otherwise(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", StandIn())
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "99")
+    for name in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    MLflowTracker()
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "99"

@@ -18,8 +18,13 @@ _NOT_IN_A_NAME = re.compile(r"[^\w\-. :/]")
 _LONGEST_NAME = 250
 _MAX_FAILURES = 3
 """Number of failed calls in a row after which nothing more is logged: a server that is gone must cost little time."""
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-"""MLflow's own settings: by default it retries a single call for two minutes."""
+_MLFLOW_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+"""MLflow's own settings, where the user has not set them: by default it retries a single call for two minutes, and
+reports its use to its makers."""
 
 
 class MLflowTracker(BaseKonicFinetuningCallback):
@@ -33,7 +38,7 @@ class MLflowTracker(BaseKonicFinetuningCallback):
     """
 
     def __init__(self) -> None:
-        for name, value in _PATIENCE.items():
+        for name, value in _MLFLOW_SETTINGS.items():
             os.environ.setdefault(name, value)
         try:
             import mlflow
