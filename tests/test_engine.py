@@ -1094,6 +1094,16 @@ def test_what_a_resume_would_score_or_ask_otherwise_is_named(model_folders, chan
         make_engine(model_folders["llama"], tmp_path, **changes).train(2, resume_from_checkpoint=True)
 
 
+def test_a_second_training_with_a_falling_schedule_says_that_its_rate_starts_higher(model_folders, tmp_path, caplog):
+    engine = make_engine(model_folders["llama"], tmp_path, lr_scheduler="linear")
+    engine.train(2)
+    assert "learning rate falls" not in caplog.text
+    engine.train(2)
+    assert "goes on from iteration 2: the learning rate falls over all 4 iterations" in caplog.text
+    rates = [row["learning_rate"] for row in metrics(tmp_path)]
+    assert rates[2] > rates[1] > rates[3]
+
+
 def test_a_changed_reward_or_base_model_or_length_of_a_falling_schedule_is_named(model_folders, tmp_path):
     class Other(LetterRewards):
         @llm_reward

@@ -208,6 +208,12 @@ class Session:
             if checkpoint is not None:
                 self._load(checkpoint, max_iterations, allow_changes)
             last = max_iterations if resume else self.state.iteration + max_iterations
+            if self.state.iteration and not resume and self.training.lr_scheduler != "constant":
+                logger.warning(
+                    "This training goes on from iteration %d: the learning rate falls over all %d iterations, so it "
+                    "starts higher than the one before ended.",
+                    self.state.iteration, last,
+                )  # fmt: skip
             device, composer = self.learner.policy.device, self.agent.get_reward_composer()
             folder.write_run(self.settings(last), environment(device), composer)
             yield last
