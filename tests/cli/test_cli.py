@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from command import konic, script
+from command import konic, konic_here, script
 from konic.cli.scripts import load_agent
 from konic.finetuning import ConfigError, DatasetSource, KonicFinetuningAgent, TrainingConfig
 
@@ -30,8 +30,8 @@ def test_help_shows_every_command_and_an_example():
     assert "demo" in run.stdout
     assert "train" in run.stdout
     for command in ("demo", "train"):
-        assert f"Example: konic {command}" in konic(command, "--help").stdout
-    assert konic("--version").stdout.startswith("konic 0.")
+        assert f"Example: konic {command}" in konic_here(command, "--help").stdout
+    assert konic_here("--version").stdout.startswith("konic 0.")
 
 
 def test_train_runs_a_scripts_agent_into_the_folder_named(model_folders, tmp_path):
@@ -75,7 +75,7 @@ def test_settings_are_changed_from_the_command_line_and_what_follows_is_printed(
 )
 def test_a_change_that_cannot_be_is_one_message(model_folders, tmp_path, change, told):
     path = script(tmp_path, SCRIPT.format(name="build_agent", model=model_folders["llama"]))
-    run = konic("train", path, "--set", change, "--output", tmp_path / "out")
+    run = konic_here("train", path, "--set", change, "--output", tmp_path / "out")
     assert run.returncode == 1
     assert told in run.stderr
     assert "Traceback" not in run.stderr
@@ -117,7 +117,7 @@ def test_a_changed_agent_leaves_the_first_as_it_was_and_keeps_what_the_script_sa
     ],
 )
 def test_a_script_that_cannot_be_used_is_one_message(text, told, tmp_path):
-    run = konic("train", script(tmp_path, text))
+    run = konic_here("train", script(tmp_path, text))
     assert run.returncode == 1
     assert run.stdout == ""
     assert told in run.stderr
@@ -132,7 +132,7 @@ def test_a_users_mistake_has_no_traceback(model_folders, tmp_path):
     assert run.returncode == 1
     assert "Error: base_model='./not-there': there is no such folder" in run.stderr
     assert "Traceback" not in run.stderr
-    missing = konic("train", tmp_path / "absent.py")
+    missing = konic_here("train", tmp_path / "absent.py")
     assert "there is no such file" in missing.stderr
 
 
@@ -165,7 +165,7 @@ def test_a_script_inside_a_package_may_import_what_is_beside_it(model_folders, t
     ],
 )
 def test_mistakes_on_the_command_line_speak_of_its_options(arguments, told):
-    run = konic("train", *arguments)
+    run = konic_here("train", *arguments)
     assert run.returncode == 2
     assert told in run.stderr
     assert "resume_from" not in run.stderr

@@ -119,7 +119,7 @@ class KonicFinetuningEngine:
     ) -> None:
         self.agent = agent
         self.checkpoint_dir = checkpoint_dir
-        self.device = device or "auto"
+        self.device = "auto" if device is None else device
         self.callback = KonicFinetuningCallback() if callback is None else callback
         check_model_kwargs(agent.get_model_kwargs())
         pick_device(self.device)
@@ -247,7 +247,7 @@ class KonicFinetuningEngine:
 
     def _current_session(self) -> Session:
         """The session, with the attributes of the engine as they are set now."""
-        self._session.device, self._session.checkpoint_dir = self.device or "auto", self.checkpoint_dir
+        self._session.device, self._session.checkpoint_dir = self.device, self.checkpoint_dir
         return self._session
 
     def _make_prompts(self, prompts: Sequence[Any], where: str) -> list[Prompt]:

@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens of prompt and response, R response tokens, H hidden size, V vocabulary.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -31,6 +32,10 @@ class LanguageModel:
         self._body = causal_lm.base_model
         if self._body is causal_lm:  # Llama 4 does not say where its body is
             self._body = getattr(causal_lm, "model", causal_lm)
+        parameters = inspect.signature(self._body.forward).parameters
+        self._cache_argument = (
+            "cache" if "cache" in parameters else "past_key_values"
+        )  # the name until transformers 5.23
         self._is_checkpointed = False
         config = causal_lm.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -67,8 +72,8 @@ class LanguageModel:
             input_ids=ids,
             attention_mask=mask.long(),
             position_ids=positions,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self._cache_argument: cache},
         )
         return output.last_hidden_state
 
