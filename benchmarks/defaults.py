@@ -1,11 +1,12 @@
-"""Settings on tasks that no default was tuned on: the objective reward − β · KL, the reward and the KL over time.
+"""Settings on tasks that no default was tuned on: reward − β · KL, the reward and the KL as responses are sampled.
 
-python benchmarks/defaults.py run [--minutes 5] [--seeds 0 1 2] [--tasks kind ...] [--settings NAME ...]
+python benchmarks/defaults.py run [--responses 320] [--dtype bfloat16] [--seeds 0 1 2] [--tasks kind ...]
+                                  [--settings NAME ...]
 python benchmarks/defaults.py show
 
 `run` adds a line per run to benchmarks/results/defaults.jsonl and leaves out what stands there already, so it can be
-stopped and started again. Run it on a machine that does nothing else: the time is part of the result. `show` writes
-the table of docs/defaults.md. The tasks are in defaults_tasks.py.
+stopped and started again. A run is as long as its number of responses, not its time: so it learns the same on a slower
+or a shared machine. `show` writes the table of docs/defaults.md. The tasks are in defaults_tasks.py.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 from bench import machine
 from defaults_tasks import TASKS, agent_of
 from konic.finetuning import KonicFinetuningCallback, KonicFinetuningEngine
+from konic.finetuning.algorithms import ALGORITHMS
 from konic.finetuning.results.intervals import mean
 
 HERE = Path(__file__).parent
@@ -33,13 +35,13 @@ SETTINGS = {
     "1 pass": {"ppo_epochs": 1},
     "learning rate 5e-4": {"learning_rate": 5e-4},
     "learning rate 2e-3": {"learning_rate": 2e-3},
-    "grpo": {"algorithm": "grpo"},
     "the seed's": {"batch_size": 4, "learning_rate": 5e-5},
+    **{name: {"algorithm": name} for name in ALGORITHMS if name != "ppo"},
 }
 WINDOW = 48
 """Responses that a number of the table is a mean of."""
-TIMES = (60, 300, 900)
-"""Seconds at which the table looks."""
+LOOKS = (64, 320, 960)
+"""Numbers of responses at which the table looks."""
 
 
 class Recorder(KonicFinetuningCallback):
@@ -76,13 +78,15 @@ def run(options):
                         continue
                     if task == "judge" and judge is None:
                         judge = train_judge(Path(name) / "judge")
-                    training = {**SETTINGS[settings], "seed": seed, "max_minutes": options.minutes}
+                    training = {**SETTINGS[settings], "seed": seed}
                     recorder = Recorder()
-                    agent = agent_of(task, training, judge)
+                    agent = agent_of(task, training, judge, options.dtype)
+                    batch_size = agent.get_training_config().batch_size
                     folder = Path(name) / f"{task}-{len(done)}"
-                    KonicFinetuningEngine.from_agent(agent, checkpoint_dir=folder, callback=recorder).train(100_000)
+                    engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=folder, callback=recorder)
+                    engine.train(options.responses // batch_size)
                     row = {"task": task, "settings": settings, "seed": seed, "machine": machine()}
-                    row |= {"day": time.strftime("%Y-%m-%d"), "batch_size": agent.get_training_config().batch_size}
+                    row |= {"day": time.strftime("%Y-%m-%d"), "batch_size": batch_size, "dtype": options.dtype}
                     with RESULTS.open("a") as file:
                         file.write(json.dumps(row | {"iterations": recorder.rows}) + "\n")
                     done.add((task, settings, seed))
@@ -103,9 +107,9 @@ def line_of(row):
     rows, size = row["iterations"], max(1, WINDOW // row["batch_size"])
     start = window(rows, min(size, len(rows)), size)
     cells = [f"{start['reward_mean']:.2f}"]
-    for seconds in TIMES:
-        count = sum(entry["seconds"] <= seconds for entry in rows)
-        if rows[-1]["seconds"] < 0.9 * seconds or count < size:
+    for responses in LOOKS:
+        count = responses // row["batch_size"]
+        if count > len(rows):
             cells.append("")
             continue
         found = window(rows, count, size)
@@ -116,17 +120,16 @@ def line_of(row):
     highest = max(entry["kl_per_response"] for entry in rows)
     told = ", ".join(sorted({f"`{name}`" for entry in rows for name in entry["checks"]}))
     cells += [f"{highest:.1f}", f"{rows[-1]['response_length_mean']:.0f}", told]
-    samples = len(rows) * row["batch_size"]
-    return f"| {row['task']} | {row['settings']} | {row['seed']} | {samples} | " + " | ".join(cells) + " |"
+    return f"| {row['task']} | {row['settings']} | {row['seed']} | " + " | ".join(cells) + " |"
 
 
 def show():
     names = list(SETTINGS)
     rows = sorted(read(), key=lambda row: (TASKS.index(row["task"]), names.index(row["settings"]), row["seed"]))
-    times = " | ".join(f"{seconds} s" for seconds in TIMES)
+    looks = " | ".join(f"{responses} responses" for responses in LOOKS)
     lines = [
-        f"| task | settings | seed | samples | reward at first | {times} | highest KL | tokens at last | findings |",
-        "|---|---|---|---|---|" + "---|" * len(TIMES) + "---|---|---|",
+        f"| task | settings | seed | reward at first | {looks} | highest KL | tokens at last | findings |",
+        "|---|---|---|---|" + "---|" * len(LOOKS) + "---|---|---|",
         *map(line_of, rows),
         "",
         f"Machines: {'; '.join(sorted({row['machine'] for row in rows}))}.",
@@ -139,7 +142,8 @@ def show():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "show"))
-    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--responses", type=int, default=320)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS)
     parser.add_argument("--settings", nargs="*", default=["defaults"], choices=SETTINGS)

@@ -95,7 +95,7 @@ def sums():
 TASKS = ("kind", "details", "sums", "judge", "never")
 
 
-def agent_of(task, training, judge=None):
+def agent_of(task, training, judge=None, dtype="float32"):
     """The agent of a task; `judge` is the folder of its classifier."""
     composers = {"kind": ShortAndKind, "details": Details, "sums": Sums, "never": Never}
     if task == "judge":
@@ -104,6 +104,7 @@ def agent_of(task, training, judge=None):
         composer = composers[task]()
     return KonicFinetuningAgent(
         base_model="smollm2-135m",
+        model_kwargs={"dtype": dtype},
         reward_composer=composer,
         lora_config=LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj")),
         dataset_config=DatasetConfig(prompts=sums()) if task == "sums" else DatasetConfig(source=DatasetSource.BUNDLED),
