@@ -276,7 +276,8 @@ def test_tables_in_memory_are_rows():
             ("Tell me a joke", {"answer": "a"}),
             ("Name a river", {"answer": None}),
         ]
-    assert contents(memory(frame["prompt"], shuffle=False).rows) == ["Tell me a joke", "Name a river"]
+    for column in (frame["prompt"], frame["prompt"].to_numpy()):
+        assert contents(memory(column, shuffle=False).rows) == ["Tell me a joke", "Name a river"]
     assert DatasetConfig(prompts=frame).source == DatasetSource.MEMORY
     splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
     with pytest.raises(ConfigError, match=r"holds the splits train: give one of them"):
@@ -284,7 +285,7 @@ def test_tables_in_memory_are_rows():
 
 
 def test_polars_frames_are_rows():
-    """Stand-ins with the two methods of polars that are called; polars itself is not installed here."""
+    """Stand-ins with the methods of polars that are called; polars itself is not installed here."""
 
     class DataFrame:
         __module__ = "polars.dataframe.frame"
@@ -298,7 +299,14 @@ def test_polars_frames_are_rows():
         def to_list(self):
             return ["a", "b"]
 
-    assert [row.columns for row in memory(DataFrame(), shuffle=False).rows] == [{"n": 1}, {"n": None}]
+    class LazyFrame:
+        __module__ = "polars.lazyframe.frame"
+
+        def collect(self):
+            return DataFrame()
+
+    for frame in (DataFrame(), LazyFrame()):
+        assert [row.columns for row in memory(frame, shuffle=False).rows] == [{"n": 1}, {"n": None}]
     assert contents(memory(Series(), shuffle=False).rows) == ["a", "b"]
 
 

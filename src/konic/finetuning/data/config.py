@@ -25,7 +25,10 @@ def _rows_of(prompts: Any) -> Any:
     if package == "pandas":
         plain = prompts.astype(object).where(prompts.notna(), None)  # a missing value is None, as in other tables
         return plain.to_dict("records") if hasattr(prompts, "columns") else plain.tolist()
+    if package == "numpy":
+        return prompts.tolist()
     if package == "polars":
+        prompts = prompts.collect() if hasattr(prompts, "collect") else prompts  # a lazy frame
         return prompts.to_dicts() if hasattr(prompts, "to_dicts") else prompts.to_list()
     if package == "pyarrow":
         return prompts.to_pylist()
