@@ -24,7 +24,7 @@ from konic.finetuning import (
     LoraConfig,
     TrainingConfig,
 )
-from konic.finetuning.konic_0_1 import MODULES, SUCCESSORS
+from konic.finetuning.successors import MODULES, SUCCESSORS
 from test_engine import LetterRewards, Silent, make_engine, metrics, same_tensors, weights
 
 

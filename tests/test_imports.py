@@ -11,9 +11,9 @@ import konic
 
 ROOT = Path(konic.__file__).parent / "finetuning"
 ORDER = [
-    "errors", "konic_0_1", "settings", "algorithms", "config", "system", "results", "data", "models", "rewards",
+    "errors", "successors", "settings", "algorithms", "config", "system", "results", "data", "models", "rewards",
     "agent", "rollout", "learning", "reward_models", "callbacks", "run", "trainer", "engine",
-    "callback", "reward", "dataset", "environment", "module", "backends",
+    "konic_0_1",
 ]  # fmt: skip
 """Modules and packages of konic.finetuning; each imports only from those before it."""
 INSIDE = {
@@ -36,6 +36,7 @@ INSIDE = {
     "learning": ["advantages", "losses", "schedule", "kl_controller", "estimators", "update", "learner"],
     "reward_models": ["texts", "classifier", "feedback", "saving", "training"],
     "callbacks": ["hooks", "trackers", "console", "composite"],
+    "konic_0_1": ["callback", "reward", "dataset", "environment", "module", "backends"],
     "run": [
         "environment", "card", "state", "checkpoint", "resume", "checks", "measures", "folder", "saving", "session",
     ],

@@ -26,12 +26,12 @@ from konic.finetuning.errors import (
     RewardError,
     TrainingError,
 )
-from konic.finetuning.konic_0_1 import name_not_found
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.rewards.composer import BaseRewardModel, KonicLLMRewardComposer
 from konic.finetuning.rewards.marks import llm_reward
 from konic.finetuning.rewards.reducers import BaseRewardReducer, MaxReducer, MeanReducer, WeightedSumReducer
+from konic.finetuning.successors import name_not_found
 
 if TYPE_CHECKING:
     from konic.finetuning.engine import KonicFinetuningEngine
@@ -73,6 +73,9 @@ __all__ = [
     "llm_reward",
 ]
 
+__path__.append(
+    f"{__path__[0]}/konic_0_1"
+)  # where the modules of konic 0.1 are found, such as konic.finetuning.callback
 _LOADS_TORCH = {"HuggingFaceRewardModel": "reward_models.classifier", "KonicFinetuningEngine": "engine"}
 
 

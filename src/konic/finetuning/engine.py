@@ -12,7 +12,6 @@ from konic.finetuning.callbacks.console import KonicFinetuningCallback
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
 from konic.finetuning.data.prompts import Prompt, make_prompts
 from konic.finetuning.errors import ConfigError, OutputError, did_you_mean, no_attribute
-from konic.finetuning.konic_0_1 import name_not_found
 from konic.finetuning.models.loading import check_model_kwargs, pick_device
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
@@ -20,6 +19,7 @@ from konic.finetuning.rewards.composer import KonicLLMRewardComposer
 from konic.finetuning.rollout.evaluation import respond
 from konic.finetuning.run.saving import write_model
 from konic.finetuning.run.session import INTERRUPTED, Session
+from konic.finetuning.successors import name_not_found
 from konic.finetuning.system.files import as_path, filling_folder
 from konic.finetuning.system.signals import stopping_on_signals, uninterrupted
 from konic.finetuning.system.user_code import standard_torch_modes

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from konic.finetuning.konic_0_1 import name_not_found
+from konic.finetuning.successors import name_not_found
 from konic.runtime.agent import get_registered_agent, register_agent
 
 __all__ = ["get_registered_agent", "register_agent"]

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from konic.finetuning.konic_0_1 import name_not_found
 from konic.finetuning.reward_models.classifier import HuggingFaceRewardModel
 from konic.finetuning.rewards.composer import BaseRewardModel, KonicLLMRewardComposer
 from konic.finetuning.rewards.marks import llm_reward
 from konic.finetuning.rewards.reducers import BaseRewardReducer, MaxReducer, MeanReducer, WeightedSumReducer
+from konic.finetuning.successors import name_not_found
 
 BaseKonicLLMRewardComposer = KonicLLMRewardComposer
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from konic.finetuning.data.config import DatasetConfig, DatasetSource
 from konic.finetuning.data.prompts import load_prompts
-from konic.finetuning.konic_0_1 import name_not_found
+from konic.finetuning.successors import name_not_found
 
 __all__ = ["DatasetConfig", "DatasetSource", "load_prompts"]
 
