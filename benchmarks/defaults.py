@@ -35,7 +35,7 @@ SETTINGS = {
     "1 pass": {"ppo_epochs": 1},
     "learning rate 5e-4": {"learning_rate": 5e-4},
     "learning rate 2e-3": {"learning_rate": 2e-3},
-    "the seed's": {"batch_size": 4, "learning_rate": 5e-5},
+    "batches of 4, 5e-5": {"batch_size": 4, "learning_rate": 5e-5},
     **{name: {"algorithm": name} for name in ALGORITHMS if name != "ppo"},
 }
 WINDOW = 48

@@ -1,9 +1,13 @@
+import copy
 import itertools
 import json
 import re
+from datetime import date
+from decimal import Decimal
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -308,6 +312,31 @@ def test_polars_frames_are_rows():
     for frame in (DataFrame(), LazyFrame()):
         assert [row.columns for row in memory(frame, shuffle=False).rows] == [{"n": 1}, {"n": None}]
     assert contents(memory(Series(), shuffle=False).rows) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (np.int64(1), np.int64(2)), (np.arange(2000), np.arange(2000)[::-1]), (b"a", b"b"), ({1, 2}, {1, 3}),
+        (date(2026, 1, 1), date(2026, 1, 2)), (Decimal("1"), Decimal("2")),
+    ],
+)  # fmt: skip
+def test_rows_with_other_values_have_another_fingerprint(values):
+    first, second = (memory([{"prompt": "a", "y": value}]).fingerprint() for value in values)
+    assert first != second
+    assert first == memory([{"prompt": "a", "y": copy.copy(values[0])}]).fingerprint()
+
+
+def test_a_split_word_counts_anywhere_in_a_name(tmp_path, caplog):
+    for name in ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "train_test_extra.jsonl"):
+        write(tmp_path / name, json.dumps({"prompt": name}) + "\n")
+    assert contents(local(tmp_path).rows) == ["gsm8k_train.jsonl"]
+    assert "train_test_extra.jsonl: not named after a split, so not read" in caplog.text
+    assert contents(local(tmp_path, split="test").rows) == ["gsm8k_test.jsonl"]
+    (tmp_path / "plain").mkdir()
+    write(tmp_path / "plain" / "rows.jsonl", json.dumps({"prompt": "a"}))
+    with pytest.raises(DatasetError, match="none of its files is named after a split, so split='test' chooses nothing"):
+        local(tmp_path / "plain", split="test")
 
 
 def test_a_path_is_a_name(tmp_path):

@@ -151,6 +151,17 @@ def test_class_and_static_methods_are_rewards_in_either_order():
     assert Mine().compose("a", "b") == 7.0
 
 
+def test_a_text_parameter_that_is_named_after_a_column_is_refused():
+    class Mine(KonicLLMRewardComposer):
+        @llm_reward
+        def judged(self, text, answer):
+            return float(text == answer)
+
+    Mine().check_columns({})
+    with pytest.raises(RewardError, match=r"a parameter 'answer', which is a column.*\(prompt, response, answer\)"):
+        Mine().check_columns({"answer": None})
+
+
 def test_a_reward_without_a_place_for_the_response_is_refused_before_a_run():
     class Mine(KonicLLMRewardComposer):
         @llm_reward

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -116,3 +117,20 @@ def test_a_scripts_modes_are_set_aside_and_come_back(caplog):
         assert torch.empty(0).device.type == "meta"
         assert torch.get_default_dtype() == torch.float64
         assert len([record for record in caplog.records if "rewards included" in record.message]) == 2
+
+
+def test_an_alarm_that_user_code_leaves_behind_does_not_go_off_and_files_stay_readable(caplog):
+    _warn_once.cache_clear()
+    handler, mask = signal.getsignal(signal.SIGALRM), os.umask(0o022)
+    try:
+        with preserved_state("Reward 'x'"):
+            signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the alarm went off"))
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            os.umask(0o777)
+        time.sleep(0.1)
+        assert signal.getsignal(signal.SIGALRM) == handler
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(mask)
+    for name in ("an alarm that is set", "the handler of SIGALRM", "the umask"):
+        assert name in caplog.text

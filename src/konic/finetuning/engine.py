@@ -218,7 +218,7 @@ class KonicFinetuningEngine:
         chosen = session.prompts.held_out if prompts is None else self._make_prompts(prompts, "evaluate(prompts)")
         if not chosen:
             raise ConfigError("evaluate() has no prompts: give some, or set DatasetConfig(held_out=...).")
-        with session.scorer:
+        with stopping_on_signals(), session.scorer:
             untrained = session.state.num_steps == 0
             return session.evaluate(chosen, session.state.reward_moments, untrained).to_dict()
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 from konic.finetuning.callbacks.console import KonicFinetuningCallback
@@ -45,7 +46,7 @@ class CompositeCallback(BaseKonicFinetuningCallback):
             raise
 
     def _all(self, call: Callable[[BaseKonicFinetuningCallback], Any]) -> list[Any]:
-        """Call every callback in order. What one leaves changed of the process is undone."""
+        """Call every callback in order. It gets copies, and what it leaves changed of the process is undone."""
         results = []
         for callback in self.callbacks:
             who = f"Callback {type(callback).__name__!r}"
@@ -59,7 +60,7 @@ class CompositeCallback(BaseKonicFinetuningCallback):
 
     def on_train_begin(self, config: dict[str, Any]) -> None:
         """See the base class."""
-        self._all(lambda callback: callback.on_train_begin(config))
+        self._all(lambda callback: callback.on_train_begin(deepcopy(config)))
 
     def on_iteration_begin(self, iteration: int) -> None:
         """See the base class."""
@@ -67,19 +68,19 @@ class CompositeCallback(BaseKonicFinetuningCallback):
 
     def on_generation_begin(self, prompts: list[str]) -> None:
         """See the base class."""
-        self._all(lambda callback: callback.on_generation_begin(prompts))
+        self._all(lambda callback: callback.on_generation_begin(deepcopy(prompts)))
 
     def on_generation_end(self, prompts: list[str], responses: list[str]) -> None:
         """See the base class."""
-        self._all(lambda callback: callback.on_generation_end(prompts, responses))
+        self._all(lambda callback: callback.on_generation_end(deepcopy(prompts), deepcopy(responses)))
 
     def on_reward_computed(self, rewards: list[float], reward_breakdown: dict[str, list[float]]) -> None:
         """See the base class."""
-        self._all(lambda callback: callback.on_reward_computed(rewards, reward_breakdown))
+        self._all(lambda callback: callback.on_reward_computed(deepcopy(rewards), deepcopy(reward_breakdown)))
 
     def on_iteration_end(self, result: FinetuningIterationResult) -> None:
         """See the base class."""
-        self._all(lambda callback: callback.on_iteration_end(result))
+        self._all(lambda callback: callback.on_iteration_end(deepcopy(result)))
 
     def on_checkpoint_saved(self, path: str, iteration: int) -> None:
         """See the base class."""
@@ -95,7 +96,7 @@ class CompositeCallback(BaseKonicFinetuningCallback):
 
     def should_stop_early(self, result: FinetuningIterationResult) -> bool:
         """True if any callback returns True; every callback is called."""
-        return True in self._all(lambda callback: callback.should_stop_early(result))
+        return True in self._all(lambda callback: callback.should_stop_early(deepcopy(result)))
 
 
 class Callbacks(CompositeCallback):

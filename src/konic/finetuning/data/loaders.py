@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ import pyarrow.parquet
 
 from konic.finetuning.errors import ConfigError, DatasetError, did_you_mean, explain_hub_error
 from konic.finetuning.system.files import as_path
+
+logger = logging.getLogger(__name__)
 
 BUNDLED_SPLITS = {"train": "movie_reviews_train.txt", "held_out": "movie_reviews_held_out.txt"}
 STREAM_BUFFER = 10_000
@@ -114,17 +117,26 @@ def _files_of(folder: Path, name: str, split: str) -> list[Path]:
     data = [file for file in found if _kind(file) in _READERS]
     by_split: dict[str, list[Path]] = {}
     for file in data:
-        word = re.split(r"[^a-z]", file.name.lower())[0]
-        if word in _SPLIT_WORDS:
-            by_split.setdefault(_SPLIT_WORDS[word], []).append(file)
+        words = re.split(r"[^a-z]+", file.name.lower())
+        splits = {_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS}
+        if len(splits) == 1:  # a name with two of them says nothing
+            by_split.setdefault(splits.pop(), []).append(file)
     wanted = _SPLIT_WORDS.get(split.lower(), split)
     if not by_split:
+        if data and split != "train":
+            raise DatasetError(
+                f"Dataset {name!r}: none of its files is named after a split, so split={split!r} chooses nothing. "
+                "Leave split out, or name the file."
+            )
         return found
     if wanted not in by_split:
         raise DatasetError(
             f"Dataset {name!r}: its files are named after the splits {', '.join(map(repr, by_split))}, and none after "
             f"split={split!r}. Name one of them, or one file."
         )
+    left = [file.name for file in data if not any(file in files for files in by_split.values())]
+    if left:
+        logger.warning("Dataset %r: %s: not named after a split, so not read.", name, ", ".join(left))
     return by_split[wanted]
 
 

@@ -93,7 +93,7 @@ class PromptSet:
         digest = hashlib.sha256()
         for prompt in (*self.rows, *self.held_out):
             values = [prompt.row, prompt.content, prompt.columns]
-            digest.update(json.dumps(values, default=lambda value: type(value).__name__, skipkeys=True).encode())
+            digest.update(json.dumps(values, default=_as_json, skipkeys=True).encode())
         return digest.hexdigest()
 
     def _index(self, position: int) -> int:
@@ -101,6 +101,18 @@ class PromptSet:
         if not self.shuffle or (self.stream is not None and pass_number == 0):
             return offset
         return int(_permutation(len(self.rows), self.shuffle_seed, pass_number + 1)[offset])
+
+
+def _as_json(value: Any) -> Any:
+    """Return what stands for a value that JSON does not have; of an object that does not show its value, its type."""
+    if hasattr(value, "tolist"):  # numpy, pandas
+        return value.tolist()
+    if isinstance(value, bytes | bytearray):
+        return value.hex()
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    shown = repr(value)
+    return type(value).__name__ if " at 0x" in shown else shown
 
 
 def load_prompts(config: DatasetConfig) -> PromptSet:

@@ -104,6 +104,12 @@ def requested_columns(reward: Reward, columns: Mapping[str, Any]) -> list[str]:
     taken = text_parameters(reward, columns)
     if taken is None:
         places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:2]
+        column = next((p.name for p in places if p.name in columns), None)
+        if column is not None:
+            raise RewardError(
+                f"{reward.who} has a parameter {column!r}, which is a column of the dataset, where it would get the "
+                f"prompt or the response. Name its parameters: (prompt, response, {column})."
+            )
         rest = [parameter for parameter in parameters if parameter not in places]
     else:
         rest = [parameter for parameter in parameters if parameter.name not in taken]

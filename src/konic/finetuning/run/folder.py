@@ -66,8 +66,16 @@ class RunFolder:
 
     @property
     def holds_a_run(self) -> bool:
-        """True where an earlier run has written."""
+        """True where an earlier run has written something; its settings alone do not count."""
+        return any(path.name != _RUN_FILE for path in self._written())
+
+    @property
+    def holds_metrics(self) -> bool:
+        """True in the folder of a run that has done an iteration."""
         return (self.path / _METRICS_FILE).exists()
+
+    def _written(self) -> list[Path]:
+        return [path for pattern in _WRITTEN for path in sorted(self.path.glob(pattern))]
 
     @property
     def holds_no_checkpoint_yet(self) -> bool:
@@ -84,13 +92,13 @@ class RunFolder:
         if not self.holds_a_run:
             return None
         try:
-            return self._set_aside([path for pattern in _WRITTEN for path in sorted(self.path.glob(pattern))])
+            return self._set_aside(self._written())
         except OSError as error:
             raise unwritable(error.filename or self.path, error) from None
 
     def _set_aside(self, written: list[Path]) -> Path:
         """Move files and folders of this one into a new folder `earlier-N`, under the same names."""
-        aside = next(path for n in range(1, sys.maxsize) if not (path := self.path / f"earlier-{n}").exists())
+        aside = next(path for n in range(1, sys.maxsize) if not os.path.lexists(path := self.path / f"earlier-{n}"))
         for path in written:
             target = aside / path.relative_to(self.path)
             target.parent.mkdir(parents=True, exist_ok=True)

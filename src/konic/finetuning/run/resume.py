@@ -32,6 +32,13 @@ _BEFORE_IT_EXISTED: dict[str, Any] = {
 """What a run did before these settings existed; a checkpoint from then does not name them. A correction of the sampler
 changes nothing in fp32, and what rounding does in 16 bits."""
 
+_HASHES = {
+    "prompts_sha256": "the rows of the dataset are not the same",
+    "rewards_sha256": "the code of the rewards is not the same",
+    "base_sha256": "the weights of base_model are not the same",
+}
+"""What a difference of these settings means."""
+
 _WHERE_ROWS_ARE = ("source", "name", "split", "subset", "revision")
 """Where rows come from; the same rows may come from elsewhere."""
 
@@ -101,7 +108,7 @@ def require_same_run(
     decays = now.get("lr_scheduler", "constant") != "constant"  # its rates depend on the length of the run
     free = set(_FREE) - ({"max_iterations"} if decays else set())
     changed = [name for name, value in now.items() if saved.get(name) != value and name not in free]
-    named = "; ".join(f"{name} was {saved.get(name)!r} and is {now[name]!r}" for name in changed)
+    named = "; ".join(_HASHES.get(name) or f"{name} was {saved.get(name)!r} and is {now[name]!r}" for name in changed)
     if any(name in _FIXED for name in changed):
         raise OutputError(
             f"{folder}: is a checkpoint of another model: {named}. Resume with the model and adapter that wrote it."

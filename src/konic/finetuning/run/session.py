@@ -262,10 +262,11 @@ class Session:
             raise ConfigError("train(resume_from_checkpoint=True) needs checkpoint_dir, the run's folder.")
         folder = self._folder
         if folder is None or self.checkpoint_dir != self._folder_named:
-            given = checkpoint.parent if checkpoint is not None else None
+            given = _run_folder_of(checkpoint) if checkpoint is not None else None
             folder = RunFolder.named(self.checkpoint_dir or given, self.agent.get_base_model())
             self._folder_named = self.checkpoint_dir
-        if checkpoint is not None and checkpoint.parent != folder.path and folder.holds_a_run:
+        is_own = checkpoint is not None and _run_folder_of(checkpoint).resolve() == folder.path.resolve()
+        if checkpoint is not None and not is_own and folder.holds_a_run:
             raise OutputError(f"{folder.path}: holds another run than {checkpoint}. Name another folder.")
         return folder
 
@@ -296,3 +297,10 @@ class Session:
             start, num_rows = time.monotonic(), self.state.num_prompts
             self.prompts.batch(num_rows, 0)
             logger.warning("Read the first %d rows of the stream again: %.1f s.", num_rows, time.monotonic() - start)
+
+
+def _run_folder_of(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to; the checkpoint may be reached through a link elsewhere."""
+    behind_link = checkpoint.resolve().parent
+    is_elsewhere = not RunFolder(checkpoint.parent).holds_metrics and RunFolder(behind_link).holds_metrics
+    return behind_link if is_elsewhere else checkpoint.parent

@@ -55,6 +55,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         with _temporary_folder(folder) as temp_dir:
             yield temp_dir
             _sync_tree(temp_dir)
+            if folder.is_symlink():
+                folder.unlink()  # what it points to stays as it is
             if folder.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
                 os.replace(folder, old)

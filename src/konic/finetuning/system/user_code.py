@@ -90,6 +90,21 @@ def _working_folder() -> str | None:
         return None
 
 
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _alarm_is_set() -> bool:
+    return signal.getitimer(signal.ITIMER_REAL)[0] > 0
+
+
+def _set_alarm(on: bool) -> None:
+    if not on:  # one that ran before the call cannot be wound up again
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def _change_folder(folder: str | None) -> None:
     if folder is not None:
         os.chdir(folder)
@@ -98,14 +113,19 @@ def _change_folder(folder: str | None) -> None:
 _PYTHON: tuple[Setting, ...] = (
     ("the working directory", _working_folder, _change_folder),
     ("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
+    ("the umask", _umask, os.umask),
 )
-_SIGNAL_HANDLERS: tuple[Setting, ...] = tuple(
-    (
-        f"the handler of {number.name}",
-        functools.partial(getsignal, int(number)),
-        functools.partial(signal.signal, number),
-    )
-    for number in SIGNALS
+_ALARM = (signal.SIGALRM,) if hasattr(signal, "SIGALRM") else ()
+_SIGNAL_HANDLERS: tuple[Setting, ...] = (
+    *((("an alarm that is set", _alarm_is_set, _set_alarm),) if _ALARM else ()),
+    *(
+        (
+            f"the handler of {number.name}",
+            functools.partial(getsignal, int(number)),
+            functools.partial(signal.signal, number),
+        )
+        for number in (*SIGNALS, *_ALARM)
+    ),
 )
 
 
