@@ -18,6 +18,11 @@ from konic.finetuning.models.policy import Policy
 ATTENTION = ["q_proj", "v_proj"]
 ADAPTERS = {
     "tokens of a tied model": ("qwen2", {"trainable_token_indices": [66, 67]}),
+    "tokens of a tied head": ("qwen2", {"trainable_token_indices": {"lm_head": [66, 67]}}),
+    "other tokens at both ends": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "trainable_token_indices": {"wte": [66, 67], "lm_head": [33]}},
+    ),
     "tokens": ("llama", {"trainable_token_indices": [66, 67]}),
     "tied head": ("qwen2", {"target_modules": ["q_proj", "lm_head"]}),
     "tied embedding": ("qwen2", {"target_modules": ["q_proj", "embed_tokens"]}),

@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -263,7 +263,9 @@ def merged_model(adapted: peft.PeftModel) -> PreTrainedModel:
     adapted = copy.deepcopy(adapted)
     causal_lm = adapted.base_model.model
     embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    if isinstance(embedding, LoraLayer | ModulesToSaveWrapper) or isinstance(head, LoraLayer | ModulesToSaveWrapper):
+    adapted_ends = [end for end in (embedding, head) if isinstance(end, LoraLayer | AuxiliaryTrainingWrapper)]
+    follows_embedding = isinstance(head, TrainableTokensWrapper) and head.token_adapter.tied_adapter is not None
+    if adapted_ends and not follows_embedding:
         inner = getattr(head, "original_module", head)
         inner = inner.get_base_layer() if isinstance(inner, LoraLayer) else inner
         inner.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
