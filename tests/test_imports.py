@@ -22,7 +22,7 @@ INSIDE = {
     "data": ["loaders", "config", "prompts", "samples", "tokenization"],
     "models": [
         "positions", "distributions", "length_groups", "value_head", "prepacked", "language_model", "token_scores",
-        "locations", "loading", "adapters", "policy",
+        "locations", "loading", "adapter_config", "adapters", "policy",
     ],
     "rewards": [
         "moments", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "composer", "overrides", "workers",

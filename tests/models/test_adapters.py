@@ -85,7 +85,31 @@ def test_an_adapter_is_switched_off_merged_saved_and_gone_on_from_without_a_diff
         ({"modules_to_save": ["lm_haed"]}, "modules_to_save: 'lm_haed' matches no module .* Did you mean 'lm_head'"),
         ({"trainable_token_indices": [9999]}, "index 9999 is out of bounds"),
         ({"layers_to_transform": [7]}, r"layers_to_transform.*Candidates for target_modules: .*q_proj"),
-        ({"target_modules": r".*\.nothing"}, r"Target modules .* not found.*Candidates for target_modules: .*q_proj"),
+        ({"layers_to_transform": [1, 7]}, "layers_to_transform: layer 7 has none of the target_modules. .*: 1."),
+        ({"target_modules": r".*\.nothing"}, r"target_modules=.* matches no layer of LlamaForCausalLM.*: .*q_proj"),
+        ({"target_modules": "q_proj"}, r'A text is a regular expression for the whole name .* write .*\["q_proj"\]'),
+        ({"target_modules": "all_linear"}, "target_modules='all_linear' .* Did you mean 'all-linear'"),
+        ({"target_modules": ["all-linear"]}, 'Write target_modules="all-linear"'),
+        ({"target_modules": ""}, "target_modules='' matches no layer"),
+        ({"target_modules": "*bad("}, "target_modules=.* is not a regular expression"),
+        ({"modules_to_save": "lm_head"}, r'modules_to_save must be a list. Write \["lm_head"\]'),
+        ({"exclude_modules": ["v_porj"]}, "exclude_modules: 'v_porj' matches no module .* Did you mean 'v_proj'"),
+        ({"exclude_modules": r".*v_porj"}, "exclude_modules: .* matches no module"),
+        ({"exclude_modules": "*bad("}, "exclude_modules: .* is not a regular expression"),
+        ({"rank_pattern": {"q_porj": 2}}, "rank_pattern: 'q_porj' matches no adapted layer. Did you mean 'q_proj'"),
+        ({"alpha_pattern": {"k_proj": 2}}, "alpha_pattern: 'k_proj' matches no adapted layer"),
+        ({"rank_pattern": {"*bad(": 2}}, "multiple repeat|nothing to repeat"),
+        (
+            {"target_parameters": ["mlp.up_porj.weight"]},
+            "target_parameters: 'mlp.up_porj.weight' matches no parameter .* Did you mean 'mlp.up_proj.weight'",
+        ),
+        (
+            {"target_parameters": ["mlp.up_proj.weight"], "target_modules": ["q_porj"]},
+            "target_modules: 'q_porj' matches no layer .* Did you mean 'q_proj'",
+        ),
+        ({"trainable_token_indices": [-1]}, "trainable_token_indices: index -1 is out of bounds"),
+        ({"trainable_token_indices": {"lm_head": [-1]}}, "trainable_token_indices: index -1 is out of bounds"),
+        ({"lora_alpha": 0}, "lora_alpha=0 multiplies the adapter by 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -94,6 +118,23 @@ def test_an_option_that_cannot_be_right_is_one_error_that_names_it(options, mess
     with pytest.raises(ConfigError, match=message) as error:
         Policy(loaded_model("llama", torch.float32), adapter(**options))
     assert "Traceback" not in str(error.value)
+
+
+def test_dora_on_a_row_of_zeros_is_refused_before_anything_is_sampled():
+    loaded = loaded_model("llama", torch.float32)
+    with torch.no_grad():
+        loaded.model.lm_head.weight[258] = 0  # as a tied head has for the padding token
+    with pytest.raises(ConfigError, match=r"use_dora=True divides by the norm .* lm_head has a row of zeros"):
+        Policy(loaded, adapter(use_dora=True, target_modules=["q_proj", "lm_head"]))
+
+
+def test_the_config_of_a_saved_adapter_starts_a_new_one(tmp_path):
+    peft.get_peft_model(loaded_model("llama").model, adapter()).save_pretrained(tmp_path)
+    saved = peft.LoraConfig.from_pretrained(tmp_path)
+    assert saved.inference_mode
+    policy = Policy(loaded_model("llama"), saved)
+    assert any("lora_A" in name for name in policy.trainable())
+    assert saved.inference_mode  # the user's own config stays as it was
 
 
 def test_an_adapter_that_peft_itself_cannot_run_is_one_error():

@@ -21,16 +21,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from konic.finetuning.config import LoraConfig
 from konic.finetuning.errors import ConfigError, TrainingError
+from konic.finetuning.models.adapter_config import adapter_off_is_base, peft_config
 from konic.finetuning.models.adapters import (
     REFERENCE_ADAPTER,
-    adapter_off_is_base,
     can_merge,
     load_adapter,
     merged_layer,
     merged_model,
     moved_weights,
     new_adapter,
-    peft_config,
     switch_off_dropout,
 )
 from konic.finetuning.models.language_model import LanguageModel
