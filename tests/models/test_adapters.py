@@ -152,6 +152,73 @@ def test_an_adapter_that_changes_the_base_at_random_is_not_gone_on_from(tmp_path
         Policy(load_model(str(tmp_path / "adapter"), {}, torch.device("cpu")), None)
 
 
+def saved_adapter(folder, kind="llama", resized=False, saving=None, changes=None, **options):
+    """A trained adapter that plain PEFT has saved, beside its base model; the model with the adapter."""
+    base = save_base(kind, folder / "base")
+    if resized:
+        base.resize_token_embeddings(280)
+    model = peft.get_peft_model(base, adapter(**options)).eval()
+    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    with torch.no_grad():
+        for weight in (weight for weight in model.parameters() if weight.requires_grad):
+            weight.add_(torch.randn(weight.shape) * 0.05)
+    model.save_pretrained(folder / "adapter", **(saving or {}))
+    config = folder / "adapter/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | (changes or {})))
+    return model
+
+
+def continued(folder):
+    return Policy(load_model(str(folder / "adapter"), {}, torch.device("cpu")), None)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+        ("qwen2", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("qwen2", {"target_modules": ["q_proj", "lm_head"]}),
+        ("llama", {"saving": {"save_embedding_layers": True}}),
+        ("llama", {"modules_to_save": ["lm_head"], "saving": {"save_embedding_layers": True}}),
+    ],
+)
+def test_an_adapter_saved_with_copies_of_the_embeddings_is_continued(kind, options, tmp_path):
+    expected = logits_of(saved_adapter(tmp_path, kind, **options))
+    assert largest(logits_of(continued(tmp_path).model), expected) < ROUNDING
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:`lora_bias=True` was passed")
+@pytest.mark.filterwarnings(r"ignore:Adapter '\w+'. \d+ LoRA tensor.s. have invalid shape")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resized": True}, "its embeddings were trained or resized. Merge this adapter"),
+        ({"resized": True, "modules_to_save": ["lm_head"]}, "its embeddings were trained or resized. Merge this"),
+        (
+            {"init_lora_weights": "pissa", "target_modules": ["q_proj", "lm_head"]},
+            "its embeddings were trained or resized. Merge this adapter",
+        ),
+        ({"lora_bias": True}, "lora_bias=True needs layers with a bias, and .* train the adapter again"),
+        ({"changes": {"rank_pattern": None}}, "the adapter cannot be loaded: AttributeError"),
+        ({"changes": {"target_modules": "*bad("}}, "the adapter cannot be loaded"),
+        ({"changes": {"layers_pattern": "x"}}, "the adapter cannot be loaded: ValueError: .*layers_to_transform"),
+        ({"changes": {"init_lora_weights": "loftq"}}, "the adapter cannot be loaded"),
+    ],
+)
+def test_a_saved_adapter_that_cannot_be_continued_is_one_error(options, message, tmp_path):
+    saved_adapter(tmp_path, **options)
+    with pytest.raises(ModelError, match=message) as error:
+        continued(tmp_path)
+    assert str(error.value).startswith(str(tmp_path / "adapter"))
+
+
+def test_the_advice_about_a_saved_adapter_is_not_about_lora_config(tmp_path):
+    saved_adapter(tmp_path, trainable_token_indices=[-1])
+    with pytest.raises(ConfigError, match=r"cannot be run with this adapter: IndexError.* Train the adapter again"):
+        continued(tmp_path)
+
+
 def test_peft_names_the_default_layers_of_some_models_by_a_pattern(tmp_path):
     save_base("gemma4", tmp_path)
     names = list(Policy(load_model(str(tmp_path), {}, torch.device("cpu")), LoraConfig()).trainable())[:-2]

@@ -36,6 +36,45 @@ def test_a_misspelt_model_kwarg_is_named():
 
 
 @pytest.mark.parametrize(
+    ("dtype", "hint"),
+    [
+        ("bf16", "Did you mean 'bfloat16'"), ("fp16", "Did you mean 'float16'"), ("torch.float16", "'float16'"),
+        ("int8", "quantization_config"), (torch.int8, "quantization_config"), (16, "Use one of"), ("", "Use one of"),
+    ],
+)  # fmt: skip
+def test_a_wrong_dtype_is_refused_before_loading(dtype, hint):
+    with pytest.raises(ConfigError, match=f"model_kwargs: dtype=.* is not a floating-point type.*{hint}"):
+        load_model("./nowhere", {"dtype": dtype}, CPU)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16", torch.float16, None, {"text_config": "float16"}])
+def test_every_right_dtype_goes_on_to_loading(dtype):
+    with pytest.raises(ModelError, match="no such folder"):
+        load_model("./nowhere", {"dtype": dtype}, CPU)
+
+
+def test_a_missing_package_of_an_option_is_named(model_folders):
+    with pytest.raises(ModelError, match=r"needs a package .*[Ff]lash.*\n.*change model_kwargs"):
+        load_model(model_folders["llama"], {"attn_implementation": "flash_attention_2"}, CPU)
+
+
+@pytest.mark.parametrize("base", ["./gone", "/nowhere/at/all", "gone"])
+def test_a_missing_base_of_an_adapter_names_the_adapter_and_its_field(base, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+    with pytest.raises(ModelError, match=f"^{tmp_path}/adapter_config.json: base_model_name_or_path='{base}'"):
+        load_model(str(tmp_path), {}, CPU)
+
+
+def test_an_adapter_of_an_adapter_is_to_be_merged_first(tmp_path):
+    for name, base in (("first", "gpt2"), ("second", str(tmp_path / "first"))):
+        (tmp_path / name).mkdir()
+        config = {"peft_type": "LORA", "base_model_name_or_path": base}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"second: its base_model_name_or_path=.* is an adapter too. Merge"):
+        load_model(str(tmp_path / "second"), {}, CPU)
+
+
+@pytest.mark.parametrize(
     "name, told",
     [
         ("./nowhere", "there is no such folder"),

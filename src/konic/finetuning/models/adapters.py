@@ -132,9 +132,13 @@ def _without_base_weights(
     base_weights = dict(causal_lm.named_parameters(remove_duplicate=False))
     kept = {}
     for key, weight in weights.items():
-        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if ".modules_to_save." in key and key.replace(".modules_to_save.", ".") in weights:
+            continue  # the same weights once more
+        name = re.sub(r"\.(base_layer|original_module)\.", ".", key.removeprefix("base_model.model."))
         base = base_weights.get(name)
-        is_trained = any(name.rpartition(".")[0].endswith(module) for module in config.modules_to_save or ())
+        is_trained = ".original_module." not in key and any(
+            name.rpartition(".")[0].endswith(module) for module in config.modules_to_save or ()
+        )
         if base is None or (is_trained and weight.shape == base.shape):
             kept[key] = weight
         elif weight.shape != base.shape or not torch.equal(weight.to(base), base):

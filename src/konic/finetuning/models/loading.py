@@ -17,6 +17,7 @@ from konic.finetuning.models.locations import loading_failed, locate_model, quie
 from konic.finetuning.system.files import as_path
 
 _MODEL_KWARGS = ("revision", "token", "dtype", "attn_implementation", "trust_remote_code", "quantization_config")
+_DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 _TOKENIZER_KWARGS = ("revision", "token", "trust_remote_code")
 
 
@@ -49,7 +50,11 @@ def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.d
     """
     check_model_kwargs(model_kwargs)
     adapter = _adapter_folder(base_model)
-    location = locate_model(base_model if adapter is None else _read_base_name(adapter))
+    option, name = "base_model", base_model
+    if adapter is not None:
+        option, name = f"{adapter / 'adapter_config.json'}: base_model_name_or_path", _read_base_name(adapter)
+    location = locate_model(name, option)
+    asked = f"{option}={name!r}"
     kwargs: dict[str, Any] = {"dtype": torch.float32, **model_kwargs}
     try:
         with quiet_transformers():
@@ -61,14 +66,14 @@ def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.d
                 **{key: value for key, value in model_kwargs.items() if key in _TOKENIZER_KWARGS},
             )
     except Exception as error:
-        raise ModelError(loading_failed(f"base_model={base_model!r}", location, error)) from error
-    _require_all_weights(base_model, model, loading_info)
+        raise ModelError(loading_failed(asked, location, error)) from error
+    _require_all_weights(asked, model, loading_info)
     if not getattr(model, "is_quantized", False):
         model.to(device)
     return LoadedModel(name=base_model, location=location, model=model, tokenizer=tokenizer, adapter=adapter)
 
 
-def _require_all_weights(base_model: str, model: PreTrainedModel, loading_info: Mapping[str, Any]) -> None:
+def _require_all_weights(asked: str, model: PreTrainedModel, loading_info: Mapping[str, Any]) -> None:
     """Check that the files hold every weight of the model and no other weight, and that all weights are finite.
 
     Raises:
@@ -79,21 +84,19 @@ def _require_all_weights(base_model: str, model: PreTrainedModel, loading_info: 
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in loading_info.get(kind) or ())
         if names:
             raise ModelError(
-                f"base_model={base_model!r}: its weights {what} {names[0]!r}"
+                f"{asked}: its weights {what} {names[0]!r}"
                 f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}, which would be initialised at random. "
                 f"Provide all safetensors files of a causal language model; config.json names {kinds}."
             )
     unused = sorted(str(name) for name in loading_info.get("unexpected_keys") or ())
     if unused:
         raise ModelError(
-            f"base_model={base_model!r}: {len(unused)} of its weights, such as {unused[0]!r}, do not belong to the "
+            f"{asked}: {len(unused)} of its weights, such as {unused[0]!r}, do not belong to the "
             f"{type(model).__name__} that config.json describes. Use weights and config.json of the same model."
         )
     broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
     if broken is not None:
-        raise ModelError(
-            f"base_model={base_model!r}: its weights {broken} are not finite (NaN or infinity). Use an undamaged model."
-        )
+        raise ModelError(f"{asked}: its weights {broken} are not finite (NaN or infinity). Use an undamaged model.")
 
 
 def pick_device(name: str) -> torch.device:
@@ -144,14 +147,30 @@ def _read_base_name(adapter: Path) -> str:
         raise ModelError(
             f"{adapter}: adapter_config.json does not name its base model. Set base_model_name_or_path in that file."
         )
+    if (as_path(base, "base_model_name_or_path", ModelError) / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{adapter}: its base_model_name_or_path={base!r} is an adapter too. Merge that one into its own base "
+            "model first, and set base_model_name_or_path to the merged model."
+        )
     return base
 
 
 def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
-    """Raise ConfigError if `model_kwargs` has a key that is not passed on to `from_pretrained`."""
+    """Raise ConfigError if `model_kwargs` has a key that is not passed on to `from_pretrained`, or a wrong dtype."""
     for key in model_kwargs:
         if key not in _MODEL_KWARGS:
             raise ConfigError(
                 f"model_kwargs has no key {key!r}.{did_you_mean(str(key), _MODEL_KWARGS)} "
                 f"Valid keys: {', '.join(_MODEL_KWARGS)}."
             )
+    dtype = model_kwargs.get("dtype", "auto")
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is None or dtype == "auto" or isinstance(dtype, Mapping):
+        return  # a mapping is for the parts of a multimodal model
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        hint = did_you_mean(str(dtype).removeprefix("torch.").replace("fp", "float"), _DTYPES)
+        raise ConfigError(
+            f"model_kwargs: dtype={dtype!r} is not a floating-point type of torch.{hint} "
+            f"Use one of {', '.join(map(repr, _DTYPES))}, or a torch.dtype; quantization_config is for weights in "
+            "fewer bits."
+        )

@@ -143,6 +143,9 @@ def loading_failed(asked: str, location: str, error: Exception) -> str:
 
     `asked` is the user's setting as the message shows it, such as `base_model='gpt'`.
     """
+    if isinstance(error, ImportError):
+        what = " ".join(str(error).split())[:300]
+        return f"{asked} needs a package that cannot be imported: {what}\nInstall it, or change model_kwargs."
     if not Path(location).exists():
         packaged = "base_model='smollm2-135m'" if asked.startswith("base_model") else "A folder"
         what = explain_hub_error(error, "model_kwargs={'token': ...}", packaged)

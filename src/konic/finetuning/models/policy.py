@@ -72,7 +72,8 @@ class Policy:
         self._adapter_name = loaded.name if self._resumes_adapter else "lora_config"
         if loaded.adapter is not None:
             self._adapted = load_adapter(causal_lm, loaded.adapter)
-        self._reference_logits = self._probe_logits(self.language_model)
+        with self._adapter_errors() if self._resumes_adapter else nullcontext():
+            self._reference_logits = self._probe_logits(self.language_model)
         if loaded.adapter is None:
             adapter = None if lora is None else peft_config(lora, causal_lm)
             if adapter is None or not adapter_off_is_base(adapter):
@@ -195,34 +196,47 @@ class Policy:
     def _check_adapter(self, weights: Iterable[nn.Parameter]) -> None:
         """Raise ConfigError unless the adapter can be switched off, and merged, however far its weights move."""
         name, kind = self._adapter_name, type(self.language_model.causal_lm).__name__
-        try:
-            with moved_weights(weights):
-                adapted = self._probe_logits(self.language_model)
-                difference = self._reference_difference()
-                with self.merged_adapter() as model:
-                    merged = self._probe_logits(model)
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{name}: {kind} cannot be run with this adapter: {type(error).__name__}: "
-                f"{' '.join(str(error).split())[:200]}. Name other target_modules; routers cannot be adapted."
-            ) from error
+        with self._adapter_errors(), moved_weights(weights):
+            adapted = self._probe_logits(self.language_model)
+            difference = self._reference_difference()
+            with self.merged_adapter() as model:
+                merged = self._probe_logits(model)
         effect = (adapted - self._reference_logits).norm()
         if effect == 0:
             raise ConfigError(
-                f"{name}: its layers take no part when {kind} reads text, so training would change nothing. Name other "
-                "target_modules, or leave them out to use the default."
+                f"{name}: its layers take no part when {kind} reads text, so training would change nothing. "
+                f"{self._advice('Name other target_modules, or leave them out to use the default.')}"
             )
         if not difference <= MAX_REFERENCE_DIFFERENCE:
             raise ConfigError(
                 f"{name}: with the adapter switched off, the logits of {kind} differ by {difference:.2g} from those of "
-                "the loaded model. Use target_modules without other options of PEFT."
+                f"the loaded model. {self._advice('Use target_modules without other options of PEFT.')}"
             )
         if not (merged - adapted).norm() <= MAX_MERGED_DIFFERENCE * effect:
+            advice = (
+                "Name other target_modules; a layer whose weights are used without calling it, such as some routers, "
+                "cannot be adapted."
+            )
             raise ConfigError(
                 f"{name}: once merged, the logits of {kind} differ by {(merged - adapted).abs().max().item():.2g} from "
-                "those with the adapter. Name other target_modules; a layer whose weights are used without calling it, "
-                "such as some routers, cannot be adapted."
+                f"those with the adapter. {self._advice(advice)}"
             )
+
+    @contextmanager
+    def _adapter_errors(self) -> Iterator[None]:
+        """Raise what PEFT raises inside the context as one ConfigError that names the adapter."""
+        try:
+            yield
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{self._adapter_name}: {type(self.language_model.causal_lm).__name__} cannot be run with this "
+                f"adapter: {type(error).__name__}: {' '.join(str(error).split())[:200]}. "
+                f"{self._advice('Name other target_modules; routers cannot be adapted.')}"
+            ) from error
+
+    def _advice(self, for_new_adapter: str) -> str:
+        """Return what to do about an adapter that cannot be used: a saved one has no lora_config to change."""
+        return for_new_adapter if not self._resumes_adapter else "Train the adapter again with other options of PEFT."
 
     def _reference_difference(self) -> float:
         """Return how far the reference's logits are from those of the loaded model."""
