@@ -814,7 +814,7 @@ def test_a_broken_model_folder_is_one_error_and_starts_no_run(break_it, told, so
         case("adapter of no base", edit(ADAPTER_CONFIG, base_model_name_or_path=None), "base_model_name"),
         case("adapter of a blank base", edit(ADAPTER_CONFIG, base_model_name_or_path=""), "its base model"),
         case("adapter of a numbered base", edit(ADAPTER_CONFIG, base_model_name_or_path=3), "its base model"),
-        case("adapter of itself", edit(ADAPTER_CONFIG, base_model_name_or_path="./adapter"), "no config.json"),
+        case("adapter of itself", edit(ADAPTER_CONFIG, base_model_name_or_path="./adapter"), "is an adapter too"),
         case("adapter of no kind", edit(ADAPTER_CONFIG, peft_type=None), "peft_type"),
         case("adapter of another kind", edit(ADAPTER_CONFIG, peft_type="PREFIX_TUNING"), "PREFIX_TUNING"),
         case("adapter with biases", edit(ADAPTER_CONFIG, bias="lora_only"), "lora_only"),
