@@ -249,6 +249,95 @@ def test_any_object_with_the_getters_is_an_agent(model_folders, tmp_path):
     assert engine.train(1).total_samples == 8
 
 
+class OwnGetters(KonicFinetuningAgent):
+    """Like many agents of konic 0.1, it does not call `super().__init__()`."""
+
+    def __init__(self, method=None):
+        self.own_method = method
+
+    def get_base_model(self):
+        return "gpt2"
+
+    def get_reward_composer(self):
+        return LetterRewards()
+
+    def get_training_config(self):
+        return {"batch_size": 4}
+
+    def get_finetuning_method(self):
+        return self.own_method
+
+
+def test_the_getters_of_a_subclass_count():
+    engine = KonicFinetuningEngine.from_agent(OwnGetters(KonicFinetuningMethodType.TRL_GRPO))
+    assert (engine.backend_name, engine.training_config.batch_size, engine.lora_config) == ("konic grpo", 4, None)
+    assert KonicFinetuningEngine.from_agent(OwnGetters()).backend_name == "konic ppo"
+    with pytest.raises(ConfigError, match="TRL_DPO is not offered"):
+        KonicFinetuningEngine.from_agent(OwnGetters(KonicFinetuningMethodType.TRL_DPO))
+    on_the_object = KonicFinetuningAgent("gpt2", LetterRewards())
+    on_the_object.get_finetuning_method = lambda: KonicFinetuningMethodType.TRL_GRPO
+    assert KonicFinetuningEngine.from_agent(on_the_object).backend_name == "konic grpo"
+    with pytest.raises(ConfigError, match=r"OwnGetters.get_training_config\(\) makes its own config"):
+        OwnGetters().with_settings({"training_config": {"seed": 1}})
+
+    class Nothing(KonicFinetuningAgent):
+        def __init__(self):
+            pass
+
+    with pytest.raises(ConfigError, match="base_model must name a model"):
+        KonicFinetuningEngine.from_agent(Nothing())
+
+
+def test_a_method_stays_where_a_config_does_not_set_another_algorithm():
+    class OwnConfig(KonicFinetuningAgent):
+        def get_training_config(self):
+            return TrainingConfig(batch_size=4)
+
+    engine = KonicFinetuningEngine.from_agent(OwnConfig("gpt2", LetterRewards(), method="TRL_GRPO"))
+    engine.training_config = {"batch_size": 2}
+    assert (engine.backend_name, engine.training_config.num_generations) == ("konic grpo", 2)
+    engine.training_config = TrainingConfig(algorithm="rloo")
+    assert engine.backend_name == "konic rloo"
+    engine.method = KonicFinetuningMethodType.TRL_GRPO
+    assert engine.method is KonicFinetuningMethodType.TRL_GRPO
+    with pytest.raises(ConfigError, match="TRL_DPO is not offered"):
+        engine.method = KonicFinetuningMethodType.TRL_DPO
+    agent = OwnConfig("gpt2", LetterRewards(), method="TRL_GRPO").with_settings({"generation_config": {"top_k": 5}})
+    assert KonicFinetuningEngine.from_agent(agent).backend_name == "konic grpo"
+
+
+class OwnEngine(KonicFinetuningEngine):
+    def __init__(self, model_name, reward_composer, callback=None, **parts):
+        super().__init__(model_name=model_name, reward_composer=reward_composer, callback=callback or Silent(), **parts)
+        self.mine = parts["training_config"].batch_size
+
+
+def test_the_init_of_a_subclass_of_the_engine_is_called():
+    agent = KonicFinetuningAgent(
+        "gpt2", LetterRewards(), training_config={"batch_size": 4}, model_kwargs={"dtype": "float32"}
+    )
+    engine = OwnEngine.from_agent(agent, checkpoint_dir="run")
+    assert (engine.mine, engine.checkpoint_dir, engine.callback.__class__) == (4, "run", Silent)
+    assert engine.agent.get_model_kwargs() == {"dtype": "float32"}
+
+    class TakesNone(KonicFinetuningEngine):
+        def __init__(self, model_name):
+            super().__init__(model_name, LetterRewards())
+
+    with pytest.raises(ConfigError, match=r"TakesNone.from_agent.*its __init__ does not fit.*super\(\).__init__"):
+        TakesNone.from_agent(agent)
+
+
+def test_a_property_that_fails_shows_its_own_error():
+    class Agent(KonicFinetuningAgent):
+        @property
+        def label(self):
+            return self.nowhere
+
+    with pytest.raises(AttributeError, match="no attribute 'nowhere'"):
+        _ = Agent("gpt2", LetterRewards()).label
+
+
 def test_the_base_classes_are_accepted():
     class Model(BaseRewardModel):
         name = "constant"

@@ -43,11 +43,13 @@ def rewards(
 
 def sample_responses(agent: "KonicFinetuningAgent", count: int, device: str = "auto") -> "list[Sample]":
     """Sample responses of the agent's base model to rows of its dataset."""
+    from konic.finetuning.agent import read_agent
     from konic.finetuning.data.prompts import load_prompts
     from konic.finetuning.learning.learner import build_learner
     from konic.finetuning.models.loading import pick_device
     from konic.finetuning.rollout.evaluation import respond
 
+    agent = read_agent(agent)
     learner, dataset = build_learner(agent, pick_device(device)), load_prompts(agent.get_dataset_config())
     generation, seed = agent.get_generation_config(), agent.get_training_config().seed
     size = len(dataset.rows)

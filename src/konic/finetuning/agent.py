@@ -53,6 +53,14 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
         RewardError: The composer has no rewards.
     """
 
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Set the defaults here, so that a subclass with getters of its own need not call `super().__init__()`."""
+        self = super().__new__(cls)
+        self._base_model = self._reward_composer = self._lora_config = self._method = None
+        self._dataset_config, self._training_config = DatasetConfig(), TrainingConfig()
+        self._generation_config, self._model_kwargs = GenerationConfig(), {}
+        return self
+
     def __init__(
         self,
         base_model: str | os.PathLike[str],
@@ -78,6 +86,7 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
         self._reward_composer = reward_composer
         self._lora_config = _lora_config(lora_config)
         self._dataset_config = DatasetConfig.from_value(dataset_config)
+        self._method = method
         self._training_config = TrainingConfig.from_value(training_config).with_method(method)
         self._generation_config = GenerationConfig.from_value(generation_config)
         if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
@@ -170,11 +179,12 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
                     f"An agent has no {name!r}.{did_you_mean(name, _CONFIGS)} It has: {', '.join(_CONFIGS)}."
                 )
             current = getattr(agent, f"get_{name}")()
+            if current is not getattr(agent, f"_{name}"):
+                raise ConfigError(f"{type(self).__name__}.get_{name}() makes its own config: change it there.")
             if current is not None and not isinstance(current, Settings):
                 raise ConfigError(f"{name} is PEFT's own: its settings are changed where it is made.")
             setattr(agent, f"_{name}", (LoraConfig() if current is None else current).with_fields(fields))
-            if getattr(agent, f"get_{name}")() is not getattr(agent, f"_{name}"):
-                raise ConfigError(f"{type(self).__name__}.get_{name}() makes its own config: change it there.")
+            agent._method = None if "algorithm" in fields else agent._method
         agent._check_together()
         return agent
 
@@ -188,6 +198,8 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
 def read_agent(agent: Any, **changes: Any) -> KonicFinetuningAgent:
     """Return an agent with what the getters of any agent return, and other values for some of them.
 
+    A method of konic 0.1 that the agent names stays, unless `changes` set another algorithm.
+
     Raises:
         ConfigError: The object lacks a getter that is needed, or what one returns is invalid.
     """
@@ -200,9 +212,17 @@ def read_agent(agent: Any, **changes: Any) -> KonicFinetuningAgent:
             f"{' and '.join(missing)}."
         )
     parts = {name: getattr(agent, f"get_{name}")() for name in _PARTS if hasattr(agent, f"get_{name}")}
-    if not isinstance(agent, KonicFinetuningAgent) and hasattr(agent, "get_finetuning_method"):
-        parts["method"] = agent.get_finetuning_method()
+    if "algorithm" not in TrainingConfig.from_value(changes.get("training_config")).model_fields_set:
+        parts["method"] = _given_method(agent)
     return KonicFinetuningAgent(**parts | changes)
+
+
+def _given_method(agent: Any) -> Any:
+    """Return the method of konic 0.1 that an agent names; None where it only follows from the algorithm."""
+    getter = getattr(agent, "get_finetuning_method", None)
+    if getattr(getter, "__func__", None) is KonicFinetuningAgent.get_finetuning_method:
+        return agent._method
+    return getter() if getter else None
 
 
 def with_own_configs(agent: KonicFinetuningAgent) -> KonicFinetuningAgent:

@@ -250,7 +250,9 @@ class TrainingConfig(Settings):
             )
         sizes = [size for size in (4, 3, 2) if self.batch_size % size == 0]
         adapts = ALGORITHMS[algorithm].compares_groups and self.num_generations is None and sizes
-        return self.with_fields({"algorithm": algorithm} | ({"num_generations": sizes[0]} if adapts else {}))
+        changes: dict[str, Any] = {} if "algorithm" in self.model_fields_set else {"algorithm": algorithm}
+        changes |= {"num_generations": sizes[0]} if adapts else {}
+        return self.with_fields(changes) if changes else self
 
     @property
     def algorithm_row(self) -> Algorithm:

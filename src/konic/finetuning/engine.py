@@ -1,12 +1,13 @@
 """The engine: trains the model of an agent, evaluates it, samples from it and saves it."""
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Self
 
 from konic.finetuning.agent import KonicFinetuningAgent, read_agent, with_own_configs
-from konic.finetuning.algorithms import KonicFinetuningMethodType
+from konic.finetuning.algorithms import KonicFinetuningMethodType, algorithm_of_method
 from konic.finetuning.callbacks.composite import Callbacks
 from konic.finetuning.callbacks.console import KonicFinetuningCallback
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
@@ -37,6 +38,18 @@ _SUCCESSORS = {
 }
 
 
+_PART_OF_AGENT = {
+    "model_name": "base_model",
+    "reward_composer": "reward_composer",
+    "dataset_config": "dataset_config",
+    "lora_config": "lora_config",
+    "training_config": "training_config",
+    "generation_config": "generation_config",
+    "method": "finetuning_method",
+}
+"""The parts by which an engine is made, and the getter of each."""
+
+
 def __getattr__(name: str) -> Any:
     raise name_not_found(__name__, name)
 
@@ -48,9 +61,7 @@ def _of_agent(part: str) -> Any:
         return getattr(engine.agent, f"get_{part}")()
 
     def write(engine: "KonicFinetuningEngine", value: Any) -> None:
-        if engine.has_started:
-            raise ConfigError(f"The engine has started and keeps its {part}. Make a new engine for another one.")
-        engine.agent = read_agent(engine.agent, **{part: value})
+        engine._change_agent(part, **{part: value})
 
     return property(read, write)
 
@@ -104,14 +115,23 @@ class KonicFinetuningEngine:
 
     @classmethod
     def from_agent(cls, agent: Any, **options: Any) -> Self:
-        """An engine for an agent, or any object with its getters; options: checkpoint_dir, device, callback."""
+        """An engine for an agent, or any object with its getters; options: checkpoint_dir, device, callback.
+
+        A subclass with an `__init__` of its own is called with the agent's parts, by their names in this class.
+        """
         known = ("checkpoint_dir", "device", "callback")
         for name in options:
             if name not in known:
                 hint = did_you_mean(name, known)
                 raise ConfigError(f"from_agent has no option {name!r}.{hint} It has: {', '.join(known)}.")
-        engine = cls.__new__(cls)
-        engine._prepare(agent if isinstance(agent, KonicFinetuningAgent) else read_agent(agent), **options)
+        agent = read_agent(agent)
+        if cls.__init__ is not KonicFinetuningEngine.__init__:
+            engine = _construct(cls, agent)
+            options = {name: getattr(engine, name) if options.get(name) is None else options[name] for name in known}
+            agent = read_agent(engine.agent, model_kwargs=agent.get_model_kwargs())
+        else:
+            engine = cls.__new__(cls)
+        engine._prepare(agent, **options)
         return engine
 
     def _prepare(
@@ -139,6 +159,16 @@ class KonicFinetuningEngine:
     def method(self) -> KonicFinetuningMethodType | None:
         """The algorithm as konic 0.1 named it; None where it had no such algorithm."""
         return self.agent.get_finetuning_method()
+
+    @method.setter
+    def method(self, value: str) -> None:
+        training = self.training_config.with_fields({"algorithm": algorithm_of_method(value)})
+        self._change_agent("method", training_config=training, method=value)
+
+    def _change_agent(self, part: str, **changes: Any) -> None:
+        if self.has_started:
+            raise ConfigError(f"The engine has started and keeps its {part}. Make a new engine for another one.")
+        self.agent = read_agent(self.agent, **changes)
 
     @property
     def backend_name(self) -> str:
@@ -188,7 +218,7 @@ class KonicFinetuningEngine:
             with session.opened(max_iterations, resume_from_checkpoint, allow_changes) as last_iteration:
                 saver = session.saver(callbacks, last_iteration, save_every, save_total_limit)
                 with callbacks.reporting_errors():
-                    callbacks.on_train_begin(session.settings(last_iteration))
+                    callbacks.on_train_begin(session.settings(last_iteration) | {"backend": self.backend_name})
                     for result in session.state.history if resume_from_checkpoint else ():
                         callbacks.should_stop_early(result)
                     try:
@@ -254,6 +284,19 @@ class KonicFinetuningEngine:
         if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
             raise ConfigError(f"{where} takes a list of prompts, got {type(prompts).__name__}.")
         return make_prompts(list(prompts), self._session.agent.get_dataset_config(), where)
+
+
+def _construct(kind: Any, agent: KonicFinetuningAgent) -> Any:
+    """An engine of a class with an `__init__` of its own, called with the agent's parts as konic 0.1 did."""
+    parts = {name: getattr(agent, f"get_{getter}")() for name, getter in _PART_OF_AGENT.items()}
+    try:
+        inspect.signature(kind).bind(**parts)
+    except TypeError as error:
+        raise ConfigError(
+            f"{kind.__name__}.from_agent(agent) calls {kind.__name__}({', '.join(f'{name}=...' for name in parts)}), "
+            f"but its __init__ does not fit: {error}. Give it **parts, and pass them on: super().__init__(**parts)."
+        ) from None
+    return kind(**parts)
 
 
 def _check_counts(max_iterations: Any, **others: Any) -> None:

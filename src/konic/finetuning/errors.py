@@ -1,6 +1,7 @@
 """Every error that a user can cause. Each message says what happened, where, and what to do about it."""
 
 import difflib
+import inspect
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -59,7 +60,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def no_attribute(owner: object, name: str, successors: Mapping[str, str]) -> AttributeError:
-    """Return the error of an attribute that is not there; for one of konic 0.1 it says what to use instead."""
+    """Return the error of an attribute that is not there; for one of konic 0.1 it says what to use instead.
+
+    Raises:
+        AttributeError: The attribute is a property that lacks something else: Python calls `__getattr__` for this too.
+    """
+    member = inspect.getattr_static(type(owner), name, None)
+    if isinstance(member, property) and member.fget:
+        member.fget(owner)
     hint = f" {successors[name]}" if name in successors else ""
     return AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}.{hint}", name=name, obj=owner)
 
