@@ -148,8 +148,10 @@ def test_an_override_that_fails_is_named_with_its_response():
         (([1.0], {}), "returned 1 values for 2 responses"),
         (([1.0, NAN], {}), "returned nan, not a finite number"),
         (([1.0, "x"], {}), "returned 'x', not a number"),
-        (([1.0, 2.0], {"part": [1.0]}), "returned 1 values of 'part' in its breakdown for 2 responses"),
-        (([1.0, 2.0], {"part": [1.0, "x"]}), "returned 'x', not a number"),
+        (([1.0, 2.0], {"part": [1.0]}), "returned 1 values as 'part' of its breakdown for 2 responses"),
+        (([1.0, 2.0], {"part": [1.0, "x"]}), "returned 'x', not a number, in 'part' of its breakdown"),
+        (([1.0, 2.0], {"part": 5.0}), "returned 5.0 as 'part' of its breakdown, not a list with a value for each of 2"),
+        (([1.0, 2.0], {"part": None}), "returned None as 'part' of its breakdown, not a list"),
         (None, "returned None, not a list"),
         (3.0, "returned 3.0, not a list"),
     ],
@@ -179,3 +181,87 @@ def test_the_trial_and_the_record_of_a_run_know_the_override():
     samples = samples_from_texts(["p"] * 3, ["a", "ab", "abc"], {})
     assert try_rewards(Doubled(), samples).total.mean == 4.0
     assert Doubled().settings()["rewards_sha256"] != Length().settings()["rewards_sha256"]
+
+
+@pytest.mark.parametrize("returned", [([1.0, 2.0], None), [[1.0, 2.0], {}], [1.0, 2.0], (1.0, 2.0)])
+def test_a_breakdown_may_be_left_out(returned):
+    class Own(Length):
+        def compose_batch(self, prompts, responses):
+            return returned
+
+    scores = score(Own(), ["a", "b"])
+    assert (scores.rewards, scores.breakdown) == ([1.0, 2.0], {"length": [1.0, 1.0]})
+
+
+def test_a_method_set_on_the_object_is_what_scores():
+    composer = Doubled()
+    composer.compose_batch = lambda p, r: ([7.0] * len(p), {})
+    assert score(composer, ["a", "abc"], reward_workers=1).rewards == [7.0, 7.0]
+    one_by_one = Doubled()
+    one_by_one.compose = lambda p, r: -1.0
+    assert score(one_by_one, ["a"]).rewards == [-1.0]
+    alone = KonicLLMRewardComposer()
+    alone.compose = lambda prompt, response: 3.0
+    alone.check()
+    assert alone.compose_batch(["p"], ["r"]) == ([3.0], {})
+
+
+class Two(KonicLLMRewardComposer):
+    @llm_reward
+    def quality(self, prompt, response):
+        return {"x": 3.0, "y": 1.0}
+
+
+def reduced_by(reduce, composer=Two, **methods):
+    kind = type("Own", (), {"reduce": lambda self, parts: float(reduce(parts)), **methods})
+    return composer(reducer=kind).compose("p", "r")
+
+
+@pytest.mark.parametrize("methods", [{}, {"__init__": lambda self, weights: None}])
+def test_a_reducer_finds_the_values_of_a_dict_by_their_own_keys(methods):
+    for reduce, expected in (
+        (lambda parts: parts.get("x", 0.0), 3.0),
+        (lambda parts: parts["x"] - parts["quality.y"], 2.0),
+        (lambda parts: "x" in parts and "z" not in parts, 1.0),
+        (lambda parts: parts.pop("x") * sum(parts.values()), 3.0),
+        (lambda parts: parts.setdefault("x", 9.0) + len(parts), 5.0),
+        (lambda parts: parts.get("z", -1.0), -1.0),
+        (lambda parts: sum(parts.values()), 4.0),
+    ):
+        assert reduced_by(reduce, **methods) == expected
+
+    def doubled(parts):
+        parts["x"] *= 2
+        del parts["y"]
+        return sum(parts.values())
+
+    assert reduced_by(doubled, **methods) == 6.0
+
+
+def test_a_key_that_another_part_or_reward_has_is_not_its_own():
+    class Taken(Two):
+        @llm_reward
+        def x(self, prompt, response):
+            return 10.0
+
+    class Shared(Two):
+        @llm_reward
+        def other(self, prompt, response):
+            return {"x": 5.0}
+
+    assert reduced_by(lambda parts: parts["x"], Taken) == 10.0
+    assert reduced_by(lambda parts: parts["other.x"] + parts["y"], Shared) == 6.0
+    with pytest.raises(RewardError, match=r"'x' is the key of several parts: ask for one of quality\.x, other\.x"):
+        reduced_by(lambda parts: parts.get("x", 0.0), Shared)
+
+
+def test_an_override_finds_the_values_of_a_dict_by_their_own_keys():
+    class Own(Two):
+        def compose_batch(self, prompts, responses):
+            _, breakdown = super().compose_batch(prompts, responses)
+            return [10 * value for value in breakdown["x"]], breakdown
+
+    assert score(Own(), ["a", "b"]).rewards == [30.0, 30.0]
+    assert score(Own(), ["a"]).breakdown == {"quality.x": [3.0], "quality.y": [1.0]}
+    assert Own().compose_batch(["p"], ["r"])[1]["x"] == [3.0]
+    assert Two().get_reward_breakdown("p", "r")["y"] == 1.0

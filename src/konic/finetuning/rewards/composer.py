@@ -16,6 +16,7 @@ from konic.finetuning.rewards.reducers import WeightedSumReducer
 from konic.finetuning.rewards.signatures import detect_shape, requested_columns, require_a_response
 from konic.finetuning.rewards.totals import (
     AlreadyScored,
+    NamedParts,
     Weighting,
     collect_breakdown,
     collect_parts,
@@ -207,7 +208,7 @@ class KonicLLMRewardComposer:
     def get_reward_breakdown(self, prompt: str, response: str) -> dict[str, float]:
         """The parts of one response's reward, before weights."""
         breakdown = KonicLLMRewardComposer.compose_batch(self, [prompt], [response])[1]
-        return {name: value for name, (value,) in breakdown.items()}
+        return NamedParts(list_rewards(self), {name: value for name, (value,) in breakdown.items()})
 
     def compose_batch(
         self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[Any]
@@ -231,16 +232,18 @@ class KonicLLMRewardComposer:
         for name, values in {"responses": responses, **columns}.items():
             if len(values) != len(prompts):
                 raise RewardError(f"compose_batch: {len(prompts)} prompts, but {len(values)} {name}.")
-        if not list_rewards(self) and type(self).compose is not KonicLLMRewardComposer.compose:
+        is_own = getattr(self.compose, "__func__", None) is not KonicLLMRewardComposer.compose
+        if is_own and not list_rewards(self):
             return [self.compose(*texts) for texts in zip(prompts, responses, strict=True)], {}
         answer = self._scored.find(prompts, responses) if self._scored is not None else None
+        weighting = describe_weighting(self)
         if answer is not None:
-            return answer
-        samples, weighting = samples_from_texts(prompts, responses, columns), describe_weighting(self)
+            return answer[0], NamedParts(weighting.rewards, answer[1])
+        samples = samples_from_texts(prompts, responses, columns)
         called = (call_reward(reward, samples) for reward in weighting.rewards)
         parts = collect_parts([require_no_fault(outcomes, samples) for outcomes in called], len(samples))
         rewards = [compute_total(weighting, own, sample) for own, sample in zip(parts, samples, strict=True)]
-        return rewards, collect_breakdown(parts)
+        return rewards, NamedParts(weighting.rewards, collect_breakdown(parts))
 
     def check(self) -> None:
         """Raise RewardError if the composer cannot score, or if its reducer has no method `reduce`."""
@@ -297,10 +300,14 @@ def list_rewards(composer: KonicLLMRewardComposer) -> list[Reward]:
 
 
 def find_override(composer: KonicLLMRewardComposer) -> Reward | None:
-    """The composer's own `compose_batch` or `compose`, as a reward; None if its class overrides neither."""
-    for kind in type(composer).__mro__[: type(composer).__mro__.index(KonicLLMRewardComposer)]:
+    """The composer's own `compose_batch` or `compose`, as a reward; None if it has only those of this class.
+
+    One that is set on the object counts before those of its classes.
+    """
+    kinds = type(composer).__mro__[: type(composer).__mro__.index(KonicLLMRewardComposer)]
+    for own in (vars(composer), *map(vars, kinds)):
         for name, shape in _SHAPE_OF_OVERRIDE.items():
-            if name in vars(kind):
+            if name in own:
                 return Reward(f"{type(composer).__name__}.{name}", getattr(composer, name), shape)
     return None
 
@@ -325,7 +332,8 @@ def without_models(composer: KonicLLMRewardComposer) -> KonicLLMRewardComposer:
     copied.__dict__.update(composer.__dict__)
     copied._added = {name: reward for name, reward in composer._added.items() if not reward.is_model}
     copied._reward_weights = dict(composer._reward_weights)
-    copied.__dict__.pop("reducer", None)  # only the run's own process weights and reduces
+    for name in ("reducer", *_SHAPE_OF_OVERRIDE):  # only the run's own process weights and reduces
+        copied.__dict__.pop(name, None)
     return copied
 
 

@@ -74,12 +74,18 @@ def _checked_call(override: Reward, totals: Sequence[float], returned: dict[str,
         value = override.call(*texts, **columns)
         if override.shape == "sample":
             return _rewards([value], totals)[0]
-        is_pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Mapping)
-        rewards, breakdown = value if is_pair else (value, {})
-        returned.update(_read_breakdown(breakdown, len(totals)))
+        rewards, breakdown = value if _is_pair(value) else (value, None)
+        returned.update(_read_breakdown(breakdown or {}, len(totals)))
         return _rewards(rewards, totals) if hasattr(rewards, "__len__") and len(rewards) == len(totals) else rewards
 
     return call
+
+
+def _is_pair(value: Any) -> bool:
+    """True for rewards with a breakdown, which may be None; not for the rewards of two responses."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        return False
+    return isinstance(value[1], Mapping) or (value[1] is None and hasattr(value[0], "__len__"))
 
 
 def _rewards(values: Iterable[Any], totals: Sequence[float]) -> list[Any]:
@@ -94,10 +100,20 @@ def _rewards(values: Iterable[Any], totals: Sequence[float]) -> list[Any]:
 
 
 def _read_breakdown(breakdown: Mapping[Any, Any], count: int) -> dict[str, list[float]]:
-    for name, values in breakdown.items():
-        if len(values) != count:
-            raise NotANumberError(f"returned {len(values)} values of {name!r} in its breakdown for {count} responses.")
-    return {
-        str(name): [math.nan if value is None or value != value else number(value) for value in values]
-        for name, values in breakdown.items()
-    }
+    return {str(name): _read_column(name, values, count) for name, values in breakdown.items()}
+
+
+def _read_column(name: Any, values: Any, count: int) -> list[float]:
+    where = f"{name!r} of its breakdown"
+    try:
+        values = list(values)
+    except TypeError:
+        raise NotANumberError(
+            f"returned {shorten(values)} as {where}, not a list with a value for each of {count} responses."
+        ) from None
+    if len(values) != count:
+        raise NotANumberError(f"returned {len(values)} values as {where} for {count} responses.")
+    try:
+        return [math.nan if value is None or value != value else number(value) for value in values]
+    except NotANumberError as error:
+        raise NotANumberError(f"{str(error).rstrip('.')}, in {where}.") from None

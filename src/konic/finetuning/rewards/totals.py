@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from konic.finetuning.data.samples import Sample
 from konic.finetuning.errors import RewardError
@@ -23,6 +23,50 @@ class Weighting:
     """Weight by the name of a part or of its reward; the default is 1."""
     reducer: Any
     """A class or an object with `reduce(dict[str, float]) -> float`; see `BaseRewardReducer`."""
+
+
+_T = TypeVar("_T")
+
+
+class NamedParts(dict[str, _T]):
+    """Values by part; the key of a part `reward.key` answers too, where no other part or reward has that name.
+
+    Raises:
+        RewardError: Several parts have the key that is asked for.
+    """
+
+    def __init__(self, rewards: Iterable[Reward], values: Mapping[str, _T]) -> None:
+        super().__init__(values)
+        self._parts_of_key: dict[str, list[str]] = {}
+        for part, key in part_keys(rewards, values).items():
+            self._parts_of_key.setdefault(key, []).append(part)
+
+    def _part(self, name: str) -> str:
+        parts = [] if super().__contains__(name) else self._parts_of_key.get(name, [])
+        if len(parts) > 1:
+            raise RewardError(f"{name!r} is the key of several parts: ask for one of {', '.join(parts)}.")
+        return parts[0] if parts else name
+
+    def __getitem__(self, name: str) -> _T:
+        return super().__getitem__(self._part(name))
+
+    def __setitem__(self, name: str, value: _T) -> None:
+        super().__setitem__(self._part(name), value)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(self._part(name))
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(self._part(str(name)))
+
+    def get(self, name: str, default: Any = None) -> Any:  # noqa: D102
+        return super().get(self._part(name), default)
+
+    def pop(self, name: str, *default: Any) -> Any:  # noqa: D102
+        return super().pop(self._part(name), *default)
+
+    def setdefault(self, name: str, default: Any = None) -> Any:  # noqa: D102
+        return super().setdefault(self._part(name), default)
 
 
 @dataclass(frozen=True)
@@ -89,10 +133,12 @@ def compute_total(
         with preserved_state(who):
             if isinstance(reducer, type) and takes_weights(reducer):
                 weights = {**weighting.weights, **given_weights(weighting, parts)}
-                reduced = reducer(weights=weights).reduce(prepared_parts(weighting, parts, moments))
+                prepared = prepared_parts(weighting, parts, moments)
+                reduced = reducer(weights=weights).reduce(NamedParts(weighting.rewards, prepared))
             else:
                 instance = reducer() if isinstance(reducer, type) else reducer
-                reduced = instance.reduce(weighted_parts(weighting, parts, moments))
+                weighted = weighted_parts(weighting, parts, moments)
+                reduced = instance.reduce(NamedParts(weighting.rewards, weighted))
         return number(reduced)
     except NotANumberError as error:
         raise RewardError(f"{who} {error}{where}") from None
@@ -130,18 +176,25 @@ def part_weights(weighting: Weighting, parts: Iterable[str]) -> dict[str, float]
 def given_weights(weighting: Weighting, parts: Iterable[str]) -> dict[str, float]:
     """The weights given for parts: for a part itself, or for its key, or for its reward.
 
-    The key of a part `reward.key` counts where no other part or reward has that name.
+    See :func:`part_keys`.
     """
     given: dict[str, float] = {}
-    owners = find_owners(weighting.rewards, parts)
-    taken = {*owners, *(reward.name for reward in weighting.rewards)}
-    for part, reward in owners.items():
-        key = part.removeprefix(f"{reward.name}.")
-        names = [part, key, reward.name] if key not in taken else [part, reward.name]
+    keys = part_keys(weighting.rewards, parts)
+    for part, reward in find_owners(weighting.rewards, parts).items():
+        names = [part, *([keys[part]] if part in keys else []), reward.name]
         name = next((name for name in names if name in weighting.weights), None)
         if name is not None:
             given[part] = weighting.weights[name]
     return given
+
+
+def part_keys(rewards: Iterable[Reward], parts: Iterable[str]) -> dict[str, str]:
+    """The key of each part `reward.key`, where no other part or reward has that name."""
+    rewards = list(rewards)
+    owners = find_owners(rewards, parts)
+    keys = {part: part.removeprefix(f"{reward.name}.") for part, reward in owners.items()}
+    taken = {*owners, *(reward.name for reward in rewards)}
+    return {part: key for part, key in keys.items() if key not in taken}
 
 
 def find_owners(rewards: Iterable[Reward], parts: Iterable[str]) -> dict[str, Reward]:
