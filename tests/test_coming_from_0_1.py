@@ -22,7 +22,9 @@ from konic.finetuning import (
     KonicFinetuningMethodType,
     KonicLLMRewardComposer,
     LoraConfig,
+    MaxReducer,
     TrainingConfig,
+    WeightedSumReducer,
 )
 from konic.finetuning.successors import MODULES, SUCCESSORS
 from test_engine import LetterRewards, Silent, make_engine, metrics, same_tensors, weights
@@ -62,6 +64,82 @@ def test_reward_models_of_konic_0_1_score():
     assert totals == [4.0, 2.0]
     with pytest.raises(ConfigError, match=r"needs a name and a method score"):
         KonicLLMRewardComposer([OldModel("none")])
+
+
+class OwnModel(BaseRewardModel):
+    name = "own"
+
+    def compute_reward(self, prompt, response, **more):
+        return float(self.score(response))
+
+    def score(self, text):
+        return len(text)
+
+
+def test_a_helper_named_score_is_not_what_scores():
+    class Batches(OwnModel):
+        def score(self, prompts, responses):
+            return [7.0] * len(prompts)
+
+    class Alone:
+        name = "alone"
+
+        def score(self, texts, answers):
+            return [2.0] * len(texts)
+
+    class Helper(OwnModel):
+        def batch_compute_reward(self, texts):
+            return texts
+
+    for model, expected in ((OwnModel(), 3.0), (Batches(), 7.0), (Alone(), 2.0), (Helper(), 3.0)):
+        assert KonicLLMRewardComposer([model]).compose("p", "abc") == expected
+
+
+def test_what_a_subclass_sets_in_the_composer_of_konic_0_1_counts():
+    class Own(KonicLLMRewardComposer):
+        def __init__(self, models):
+            super().__init__()
+            self._reward_models = models
+            self._kl_penalty_weight = 0.25
+
+    composer = Own([OwnModel()])
+    assert composer.compose("p", "abc") == 3.0
+    assert (composer.kl_penalty_weight, composer._kl_penalty_weight) == (0.25, 0.25)
+    assert KonicLLMRewardComposer()._kl_penalty_weight == 0.0
+    appended = KonicLLMRewardComposer()
+    appended._reward_models.append(OwnModel())
+    assert appended.reward_names == ["own"]
+    assert isinstance(appended._reward_models[0], OwnModel)
+    for wrong, message in (
+        ([3], "A reward model needs a name"),
+        (OwnModel(), "_reward_models must be a list"),
+        ([OwnModel(), OwnModel()], "two rewards named 'own'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            KonicFinetuningAgent("gpt2", Own(wrong))
+    with pytest.raises(ConfigError, match="kl_penalty_weight must be a number of at least 0"):
+        composer._kl_penalty_weight = -1.0
+
+
+def test_a_subclass_of_the_weighted_sum_reads_its_weights():
+    class Halved(WeightedSumReducer):
+        def reduce(self, rewards):
+            return sum(self._weights.get(name, self._default_weight) * value for name, value in rewards.items()) / 2
+
+    assert KonicLLMRewardComposer([OwnModel()], {"own": 4.0}, Halved).compose("p", "abc") == 6.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [((0.1, MaxReducer), {}), ((MaxReducer, 0.1), {}), ((0.1,), {"reducer": MaxReducer}), ((None, MaxReducer), {})],
+)
+def test_a_reducer_and_the_price_of_kl_are_told_apart(arguments, named):
+    if named:
+        composer = KonicLLMRewardComposer([OwnModel()], None, kl_penalty_weight=arguments[0], **named)
+    else:
+        composer = KonicLLMRewardComposer([OwnModel()], None, *arguments)
+    assert composer.reducer is MaxReducer
+    assert composer.kl_penalty_weight == (0.1 if 0.1 in arguments else None)
 
 
 def test_a_weight_for_a_reward_that_is_switched_off_is_a_warning(caplog):

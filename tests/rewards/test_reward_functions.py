@@ -225,14 +225,14 @@ def test_none_in_a_subclass_takes_a_reward_away_and_a_later_mark_brings_it_back(
     assert sorted(Sizes().reward_names) == ["size"]
 
 
-def test_what_was_added_comes_after_the_methods_in_the_order_of_adding():
+def test_functions_come_after_the_methods_and_models_last():
     judge = Judge("judge")
     composer = Length().add_reward_function(vowels).add_reward_model(judge).add_reward_function(lengths)
     assert list_rewards(composer) == [
         Reward("length", composer.length),
         Reward("vowels", vowels),
-        Reward("judge", judge.score, "batch", is_model=True),
         Reward("lengths", lengths, "batch"),
+        Reward("judge", judge.score, "batch", is_model=True),
     ]
 
 

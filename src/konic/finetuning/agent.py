@@ -56,7 +56,8 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
     def __new__(cls, *_: Any, **__: Any) -> Self:
         """Set the defaults here, so that a subclass with getters of its own need not call `super().__init__()`."""
         self = super().__new__(cls)
-        self._base_model = self._reward_composer = self._lora_config = self._method = None
+        self.__dict__.update(_base_model=None, _reward_composer=None)  # refused where no getter replaces them
+        self._lora_config = self._method = None
         self._dataset_config, self._training_config = DatasetConfig(), TrainingConfig()
         self._generation_config, self._model_kwargs = GenerationConfig(), {}
         return self

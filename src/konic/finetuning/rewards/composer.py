@@ -13,7 +13,7 @@ from konic.finetuning.rewards.calls import call_reward
 from konic.finetuning.rewards.marks import Mark, checked_clip, find_mark, is_finite_number
 from konic.finetuning.rewards.outcomes import Reward
 from konic.finetuning.rewards.reducers import WeightedSumReducer
-from konic.finetuning.rewards.signatures import detect_shape, requested_columns, require_a_response
+from konic.finetuning.rewards.signatures import detect_shape, requested_columns, require_a_response, reward_of_model
 from konic.finetuning.rewards.totals import (
     AlreadyScored,
     NamedParts,
@@ -32,6 +32,9 @@ _SUCCESSORS = {
     "compute_kl_penalty": "The run computes the exact KL; kl_penalty_weight is its price.",
 }
 """For what konic 0.1 had in a composer: what to use instead."""
+
+
+_NAMED_TWICE = "There are two rewards named {!r}. Give one of them another name."
 
 
 class RewardModel(Protocol):
@@ -66,6 +69,9 @@ class KonicLLMRewardComposer:
     reducer: Any = WeightedSumReducer
     kl_penalty_weight: float | None = None
     _added: dict[str, Reward]
+    """Functions by name."""
+    _reward_models: Sequence[Any] | None
+    """As in konic 0.1, whose scripts assign it."""
     _reward_weights: dict[str, float]
     _scored: AlreadyScored | None = None
 
@@ -84,7 +90,7 @@ class KonicLLMRewardComposer:
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Create the state here, so that a subclass works even if its `__init__` never calls `super().__init__()`."""
         self = super().__new__(cls)
-        self._added = {}
+        self._added, self._reward_models = {}, []
         self._reward_weights = {}
         return self
 
@@ -107,6 +113,8 @@ class KonicLLMRewardComposer:
             self.add_reward_model(model)
         for name, weight in (reward_weights or {}).items():
             self.set_reward_weight(name, weight)
+        if is_finite_number(reducer) or hasattr(kl_penalty_weight, "reduce"):  # konic 0.1 had them in this order
+            reducer, kl_penalty_weight = kl_penalty_weight, reducer
         if reducer is not None:
             self.reducer = reducer
         if kl_penalty_weight is not None:
@@ -115,7 +123,7 @@ class KonicLLMRewardComposer:
 
     @property
     def reward_names(self) -> list[str]:
-        """Names of the marked methods in the order they were written, then of the added functions and models."""
+        """Names of the marked methods in the order they were written, then of added functions, then of models."""
         return [reward.name for reward in list_rewards(self)]
 
     def settings(self) -> dict[str, Any]:
@@ -139,16 +147,14 @@ class KonicLLMRewardComposer:
         Raises:
             ConfigError: The object has no name or no method `score`, or its name is already in use.
         """
-        name, own = getattr(model, "name", None), _scoring_method(model)
-        method = getattr(model, own or "", None)
-        if not isinstance(name, str) or method is None:
-            advice = " Plain functions go to add_reward_function." if callable(model) else ""
-            raise ConfigError(
-                f"A reward model needs a name and a method score(prompts, responses); got {model!r}.{advice}"
-            )
-        normalize = getattr(model, "normalize", False) is True
-        shape: Literal["batch", "sample"] = "sample" if own == "compute_reward" else "batch"
-        return self._add(Reward(name, method, shape, is_model=True, normalize=normalize), weight)
+        reward, before = reward_of_model(model), self._reward_models or ()
+        self._require_new(reward.name)
+        self._reward_models = [*before, model]
+        try:
+            return self._keep_weight(reward.name, weight)
+        except ConfigError:
+            self._reward_models = before
+            raise
 
     def add_reward_function(
         self,
@@ -177,7 +183,13 @@ class KonicLLMRewardComposer:
         mark = find_mark(function) or Mark(False, False, None)
         clip = checked_clip(clip) or mark.clip
         shape = "batch" if mark.batch and detect_shape(function) == "sample" else detect_shape(function)
-        return self._add(Reward(name, function, shape, normalize=normalize or mark.normalize, clip=clip), weight)
+        self._require_new(name)
+        self._added[name] = Reward(name, function, shape, normalize=normalize or mark.normalize, clip=clip)
+        try:
+            return self._keep_weight(name, weight)
+        except ConfigError:
+            del self._added[name]
+            raise
 
     def set_reward_weight(self, name: str, weight: float) -> Self:
         """Set the factor that multiplies a reward, or one of its parts: `reward.key`, or `key` alone.
@@ -252,7 +264,10 @@ class KonicLLMRewardComposer:
                 f"{type(self).__name__} has no rewards. Mark at least one method (self, prompt, response) with "
                 "@llm_reward, or add a reward model or function."
             )
+        names = self.reward_names
         for reward in list_rewards(self):
+            if names.count(reward.name) > 1:
+                raise ConfigError(_NAMED_TWICE.format(reward.name))
             require_a_response(reward)
         _check_kl_penalty_weight(self.kl_penalty_weight)
         if not callable(getattr(self.reducer, "reduce", None)):
@@ -275,19 +290,27 @@ class KonicLLMRewardComposer:
         finally:
             self._scored = None
 
-    def _add(self, reward: Reward, weight: float) -> Self:
-        if any(reward.name == other.name for other in list_rewards(self)):
-            raise ConfigError(f"There are two rewards named {reward.name!r}. Give one of them another name.")
-        self._added[reward.name] = reward
-        try:
-            return self.set_reward_weight(reward.name, self._reward_weights.get(reward.name, weight))
-        except ConfigError:
-            del self._added[reward.name]
-            raise
+    @property
+    def _kl_penalty_weight(self) -> float:
+        """What konic 0.1 called so."""
+        return self.kl_penalty_weight or 0.0
+
+    @_kl_penalty_weight.setter
+    def _kl_penalty_weight(self, weight: float) -> None:
+        _check_kl_penalty_weight(weight)
+        self.kl_penalty_weight = weight
+
+    def _require_new(self, name: str) -> None:
+        if name in self.reward_names:
+            raise ConfigError(_NAMED_TWICE.format(name))
+
+    def _keep_weight(self, name: str, weight: float) -> Self:
+        """Set the weight of a reward that is added, unless it has one."""
+        return self.set_reward_weight(name, self._reward_weights.get(name, weight))
 
 
 def list_rewards(composer: KonicLLMRewardComposer) -> list[Reward]:
-    """The marked methods in the order they were written, then the functions and models in the order they were added."""
+    """The marked methods in the order they were written, then functions, then models, in the order they were added."""
     kinds = type(composer).__mro__
     names = dict.fromkeys(name for kind in reversed(kinds) for name in vars(kind))
     marks = {name: next((mark for kind in kinds if (mark := find_mark(vars(kind).get(name)))), None) for name in names}
@@ -296,7 +319,10 @@ def list_rewards(composer: KonicLLMRewardComposer) -> list[Reward]:
         for name, mark in marks.items()
         if mark is not None and callable(getattr(type(composer), name, None))
     ]
-    return [*methods, *composer._added.values()]
+    models = composer._reward_models or ()
+    if not isinstance(models, Sequence):
+        raise ConfigError(f"{type(composer).__name__}._reward_models must be a list of reward models, got {models!r}.")
+    return [*methods, *composer._added.values(), *map(reward_of_model, models)]
 
 
 def find_override(composer: KonicLLMRewardComposer) -> Reward | None:
@@ -330,21 +356,11 @@ def without_models(composer: KonicLLMRewardComposer) -> KonicLLMRewardComposer:
     """A copy without reward models, for a worker process: it keeps the marked methods and the functions."""
     copied: KonicLLMRewardComposer = object.__new__(type(composer))
     copied.__dict__.update(composer.__dict__)
-    copied._added = {name: reward for name, reward in composer._added.items() if not reward.is_model}
+    copied._added, copied._reward_models = dict(composer._added), []
     copied._reward_weights = dict(composer._reward_weights)
     for name in ("reducer", *_SHAPE_OF_OVERRIDE):  # only the run's own process weights and reduces
         copied.__dict__.pop(name, None)
     return copied
-
-
-def _scoring_method(model: Any) -> str | None:
-    """The name of a reward model's method; the one that its most derived class has, where it inherits others."""
-    names = ("score", "batch_compute_reward", "compute_reward")
-    for own in (getattr(model, "__dict__", {}), *map(vars, type(model).__mro__)):
-        for name in names:
-            if callable(own.get(name)):
-                return name
-    return next((name for name in names if callable(getattr(model, name, None))), None)
 
 
 def _check_kl_penalty_weight(weight: Any) -> None:

@@ -38,12 +38,12 @@ class WeightedSumReducer(BaseRewardReducer):
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None, default_weight: float = 1.0) -> None:
-        self.weights = dict(weights or {})
-        self.default_weight = default_weight
+        self._weights = dict(weights or {})  # named as in konic 0.1, whose subclasses read them
+        self._default_weight = default_weight
 
     def reduce(self, parts: dict[str, float]) -> float:
         """The weighted sum of `parts`."""
-        return math.fsum(self.weights.get(name, self.default_weight) * value for name, value in parts.items())
+        return math.fsum(self._weights.get(name, self._default_weight) * value for name, value in parts.items())
 
 
 class MeanReducer(BaseRewardReducer):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from konic.finetuning.data.samples import RESERVED
-from konic.finetuning.errors import RewardError, did_you_mean
+from konic.finetuning.errors import ConfigError, RewardError, did_you_mean
 from konic.finetuning.rewards.outcomes import Reward
 
 _TEXTS = {
@@ -46,6 +46,43 @@ def detect_shape(function: Callable[..., Any]) -> Literal["sample", "batch", "co
             f"**columns); {getattr(function, '__name__', function)!r} takes ({', '.join(parameters)})."
         )
     return "sample"
+
+
+def reward_of_model(model: Any) -> Reward:
+    """The reward that a reward model gives: its name, the method that scores, and that method's shape.
+
+    Raises:
+        ConfigError: The object has no name or no such method.
+    """
+    name, own = getattr(model, "name", None), _scoring_method(model)
+    if not isinstance(name, str) or own is None:
+        advice = " Plain functions go to add_reward_function." if callable(model) else ""
+        raise ConfigError(f"A reward model needs a name and a method score(prompts, responses); got {model!r}.{advice}")
+    normalize = getattr(model, "normalize", False) is True
+    shape: Literal["batch", "sample"] = "sample" if own == "compute_reward" else "batch"
+    return Reward(name, getattr(model, own), shape, is_model=True, normalize=normalize)
+
+
+def _scoring_method(model: Any) -> str | None:
+    """The name of a reward model's method; the one that its most derived class has, where it inherits others.
+
+    Beside `compute_reward`, a method with other parameters than prompts and responses is a helper.
+    """
+    names = [name for name in ("score", "batch_compute_reward", "compute_reward") if callable(getattr(model, name, 0))]
+    if "compute_reward" in names:
+        names = [name for name in names if name == "compute_reward" or _takes_a_batch(getattr(model, name))]
+    for own in (getattr(model, "__dict__", {}), *map(vars, type(model).__mro__)):
+        for name in names:
+            if callable(own.get(name)):
+                return name
+    return next(iter(names), None)
+
+
+def _takes_a_batch(method: Any) -> bool:
+    try:
+        return {"prompts", "responses"} <= set(inspect.signature(method).parameters)
+    except (TypeError, ValueError):  # written in C
+        return False
 
 
 def text_parameters(reward: Reward, columns: Mapping[str, Any]) -> TextParameters:
