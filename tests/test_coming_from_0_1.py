@@ -1,6 +1,8 @@
 """Scripts written for konic 0.1: names where it had them, and what it accepted."""
 
+import copy
 import importlib
+import pickle
 
 import pytest
 
@@ -15,6 +17,7 @@ from konic.finetuning import (
     ConfigError,
     DatasetConfig,
     DatasetSource,
+    FinetuningResult,
     GenerationConfig,
     KonicFinetuningAgent,
     KonicFinetuningCallback,
@@ -276,6 +279,8 @@ def test_attributes_and_arguments_that_are_not_offered_name_their_successor():
     agent = KonicFinetuningAgent("gpt2", LetterRewards(), environment=None, module=None)
     assert agent.training_config is agent.get_training_config()
     engine = KonicFinetuningEngine.from_agent(agent)
+    result = FinetuningResult("gpt2", [], 0.0, None)
+    assert pickle.loads(pickle.dumps(result)) == copy.deepcopy(result) == result
     for thing, name, successor in (
         (agent, "get_module", "get_base_model"),
         (agent, "get_environment", "get_dataset_config"),
@@ -284,6 +289,10 @@ def test_attributes_and_arguments_that_are_not_offered_name_their_successor():
         (LetterRewards(), "set_env", "columns of the dataset"),
         (LetterRewards(), "compute_kl_penalty", "kl_penalty_weight"),
         (LetterRewards(), "nothing", "no attribute 'nothing'"),
+        (result, "get_loss_curves", "policy_loss"),
+        (result, "lora_config", "engine.lora_config"),
+        (result, "training_config", "engine.training_config"),
+        (result, "add_iteration_result", "fills `history`"),
     ):
         assert not hasattr(thing, name)
         with pytest.raises(AttributeError, match=successor):
@@ -320,11 +329,17 @@ class OldAgent(BaseKonicFinetuningAgent):
 
 
 def test_any_object_with_the_getters_is_an_agent(model_folders, tmp_path):
+    class Begins(Silent):
+        def on_train_begin(self, config):
+            backends.append(config["backend"])
+
+    backends = []
     engine = KonicFinetuningEngine.from_agent(
-        OldAgent(model_folders["llama"]), checkpoint_dir=tmp_path, callback=Silent()
+        OldAgent(model_folders["llama"]), checkpoint_dir=tmp_path, callback=Begins()
     )
     assert (engine.lora_config.r, engine.training_config.algorithm) == (2, "grpo")
     assert engine.train(1).total_samples == 8
+    assert backends == ["konic grpo"]
 
 
 class OwnGetters(KonicFinetuningAgent):

@@ -176,6 +176,14 @@ def test_it_is_imported_from_the_package():
 # --- scores ---
 
 
+def test_it_is_freed_by_cleanup_and_then_says_so(classifiers):
+    model = HuggingFaceRewardModel(str(next(iter(classifiers.values()))), device="cpu", label_index=0)
+    model.cleanup()
+    model.cleanup()
+    with pytest.raises(AttributeError, match=r"cleanup\(\) has dropped it"):
+        model.score(["p"], ["r"])
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 @pytest.mark.parametrize(
     ("kind", "text_format"),

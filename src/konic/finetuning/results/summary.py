@@ -4,10 +4,18 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from konic.finetuning.errors import printable
+from konic.finetuning.errors import no_attribute, printable
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.intervals import Interval, paired_bootstrap
 from konic.finetuning.results.iteration import FinetuningIterationResult, json_values
+
+_SUCCESSORS = {
+    "get_loss_curves": "Each iteration of `history` has policy_loss, value_loss, entropy_loss and total_loss.",
+    "lora_config": "engine.lora_config has it, and run.json in the run's folder.",
+    "training_config": "engine.training_config has it, and run.json in the run's folder.",
+    "add_iteration_result": "The engine fills `history`, and the other numbers follow from it.",
+}
+"""For what the result of konic 0.1 had: what to use instead."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,9 @@ class FinetuningResult:
 
     None without held-out prompts, or after Ctrl-C.
     """
+
+    def __getattr__(self, name: str) -> Any:
+        raise no_attribute(self, name, _SUCCESSORS)
 
     @property
     def total_iterations(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from konic.finetuning.errors import ConfigError, ModelError, did_you_mean
+from konic.finetuning.errors import ConfigError, ModelError, did_you_mean, no_attribute
 from konic.finetuning.models.loading import check_model_kwargs, pick_device
 from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
 from konic.finetuning.reward_models.texts import TEXT_FORMATS, TextFormat, encode_pair
@@ -122,6 +122,13 @@ class HuggingFaceRewardModel(BaseRewardModel):
     def compute_reward(self, prompt: str, response: str) -> float:
         """Return the score of one response."""
         return self.score([prompt], [response])[0]
+
+    def cleanup(self) -> None:
+        """Drop the classifier, to free its memory; it cannot score after that."""
+        self.__dict__.pop("model", None)
+
+    def __getattr__(self, name: str) -> Any:
+        raise no_attribute(self, name, {"model": "cleanup() has dropped it: make a new HuggingFaceRewardModel."})
 
     def _scores(self, logits: Tensor) -> list[float]:
         """Convert [B, labels] logits to [B] scores."""
