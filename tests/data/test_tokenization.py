@@ -92,6 +92,14 @@ def test_a_name_that_the_chat_template_does_not_read_is_refused():
     [
         ({"prompt_template": "{a}"}, "give one of them"),
         ({"chat_template_kwargs": {"add_generation_prompt": False}}, "cannot set 'add_generation_prompt'"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "cannot set 'tokenize'"),
+        ({"chat_template_kwargs": {"max_length": 3}}, "cannot set 'max_length'"),
+        (
+            {"chat_template_kwargs": {"tools": "abc"}},
+            r"chat_template_kwargs\['tools'\] must be a list of dicts, got 'abc'",
+        ),
+        ({"chat_template_kwargs": {"tools": ["abc"]}}, "must be a list of dicts"),
+        ({"chat_template_kwargs": {"documents": {"text": "a"}}}, "'documents'.*must be a list of dicts"),
         ({"chat_template_kwargs": {"a": object()}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": ["a"]}, "chat_template_kwargs"),
     ],
@@ -137,6 +145,54 @@ def test_messages_that_cannot_fit_name_their_row():
         encode_prompt(Prompt(5, CHAT), byte_tokenizer("llama"), 20)
 
 
+def test_a_last_message_of_which_nothing_is_left_names_its_row():
+    start = len("[system]be kind[user][assistant]")
+    for length in range(start, start + 2):  # one token more, and the last character fits
+        if length == start:
+            with pytest.raises(DatasetError, match=r"Row 5: .*leaves no room for the last one.*Raise max_prompt_"):
+                encode_prompt(Prompt(5, CHAT), byte_tokenizer("llama"), length)
+        else:
+            assert encode_prompt(Prompt(5, CHAT), byte_tokenizer("llama"), length)[1] == CHAT[1]["content"][-1:]
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_message_that_a_template_shows_several_times_keeps_the_most_that_fits(times):
+    tokenizer = byte_tokenizer("llama")
+    tokenizer.chat_template = "|".join(["{{ messages[-1]['content'] }}"] * times)
+    text = "0123456789" * 6
+    for length in range(10, 62):
+        ids, kept = encode_prompt(Prompt(0, [{"role": "user", "content": text}]), tokenizer, length)
+        fits = (length - times + 1) // times
+        assert kept == text[max(0, len(text) - fits) :]
+        assert tokenizer.decode(ids) == "|".join([kept] * times)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0].content + 1 }}",
+        "{{ 1 / 0 }}",
+        "{{ messages | nothing }}",
+        "{% if %}",
+        "{{ raise_exception('a') }}",
+    ],
+)
+def test_a_chat_template_that_fails_names_the_row(template):
+    tokenizer = byte_tokenizer("llama")
+    tokenizer.chat_template = template
+    with pytest.raises(ModelError, match=r"^Row 4: The tokenizer's chat template fails: \w+: "):
+        encode_prompt(Prompt(4, CHAT), tokenizer, 100)
+
+
+def test_named_chat_templates_need_a_default():
+    tokenizer = byte_tokenizer("llama")
+    tokenizer.chat_template = {"rag": tokenizer.chat_template, "tool_use": "{{ tools[0].name }}"}
+    with pytest.raises(ModelError, match=r"Row 4: .*chat templates rag, tool_use and none named 'default'"):
+        encode_prompt(Prompt(4, CHAT), tokenizer, 100)
+    prompt = Prompt(4, CHAT, chat_template_kwargs={"tools": [{"name": "f"}]})
+    assert tokenizer.decode(encode_prompt(prompt, tokenizer, 100)[0]) == "f"
+
+
 def test_messages_need_a_chat_template():
     with pytest.raises(ModelError, match="Row 3 holds chat messages, but the model's tokenizer has no chat template"):
         encode_prompt(Prompt(3, CHAT), byte_tokenizer("gpt2"), 100)
@@ -155,6 +211,18 @@ def test_a_cut_through_a_character_ends_and_leaves_no_half_of_it(text):
         assert len(ids) <= length
         assert text.endswith(kept)
         assert text.endswith(encode_prompt(Prompt(0, text), tokenizer, length)[1])
+
+
+@pytest.mark.parametrize("text", ["\ufffd" * 20, "a\ufffdé\ufffd\ufffd😀\ufffd" * 5])
+def test_a_cut_keeps_the_replacement_characters_of_the_text_itself(text):
+    tokenizer = byte_tokenizer("llama")
+    start = len("[user][assistant]")
+    for room in range(4, 24):
+        tail = text.encode()[-room:].decode(errors="ignore")
+        ids, kept = encode_prompt(Prompt(0, [{"role": "user", "content": text}]), tokenizer, start + room)
+        assert kept == tail
+        assert tokenizer.decode(ids) == f"[user]{tail}[assistant]"
+        assert encode_prompt(Prompt(0, text), tokenizer, 1 + room)[1] == tail
 
 
 def test_no_prompts_are_one_error():

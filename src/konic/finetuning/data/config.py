@@ -1,6 +1,7 @@
 """Where prompts come from: validated settings."""
 
 import os
+import reprlib
 import string
 from collections.abc import Mapping
 from enum import StrEnum
@@ -39,8 +40,12 @@ def _rows_of(prompts: Any) -> Any:
     return prompts
 
 
-_OF_THE_PROMPT = ("messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message")
-"""What a chat template gets from the prompt itself."""
+_OF_THE_PROMPT = (
+    "messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "compiled_template", "conversations", "self",
+)  # fmt: skip
+"""What follows from the prompt and from konic's own call of `apply_chat_template`, not from its template's values."""
 _GIVEN_AS = {"name": _name_as_text, "prompts": _rows_of}
 """How values of other kinds that people have in hand become a field's own."""
 
@@ -172,6 +177,10 @@ class DatasetConfig(Settings):
         taken = next((name for name in self.chat_template_kwargs or {} if name in _OF_THE_PROMPT), None)
         if taken is not None:
             raise ValueError(f"chat_template_kwargs cannot set {taken!r}, which follows from the prompt")
+        for name in ("tools", "documents"):
+            value = (self.chat_template_kwargs or {}).get(name)
+            if value is not None and not (isinstance(value, list) and all(isinstance(part, dict) for part in value)):
+                raise ValueError(f"chat_template_kwargs[{name!r}] must be a list of dicts, got {reprlib.repr(value)}")
         return self
 
     @model_validator(mode="after")

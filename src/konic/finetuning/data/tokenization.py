@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -102,8 +101,8 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int)
     if len(head) + len(own) <= max_length:
         return head + own, text
     head = head if len(head) < max_length else []
-    tail = own[len(own) - max_length + len(head) :]
-    return head + tail, read_text(tail, tokenizer).lstrip(_HALF_A_CHARACTER)
+    start = len(own) - max_length + len(head)
+    return head + own[start:], _decode_from(start, own, tokenizer)
 
 
 def _added_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -125,11 +124,15 @@ def _encode_chat(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length:
         )
     messages = [dict(message) for message in prompt.content if isinstance(message, dict)]
     _check_template_kwargs(prompt.chat_template_kwargs, tokenizer)
-    ids, text = shorten_chat(messages, [], tokenizer, max_length, prompt.chat_template_kwargs)
-    if len(ids) > max_length:
+    try:
+        ids, text = shorten_chat(messages, [], tokenizer, max_length, prompt.chat_template_kwargs)
+    except ModelError as error:
+        raise ModelError(f"Row {prompt.row}: {error}") from None
+    if len(ids) > max_length or not text.strip():
         raise DatasetError(
-            f"Row {prompt.row}: the messages before the last one take {len(ids)} tokens, more than "
-            f"max_prompt_length={max_length}, and only the last message is shortened. Raise max_prompt_length."
+            f"Row {prompt.row}: the messages before the last one take {len(ids)} tokens with the chat markup, and "
+            f"max_prompt_length={max_length} leaves no room for the last one, the only one that is shortened. Raise "
+            "max_prompt_length."
         )
     return ids, text
 
@@ -154,8 +157,8 @@ def shorten_chat(
 ) -> tuple[list[int], str]:
     """Return the tokens of a chat and the text of its last message, after shortening that message from its start.
 
-    The last message loses text until the chat has at most `max_length` tokens, or the message is empty. In the second
-    case the chat may still have more than `max_length` tokens.
+    The last message keeps the longest end with which the chat has at most `max_length` tokens. Where there is none, the
+    message is empty, and the chat may still have more than `max_length` tokens.
 
     Args:
         messages: The chat. Only its last message may be shortened.
@@ -165,16 +168,61 @@ def shorten_chat(
         template_kwargs: More values for the template, such as enable_thinking.
     """
     *before, last = messages
-    words = tokenizer(last["content"], add_special_tokens=False, verbose=False).input_ids
-    text, dropped, more = last["content"], 0, template_kwargs or {}
-    while True:
+
+    def encode(text: str) -> list[int]:
         chat = [*before, {**last, "content": text}, *answer]
-        try:
-            rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=not answer, tokenize=False, **more)
-        except TemplateError as error:
-            raise ModelError(f"The tokenizer's chat template fails: {type(error).__name__}: {error}.") from None
-        ids = tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids
-        if len(ids) <= max_length or dropped >= len(words):
-            return ids, text
-        dropped += len(ids) - max_length
-        text = read_text(words[dropped:], tokenizer).lstrip(_HALF_A_CHARACTER)
+        rendered = _render(chat, tokenizer, add_generation_prompt=not answer, template_kwargs=template_kwargs or {})
+        return list(tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids)
+
+    ids = encode(last["content"])
+    if len(ids) <= max_length:
+        return ids, last["content"]
+    words = tokenizer(last["content"], add_special_tokens=False, verbose=False).input_ids
+    excess, found = len(ids) - max_length, None
+    guesses = iter((excess, excess - 1))  # where a template shows the message once, these two end the search
+    too_few, enough = 0, len(words)
+    while enough - too_few > 1:
+        guess = next(guesses, 0)
+        dropped = guess if too_few < guess < enough else (too_few + enough) // 2
+        text = _decode_from(dropped, words, tokenizer)
+        ids = encode(text)
+        if len(ids) <= max_length:
+            enough, found = dropped, (ids, text)
+        else:
+            too_few = dropped
+    return found or (encode(""), "")
+
+
+def _render(
+    chat: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    add_generation_prompt: bool,
+    template_kwargs: Mapping[str, Any],
+) -> str:
+    """Return a chat as text.
+
+    Raises:
+        ModelError: The template fails. It is a program of the model's makers, so it can fail in any way.
+    """
+    names = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {"default"}
+    if "default" not in names and not ("tool_use" in names and template_kwargs.get("tools")):
+        raise ModelError(
+            f"The tokenizer has the chat templates {', '.join(names)} and none named 'default'. Set "
+            "tokenizer.chat_template to one of them, and save the tokenizer with the model."
+        )
+    try:
+        options = {"add_generation_prompt": add_generation_prompt, "tokenize": False, **template_kwargs}
+        return str(tokenizer.apply_chat_template(chat, **options))
+    except Exception as error:
+        raise ModelError(f"The tokenizer's chat template fails: {type(error).__name__}: {error}.") from None
+
+
+def _decode_from(start: int, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of `ids[start:]`, without the pieces of a character that the cut splits."""
+    text = read_text(ids[start:], tokenizer)
+    num_replaced = len(text) - len(text.lstrip(_HALF_A_CHARACTER))
+    if not num_replaced:
+        return text
+    # A split character counts on both sides of the cut. Other replacement characters are the text's own.
+    num_pieces = len(read_text(ids[:start], tokenizer)) + len(text) - len(read_text(ids, tokenizer))
+    return text[min(num_replaced, max(0, num_pieces)) :]
