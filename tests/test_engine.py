@@ -448,6 +448,36 @@ def test_columns_of_the_dataset_reach_the_rewards_that_ask(model_folders, tmp_pa
     assert engine.train(1).final_reward_mean == 2.0
 
 
+def test_tables_are_prompts_of_generate_and_evaluate_and_other_things_one_error(model_folders, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    engine = make_engine(model_folders["llama"], tmp_path)
+    frame = pandas.DataFrame({"prompt": ["a", "b"]})
+    assert len(engine.generate(frame)) == len(engine.generate(frame["prompt"].to_numpy())) == 2
+    assert engine.evaluate(frame)["prompts"] == ["a", "b"]
+    for call in (engine.generate, engine.evaluate):
+        with pytest.raises(
+            ConfigError, match=rf"^{call.__name__}\(prompts\): prompts is of the type str, .*Give a list of"
+        ):
+            call("text")
+
+
+@pytest.mark.parametrize("plain_rows", [[0, 1, 2, 3], [4, 5, 6, 7]])
+def test_a_reward_of_messages_learns_from_chats_and_plain_text_in_any_order(plain_rows, model_folders, tmp_path):
+    class Chatty(KonicLLMRewardComposer):
+        @llm_reward
+        def is_chat(self, prompt, response, messages):
+            return float(messages is not None)
+
+    chat = [{"role": "user", "content": "hi"}]
+    prompts = ["plain" if row in plain_rows else chat for row in range(8)]
+    dataset = DatasetConfig(prompts=prompts, shuffle=False)
+    engine = make_engine(
+        model_folders["llama"], tmp_path, composer=Chatty(), dataset=dataset, batch_size=4, ppo_epochs=1
+    )
+    rewards = [result.reward_mean for result in engine.train(2).history]
+    assert rewards == ([0, 1] if plain_rows[0] == 0 else [1, 0])
+
+
 def test_evaluate_is_the_same_every_time_and_does_not_train(model_folders, tmp_path):
     engine = make_engine(model_folders["llama"], tmp_path)
     first = engine.evaluate(list(PROMPTS))

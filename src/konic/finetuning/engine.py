@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ from konic.finetuning.callbacks.composite import Callbacks
 from konic.finetuning.callbacks.console import KonicFinetuningCallback
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
 from konic.finetuning.data.prompts import Prompt, make_prompts
+from konic.finetuning.data.rows import rows_of
 from konic.finetuning.errors import ConfigError, OutputError, did_you_mean, no_attribute
 from konic.finetuning.models.loading import check_model_kwargs, pick_device
 from konic.finetuning.results.iteration import FinetuningIterationResult
@@ -238,7 +239,7 @@ class KonicFinetuningEngine:
         """Responses to prompts and their rewards, with the same random numbers every time.
 
         Args:
-            prompts: Strings, lists of chat messages, or dicts with columns; None takes the dataset's held-out prompts.
+            prompts: Strings, lists of chat messages, dicts with columns, or a table; None takes the held-out prompts.
 
         Returns:
             prompts, responses, rewards and reward_mean; reward_breakdown (a list per reward, before weights) and
@@ -281,9 +282,11 @@ class KonicFinetuningEngine:
         return self._session
 
     def _make_prompts(self, prompts: Sequence[Any], where: str) -> list[Prompt]:
-        if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
-            raise ConfigError(f"{where} takes a list of prompts, got {type(prompts).__name__}.")
-        return make_prompts(list(prompts), self._session.agent.get_dataset_config(), where)
+        try:
+            rows = rows_of(prompts)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}.") from None
+        return make_prompts(rows, self._session.agent.get_dataset_config(), where)
 
 
 def _construct(kind: Any, agent: KonicFinetuningAgent) -> Any:

@@ -11,33 +11,12 @@ from typing import Any, Self
 from pydantic import Field, JsonValue, model_validator
 
 from konic.finetuning.data.loaders import BUNDLED_SPLITS, is_local
+from konic.finetuning.data.rows import rows_of
 from konic.finetuning.settings import Settings
 
 
 def _name_as_text(name: Any) -> Any:
     return os.fspath(name) if isinstance(name, os.PathLike) else name
-
-
-def _rows_of(prompts: Any) -> Any:
-    """Return the rows of a table in memory (pandas, polars, `datasets`, pyarrow); anything else as it is."""
-    package = type(prompts).__module__.partition(".")[0]
-    if isinstance(prompts, set | frozenset):
-        raise ValueError("prompts is a set, which has no order: give a list")
-    if package == "pandas":
-        plain = prompts.astype(object).where(prompts.notna(), None)  # a missing value is None, as in other tables
-        return plain.to_dict("records") if hasattr(prompts, "columns") else plain.tolist()
-    if package == "numpy":
-        return prompts.tolist()
-    if package == "polars":
-        prompts = prompts.collect() if hasattr(prompts, "collect") else prompts  # a lazy frame
-        return prompts.to_dicts() if hasattr(prompts, "to_dicts") else prompts.to_list()
-    if package == "pyarrow":
-        return prompts.to_pylist()
-    if package == "datasets":
-        if hasattr(prompts, "keys"):
-            raise ValueError(f"prompts holds the splits {', '.join(prompts)}: give one of them, prompts=data['train']")
-        return list(prompts)
-    return prompts
 
 
 _OF_THE_PROMPT = (
@@ -46,7 +25,7 @@ _OF_THE_PROMPT = (
     "return_assistant_tokens_mask", "tokenizer_kwargs", "compiled_template", "conversations", "self",
 )  # fmt: skip
 """What follows from the prompt and from konic's own call of `apply_chat_template`, not from its template's values."""
-_GIVEN_AS = {"name": _name_as_text, "prompts": _rows_of}
+_GIVEN_AS = {"name": _name_as_text, "prompts": rows_of}
 """How values of other kinds that people have in hand become a field's own."""
 
 
@@ -60,7 +39,7 @@ class DatasetSource(StrEnum):
     files of one kind, or a folder of `save_to_disk`. A txt file holds one prompt per line, in the column `text`."""
     MEMORY = "memory"
     """`prompts` holds the prompts: strings, lists of chat messages, or dicts with more columns; or a table of pandas,
-    polars, `datasets` or pyarrow."""
+    polars, `datasets`, pyarrow or numpy."""
     BUNDLED = "bundled"
     """Openings of movie reviews, shipped with the package, in two fixed splits: `train` and `held_out`."""
     KONIC_CLOUD = "konic_cloud"
@@ -132,7 +111,8 @@ class DatasetConfig(Settings):
     @classmethod
     def _source_follows_from_what_is_given(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            values = {**values, **{name: given(values[name]) for name, given in _GIVEN_AS.items() if name in values}}
+            given = {name: read(values[name]) for name, read in _GIVEN_AS.items() if values.get(name) is not None}
+            values = {**values, **given}
         if not isinstance(values, dict) or values.get("source") is not None:
             return values
         if values.get("prompts") is not None:

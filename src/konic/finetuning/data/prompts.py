@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -13,12 +14,14 @@ import numpy as np
 
 from konic.finetuning.data.config import DatasetConfig, DatasetSource
 from konic.finetuning.data.loaders import read_bundled, read_hub, read_local, stream_rows
+from konic.finetuning.data.rows import copy_columns, read_chat, without_arrays
 from konic.finetuning.errors import DatasetError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
 _SKIPPABLE = ("empty", "missing", "no messages", "the last message is empty")
 """Problems of rows that are left out with a warning, as long as they are at most half of all."""
+_BROKEN_CHAT = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content)\1\s*:""")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Prompt:
     """The row's other columns."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """What the chat template gets besides the messages."""
+    is_among_chats: bool = False
+    """True for plain text in a dataset that also holds chats: rewards get its `messages` as None in every batch."""
 
     @property
     def messages(self) -> list[dict[str, str]] | None:
@@ -195,6 +200,8 @@ def make_prompts(rows: Sequence[Any], config: DatasetConfig, where: str) -> list
 def _prompts(
     numbered: Iterable[tuple[int, Any]], config: DatasetConfig, where: str, leaves_out_empty: bool = False
 ) -> list[Prompt]:
+    if config.prompt_template is not None:
+        numbered = _with_all_columns(list(numbered))
     results = [_make_prompt(index, row, config, where) for index, row in numbered]
     bad = sorted((index, problem) for index, problem in results if isinstance(problem, str))
     if leaves_out_empty and 2 * len(bad) <= len(results) and all(problem in _SKIPPABLE for _, problem in bad):
@@ -224,20 +231,27 @@ def _is_empty(numbered: tuple[int, Any], config: DatasetConfig, where: str) -> b
     return True
 
 
+def _with_all_columns(numbered: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """Return the rows with the columns of all of them; a value that a row lacks is None."""
+    names = dict.fromkeys(name for _, row in numbered if isinstance(row, Mapping) for name in row)
+    return [(index, {**names, **row} if isinstance(row, Mapping) else row) for index, row in numbered]
+
+
 def _with_equal_columns(prompts: list[Prompt]) -> list[Prompt]:
-    """Return the prompts with the columns of all of them; a value that a row lacks is None."""
+    """Return the prompts with the columns of all of them, `messages` too; a value that a row lacks is None."""
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
-    return [
-        prompt
-        if len(prompt.columns) == len(names)
-        else replace(prompt, columns={name: prompt.columns.get(name) for name in names})
-        for prompt in prompts
-    ]
+    has_chats = any(prompt.messages is not None for prompt in prompts)
+    equal = []
+    for prompt in prompts:
+        if len(prompt.columns) < len(names):
+            prompt = replace(prompt, columns={name: prompt.columns.get(name) for name in names})
+        equal.append(replace(prompt, is_among_chats=True) if has_chats and prompt.messages is None else prompt)
+    return equal
 
 
 def _make_prompt(index: int, row: Any, config: DatasetConfig, where: str) -> tuple[int, Prompt | str]:
     """Return the row's number with its prompt, or with the reason why the row has no usable prompt."""
-    columns = dict(row) if isinstance(row, Mapping) else {config.prompt_column: row}
+    columns = copy_columns(row if isinstance(row, Mapping) else {config.prompt_column: row})
     content: Any
     if config.prompt_template is not None:
         content = _fill_template(config.prompt_template, index, columns, where)
@@ -245,7 +259,7 @@ def _make_prompt(index: int, row: Any, config: DatasetConfig, where: str) -> tup
         content = columns.pop(config.prompt_column)
     else:
         raise _missing_column(config.prompt_column, index, columns, where, "DatasetConfig(prompt_column=...)")
-    content = _chat_from_text(content)
+    content = read_chat(content) if isinstance(content, str) else without_arrays(content)
     problem = _find_problem(content)
     if problem:
         return index, problem
@@ -259,21 +273,21 @@ def _make_prompt(index: int, row: Any, config: DatasetConfig, where: str) -> tup
     return index, Prompt(index, list(content), columns, config.chat_template_kwargs or {})
 
 
-def _chat_from_text(content: Any) -> Any:
-    """Return the messages of a chat that is stored as JSON text; anything else as it is."""
-    if not isinstance(content, str) or not content.lstrip().startswith("["):
-        return content
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        return content
-    is_chat = bool(found) and all(isinstance(part, dict) and {"role", "content"} <= part.keys() for part in found)
-    return found if is_chat else content
+class _Blank(str):
+    """The text of a missing value, empty in every format."""
+
+    def __format__(self, spec: str) -> str:
+        return ""
+
+
+def _is_missing(cell: Any) -> bool:
+    return cell is None or (isinstance(cell, float) and math.isnan(cell))
 
 
 def _fill_template(template: str, index: int, columns: Mapping[str, Any], where: str) -> str:
+    blank = _Blank()
     try:
-        return template.format_map(columns)
+        return template.format_map({name: blank if _is_missing(cell) else cell for name, cell in columns.items()})
     except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise DatasetError(f"{where}: prompt_template={template!r} does not fit row {index}: {error}.") from None
     except KeyError as error:
@@ -291,14 +305,23 @@ def _missing_column(name: str, index: int, columns: Mapping[str, Any], where: st
 def _find_problem(content: Any) -> str | None:
     """Return why a prompt cannot be used, or None if it can."""
     if isinstance(content, str):
+        if _BROKEN_CHAT.match(content):
+            return "text that begins as a chat but cannot be read as one: write the list of messages as JSON"
         return _find_text_problem(content, "empty")
-    if content is None or (isinstance(content, float) and math.isnan(content)):
+    if _is_missing(content):
         return "missing"
+    inside = [name for name in ("messages", "conversations") if isinstance(content, Mapping) and name in content]
+    if inside:
+        return f"a dict with a chat in {inside[0]!r}: give the list of messages itself"
     if not isinstance(content, list | tuple):
         return f"{type(content).__name__}, not text"
     if not content:
         return "no messages"
     for message in content:
+        if isinstance(message, Mapping) and {"from", "value"} <= message.keys():
+            return (
+                "messages with 'from' and 'value': name these 'role' and 'content', with the roles user and assistant"
+            )
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             return "a message without role and content"
         if not isinstance(message["content"], str) or not isinstance(message["role"], str):

@@ -71,7 +71,7 @@ def collect_columns(prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     taken = (*RESERVED, _MESSAGES)
     names = dict.fromkeys(str(name) for prompt in prompts for name in prompt.columns if name not in taken)
     columns = [{name: prompt.columns.get(name) for name in names} for prompt in prompts]
-    if any(prompt.messages is not None for prompt in prompts):
+    if any(prompt.messages is not None or prompt.is_among_chats for prompt in prompts):
         for values, prompt in zip(columns, prompts, strict=True):
             values[_MESSAGES] = prompt.messages
     return columns

@@ -5,14 +5,14 @@ This process and the workers run the same code, so both give the same outcomes.
 
 import asyncio
 import concurrent.futures
-import copy
 import inspect
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
+from konic.finetuning.data.rows import copy_columns
 from konic.finetuning.data.samples import Sample
 from konic.finetuning.rewards.outcomes import (
     Fault,
@@ -42,7 +42,7 @@ def call_reward(reward: Reward, samples: Sequence[Sample], timeout: float | None
     """
     if not samples:
         return
-    samples = [replace(sample, columns=_copied(sample.columns)) for sample in samples]  # a reward may change them
+    samples = [replace(sample, columns=copy_columns(sample.columns)) for sample in samples]  # a reward may change them
     columns = samples[0].columns
     wanted, names = requested_columns(reward, columns), text_parameters(reward, columns)
     if reward.shape != "sample":
@@ -57,17 +57,6 @@ def call_reward(reward: Reward, samples: Sequence[Sample], timeout: float | None
         return
     for places, named in calls:
         yield _outcome(reward, lambda places=places, named=named: _called(reward, places, named))  # type: ignore[misc]
-
-
-def _copied(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Return copies as deep as the data; a value that cannot be copied, such as an open file, is passed as it is."""
-    copies = {}
-    for name, value in columns.items():
-        try:
-            copies[name] = copy.deepcopy(value)
-        except Exception:  # a user's own class may raise anything
-            copies[name] = value
-    return copies
 
 
 def _arguments(names: TextParameters, prompt: Any, response: Any, columns: dict[str, Any]) -> Arguments:
