@@ -1,6 +1,7 @@
 import copy
 import math
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 import pytest
@@ -76,7 +77,19 @@ def same(values, expected):
 
 
 @pytest.mark.parametrize(
-    "name", ["compose", "check", "settings", "reducer", "add_reward_model", "reward_names", "__init__", "__len__"]
+    "name",
+    [
+        "_added",
+        "_reward_weights",
+        "compose",
+        "check",
+        "settings",
+        "reducer",
+        "add_reward_model",
+        "reward_names",
+        "__init__",
+        "__len__",
+    ],
 )
 def test_a_reward_with_a_name_that_the_composer_uses_is_refused_where_the_class_is_made(name):
     def reward(self, prompt, response):
@@ -122,6 +135,7 @@ def _yields(self, prompt, response):
         (lambda: llm_reward(int), "marks a method"),
         (lambda: llm_reward(property(len)), "marks a method"),
         (lambda: property(llm_reward(lambda self: 1.0)), "is a property"),
+        (lambda: cached_property(llm_reward(lambda self: 1.0)), "is a property"),
         (lambda: llm_reward(name="other")(len), "no option 'name'"),
         (lambda: llm_reward("a", "b"), "no option 'b'"),
     ],
@@ -129,6 +143,26 @@ def _yields(self, prompt, response):
 def test_what_cannot_be_a_reward_is_refused_where_it_is_written(member, told):
     with pytest.raises(ConfigError, match=told):
         type("Mine", (KonicLLMRewardComposer,), {"judged": member()})
+
+
+def test_an_attribute_that_hides_a_reward_is_named():
+    class Mine(Length):
+        def __init__(self):
+            self.length = 0.5
+
+    with pytest.raises(ConfigError, match="an attribute 'length' hides the reward"):
+        Mine().check()
+
+
+def test_two_parts_of_one_name_are_refused_not_overwritten():
+    class Mine(KonicLLMRewardComposer):
+        @llm_reward
+        def a(self, prompt, response):
+            return {"b": 1.0}
+
+    mine = Mine().add_reward_function(lambda prompt, response: 5.0, name="a.b")
+    with pytest.raises(RewardError, match=r"Two rewards have a part named 'a\.b'"):
+        mine.compose("p", "r")
 
 
 def test_class_and_static_methods_are_rewards_in_either_order():

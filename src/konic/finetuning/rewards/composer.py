@@ -79,11 +79,13 @@ class KonicLLMRewardComposer:
         """Refuse rewards whose name is one that a composer has a use for itself."""
         super().__init_subclass__(**kwargs)
         for name, member in vars(cls).items():
-            if isinstance(member, property) and find_mark(member.fget) is not None:
+            computed = getattr(member, "fget", None) or getattr(member, "func", None)  # of a property, or a cached one
+            if computed is not None and find_mark(member) is None and find_mark(computed) is not None:
                 raise ConfigError(
                     f"{cls.__name__}.{name} is a property. A reward is a method (self, prompt, response)."
                 )
-            is_taken = name in vars(KonicLLMRewardComposer) or (name.startswith("__") and name.endswith("__"))
+            own = {*vars(KonicLLMRewardComposer), *KonicLLMRewardComposer.__annotations__}
+            is_taken = name in own or (name.startswith("__") and name.endswith("__"))
             if is_taken and find_mark(member) is not None:
                 raise ConfigError(f"{cls.__name__}.{name}: a composer has {name} itself. Give the reward another name.")
 
@@ -319,6 +321,9 @@ def list_rewards(composer: KonicLLMRewardComposer) -> list[Reward]:
         for name, mark in marks.items()
         if mark is not None and callable(getattr(type(composer), name, None))
     ]
+    hidden = next((reward.name for reward in methods if not callable(reward.call)), None)
+    if hidden is not None:
+        raise ConfigError(f"{type(composer).__name__}: an attribute {hidden!r} hides the reward. Rename one of them.")
     models = composer._reward_models or ()
     if not isinstance(models, Sequence):
         raise ConfigError(f"{type(composer).__name__}._reward_models must be a list of reward models, got {models!r}.")

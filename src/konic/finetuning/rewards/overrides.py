@@ -53,7 +53,7 @@ def compose_totals(
         chosen = [samples[row] for row in group]
         scored = AlreadyScored(chosen, [parts[row] for row in group], [totals[row] for row in group])
         returned: dict[str, list[float]] = {}
-        with composer.answering(scored):
+        with KonicLLMRewardComposer.answering(composer, scored):
             call = _checked_call(override, scored.totals, returned)
             outcomes = list(accept(call_reward(replace(override, call=call), chosen), chosen))
         for row, outcome in zip(group, outcomes, strict=True):

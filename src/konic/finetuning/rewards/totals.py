@@ -246,12 +246,20 @@ def require_no_fault(outcomes: Iterable[Outcome], samples: Sequence[Sample]) -> 
 
 
 def collect_parts(outcomes: Sequence[Sequence[Outcome]], num_samples: int) -> list[Parts]:
-    """The parts of each sample from all rewards; a fault has no parts."""
+    """The parts of each sample from all rewards; a fault has no parts.
+
+    Raises:
+        RewardError: Two rewards have a part of the same name.
+    """
     parts: list[Parts] = [{} for _ in range(num_samples)]
     for by_one_reward in outcomes:
         for own, outcome in zip(parts, by_one_reward, strict=True):
-            if not isinstance(outcome, Fault):
-                own.update(outcome)
+            if isinstance(outcome, Fault):
+                continue
+            twice = next((name for name in outcome if name in own), None)
+            if twice is not None:
+                raise RewardError(f"Two rewards have a part named {twice!r}. Give one of them another name.")
+            own.update(outcome)
     return parts
 
 
