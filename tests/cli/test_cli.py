@@ -4,6 +4,7 @@ import pytest
 
 from command import konic, konic_here, script
 from konic.cli.scripts import load_agent
+from konic.cli.settings import set_settings
 from konic.finetuning import ConfigError, DatasetSource, KonicFinetuningAgent, TrainingConfig
 
 SCRIPT = """
@@ -80,6 +81,18 @@ def test_a_change_that_cannot_be_is_one_message(model_folders, tmp_path, change,
     assert told in run.stderr
     assert "Traceback" not in run.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_access_token_is_not_printed(tmp_path):
+    load = tmp_path / "agent.py"
+    text = SCRIPT.format(name="build_agent", model="any")
+    load.write_text(text.replace('prompts=["a", "b", "c"]', 'name="some/data"'))
+    agent = load_agent(load)
+    changed, lines = set_settings(agent, ["dataset_config.token=SECRET"])
+    assert lines == ["dataset_config.token = *** (the script: None)"]
+    assert set_settings(changed, ["dataset_config.token=OTHER"])[1] == ["dataset_config.token = *** (the script: ***)"]
+    with pytest.raises(ConfigError, match="--set 'token=\\*\\*\\*'"):
+        set_settings(agent, ["token=SECRET"])
 
 
 def test_a_changed_agent_leaves_the_first_as_it_was_and_keeps_what_the_script_said(tmp_path):

@@ -967,6 +967,11 @@ def test_the_text_of_a_users_error_cannot_steer_the_terminal(capsys):
     assert "\x1b" not in capsys.readouterr().out
 
 
+def test_without_a_standard_output_the_tables_go_nowhere(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python starts where the shell has closed it
+    show(tried(Sized()))
+
+
 def test_long_names_can_be_told_apart_in_the_table(capsys):
     show(
         tried(

@@ -1,10 +1,13 @@
 """`konic rewards SCRIPT`: tries a script's rewards on responses, without training."""
 
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from konic.output import is_terminal
 
 if TYPE_CHECKING:
     from konic.finetuning.agent import KonicFinetuningAgent
@@ -69,7 +72,7 @@ def show(trial: "ComposerTrial") -> None:
     from konic.finetuning.errors import printable
     from konic.finetuning.rewards.trial import PROBES
 
-    console = Console(highlight=False, width=None if typer.get_text_stream("stdout").isatty() else 100)
+    console = Console(highlight=False, width=None if is_terminal(sys.stdout) else 100)
     rows = [*trial.parts, trial.total]
     failed = {reward.name: len(reward.faults) for reward in trial.rewards}
     faults: dict[str, Any] = {reward.name: reward.probe_faults for reward in trial.rewards}

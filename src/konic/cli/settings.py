@@ -24,7 +24,8 @@ def set_settings(agent: KonicFinetuningAgent, assignments: Sequence[str]) -> tup
         target, equals, value = assignment.partition("=")
         config, dot, field = target.strip().partition(".")
         if not (equals and dot and field):
-            raise ConfigError(f"--set {assignment!r}: give config.field=value, such as training_config.algorithm=dapo.")
+            shown = f"{target}=***" if equals and "token" in target else assignment
+            raise ConfigError(f"--set {shown!r}: give config.field=value, such as training_config.algorithm=dapo.")
         changes.setdefault(config, {})[field] = _parse(value.strip())
     changed = agent.with_settings(changes)
     return changed, [line for config in changes for line in _differences(config, agent, changed)]
@@ -40,7 +41,12 @@ def _parse(value: str) -> Any:
 def _differences(config: str, before: KonicFinetuningAgent, after: KonicFinetuningAgent) -> list[str]:
     old, new = getattr(before, f"get_{config}")(), getattr(after, f"get_{config}")()
     return [
-        f"{config}.{name} = {getattr(new, name)!r} (the script: {getattr(old, name, None)!r})"
+        f"{config}.{name} = {_show(name, getattr(new, name))} (the script: {_show(name, getattr(old, name, None))})"
         for name in type(new).model_fields
         if getattr(old, name, None) != getattr(new, name)
     ]
+
+
+def _show(name: str, value: Any) -> str:
+    """Return a setting's value as it is printed; an access token stays secret."""
+    return "***" if name == "token" and value is not None else repr(value)
