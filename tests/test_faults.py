@@ -1325,6 +1325,13 @@ def test_a_place_to_save_that_cannot_be_is_named(place, engine):
     refused(kind, [shown(place)], lambda: engine.save_pretrained(place))
 
 
+@pytest.mark.parametrize("place", ["", " "])
+def test_an_empty_path_is_not_the_current_folder(place, sources, engine):
+    refused(ConfigError, ["checkpoint_dir", "empty"], lambda: engine_of(sources / "model", place))
+    refused(ConfigError, ["save_pretrained", "empty"], lambda: engine.save_pretrained(place))
+    refused(ConfigError, ["empty"], lambda: engine.train(1, resume_from_checkpoint=place))
+
+
 def test_a_run_in_new_folders_that_cannot_start_leaves_none_of_them():
     refused(ModelError, ["./nope"], lambda: engine_of("./nope", "a/b/run").train(1))
 

@@ -184,6 +184,26 @@ def test_mistakes_on_the_command_line_speak_of_its_options(arguments, told):
     assert "resume_from" not in run.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", ""], "script"),
+        (["train", "job.py", "--output", ""], "--output"),
+        (["demo", "--output", " "], "--output"),
+        (["rewards", ""], "script"),
+        (["rewards", "job.py", "--texts", ""], "--texts"),
+        (["reward-model", "train", "", "--base", "any"], "data"),
+        (["reward-model", "train", "rows.csv", "--base", ""], "--base"),
+        (["reward-model", "train", "rows.csv", "--base", "any", "--output", ""], "--output"),
+        (["reward-model", "train", "rows.csv", "--base", "any", "--test", ""], "--test"),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(arguments, named):
+    run = konic_here(*arguments)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert f"Invalid value for '{named}': it is empty." in run.stderr
+
+
 def test_a_scripts_own_konic_error_stays_itself(tmp_path):
     text = "from konic.finetuning import TrainingConfig\nTrainingConfig(batch_sise=4)"
     with pytest.raises(ConfigError, match="Did you mean 'batch_size'"):

@@ -5,11 +5,16 @@ from typing import Annotated
 
 import typer
 
+from konic.cli.paths import read_path
+
 
 def demo(
     max_iterations: Annotated[int, typer.Option(help="Maximum number of iterations.")] = 22,
     max_minutes: Annotated[float, typer.Option(help="Maximum minutes of training.")] = 4.75,
-    output: Annotated[Path | None, typer.Option(help="The run's folder. Default: a new one under runs/.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder. Default: a new one under runs/.", parser=read_path, metavar="<path>"),
+    ] = None,
 ) -> None:
     """Teach a small chat model to end movie reviews briefly, kindly and coherently, and show what changed.
 

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from konic.cli.paths import read_name, read_path
+
 reward_model = typer.Typer(help="Train reward models.", no_args_is_help=True)
 
 
@@ -15,12 +17,25 @@ def _group() -> None:
 
 @reward_model.command()
 def train(
-    data: Annotated[str, typer.Argument(help="A csv, json, jsonl or parquet file, or a dataset of the Hub.")],
-    base: Annotated[str, typer.Option(help="The base model: a Hub id, a folder or a packaged model.")],
-    output: Annotated[Path, typer.Option(help="The folder to write the model into.")] = Path("reward-model"),
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A csv, json, jsonl or parquet file, or a dataset of the Hub.", parser=read_name, metavar="data"
+        ),
+    ],
+    base: Annotated[
+        str,
+        typer.Option(help="The base model: a Hub id, a folder or a packaged model.", parser=read_name, metavar="<str>"),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="The folder to write the model into.", parser=read_path, metavar="<path>")
+    ] = Path("reward-model"),
     text: Annotated[str | None, typer.Option(help="Column of texts; use it with --label, instead of pairs.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of labels.")] = None,
-    test: Annotated[str | None, typer.Option(help="Test data with the same columns, to measure accuracy.")] = None,
+    test: Annotated[
+        str | None,
+        typer.Option(help="Test data with the same columns, to measure accuracy.", parser=read_name, metavar="<str>"),
+    ] = None,
     test_text: Annotated[str | None, typer.Option(help="Column of texts in --test, if its name differs.")] = None,
     test_label: Annotated[str | None, typer.Option(help="Column of labels in --test, if its name differs.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 3,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from konic.cli.paths import read_name, read_path
 from konic.output import is_terminal
 
 if TYPE_CHECKING:
@@ -16,9 +17,19 @@ if TYPE_CHECKING:
 
 
 def rewards(
-    script: Annotated[Path, typer.Argument(help="A Python file with an `agent`, a `build_agent()` or a composer.")],
+    script: Annotated[
+        Path,
+        typer.Argument(
+            help="A Python file with an `agent`, a `build_agent()` or a composer.", parser=read_path, metavar="script"
+        ),
+    ],
     texts: Annotated[
-        str | None, typer.Option(help="A csv, json, jsonl or parquet file with columns `prompt` and `response`.")
+        str | None,
+        typer.Option(
+            help="A csv, json, jsonl or parquet file with columns `prompt` and `response`.",
+            parser=read_name,
+            metavar="<str>",
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Without --texts: number of responses to sample.", min=1)] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",

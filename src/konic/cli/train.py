@@ -5,16 +5,26 @@ from typing import Annotated
 
 import typer
 
+from konic.cli.paths import read_path
+
 
 def train(
-    script: Annotated[Path, typer.Argument(help="A Python file with a module-level `agent` or a `build_agent()`.")],
+    script: Annotated[
+        Path,
+        typer.Argument(
+            help="A Python file with a module-level `agent` or a `build_agent()`.", parser=read_path, metavar="script"
+        ),
+    ],
     max_iterations: Annotated[int, typer.Option(help="Number of iterations.", min=0)] = 100,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="A setting other than the script's: training_config.algorithm=dapo. Repeatable."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    output: Annotated[Path | None, typer.Option(help="The run's folder. Default: a new one under runs/.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder. Default: a new one under runs/.", parser=read_path, metavar="<path>"),
+    ] = None,
     save_every: Annotated[
         int | None, typer.Option(help="Iterations between checkpoints. Default: a checkpoint every ten minutes.", min=0)
     ] = None,

@@ -19,11 +19,13 @@ def as_path(value: Any, option: str, error: type[KonicError]) -> Path:
     """Return an absolute path with `~` resolved. The file or folder need not exist.
 
     Raises:
-        ConfigError: The value is not a path; the message names `option`.
+        ConfigError: The value is not a path, or is empty; the message names `option`.
         KonicError: Of the class `error`: no file can have this path.
     """
     if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
         raise ConfigError(f"{option} takes a path, got {value!r}.")
+    if not os.fspath(value).strip():
+        raise ConfigError(f"{option} takes a path, got {value!r}, which is empty. The current folder is '.'.")
     try:
         path = Path(value).expanduser().absolute()
         os.stat(path)
