@@ -534,6 +534,15 @@ def written(tmp_path, rows, suffix="jsonl"):
         ({"chosen": [*BEFORE, GOOD], "rejected": [*BEFORE, BAD]}, Preference("and so", "good", "bad", BEFORE)),
         ({"chosen": [GOOD], "rejected": [BAD]}, Preference("", "good", "bad")),
         (
+            {"chosen": json.dumps([WHY, GOOD]), "rejected": json.dumps([WHY, BAD])},
+            Preference("why", "good", "bad", [WHY]),
+        ),
+        (
+            {"prompt": json.dumps([BRIEFLY, WHY]), "chosen": "good", "rejected": "bad"},
+            Preference("why", "good", "bad", [BRIEFLY, WHY]),
+        ),
+        ({"prompt": "[1]", "chosen": "[good]", "rejected": "[]"}, Preference("[1]", "[good]", "[]")),
+        (
             {"chosen": [{"content": "why", "id": 7}, GOOD], "rejected": [{"content": "why"}, BAD]},
             Preference("why", "good", "bad", [WHY]),
         ),
@@ -574,6 +583,8 @@ PLAIN = {"prompt": "why", "chosen": "good", "rejected": "bad"}
         (PLAIN | {"rejected": ["bad"]}, r"'rejected' is neither a text nor a chat: \['bad'\]"),
         (PLAIN | {"chosen": {"content": "good"}}, "'chosen' is neither a text nor a chat"),
         (PLAIN | {"chosen": [{"role": "assistant", "content": None}]}, "'chosen' is neither a text nor a chat"),
+        (PLAIN | {"chosen": [WHY, GOOD], "rejected": [BRIEFLY, BAD]}, "differ before their last message"),
+        (PLAIN | {"chosen": [WHY, GOOD], "rejected": "bad"}, "differ before their last message"),
         (PLAIN | {"prompt": 1.5}, r"'prompt' is neither a text nor a chat: 1\.5"),
         pytest.param(
             PLAIN | {"chosen": [WHY, {"role": "assistant", "content": " "}]}, "holds no response",
@@ -583,6 +594,16 @@ PLAIN = {"prompt": "why", "chosen": "good", "rejected": "bad"}
 def test_a_row_that_is_no_pair_is_named(tmp_path, row, told):
     with pytest.raises(DatasetError, match=rf"data\.jsonl, row 2: .*{told}"):
         read_preferences(written(tmp_path, [PLAIN, PLAIN, row]))
+
+
+def test_pairs_of_equal_responses_are_left_out_up_to_half(tmp_path, caplog):
+    equal = PLAIN | {"rejected": "good"}
+    assert len(read_preferences(written(tmp_path, [PLAIN, equal, PLAIN, equal]))) == 2
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "'chosen' and 'rejected' are equal in 2 of 4 rows, which are left out: rows 1, 3."
+    ]
+    with pytest.raises(DatasetError, match="are equal in 2 of 3 rows: rows 1, 2"):
+        read_preferences(written(tmp_path, [PLAIN, equal, equal]))
 
 
 @pytest.mark.parametrize(

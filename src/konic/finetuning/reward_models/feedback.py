@@ -1,11 +1,15 @@
 """A file, folder or Hub dataset -> preference pairs or labelled texts: reads and checks the rows."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from konic.finetuning.data.loaders import is_local, read_hub, read_local
+from konic.finetuning.data.prompts import chat_from_text
 from konic.finetuning.errors import DatasetError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,14 +34,24 @@ class Labelled:
 def read_preferences(data: str) -> list[Preference]:
     """Return preference pairs from a csv, json, jsonl or parquet file, a folder of one kind, or a Hub dataset.
 
-    Rows hold `chosen` and `rejected`, as texts next to a `prompt`, or as chats whose last message is the response.
+    Rows hold `chosen` and `rejected`, as texts next to a `prompt`, or as chats whose last message is the response; a
+    chat may be stored as JSON text. Pairs of equal responses are left out with a warning.
 
     Raises:
-        DatasetError: A row holds something else; the message names the row.
+        DatasetError: A row holds something else, or two chats that differ before the response (the message names the
+            row), or more than half of the pairs are of equal responses.
     """
     rows = _rows(data)
     _require_columns(data, rows, ("chosen", "rejected"))
-    return [_preference(row, f"{data}, row {number}") for number, row in enumerate(rows)]
+    pairs = [_preference(row, f"{data}, row {number}") for number, row in enumerate(rows)]
+    equal = [number for number, pair in enumerate(pairs) if pair.chosen == pair.rejected]
+    if equal:
+        named = ", ".join(map(str, equal[:10])) + (f" and {len(equal) - 10} more" if len(equal) > 10 else "")
+        found = f"{data}: 'chosen' and 'rejected' are equal in {len(equal)} of {len(pairs)} rows"
+        if 2 * len(equal) > len(pairs):
+            raise DatasetError(f"{found}: rows {named}. Such pairs teach nothing; check the columns.")
+        logger.warning("%s, which are left out: rows %s.", found, named)
+    return [pair for pair in pairs if pair.chosen != pair.rejected]
 
 
 def read_labelled(data: str, text: str, label: str) -> list[Labelled]:
@@ -76,12 +90,19 @@ def _require_columns(data: str, rows: Sequence[Any], names: Sequence[str]) -> No
 
 
 def _preference(row: Mapping[str, Any], where: str) -> Preference:
-    chosen, rejected, prompt = (_chat(row.get(name), f"{where}: {name!r}") for name in ("chosen", "rejected", "prompt"))
+    names = ("chosen", "rejected", "prompt")
+    given = {name: chat_from_text(row.get(name)) for name in names}
+    chosen, rejected, prompt = (_chat(given[name], f"{where}: {name!r}") for name in names)
     if not all(side and side[-1]["content"].strip() for side in (chosen, rejected)):
         raise DatasetError(f"{where}: 'chosen' or 'rejected' holds no response.")
+    if chosen[:-1] != rejected[:-1]:
+        raise DatasetError(
+            f"{where}: the chats in 'chosen' and 'rejected' differ before their last message. A pair is two responses "
+            "to the same conversation."
+        )
     before = chosen[:-1] or prompt
     text = before[-1]["content"] if before else ""
-    is_chat = not isinstance(row["chosen"], str) or not isinstance(row.get("prompt", ""), str)
+    is_chat = not isinstance(given["chosen"], str) or isinstance(given["prompt"], list | tuple)
     return Preference(text, chosen[-1]["content"], rejected[-1]["content"], before if before and is_chat else None)
 
 
