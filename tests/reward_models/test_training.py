@@ -562,8 +562,16 @@ def test_pairs_and_labelled_texts_come_from_every_kind_of_file(tmp_path, suffix)
 
 
 def test_labels_that_are_numbers_become_their_names(tmp_path):
-    rows = [{"text": "good", "stars": 5}, {"text": "bad", "stars": 0}, {"text": "dull", "stars": True}]
-    assert [example.label for example in read_labelled(written(tmp_path, rows), "text", "stars")] == ["5", "0", "True"]
+    def names(*labels, kind="jsonl"):
+        path = written(tmp_path, [{"text": "good", "stars": label} for label in labels], kind)
+        return [example.label for example in read_labelled(path, "text", "stars")]
+
+    assert names(5, 0, -1, 0.5) == ["5", "0", "-1", "0.5"]
+    assert names(True, False, "True") == ["True", "False", "True"]
+    assert names(1, 1.0, "1", " 1.0 ") == ["1", "1", "1", "1"]
+    assert names("1.0", " pos", "pos ", "v1.0", kind="csv") == ["1", "pos", "pos", "v1.0"]
+    with pytest.raises(DatasetError, match="'stars' mixes numbers with True or False"):
+        names(1, True)
 
 
 PLAIN = {"prompt": "why", "chosen": "good", "rejected": "bad"}
@@ -611,9 +619,12 @@ def test_pairs_of_equal_responses_are_left_out_up_to_half(tmp_path, caplog):
     [
         ({"text": "good"}, r"row 1: there is no column 'label'\. The row has: text"),
         ({"txt": "good", "label": "x"}, r"row 1: there is no column 'text'\. Did you mean 'txt'\?"),
-        ({"text": " ", "label": "x"}, r"row 1: needs a text in 'text' and a label in 'label'"),
+        ({"text": " ", "label": "x"}, r"row 1: needs a text in 'text' and a label \(a word or a number\) in 'label'"),
         ({"text": "good", "label": None}, "row 1: needs a text"),
         ({"text": 5, "label": "x"}, "row 1: needs a text"),
+        ({"text": "good", "label": " "}, "row 1: needs a text"),
+        ({"text": "good", "label": math.nan}, "row 1: needs a text"),
+        ({"text": "good", "label": ["x"]}, "row 1: needs a text"),
     ],
 )
 def test_a_row_that_is_no_labelled_text_is_named(tmp_path, row, told):
@@ -843,6 +854,9 @@ def test_the_command_fits_labelled_texts_with_lora(konic, bases, tmp_path):
     [
         (("--text", "prompt"), "Error: Give --text and --label together"),
         (("--label", "chosen"), "Error: Give --text and --label together"),
+        (("--test-text", "body"), "Error: --test-text needs --test, the test data."),
+        (("--text", "prompt", "--label", "chosen", "--test-label", "x"), "Error: --test-label needs --test"),
+        (("--test", "rows.csv", "--test-text", "body"), "Error: --test-text needs --text and --label; pairs"),
         (("--epochs", 0), "epochs"),
         (("--text", "prompt", "--label", "lable"), "there is no column 'lable'"),
         (("--base", "./nowhere"), "Error: base='./nowhere': there is no such folder"),

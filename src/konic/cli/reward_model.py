@@ -60,6 +60,10 @@ def train(
         raise ConfigError(
             "Give --text and --label together; without them the data are pairs (prompt, chosen, rejected)."
         )
+    for option, column in (("--test-text", test_text), ("--test-label", test_label)):
+        if column is not None and (test is None or text is None):
+            needs = "--test, the test data" if test is None else "--text and --label; pairs have columns of fixed names"
+            raise ConfigError(f"{option} needs {needs}.")
     config = RewardTrainingConfig(
         epochs=epochs,
         learning_rate=learning_rate,
@@ -70,10 +74,10 @@ def train(
     )
     if text is not None and label is not None:
         examples = read_labelled(data, text, label)
-        tests = read_labelled(test, test_text or text, test_label or label) if test else []
+        tests = read_labelled(test, test_text or text, test_label or label) if test is not None else []
         report = train_reward_model(examples, base, output, config, tests, device, typer.echo)
     else:
-        pairs, more = read_preferences(data), read_preferences(test) if test else []
+        pairs, more = read_preferences(data), read_preferences(test) if test is not None else []
         report = train_reward_model(pairs, base, output, config, more, device, typer.echo)
     measured = [("held out", report.accuracy, report.num_held_out), ("test", report.test_accuracy, report.num_test)]
     for name, share, size in measured:

@@ -1,6 +1,8 @@
 """A file, folder or Hub dataset -> preference pairs or labelled texts: reads and checks the rows."""
 
 import logging
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,15 +59,30 @@ def read_preferences(data: str) -> list[Preference]:
 def read_labelled(data: str, text: str, label: str) -> list[Labelled]:
     """Return labelled texts from a file, a folder of one kind, or a Hub dataset.
 
+    A label is a word, a number or True or False. 1, 1.0 and "1" are one label, and spaces around a label do not count.
+
     Raises:
-        DatasetError: A column is missing, or a row has no text or no label.
+        DatasetError: A column is missing, a row has no text or no label, or the labels mix numbers with True or False.
     """
     rows = _rows(data)
     _require_columns(data, rows, (text, label))
+    labels = [_label(row[label]) for row in rows]
     for number, row in enumerate(rows):
-        if not isinstance(row[text], str) or not row[text].strip() or row[label] in (None, ""):
-            raise DatasetError(f"{data}, row {number}: needs a text in {text!r} and a label in {label!r}.")
-    return [Labelled(row[text], str(row[label])) for row in rows]
+        if not isinstance(row[text], str) or not row[text].strip() or labels[number] is None:
+            raise DatasetError(
+                f"{data}, row {number}: needs a text in {text!r} and a label (a word or a number) in {label!r}."
+            )
+    if {type(row[label]) for row in rows} & {int, float} and any(isinstance(row[label], bool) for row in rows):
+        raise DatasetError(f"{data}: column {label!r} mixes numbers with True or False. Write every label in one way.")
+    return [Labelled(row[text], str(name)) for row, name in zip(rows, labels, strict=True)]
+
+
+def _label(value: Any) -> str | None:
+    """Return the name of a label: 1 and 1.0 are both "1". None if the value is missing or no label."""
+    is_missing = value is None or (isinstance(value, float) and math.isnan(value))
+    if is_missing or isinstance(value, Mapping | list | tuple | bytes):
+        return None
+    return re.sub(r"^([+-]?\d+)\.0+$", r"\1", str(value).strip()) or None
 
 
 def _rows(data: str) -> list[Any]:
