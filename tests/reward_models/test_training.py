@@ -36,7 +36,7 @@ from transformers import (
 
 from conftest import byte_tokenizer
 from konic.cli import main
-from konic.finetuning import ConfigError, DatasetError, HuggingFaceRewardModel, ModelError, TrainingError
+from konic.finetuning import ConfigError, DatasetError, HuggingFaceRewardModel, ModelError, OutputError, TrainingError
 from konic.finetuning.results.intervals import proportion
 from konic.finetuning.reward_models import training
 from konic.finetuning.reward_models.feedback import Labelled, Preference, read_labelled, read_preferences
@@ -708,6 +708,35 @@ def test_a_loss_that_is_no_longer_finite_stops_and_nothing_is_written(bases, tmp
 def test_weights_that_the_last_step_broke_are_not_written(bases, tmp_path):
     with pytest.raises(TrainingError):
         fit(toy_pairs(20), bases["bert"], tmp_path / "judge", epochs=1, batch_size=8, learning_rate=1e30)
+
+
+@pytest.mark.parametrize("place", ["file", "file/judge", "link", ""])
+def test_an_output_that_cannot_be_is_found_before_the_training(bases, tmp_path, place):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to("gone/too")
+    told = []
+    with pytest.raises((OutputError, ConfigError), match="output"):
+        fit(toy_pairs(8), bases["bert"], tmp_path / place if place else place, told, **BRIEF)
+    assert not told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_an_earlier_model_is_set_aside(bases, tmp_path, caplog):
+    folder = tmp_path / "judge"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    fit(toy_pairs(8), bases["bert"], folder, **BRIEF)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert not caplog.records
+    fit(toy_texts(20), bases["bert"], folder, **BRIEF)
+    aside = {path.name: path.read_bytes() for path in (folder / "earlier-1").iterdir()}
+    assert aside | {"notes.txt": b"mine"} == before
+    assert HuggingFaceRewardModel(str(folder), device="cpu", label_index="liked").label == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        f"An earlier model was in {folder}; its files are now in {folder / 'earlier-1'}."
+    ]
+    fit(toy_pairs(8), bases["bert"], folder, **BRIEF)
+    assert (folder / "earlier-2" / "config.json").is_file()
 
 
 def test_something_is_always_left_to_learn_from(bases, tmp_path):

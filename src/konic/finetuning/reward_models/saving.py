@@ -1,5 +1,6 @@
 """A trained reward model -> a folder that `transformers` loads: saves the model, its tokenizer and a model card."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,15 @@ from huggingface_hub import ModelCard, ModelCardData
 from konic.finetuning.models.locations import quiet_transformers
 from konic.finetuning.results.intervals import Interval
 from konic.finetuning.reward_models.texts import TextFormat
-from konic.finetuning.system.files import filling_folder
+from konic.finetuning.system.files import filling_folder, set_aside
+
+logger = logging.getLogger(__name__)
+
+_WRITTEN = (
+    "config.json", "*.safetensors*", "tokenizer*", "vocab.*", "merges.txt", "*.model", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "README.md",
+)  # fmt: skip
+"""What a model writes into its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +46,8 @@ def save_reward_model(
 ) -> None:
     """Write the model (after merging a LoRA adapter), its tokenizer and its model card into the report's folder.
 
+    An earlier model that is there moves into a folder `earlier-N` in it, and a warning says so.
+
     Raises:
         OutputError: The folder cannot be written.
     """
@@ -49,6 +60,10 @@ def save_reward_model(
             tokenizer.backend_tokenizer.no_truncation()  # otherwise the truncation of the last text is saved too
         tokenizer.save_pretrained(target)
         (target / "README.md").write_text(_card(text_format, labels, base, report), encoding="utf-8")
+        earlier = [path for pattern in _WRITTEN for path in sorted(report.folder.glob(pattern)) if path.is_file()]
+        if earlier:
+            aside = set_aside(report.folder, earlier)
+            logger.warning("An earlier model was in %s; its files are now in %s.", report.folder, aside)
 
 
 def _card(text_format: TextFormat, labels: Sequence[str] | None, base: str, report: RewardModelReport) -> str:

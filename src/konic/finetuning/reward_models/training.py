@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from konic.finetuning.errors import DatasetError, ModelError, TrainingError
+from konic.finetuning.errors import DatasetError, ModelError, OutputError, TrainingError
 from konic.finetuning.learning.schedule import learning_rate_at
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
@@ -27,6 +27,7 @@ from konic.finetuning.reward_models.feedback import Labelled, Preference
 from konic.finetuning.reward_models.saving import RewardModelReport, save_reward_model
 from konic.finetuning.reward_models.texts import TextFormat, encode_pair
 from konic.finetuning.settings import Settings
+from konic.finetuning.system.files import as_path, require_writable
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def train_reward_model(
     Args:
         examples: Preference pairs, or labelled texts.
         base: The model to start from: a Hub id, a folder, or a packaged model such as "all-minilm-l6-v2".
-        output: The folder to write.
+        output: The folder to write; an earlier model in it moves into a folder `earlier-N` there.
         config: How to train.
         test: More examples, used only to measure accuracy.
         device: "auto", or a torch device.
@@ -81,9 +82,11 @@ def train_reward_model(
     Raises:
         DatasetError: There are too few examples, or only one label.
         ModelError: The base model cannot be loaded.
+        OutputError: The folder cannot be written; this is checked before training.
         TrainingError: The loss or a weight is no longer finite; nothing is written.
     """
-    config = config or RewardTrainingConfig()
+    config, folder = config or RewardTrainingConfig(), as_path(output, "output", OutputError)
+    require_writable(folder, "output")
     labels = _labels([*examples, *test])
     train, held_out = _split(examples, config)
     with torch.random.fork_rng():
@@ -98,7 +101,7 @@ def train_reward_model(
                 + (f", held-out accuracy {share.mean:.3f}" if held_out else "")
             )
     report = RewardModelReport(
-        folder=Path(output).expanduser().absolute(),
+        folder=folder,
         num_examples=len(train),
         accuracy=task.accuracy(model, held_out),
         num_held_out=len(held_out),

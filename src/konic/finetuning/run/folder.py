@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +26,7 @@ from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.rewards.scoring import Scores
 from konic.finetuning.rollout.rollout import Rollout
 from konic.finetuning.run.checkpoint import checkpoints, iteration_number
-from konic.finetuning.system.files import as_path, find_corruption, replacing_file, unwritable, write_text
+from konic.finetuning.system.files import as_path, find_corruption, replacing_file, set_aside, unwritable, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -92,18 +91,9 @@ class RunFolder:
         if not self.holds_a_run:
             return None
         try:
-            return self._set_aside(self._written())
+            return set_aside(self.path, self._written())
         except OSError as error:
             raise unwritable(error.filename or self.path, error) from None
-
-    def _set_aside(self, written: list[Path]) -> Path:
-        """Move files and folders of this one into a new folder `earlier-N`, under the same names."""
-        aside = next(path for n in range(1, sys.maxsize) if not os.path.lexists(path := self.path / f"earlier-{n}"))
-        for path in written:
-            target = aside / path.relative_to(self.path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-        return aside
 
     def prepare(self) -> None:
         """Create the folder and check that it can be written.
@@ -244,7 +234,7 @@ class RunFolder:
             os.replace(folder, aside)
         for left in (path for pattern in _UNFINISHED for path in self.path.glob(pattern)):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        earlier = self._set_aside([*models, *tables]) if models else None
+        earlier = set_aside(self.path, [*models, *tables]) if models else None
         if earlier is not None and metrics.is_file():
             shutil.copy2(metrics, earlier)
         write_text(metrics, "".join(_line(result) for result in history))

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -39,6 +40,35 @@ def as_path(value: Any, option: str, error: type[KonicError]) -> Path:
 def unwritable(path: Path | str, problem: Exception) -> OutputError:
     """Return the error for a file or folder that cannot be written, with the operating system's reason."""
     return OutputError(f"{path}: cannot be written: {_reason(problem)}.")
+
+
+def require_writable(folder: Path, option: str) -> None:
+    """Check that a folder can be written, or created, without creating it.
+
+    Raises:
+        OutputError: It cannot, or it is a file; the message names `option`.
+    """
+    beside = next(parent for parent in folder.parents if os.path.lexists(parent))
+    try:
+        for place in (beside, folder) if os.path.lexists(folder) else (beside,):
+            with tempfile.TemporaryFile(dir=place):
+                pass
+    except OSError as error:
+        raise unwritable(f"{option} {folder}", error) from None
+
+
+def set_aside(folder: Path, written: list[Path]) -> Path:
+    """Move files and folders of a folder into a new folder `earlier-N` in it, under the same names.
+
+    Raises:
+        OSError: Something cannot be moved.
+    """
+    aside = next(path for n in range(1, sys.maxsize) if not (path := folder / f"earlier-{n}").exists())
+    for path in written:
+        target = aside / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    return aside
 
 
 def _reason(problem: Exception) -> Any:
