@@ -967,6 +967,14 @@ def test_the_text_of_a_users_error_cannot_steer_the_terminal(capsys):
     assert "\x1b" not in capsys.readouterr().out
 
 
+def test_a_reward_named_total_has_a_row_beside_the_total(capsys):
+    trial = tried(reading(total=2.0, a=1.0), total=A, a=B)
+    assert [told.name for told in (*trial.parts, trial.total)] == ["total", "a", "total of all"]
+    show(trial)
+    starts = [line.strip().partition("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert (starts.count("a"), starts.count("total"), starts.count("total of all")) == (3, 3, 2)
+
+
 def test_without_a_standard_output_the_tables_go_nowhere(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)  # as Python starts where the shell has closed it
     show(tried(Sized()))

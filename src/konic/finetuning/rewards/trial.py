@@ -183,7 +183,8 @@ def try_rewards(composer: KonicLLMRewardComposer, samples: Sequence[Sample]) -> 
             values = [own.get(name, math.nan) for own in parts]
             on_probe = {probe: own.get(name, math.nan) for probe, own in zip(PROBES, probed, strict=True)}
             trials.append(_part(name, one.trial.name, values, _share(moved, totals), lengths, on_probe))
-    total = _part("total", "", totals, 1.0, lengths, dict(zip(PROBES, probe_totals, strict=True)))
+    name = "total" if all(part.name != "total" for part in trials) else "total of all"
+    total = _part(name, "", totals, 1.0, lengths, dict(zip(PROBES, probe_totals, strict=True)))
     return ComposerTrial(num_responses=len(samples), total=total, parts=trials, rewards=[one.trial for one in tried])
 
 
