@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from command import konic, script
 from konic.cli import app
 from konic.cli.rewards import sample_responses, show
-from konic.cli.scripts import load_agent, load_composer
+from konic.cli.scripts import load_agent, load_composer, load_composer_and_column
 from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.data.prompts import Prompt, load_prompts, make_prompts
 from konic.finetuning.data.samples import make_samples
@@ -590,14 +590,32 @@ def test_prompts_in_a_file_may_be_chats(tmp_path):
         ([*ROWS, {"prompt": "p2", "response": None}], r"texts\.jsonl, row 2: needs a text"),
         ([{"prompt": "p", "response": 5}, *ROWS], r"texts\.jsonl, row 0: needs a text"),
         ([ROWS[0], "just text"], r"texts\.jsonl, row 1: needs a text"),
-        ([ROWS[0], {"response": "r", "promt": "p"}], r"texts\.jsonl: row 1 has no column 'prompt'\. Did you mean"),
-        ([ROWS[0], {"response": "r", "prompt": " "}], r"texts\.jsonl: 1 of 2 prompts .*row 1 \(empty\)"),
+        ([ROWS[0], {"response": "r", "promt": "p"}], r"texts\.jsonl, row 1: has no column 'prompt'\. Did you mean"),
+        ([{"response": "r", "prompt": " "}] * 2, r"texts\.jsonl: 2 of 2 prompts .*row 1 \(empty\)"),
         ([], r"texts\.jsonl: holds no rows"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_used_is_told_with_its_row(rows, told, tmp_path):
     with pytest.raises(DatasetError, match=told):
         read_responses(str(written(tmp_path, rows)))
+
+
+def test_the_agents_prompt_column_is_read_where_the_file_has_it(tmp_path):
+    rows = [{"prompt": "p", "question": "q", "response": "r"}]
+    path = str(written(tmp_path, rows))
+    assert [read_responses(path, column)[0].prompt for column in ("question", "prompt", "absent")] == ["q", "p", "p"]
+    with pytest.raises(DatasetError, match=r"has no column 'task' or 'prompt'\..* Rename the column") as error:
+        read_responses(str(written(tmp_path, [{"question": "q", "response": "r"}])), "task")
+    assert "DatasetConfig" not in str(error.value)
+    text = AGENT.format(model="any", seed=0).replace("shuffle=False", "prompt_column='question'")
+    assert load_composer_and_column(script(tmp_path, text))[1] == "question"
+
+
+def test_rows_with_an_empty_prompt_are_left_out_with_their_responses(tmp_path, caplog):
+    rows = [{"prompt": text, "response": f"to {text}"} for text in ("a", " ", "b")]
+    samples = read_responses(str(written(tmp_path, rows)))
+    assert [(sample.prompt, sample.response) for sample in samples] == [("a", "to a"), ("b", "to b")]
+    assert "1 of 3 prompts are empty and left out: rows 1." in caplog.text
 
 
 def test_a_file_that_is_not_there_or_is_no_data_is_told(tmp_path):

@@ -43,11 +43,12 @@ def rewards(
               konic rewards my_rewards.py --texts responses.jsonl
     """
     typer.echo(f"Loading {script} ...", err=True)
-    from konic.cli.scripts import load_agent, load_composer
+    from konic.cli.scripts import load_agent, load_composer_and_column
     from konic.finetuning.rewards.trial import read_responses, try_rewards
 
     if texts is not None:
-        composer, tried = load_composer(script), read_responses(texts)
+        composer, prompt_column = load_composer_and_column(script)
+        tried = read_responses(texts, prompt_column)
     else:
         agent = load_agent(script)
         typer.echo(f"Sampling {samples} responses from {agent.get_base_model()} ...", err=True)

@@ -42,11 +42,17 @@ def _find_agent(script: Path, module: Any) -> KonicFinetuningAgent:
 
 def load_composer(script: Path) -> KonicLLMRewardComposer:
     """Load a script's composer: its agent's, else its module-level one, else an instance of its only composer class."""
+    return load_composer_and_column(script)[0]
+
+
+def load_composer_and_column(script: Path) -> tuple[KonicLLMRewardComposer, str]:
+    """Load a script's composer, and the prompt column that its agent names; without an agent `prompt`."""
     if not script.is_file():
         raise ConfigError(f"{script}: there is no such file.")
     module = _import(script)
     if get_registered_agent()[0] or hasattr(module, "agent") or hasattr(module, "build_agent"):
-        return _find_agent(script, module).get_reward_composer()
+        agent = _find_agent(script, module)
+        return agent.get_reward_composer(), agent.get_dataset_config().prompt_column
     own = {id(value): value for value in vars(module).values()}.values()
     found = [value for value in own if isinstance(value, KonicLLMRewardComposer)]
     kinds = [kind for kind in own if isinstance(kind, type) and kind.__module__ == module.__name__]
@@ -58,7 +64,7 @@ def load_composer(script: Path) -> KonicLLMRewardComposer:
             "has the composer to try."
         )
     KonicLLMRewardComposer.check(found[0])
-    return found[0]
+    return found[0], "prompt"
 
 
 def _import(script: Path) -> Any:

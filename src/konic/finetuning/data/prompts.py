@@ -188,13 +188,17 @@ def _weight(value: Any) -> float | None:
     return number if 0 <= number < math.inf else None
 
 
-def make_prompts(rows: Sequence[Any], config: DatasetConfig, where: str) -> list[Prompt]:
+def make_prompts(
+    rows: Sequence[Any], config: DatasetConfig, where: str, leaves_out_empty: bool = False
+) -> list[Prompt]:
     """Make prompts from rows that are strings, lists of chat messages, or mappings with a prompt column.
+
+    With `leaves_out_empty`, empty prompts are left out with a warning, as long as they are at most half of all.
 
     Raises:
         DatasetError: A row lacks the column (the message lists its columns), or prompts are empty or not text.
     """
-    return _prompts(enumerate(rows), config, where)
+    return _prompts(enumerate(rows), config, where, leaves_out_empty)
 
 
 def _prompts(

@@ -11,7 +11,7 @@ from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.data.loaders import read_local
 from konic.finetuning.data.prompts import make_prompts
 from konic.finetuning.data.samples import Sample, make_samples
-from konic.finetuning.errors import DatasetError
+from konic.finetuning.errors import DatasetError, did_you_mean
 from konic.finetuning.rewards.calls import call_reward
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer, describe_weighting
 from konic.finetuning.rewards.outcomes import Fault, Outcome, Reward
@@ -188,11 +188,14 @@ def try_rewards(composer: KonicLLMRewardComposer, samples: Sequence[Sample]) -> 
     return ComposerTrial(num_responses=len(samples), total=total, parts=trials, rewards=[one.trial for one in tried])
 
 
-def read_responses(name: str) -> list[Sample]:
+def read_responses(name: str, prompt_column: str = "prompt") -> list[Sample]:
     """Read samples from a file with columns `prompt` and `response`; its other columns go to the rewards.
 
+    `prompt_column` is read instead of `prompt` if the file has it. Rows with an empty prompt are left out with a
+    warning, as in training.
+
     Raises:
-        DatasetError: The file does not exist or has no rows, or a row has no response.
+        DatasetError: The file does not exist or has no rows, or a row has no prompt or response.
     """
     rows = read_local(name)
     for number, row in enumerate(rows):
@@ -200,8 +203,18 @@ def read_responses(name: str) -> list[Sample]:
             raise DatasetError(f"{name}, row {number}: needs a text in the column 'response'.")
     if not rows:
         raise DatasetError(f"{name}: holds no rows.")
-    prompts = make_prompts([{key: row[key] for key in row if key != "response"} for row in rows], DatasetConfig(), name)
-    return make_samples(prompts, [prompt.text for prompt in prompts], [row["response"] for row in rows])
+    column = prompt_column if any(prompt_column in row for row in rows) else "prompt"
+    for number, row in enumerate(rows):
+        if column not in row:
+            wanted = " or ".join(map(repr, dict.fromkeys((prompt_column, column))))
+            raise DatasetError(
+                f"{name}, row {number}: has no column {wanted}.{did_you_mean(column, map(str, row))} Its columns: "
+                f"{', '.join(map(repr, row))}. Rename the column that holds the prompt."
+            )
+    columns = [{key: row[key] for key in row if key != "response"} for row in rows]
+    prompts = make_prompts(columns, DatasetConfig(prompt_column=column), name, leaves_out_empty=True)
+    responses = [rows[prompt.row]["response"] for prompt in prompts]
+    return make_samples(prompts, [prompt.text for prompt in prompts], responses)
 
 
 @dataclass(frozen=True)
