@@ -695,7 +695,8 @@ def test_messages_are_none_for_plain_prompts_beside_chats_and_no_column_without_
     mixed = make_prompts(["plain", [{"role": "user", "content": "Hello"}]], DatasetConfig(), "test")
     assert score(Turns(), mixed, ["plain", "Hello"], ["a", "b"]).rewards == [0, 1]
     with pytest.raises(RewardError, match="asks for 'messages', the chat of a prompt"):
-        score(Turns(), mixed[:1], ["plain"], ["a"])
+        score(Turns(), make_prompts(["plain"], DatasetConfig(), "test"), ["plain"], ["a"])
+    assert score(Turns(), mixed[:1], ["plain"], ["a"]).rewards == [0]  # a plain row of a dataset with chats
 
 
 def test_rewards_get_the_text_that_the_model_read_not_the_whole_prompt():

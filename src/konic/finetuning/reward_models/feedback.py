@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from konic.finetuning.data.loaders import is_local, read_hub, read_local
-from konic.finetuning.data.prompts import chat_from_text
+from konic.finetuning.data.rows import read_chat
 from konic.finetuning.errors import DatasetError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def _require_columns(data: str, rows: Sequence[Any], names: Sequence[str]) -> No
 
 def _preference(row: Mapping[str, Any], where: str) -> Preference:
     names = ("chosen", "rejected", "prompt")
-    given = {name: chat_from_text(row.get(name)) for name in names}
+    given = {name: read_chat(cell) if isinstance(cell := row.get(name), str) else cell for name in names}
     chosen, rejected, prompt = (_chat(given[name], f"{where}: {name!r}") for name in names)
     if not all(side and side[-1]["content"].strip() for side in (chosen, rejected)):
         raise DatasetError(f"{where}: 'chosen' or 'rejected' holds no response.")

@@ -63,7 +63,7 @@ def set_aside(folder: Path, written: list[Path]) -> Path:
     Raises:
         OSError: Something cannot be moved.
     """
-    aside = next(path for n in range(1, sys.maxsize) if not (path := folder / f"earlier-{n}").exists())
+    aside = next(path for n in range(1, sys.maxsize) if not os.path.lexists(path := folder / f"earlier-{n}"))
     for path in written:
         target = aside / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
