@@ -366,7 +366,7 @@ def test_the_batch_is_so_many_prompts_with_so_many_responses_each(values, group,
         (lambda: TrainingConfig(batch_size=2.5), "TrainingConfig.batch_size: it must be a whole number, got 2.5."),
         (lambda: TrainingConfig(gamma=2), "TrainingConfig.gamma: it must be at most 1, got 2."),
         (lambda: LoraConfig(target_modules=3), "LoraConfig.target_modules: it must be a list or text, got 3."),
-        (lambda: DatasetConfig(prompts="abc"), "DatasetConfig.prompts: it must be a list, got 'abc'."),
+        (lambda: DatasetConfig(prompts="abc"), "prompts is of the type str, which is not a list of rows: 'abc'."),
         (lambda: DatasetConfig(shuffle="perhaps"), "DatasetConfig.shuffle: it must be True or False, got 'perhaps'."),
     ],
 )
