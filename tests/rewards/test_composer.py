@@ -111,7 +111,7 @@ def test_any_other_name_is_a_reward(name):
     assert composer.compose_batch(["a"], ["b"]) == ([2.0], {name: [2.0]})
 
 
-@pytest.mark.parametrize("name", ["check", "settings", "check_columns", "evaluate"])
+@pytest.mark.parametrize("name", ["check", "settings", "check_columns", "evaluate", "reward_names"])
 def test_a_helper_may_have_any_name(name):
     class Mine(KonicLLMRewardComposer):
         @llm_reward

@@ -78,13 +78,13 @@ class KonicLLMRewardComposer:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse rewards whose name is one that a composer has a use for itself."""
         super().__init_subclass__(**kwargs)
+        own = {*vars(KonicLLMRewardComposer), *KonicLLMRewardComposer.__annotations__}
         for name, member in vars(cls).items():
             computed = getattr(member, "fget", None) or getattr(member, "func", None)  # of a property, or a cached one
             if computed is not None and find_mark(member) is None and find_mark(computed) is not None:
                 raise ConfigError(
                     f"{cls.__name__}.{name} is a property. A reward is a method (self, prompt, response)."
                 )
-            own = {*vars(KonicLLMRewardComposer), *KonicLLMRewardComposer.__annotations__}
             is_taken = name in own or (name.startswith("__") and name.endswith("__"))
             if is_taken and find_mark(member) is not None:
                 raise ConfigError(f"{cls.__name__}.{name}: a composer has {name} itself. Give the reward another name.")
@@ -266,8 +266,9 @@ class KonicLLMRewardComposer:
                 f"{type(self).__name__} has no rewards. Mark at least one method (self, prompt, response) with "
                 "@llm_reward, or add a reward model or function."
             )
-        names = self.reward_names
-        for reward in list_rewards(self):
+        rewards = list_rewards(self)  # a script may have `reward_names` of its own
+        names = [reward.name for reward in rewards]
+        for reward in rewards:
             if names.count(reward.name) > 1:
                 raise ConfigError(_NAMED_TWICE.format(reward.name))
             require_a_response(reward)
@@ -303,7 +304,7 @@ class KonicLLMRewardComposer:
         self.kl_penalty_weight = weight
 
     def _require_new(self, name: str) -> None:
-        if name in self.reward_names:
+        if any(name == reward.name for reward in list_rewards(self)):
             raise ConfigError(_NAMED_TWICE.format(name))
 
     def _keep_weight(self, name: str, weight: float) -> Self:
