@@ -15,9 +15,11 @@ from konic.finetuning.config import LoraConfig
 from konic.finetuning.errors import ConfigError, TrainingError
 from konic.finetuning.models import language_model
 from konic.finetuning.models.language_model import LanguageModel
+from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.models.positions import position_ids
 from konic.finetuning.models.token_scores import score_tokens
+from konic.finetuning.rollout.decoding import require_decodable
 
 needs_mkldnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
 
@@ -47,6 +49,16 @@ def test_the_reference_is_the_loaded_model_however_far_the_adapter_goes(architec
     assert (logits_of(policy.language_model, IDS) - truth).abs().max() > 0.1
     with policy.reference() as reference:
         assert torch.equal(logits_of(reference, IDS), truth)
+    policy.check_reference()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("targets", [("q_proj",), ("q_proj", "v_proj")])
+def test_a_real_model_in_sixteen_bits_passes_every_check_at_the_start(dtype, targets):
+    """SmolLM2: rounding on tokens that no text holds, such as reserved ones in a row, is as large as its logits."""
+    loaded = load_model("smollm2-135m", {"dtype": dtype}, torch.device("cpu"))
+    policy = Policy(loaded, LoraConfig(r=1, target_modules=targets))
+    require_decodable(policy.language_model, "smollm2-135m")
     policy.check_reference()
 
 

@@ -112,8 +112,7 @@ def require_decodable(model: LanguageModel, name: str) -> None:
 @torch.no_grad()
 def _logits_in_a_batch_and_alone(model: LanguageModel) -> tuple[Tensor, Tensor]:
     """Return the logits [2, V] after two short texts: decoded in one batch, and from a forward pass of each alone."""
-    device, vocabulary = model.causal_lm.device, model.causal_lm.config.get_text_config().vocab_size
-    ids = torch.arange(3, 30, device=device).view(3, 9) % vocabulary
+    device, ids = model.causal_lm.device, model.probe_ids(27).view(3, 9)
     lengths = torch.tensor([8, 8, 3], device=device)
     mask = torch.arange(8, device=device) >= 8 - lengths[:, None]
     rows = torch.tensor([2, 0], device=device)  # the second row leaves the batch
