@@ -8,6 +8,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from conftest import shake_adapter, tiny_learner
@@ -44,6 +45,8 @@ KNOWN = {
     "mistral": (MistralConfig, {"sliding_window": None}),
     "mistral with wide heads": (MistralConfig, {"sliding_window": None, "head_dim": 12}),
     "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 8}),
+    "qwen3 with wide heads": (Qwen3Config, {"head_dim": 12, "attention_bias": True}),
     "qwen2 whose window no layer uses": (
         Qwen2Config,
         {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention"] * 2},
@@ -56,6 +59,7 @@ UNKNOWN = {
         {"sliding_window": 4, "layer_types": ["full_attention"] * 2},
     ),
     "qwen2 with a window": (Qwen2Config, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3 with a window": (Qwen3Config, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "llama with dynamic rope": (LlamaConfig, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, **ROPE}}),
     "llama with gelu": (LlamaConfig, {"hidden_act": "gelu"}),
     "gpt2 scaled by layer": (GPT2Config, {"scale_attn_by_inverse_layer_idx": True}),
@@ -133,7 +137,7 @@ def test_hidden_states_and_logits_are_those_of_whole_passes_without_padding(name
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
-@pytest.mark.parametrize("name", ["gpt2", "gpt2 untied", "llama", "llama with biases", "llama tied", "qwen2"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2 untied", "llama", "llama with biases", "llama tied", "qwen2", "qwen3"])
 def test_packed_products_give_the_same_to_rounding(name):
     model, lengths = model_of(*KNOWN[name], dtype=torch.float32), PROMPT_LENGTHS["padded"]
     before = {key: weight.clone() for key, weight in model.causal_lm.state_dict().items()}

@@ -23,7 +23,7 @@ from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.prepacked import Product, weight_and_bias
 
 Function = Callable[[Tensor], Tensor]
-LLAMA_SHAPED = ("llama", "mistral", "qwen2")
+LLAMA_SHAPED = ("llama", "mistral", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles do not depend on the length of the sequence so far."""
 
@@ -34,6 +34,8 @@ class Block:
 
     attention_norm: Function
     queries_keys_values: Product
+    head_norm: Function | None = None
+    """Queries and keys [B, T, N + K, D] -> the same normalised; None does not normalise them."""
     attention_output: Product
     mlp_norm: Function
     up: Product
@@ -92,6 +94,9 @@ class Transformer:
         for block, kept in zip(self.blocks, cache, strict=True):
             joined = block.queries_keys_values(block.attention_norm(x))
             joined = joined.view(num_rows, num_tokens, self.num_heads + 2 * self.num_kv_heads, self.head_size)
+            if block.head_norm is not None:
+                to_norm = joined[:, :, : self.num_heads + self.num_kv_heads]
+                to_norm.copy_(block.head_norm(to_norm))
             attended = self._attention(joined, kept, length, mask, slot, rotation)
             x = block.attention_output(attended.reshape(num_rows * num_tokens, -1), add=x)
             x = block.down(block.activation(block.up(block.mlp_norm(x))), add=x)
@@ -154,6 +159,7 @@ def _llama(causal_lm: Any, prepacked_rows: int | None) -> Transformer | None:
         Block(
             attention_norm=_rms_norm(block.input_layernorm),
             queries_keys_values=product(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj),
+            head_norm=_head_norm(block.self_attn, config) if config.model_type == "qwen3" else None,
             attention_output=product(block.self_attn.o_proj),
             mlp_norm=_rms_norm(block.post_attention_layernorm),
             up=product(block.mlp.gate_proj, block.mlp.up_proj),
@@ -244,9 +250,22 @@ def _read(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) ->
 
 def _rms_norm(layer: Any) -> Function:
     """Return the function x / √(mean x² + ε) · weight. It normalises in fp32 for any dtype, as `transformers` does."""
-    weight, epsilon = layer.weight.detach(), layer.variance_epsilon
+    return _rms_norm_of(layer.weight.detach(), layer.variance_epsilon)
+
+
+def _head_norm(attention: Any, config: Any) -> Function:
+    """Return one function that normalises every query and key head, each by the weight of its own norm."""
+    norms = [attention.q_norm] * config.num_attention_heads + [attention.k_norm] * config.num_key_value_heads
+    weights = torch.stack([norm.weight.detach() for norm in norms])
+    return _rms_norm_of(weights, attention.q_norm.variance_epsilon)
+
+
+def _rms_norm_of(weight: Tensor, epsilon: float) -> Function:
+    """Return the function over the last dimension; `weight` may have one row for every row of x."""
     if weight.device.type != "cpu":  # one kernel, where a CPU is slower with it
-        return lambda x: functional.rms_norm(x, weight.shape, weight, epsilon)
+        if weight.dim() == 1:
+            return lambda x: functional.rms_norm(x, weight.shape, weight, epsilon)
+        return lambda x: weight * functional.rms_norm(x, weight.shape[-1:], None, epsilon)
 
     def normed(x: Tensor) -> Tensor:
         wide = x.float()
