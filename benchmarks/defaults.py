@@ -1,21 +1,25 @@
 """Settings on tasks that no default was tuned on: reward − β · KL, the reward and the KL as responses are sampled.
 
 python benchmarks/defaults.py run [--responses 320] [--dtype bfloat16] [--seeds 0 1 2] [--tasks kind ...]
-                                  [--settings NAME ...]
+                                  [--settings NAME ...] [--judge FOLDER] [--results FILE] [--seconds N]
 python benchmarks/defaults.py show
 
 `run` adds a line per run to benchmarks/results/defaults.jsonl and leaves out what stands there already, so it can be
 stopped and started again. A run is as long as its number of responses, not its time: so it learns the same on a slower
-or a shared machine. `show` writes the table of docs/defaults.md. The tasks are in defaults_tasks.py.
+or a shared machine. `show` writes the table of docs/defaults.md. The tasks are in defaults_tasks.py. Runs beside each
+other need a FILE each. `--seconds` also ends a run after so many seconds of training.
 """
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import torch
 
 from bench import machine
 from defaults_tasks import TASKS, agent_of
@@ -47,9 +51,12 @@ LOOKS = (64, 320, 960)
 class Recorder(KonicFinetuningCallback):
     """Keeps the numbers of every iteration, with the seconds of training so far."""
 
-    def __init__(self):
+    def __init__(self, until):
         super().__init__(verbose=False)
-        self.seconds, self.rows = 0.0, []
+        self.seconds, self.rows, self.until = 0.0, [], until
+
+    def should_stop_early(self, result):
+        return self.seconds >= self.until
 
     def on_iteration_end(self, result):
         self.seconds += result.total_time_sec
@@ -68,9 +75,10 @@ def train_judge(folder):
 
 
 def run(options):
-    done = {(row["task"], row["settings"], row["seed"]) for row in read()}
+    done = {(row["task"], row["settings"], row["seed"]) for row in read(options.results)}
+    where = f"{torch.cuda.get_device_name()}; {machine()}" if torch.cuda.is_available() else machine()
     with tempfile.TemporaryDirectory() as name:
-        judge = None
+        judge = options.judge
         for seed in options.seeds:
             for settings in options.settings:
                 for task in options.tasks:
@@ -79,22 +87,22 @@ def run(options):
                     if task == "judge" and judge is None:
                         judge = train_judge(Path(name) / "judge")
                     training = {**SETTINGS[settings], "seed": seed}
-                    recorder = Recorder()
+                    recorder = Recorder(options.seconds)
                     agent = agent_of(task, training, judge, options.dtype)
                     batch_size = agent.get_training_config().batch_size
                     folder = Path(name) / f"{task}-{len(done)}"
                     engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=folder, callback=recorder)
                     engine.train(options.responses // batch_size)
-                    row = {"task": task, "settings": settings, "seed": seed, "machine": machine()}
+                    row = {"task": task, "settings": settings, "seed": seed, "machine": where}
                     row |= {"day": time.strftime("%Y-%m-%d"), "batch_size": batch_size, "dtype": options.dtype}
-                    with RESULTS.open("a") as file:
+                    with options.results.open("a") as file:
                         file.write(json.dumps(row | {"iterations": recorder.rows}) + "\n")
                     done.add((task, settings, seed))
                     print(line_of(row | {"iterations": recorder.rows}), flush=True)
 
 
-def read():
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+def read(results=RESULTS):
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
 def window(rows, end, size):
@@ -147,10 +155,14 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS)
     parser.add_argument("--settings", nargs="*", default=["defaults"], choices=SETTINGS)
+    parser.add_argument("--judge", help="the folder of a judge that is trained already")
+    parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.command == "run":
         run(options)
-    show()
+    if options.results == RESULTS:
+        show()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from bench import Process, machine, save_model
 from gpu_checks import TOKENS, checks, prompts
@@ -26,7 +26,7 @@ from gpu_checks import TOKENS, checks, prompts
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama's or GPT-2's numbers."""
+    """A Llama's, Qwen3's or GPT-2's numbers."""
 
     shape: str
     vocabulary: int
@@ -35,17 +35,20 @@ class Size:
     heads: int
     kv_heads: int
     mlp: int
+    head: int = 64
 
 
 SIZES = {
     "135M": Size("llama", 49_152, 576, 30, 9, 3, 1536),  # SmolLM2-135M
     "gpt2": Size("gpt2", 50_257, 768, 12, 12, 12, 3072),  # GPT-2
+    "0.6B": Size("qwen3", 151_936, 1024, 28, 16, 8, 3072, 128),  # Qwen3 0.6B
     "1B": Size("llama", 128_256, 2048, 16, 32, 8, 8192),  # Llama 3.2 1B
 }
 SMALL = {
-    "135M": Size("llama", 512, 64, 2, 4, 2, 128),
-    "gpt2": Size("gpt2", 512, 64, 2, 4, 4, 256),
-    "1B": Size("llama", 512, 96, 2, 4, 2, 192),
+    "135M": Size("llama", 512, 64, 2, 4, 2, 128, 16),
+    "gpt2": Size("gpt2", 512, 64, 2, 4, 4, 256, 16),
+    "0.6B": Size("qwen3", 512, 64, 2, 4, 2, 128, 32),
+    "1B": Size("llama", 512, 96, 2, 4, 2, 192, 24),
 }
 
 
@@ -66,6 +69,7 @@ WORKS = (
     Work("sampling, 135M, batch 64", "sample", "generate", "135M", 64),
     Work("sampling, 135M, batch 256", "sample", "generate", "135M", 256),
     Work("sampling, GPT-2, batch 64", "sample", "generate", "gpt2", 64),
+    Work("sampling, Qwen3 0.6B bf16, batch 64", "sample", "generate", "0.6B", 64, "bfloat16"),
     Work("sampling, 1B bf16, batch 64", "sample", "generate", "1B", 64, "bfloat16"),
     Work("sampling, any model, batch 64", "sample-general", "generate", "135M", 64),
     Work("PPO iteration, 135M, batch 8", "ppo", "trl026", "135M", 8),
@@ -78,21 +82,20 @@ WORKS = (
 PEERS = {"generate": "transformers generate", "trl026": "TRL 0.26.2 PPO", "trl116": "TRL 1.16 GRPO"}
 
 
-def make_model(size, folder, device):
-    """A random model, and a tokenizer whose tokens are numbered words."""
+def make_model(size, dtype, folder, device):
+    """A random model in a dtype, and a tokenizer whose tokens are numbered words."""
     torch.manual_seed(0)
     common = {"vocab_size": size.vocabulary, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.05}
     with torch.device(device):
         if size.shape == "gpt2":
             config = GPT2Config(n_embd=size.hidden, n_layer=size.layers, n_head=size.heads, **common)
-            model = GPT2LMHeadModel(config)
         else:
-            config = LlamaConfig(
-                hidden_size=size.hidden, intermediate_size=size.mlp, num_hidden_layers=size.layers,
+            config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[size.shape](
+                hidden_size=size.hidden, intermediate_size=size.mlp, num_hidden_layers=size.layers, head_dim=size.head,
                 num_attention_heads=size.heads, num_key_value_heads=size.kv_heads, max_position_embeddings=1024,
                 tie_word_embeddings=True, pad_token_id=0, **common,
             )  # fmt: skip
-            model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
     words = {"<end>": 0, **{f"w{number}": number for number in range(1, size.vocabulary)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -157,8 +160,8 @@ def seconds_of(work, on_gpu):
 
 def step_floor(work, size, rates):
     """Milliseconds of a decode step that only reads the weights once, or only multiplies by them."""
-    attention = 2 * size.hidden**2 + 2 * size.hidden * (size.hidden // size.heads) * size.kv_heads
-    mlp = (3 if size.shape == "llama" else 2) * size.hidden * size.mlp
+    attention = 2 * size.hidden * size.head * (size.heads + size.kv_heads)
+    mlp = (2 if size.shape == "gpt2" else 3) * size.hidden * size.mlp
     weights = size.layers * (attention + mlp) + size.vocabulary * size.hidden
     read = weights * (2 if work.dtype == "bfloat16" else 4) / rates["bandwidth"]
     return 1000 * max(read, 2 * weights * work.rows / rates[work.dtype])
@@ -247,8 +250,8 @@ def main():
     )
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
         root = Path(name)
-        needed = sorted({"135M", *(work.model for work in works)})
-        folders = {size: make_model(sizes[size], root / size, device) for size in needed}
+        needed = {"135M": "float32"} | {work.model: work.dtype for work in works}
+        folders = {size: make_model(sizes[size], dtype, root / size, device) for size, dtype in needed.items()}
         if options.only is None or "checks" in options.only:
             failed = report_checks(report, folders["135M"], root / "runs", device)
         if works:

@@ -32,8 +32,8 @@ prompts = Path(prompts_file).read_text().splitlines()
 turn = turns()
 
 
-def distinct_characters(prompt: str, response: str) -> float:
-    return float(len(set(response)))
+def characters(prompt: str, response: str) -> float:
+    return float(len(response))  # it differs between responses: equal rewards would leave nothing to update
 
 
 class Turns(KonicFinetuningCallback):
@@ -46,6 +46,7 @@ class Turns(KonicFinetuningCallback):
         next(turn)
 
     def should_stop_early(self, result):
+        assert result.reward_std > 0, "every response got the same reward, so there was no update to measure"
         return next(turn, "over") == "over"
 
 
@@ -53,7 +54,7 @@ targets = ("q_proj", "v_proj") if "gpt2" not in model else ("c_attn",)
 agent = KonicFinetuningAgent(
     base_model=model,
     model_kwargs={"dtype": dtype[0]} if dtype else {},
-    reward_composer=KonicLLMRewardComposer().add_reward_function(distinct_characters),
+    reward_composer=KonicLLMRewardComposer().add_reward_function(characters),
     lora_config=LoraConfig(r=8, lora_alpha=16, target_modules=targets),
     dataset_config=DatasetConfig(prompts=tuple(prompts)),
     training_config=TrainingConfig(

@@ -38,7 +38,7 @@ GRPOTrainer(
         disable_tqdm=True,
     ),
     train_dataset=Dataset.from_dict({"prompt": prompts}),
-    reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+    reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
     peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
     callbacks=[Turns()],
 ).train()  # fmt: skip
