@@ -10,9 +10,12 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
+from command import konic_here, script
 from conftest import PROMPTS
 from konic.finetuning import (
     BaseKonicFinetuningCallback,
@@ -103,6 +106,55 @@ def test_a_ctrl_c_swallowed_in_an_evaluation_leaves_no_evaluation(model_folders,
     engine = make_engine(model_folders["llama"], tmp_path, composer=Interrupted(), eval_every=1)
     assert engine.train(4).stopped_because == "interrupted"
     assert not list((tmp_path / "evaluations").glob("*"))
+
+
+SWALLOW = """
+    import os, signal, time
+    from konic.finetuning import *
+
+    def swallow():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except BaseException:
+            pass
+
+    class Rewards(KonicLLMRewardComposer):
+        @llm_reward
+        def one(self, prompt, response):
+            {in_reward}
+            return 1.0
+
+    {at_load}
+"""
+
+
+@pytest.mark.parametrize("place", ["in_reward", "at_load"])
+def test_a_ctrl_c_swallowed_while_rewards_are_tried_ends_the_command(tmp_path, place):
+    path = script(tmp_path, SWALLOW.format(**{"in_reward": "", "at_load": "", place: "swallow()"}))
+    texts = script(tmp_path, '{"prompt": "a", "response": "b"}', "texts.jsonl")
+    run = konic_here("rewards", path, "--texts", texts)
+    assert (run.returncode, run.stdout) == (130, "")
+
+
+@pytest.mark.parametrize("method", ["generate", "evaluate"])
+def test_a_ctrl_c_swallowed_by_the_prompts_ends_the_call(model_folders, tmp_path, method):
+    def prompts():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except BaseException:
+            yield "why"
+
+    with pytest.raises(KeyboardInterrupt):
+        getattr(make_engine(model_folders["llama"], tmp_path), method)(prompts())
+
+
+def test_an_interrupted_demo_ends_with_the_code_of_an_interruption():
+    interrupted = SimpleNamespace(stopped_because="interrupted", model_path=None, before=None, after=None)
+    with mock.patch("konic.finetuning.KonicFinetuningEngine.train", return_value=interrupted):
+        run = konic_here("demo")
+    assert (run.returncode, run.stdout) == (130, "")
 
 
 def test_what_a_second_ctrl_c_kept_from_being_saved_is_not_called_saved(

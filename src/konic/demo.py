@@ -16,6 +16,7 @@ from rich.text import Text
 from konic.finetuning import (
     DatasetConfig,
     DatasetSource,
+    FinetuningResult,
     GenerationConfig,
     KonicFinetuningAgent,
     KonicFinetuningEngine,
@@ -101,13 +102,15 @@ def build_agent(max_minutes: float | None = None) -> KonicFinetuningAgent:
     )
 
 
-def run_demo(max_iterations: int, max_minutes: float, output: Path | None) -> None:
+def run_demo(max_iterations: int, max_minutes: float, output: Path | None) -> FinetuningResult:
     """Train, evaluate on the held-out prompts before and after, and show what changed."""
     engine = KonicFinetuningEngine.from_agent(build_agent(max_minutes), checkpoint_dir=output)
     result = engine.train(max_iterations)
     if result.before is not None and result.after is not None:
         print_comparison(result.before, result.after)
-    print(f"\nThe model is in {result.model_path}; every response it gave is in completions/ next to it.")  # noqa: T201
+    if result.model_path is not None:
+        print(f"\nThe model is in {result.model_path}; every response it gave is in completions/ next to it.")  # noqa: T201
+    return result
 
 
 def print_comparison(before: Evaluation, after: Evaluation) -> None:

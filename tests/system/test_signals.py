@@ -3,10 +3,11 @@
 import contextlib
 import os
 import signal
+import time
 
 import pytest
 
-from konic.finetuning.system.signals import stopping_on_signals, uninterrupted
+from konic.finetuning.system.signals import raising_on_signals, stopping_on_signals, uninterrupted
 
 
 @pytest.fixture
@@ -65,3 +66,20 @@ def test_a_termination_in_a_block_that_fails_is_remembered_and_the_error_goes_on
             asked(signal.SIGTERM, done=[], depth=depth, error=ValueError("of the block"))
         assert handler.termination is not None
     assert len(terminations) == 1
+
+
+@pytest.mark.parametrize("answer", ["swallow", "another error"])
+def test_a_stop_that_a_block_catches_is_raised_at_its_end(answer):
+    @raising_on_signals()
+    def caught():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            if answer != "swallow":
+                raise ValueError from None
+
+    with pytest.raises(KeyboardInterrupt):
+        caught()
+    with raising_on_signals():
+        pass

@@ -22,5 +22,7 @@ def demo(
     """
     typer.echo("konic demo: loading a 135M-parameter chat model (the first run unpacks it into a cache) ...", err=True)
     from konic.demo import run_demo
+    from konic.finetuning.run.session import INTERRUPTED
 
-    run_demo(max_iterations, max_minutes, output)
+    if run_demo(max_iterations, max_minutes, output).stopped_because == INTERRUPTED:
+        raise typer.Exit(130)

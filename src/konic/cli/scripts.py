@@ -9,6 +9,7 @@ from typing import Any
 
 from konic.finetuning import ConfigError, KonicError, KonicFinetuningAgent, KonicLLMRewardComposer
 from konic.finetuning.agent import read_agent
+from konic.finetuning.system.signals import raising_on_signals
 from konic.runtime.agent import forget_registered_agent, get_registered_agent
 
 
@@ -99,7 +100,8 @@ def _package_of(script: Path) -> list[str]:
 def _call(script: Path, function: Any, *values: Any) -> Any:
     """Call the user's code; an error becomes a ConfigError that shows the user's part of the traceback."""
     try:
-        return function(*values)
+        with raising_on_signals():
+            return function(*values)
     except KonicError:
         raise
     except SystemExit:

@@ -23,7 +23,7 @@ from konic.finetuning.run.saving import write_model
 from konic.finetuning.run.session import INTERRUPTED, Session
 from konic.finetuning.successors import name_not_found
 from konic.finetuning.system.files import as_path, filling_folder
-from konic.finetuning.system.signals import stopping_on_signals, uninterrupted
+from konic.finetuning.system.signals import raising_on_signals, stopping_on_signals, uninterrupted
 from konic.finetuning.system.user_code import standard_torch_modes
 from konic.finetuning.trainer import Trainer
 from konic.output import tolerant_streams
@@ -235,6 +235,7 @@ class KonicFinetuningEngine:
                     return final
 
     @standard_torch_modes()
+    @raising_on_signals()
     def evaluate(self, prompts: Sequence[Any] | None = None) -> dict[str, Any]:
         """Responses to prompts and their rewards, with the same random numbers every time.
 
@@ -249,11 +250,12 @@ class KonicFinetuningEngine:
         chosen = session.prompts.held_out if prompts is None else self._make_prompts(prompts, "evaluate(prompts)")
         if not chosen:
             raise ConfigError("evaluate() has no prompts: give some, or set DatasetConfig(held_out=...).")
-        with stopping_on_signals(), session.scorer:
+        with session.scorer:
             untrained = session.state.num_steps == 0
             return session.evaluate(chosen, session.state.reward_moments, untrained).to_dict()
 
     @standard_torch_modes()
+    @raising_on_signals()
     def generate(self, prompts: Sequence[Any]) -> list[str]:
         """A response to every prompt, with the same random numbers every time."""
         session, made = self._current_session(), self._make_prompts(prompts, "generate(prompts)")

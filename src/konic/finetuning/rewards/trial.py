@@ -26,6 +26,7 @@ from konic.finetuning.rewards.totals import (
     moments_after,
     weighted_parts,
 )
+from konic.finetuning.system.signals import raising_on_signals
 
 PROBES = {
     "empty": "",
@@ -149,6 +150,7 @@ class ComposerTrial:
         return messages
 
 
+@raising_on_signals()
 def try_rewards(composer: KonicLLMRewardComposer, samples: Sequence[Sample]) -> ComposerTrial:
     """Score responses twice, in order and in reverse, and the probes once.
 

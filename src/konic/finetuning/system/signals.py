@@ -106,6 +106,17 @@ def stopping_on_signals() -> Iterator[StopHandler]:
             os.kill(os.getpid(), handler.termination)
 
 
+@contextmanager
+def raising_on_signals() -> Iterator[None]:
+    """As :func:`stopping_on_signals`; the KeyboardInterrupt is raised again on exit, whatever the block made of it."""
+    with stopping_on_signals() as stop:
+        try:
+            yield
+        finally:
+            if stop.has_come:
+                raise KeyboardInterrupt
+
+
 def _put_back(handlers: dict[signal.Signals, Any]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
