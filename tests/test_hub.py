@@ -141,7 +141,15 @@ def test_models_and_datasets_by_their_bare_names_subsets_splits_streams_and_revi
     (folders / "other").mkdir(exist_ok=True)
     (folders / "other" / "train.jsonl").write_text('{"text": "of the branch"}\n')
     hub.add_dataset("stanfordnlp/imdb", folders / "other", aliases=["imdb"], revision="branch")
+    hub.add_model("openai-community/gpt2", folders / "small", aliases=["gpt2"], revision="bytes")
+    values = {"peft_type": "LORA", "base_model_name_or_path": "gpt2", "revision": "bytes"}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(values))
     code = """
+def of_adapter():
+    loaded = load_model("ADAPTER", {}, torch.device("cpu"))
+    return [loaded.model.config.vocab_size, len(loaded.tokenizer), loaded.revision]
+note("adapter", of_adapter)
 note("distilgpt2", lambda: model("distilgpt2"))
 note("revision", lambda: model("gpt2", revision="main"))
 note("yelp", lambda: dataset(name="yelp_polarity", split="test", shuffle=False))
@@ -160,8 +168,9 @@ def walk():
     later = load_prompts(DatasetConfig(name="imdb", split="test", streaming=True, prompt_column="text", held_out=4))
     return [first + rest, [prompt.row for prompt in rows.held_out], [prompt.row for prompt in later.batch(10, 30)]]
 note("walk", walk)
-""".replace("TOKEN", MEMBER_TOKEN)
+""".replace("TOKEN", MEMBER_TOKEN).replace("ADAPTER", str(tmp_path / "adapter"))
     found = answers(code, hub.environment(tmp_path / "home"))
+    assert found["adapter"] == [257, 257, "bytes"]
     assert found["distilgpt2"] == ["GPT2LMHeadModel", "distilgpt2"]
     assert found["revision"] == ["GPT2LMHeadModel", "gpt2"]
     assert [row for row, _ in found["yelp"]] == [0, 1, 2]

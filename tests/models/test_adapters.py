@@ -1,6 +1,7 @@
 """Adapters of PEFT beyond plain LoRA: right as plain PEFT has them, or one error that names the option."""
 
 import json
+from dataclasses import replace
 
 import peft
 import pytest
@@ -135,6 +136,14 @@ def test_the_config_of_a_saved_adapter_starts_a_new_one(tmp_path):
     policy = Policy(loaded_model("llama"), saved)
     assert any("lora_A" in name for name in policy.trainable())
     assert saved.inference_mode  # the user's own config stays as it was
+
+
+def test_a_saved_adapter_names_the_revision_of_its_base(tmp_path):
+    Policy(replace(loaded_model("llama"), revision="v1"), adapter()).save(tmp_path)
+    saved = peft.LoraConfig.from_pretrained(tmp_path)
+    assert saved.revision == "v1"
+    with pytest.raises(ConfigError, match=r"lora_config: revision='v1' is not the revision .* Set model_kwargs="):
+        Policy(loaded_model("llama"), saved)
 
 
 def test_an_adapter_that_peft_itself_cannot_run_is_one_error():

@@ -75,6 +75,21 @@ def test_an_adapter_of_an_adapter_is_to_be_merged_first(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "revision, asked, error, message",
+    [
+        ("v1", {"revision": "v2"}, ConfigError, "revision='v2', but .* on revision='v1' .* Leave revision out"),
+        (5, {}, ModelError, "revision=5 is not the name of a branch, tag or commit"),
+        ("", {}, ModelError, "revision='' is not the name"),
+    ],
+)
+def test_a_wrong_revision_of_an_adapters_base_is_refused_before_loading(revision, asked, error, message, tmp_path):
+    config = {"peft_type": "LORA", "base_model_name_or_path": "gpt2", "revision": revision}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(error, match=message):
+        load_model(str(tmp_path), asked, CPU)
+
+
+@pytest.mark.parametrize(
     "name, told",
     [
         ("./nowhere", "there is no such folder"),

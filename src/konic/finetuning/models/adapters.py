@@ -29,14 +29,24 @@ _PEFT_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ImportError,
 """What PEFT raises for a config that it cannot use."""
 
 
-def new_adapter(causal_lm: PreTrainedModel, adapter: peft.LoraConfig, seed: int) -> peft.PeftModel:
+def new_adapter(
+    causal_lm: PreTrainedModel, adapter: peft.LoraConfig, seed: int, revision: str | None
+) -> peft.PeftModel:
     """Return the model with a new adapter.
 
-    The adapter's random weights depend on the seed. The global random generator stays unchanged.
+    The adapter's random weights depend on the seed. The global random generator stays unchanged. The adapter's config
+    keeps the model's `revision`, with which PEFT loads a saved adapter.
 
     Raises:
-        ConfigError: The adapter config does not fit the model. The message lists candidates for the targets.
+        ConfigError: The adapter config does not fit the model, the message lists candidates for the targets; or it
+            names another revision.
     """
+    if adapter.revision not in (None, revision):
+        raise ConfigError(
+            f"lora_config: revision={adapter.revision!r} is not the revision of base_model that is loaded. Set "
+            f"model_kwargs={{'revision': {adapter.revision!r}}}, or leave revision out of lora_config."
+        )
+    adapter.revision = revision
     layers = {name: module for name, module in causal_lm.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     options = copy.deepcopy(adapter)  # PEFT changes some
     try:
@@ -73,8 +83,10 @@ def _find_flaw(causal_lm: PreTrainedModel, adapter: peft.LoraConfig) -> str | No
     return None
 
 
-def load_adapter(causal_lm: PreTrainedModel, folder: Path) -> peft.PeftModel:
+def load_adapter(causal_lm: PreTrainedModel, folder: Path, revision: str | None) -> peft.PeftModel:
     """Return the model with the folder's adapter loaded twice: one copy is trained, the other stays as the reference.
+
+    The adapter's config keeps the model's `revision`.
 
     Raises:
         ModelError: The adapter cannot be loaded or does not fit the model.
@@ -117,6 +129,7 @@ def load_adapter(causal_lm: PreTrainedModel, folder: Path) -> peft.PeftModel:
     flaw = _find_flaw(causal_lm, config)
     if flaw is not None:
         raise ModelError(f"{folder}: {flaw} target only other layers, and train the adapter again.")
+    adapted.peft_config["default"].revision = revision
     adapted.set_adapter("default")
     return adapted
 

@@ -33,6 +33,8 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     adapter: Path | None = None
     """The folder of a LoRA adapter to continue training from; `model` is its base model."""
+    revision: str | None = None
+    """The revision of the base model that was asked for; None for the main branch."""
 
 
 def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.device) -> LoadedModel:
@@ -45,14 +47,16 @@ def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.d
         device: Device for the weights.
 
     Raises:
-        ConfigError: `model_kwargs` has an unknown key.
+        ConfigError: `model_kwargs` has an unknown key, or names another revision than the adapter's folder.
         ModelError: There is no such model, or it cannot be loaded.
     """
     check_model_kwargs(model_kwargs)
     adapter = _adapter_folder(base_model)
     option, name = "base_model", base_model
     if adapter is not None:
-        option, name = f"{adapter / 'adapter_config.json'}: base_model_name_or_path", _read_base_name(adapter)
+        option = f"{adapter / 'adapter_config.json'}: base_model_name_or_path"
+        name, revision = _read_base(adapter)
+        model_kwargs = _with_revision(model_kwargs, revision, adapter)
     location = locate_model(name, option)
     asked = f"{option}={name!r}"
     kwargs: dict[str, Any] = {"dtype": torch.float32, **model_kwargs}
@@ -70,7 +74,14 @@ def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.d
     _require_all_weights(asked, model, loading_info)
     if not getattr(model, "is_quantized", False):
         model.to(device)
-    return LoadedModel(name=base_model, location=location, model=model, tokenizer=tokenizer, adapter=adapter)
+    return LoadedModel(
+        name=base_model,
+        location=location,
+        model=model,
+        tokenizer=tokenizer,
+        adapter=adapter,
+        revision=model_kwargs.get("revision"),
+    )
 
 
 def _require_all_weights(asked: str, model: PreTrainedModel, loading_info: Mapping[str, Any]) -> None:
@@ -127,8 +138,8 @@ def _adapter_folder(base_model: str) -> Path | None:
     return folder.resolve() if (folder / "adapter_config.json").is_file() else None
 
 
-def _read_base_name(adapter: Path) -> str:
-    """Return the name of an adapter's base model.
+def _read_base(adapter: Path) -> tuple[str, str | None]:
+    """Return the name of an adapter's base model, and its revision if the adapter names one.
 
     Raises:
         ModelError: The adapter is not a LoRA adapter, or one that training cannot continue from.
@@ -136,6 +147,7 @@ def _read_base_name(adapter: Path) -> str:
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         kind, base, bias = config["peft_type"], config["base_model_name_or_path"], config.get("bias", "none")
+        revision = config.get("revision")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{adapter}: adapter_config.json cannot be read: {type(error).__name__}: {error}.") from None
     if kind != "LORA" or bias != "none":
@@ -152,7 +164,23 @@ def _read_base_name(adapter: Path) -> str:
             f"{adapter}: its base_model_name_or_path={base!r} is an adapter too. Merge that one into its own base "
             "model first, and set base_model_name_or_path to the merged model."
         )
-    return base
+    if revision is not None and (not isinstance(revision, str) or not revision):
+        raise ModelError(
+            f"{adapter}: adapter_config.json: revision={revision!r} is not the name of a branch, tag or commit of the "
+            "base model. Set it to one, or to null."
+        )
+    return base, revision
+
+
+def _with_revision(model_kwargs: Mapping[str, Any], revision: str | None, adapter: Path) -> dict[str, Any]:
+    """Return the arguments with the revision of the base model that the adapter was trained on, if it names one."""
+    asked = model_kwargs.get("revision")
+    if None not in (asked, revision) and asked != revision:
+        raise ConfigError(
+            f"model_kwargs: revision={asked!r}, but {adapter / 'adapter_config.json'} was trained on "
+            f"revision={revision!r} of its base model. Leave revision out of model_kwargs."
+        )
+    return {**model_kwargs, "revision": revision} if revision is not None else dict(model_kwargs)
 
 
 def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:

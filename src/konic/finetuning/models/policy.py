@@ -72,7 +72,7 @@ class Policy:
         self._resumes_adapter = loaded.adapter is not None
         self._adapter_name = loaded.name if self._resumes_adapter else "lora_config"
         if loaded.adapter is not None:
-            self._adapted = load_adapter(causal_lm, loaded.adapter)
+            self._adapted = load_adapter(causal_lm, loaded.adapter, loaded.revision)
         with self._adapter_errors() if self._resumes_adapter else nullcontext():
             self._reference_logits = self._probe_logits(self.language_model)
         if loaded.adapter is None:
@@ -80,7 +80,7 @@ class Policy:
             if adapter is None or not adapter_off_is_base(adapter):
                 self._frozen_copy = LanguageModel(_frozen_copy(causal_lm))
             if adapter is not None:
-                self._adapted = new_adapter(causal_lm, adapter, seed)
+                self._adapted = new_adapter(causal_lm, adapter, seed, loaded.revision)
         elif lora is not None:
             logger.warning("%s is an adapter with its own settings: lora_config is ignored.", loaded.name)
         if self._adapted is None and causal_lm.dtype.itemsize < 4:
