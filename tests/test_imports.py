@@ -19,7 +19,7 @@ ORDER = [
 INSIDE = {
     "system": ["memory", "signals", "user_code", "files"],
     "results": ["metrics", "intervals", "iteration", "evaluation", "summary"],
-    "data": ["loaders", "rows", "config", "prompts", "samples", "tokenization"],
+    "data": ["formats", "loaders", "rows", "config", "prompts", "samples", "tokenization"],
     "models": [
         "positions", "distributions", "length_groups", "value_head", "prepacked", "language_model", "token_scores",
         "locations", "loading", "adapter_config", "adapters", "policy",

@@ -139,6 +139,33 @@ def test_a_folder_of_one_kind_is_read_in_the_order_of_its_names(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("twin", ["train.jsonl.gz", "Train.JSONL.zst"])
+def test_a_file_beside_its_compressed_copy_is_refused_by_name(tmp_path, twin):
+    for name in ("train.jsonl", twin):
+        with pyarrow.output_stream(str(tmp_path / name), compression="detect") as file:
+            file.write(b'{"prompt": "x"}\n')
+    write(tmp_path / "test.jsonl", '{"prompt": "y"}\n')
+    message = complaint(local, tmp_path)
+    assert "train.jsonl" in message
+    assert f"{twin}" in message
+    assert "Remove one of them" in message
+    assert contents(local(tmp_path, split="test").rows) == ["y"]
+
+
+def test_subfolders_that_hold_the_data_are_named(tmp_path):
+    for name in ("main/train-0.parquet", "socratic/train-0.parquet", "de/new/a.csv", ".cache/x.csv", "empty/README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, "x\n")
+    write(tmp_path / "gsm8k.py", "")
+    write(tmp_path / "README.md", "")
+    message = complaint(local, tmp_path)
+    assert message.endswith(
+        f"give the path of one of them, '{tmp_path}/main', '{tmp_path}/socratic', '{tmp_path}/de/new'."
+    )
+    write(tmp_path / "a.csv", "prompt\nx\n")
+    assert "give the path" not in complaint(local, tmp_path)  # the folder itself holds data, of several kinds
+
+
 def test_a_folder_of_several_kinds_is_refused_with_what_was_found(tmp_path):
     write(tmp_path / "a.csv", "prompt\nx\n")
     write(tmp_path / "b.txt", "x\n")

@@ -2,20 +2,16 @@
 
 import contextlib
 import csv
-import io
-import json
 import logging
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pyarrow
-import pyarrow.ipc
-import pyarrow.parquet
 
+from konic.finetuning.data.formats import READERS
 from konic.finetuning.errors import ConfigError, DatasetError, did_you_mean, explain_hub_error
 from konic.finetuning.system.files import as_path
 
@@ -36,7 +32,7 @@ def read_bundled(split: str) -> list[Any]:
 def is_local(name: str) -> bool:
     """True for a path that exists, and for a name that can only be meant as one: `./rows`, `~/rows`, `rows.csv`."""
     path = as_path(name, "name", ConfigError)
-    return path.exists() or name.startswith((".", "/", "~", "\\")) or _kind(path) in _READERS
+    return path.exists() or name.startswith((".", "/", "~", "\\")) or _kind(path) in READERS
 
 
 def read_local(name: str, split: str = "train") -> list[Any]:
@@ -48,8 +44,8 @@ def read_local(name: str, split: str = "train") -> list[Any]:
     are read; documents such as README.md are left aside.
 
     Raises:
-        DatasetError: The path does not exist, the folder holds several kinds of files or not the split, or a file
-            cannot be read in the format of its extension.
+        DatasetError: The path does not exist, the folder holds several kinds of files, one file twice (plain and
+            compressed) or not the split, or a file cannot be read in the format of its extension.
     """
     path = as_path(name, "DatasetConfig(name)", DatasetError)
     if not path.exists():
@@ -62,16 +58,18 @@ def read_local(name: str, split: str = "train") -> list[Any]:
         return _read_saved(path, name, split)
     paths = _files_of(path, name, split) if path.is_dir() else [path]
     kinds = {_kind(file) for file in paths}
-    if len(kinds) != 1 or not kinds <= _READERS.keys():
+    if len(kinds) != 1 or not kinds <= READERS.keys():
         raise DatasetError(
-            f"Dataset {name!r}: expected one kind of file ({', '.join(_READERS)}; also with .gz or .zst), found "
+            f"Dataset {name!r}: expected one kind of file ({', '.join(READERS)}; also with .gz or .zst), found "
             f"{', '.join(sorted(kind or 'no extension' for kind in kinds)) or 'nothing'}."
+            f"{_hint_at_subfolders(path, name)}"
         )
+    _require_each_once(paths, name)
     kind = kinds.pop()
     rows = []
     for file in paths:
         try:
-            rows += _READERS[kind](_content(file))
+            rows += READERS[kind](_content(file))
         except UnicodeDecodeError as error:
             compressed = next((end for end, magic in _MAGIC.items() if error.object.startswith(magic)), None)
             if compressed:
@@ -112,9 +110,7 @@ def _files_of(folder: Path, name: str, split: str) -> list[Path]:
     Raises:
         DatasetError: The files are named after splits, but not after this one.
     """
-    hidden_or_about = (".", "README", "LICENSE", "dataset_info")
-    found = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(hidden_or_about))
-    data = [file for file in found if _kind(file) in _READERS]
+    data = _data_files(folder)
     by_split: dict[str, list[Path]] = {}
     for file in data:
         words = re.split(r"[^a-z]+", file.name.lower())
@@ -128,7 +124,7 @@ def _files_of(folder: Path, name: str, split: str) -> list[Path]:
                 f"Dataset {name!r}: none of its files is named after a split, so split={split!r} chooses nothing. "
                 "Leave split out, or name the file."
             )
-        return found
+        return _files(folder)
     if wanted not in by_split:
         raise DatasetError(
             f"Dataset {name!r}: its files are named after the splits {', '.join(map(repr, by_split))}, and none after "
@@ -138,6 +134,42 @@ def _files_of(folder: Path, name: str, split: str) -> list[Path]:
     if left:
         logger.warning("Dataset %r: %s: not named after a split, so not read.", name, ", ".join(left))
     return by_split[wanted]
+
+
+def _require_each_once(paths: list[Path], name: str) -> None:
+    """Raise DatasetError if files are the same but for the compression: their rows would be read twice."""
+    by_name: dict[str, Path] = {}
+    for file in paths:
+        plain = (file.stem if file.suffix.lower() in _COMPRESSIONS else file.name).lower()
+        if plain in by_name:
+            raise DatasetError(
+                f"Dataset {name!r}: {by_name[plain].name} and {file.name} are one file, plain and compressed, or "
+                "compressed twice. Remove one of them, or name one file."
+            )
+        by_name[plain] = file
+
+
+def _hint_at_subfolders(folder: Path, name: str) -> str:
+    """Return a sentence that names the subfolders with data of a folder without, such as a repository of the Hub."""
+    if not folder.is_dir() or _data_files(folder):
+        return ""
+    patterns = ("[!.]*/" * depth for depth in (1, 2, 3))
+    below = [sub for pattern in patterns for sub in sorted(folder.glob(pattern)) if sub.is_dir()]
+    found = [sub.relative_to(folder) for sub in below if _data_files(sub)]
+    shown = ", ".join(repr(str(Path(name) / sub)) for sub in found[:_SHOWN])
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return f" Its subfolders hold data: give the path of one of them, {shown}{more}." if found else ""
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files of a folder but for documents and hidden ones; none if the folder cannot be read."""
+    with contextlib.suppress(OSError):
+        return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(_NO_DATA))
+    return []
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return [file for file in _files(folder) if _kind(file) in READERS]
 
 
 def _read_saved(folder: Path, name: str, split: str) -> list[Any]:
@@ -227,88 +259,13 @@ def _canonical_id(name: str, token: str | None) -> str:
     return name
 
 
-def _read_table(content: bytes, delimiter: str) -> list[Any]:
-    text = content.decode("utf-8-sig")
-    limit = csv.field_size_limit(sys.maxsize)  # a cell may hold a whole document
-    try:
-        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        header = next((line for line in lines if line), [])
-        repeated = {name for name in header if header.count(name) > 1}
-        if not header:
-            raise ValueError("the file is empty")
-        if repeated:
-            raise ValueError(f"more than one column is named {', '.join(map(repr, sorted(repeated)))}")
-        rows = []
-        for line in lines:
-            if len(line) != len(header) and line:
-                raise ValueError(f"line {lines.line_num}: it has {len(line)} cells, the header {len(header)}")
-            if line or len(header) == 1:
-                rows.append(dict(zip(header, line or [""], strict=True)))
-        return rows
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _read_csv(content: bytes) -> list[Any]:
-    return _read_table(content, ",")
-
-
-def _read_tsv(content: bytes) -> list[Any]:
-    return _read_table(content, "\t")
-
-
-def _read_json(content: bytes) -> list[Any]:
-    rows = json.loads(content.decode("utf-8-sig"))
-    if not isinstance(rows, list):
-        raise ValueError(f"the top level is a {type(rows).__name__}, not a list of rows")
-    return rows
-
-
-def _read_jsonl(content: bytes) -> list[Any]:
-    rows = []
-    for number, line in enumerate(_lines(content), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {number}: {error}") from None
-    return rows
-
-
-def _read_parquet(content: bytes) -> list[Any]:
-    return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
-
-
-def _read_arrow(content: bytes) -> list[Any]:
-    try:
-        return pyarrow.ipc.open_file(content).read_all().to_pylist()
-    except pyarrow.ArrowInvalid:
-        return pyarrow.ipc.open_stream(content).read_all().to_pylist()
-
-
-def _read_txt(content: bytes) -> list[Any]:
-    return [{"text": line, "prompt": line} for line in _lines(content)]
-
-
-def _lines(content: bytes) -> list[str]:
-    """Return the lines of a text file. Only a newline ends a line: text may hold the other Unicode line separators."""
-    text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
-    return text.split("\n") if text else []
-
-
-_READERS: dict[str, Callable[[bytes], list[Any]]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-    ".txt": _read_txt,
-}
 _MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 """The first bytes of a compressed file."""
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_NO_DATA = (".", "README", "LICENSE", "dataset_info")
+"""How the names of hidden files and of documents begin."""
+_SHOWN = 5
+"""Number of subfolders that a message names."""
 _SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 _SPLIT_WORDS = {
     "train": "train", "training": "train", "test": "test", "testing": "test", "validation": "validation",
