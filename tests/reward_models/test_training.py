@@ -532,6 +532,13 @@ def written(tmp_path, rows, suffix="jsonl"):
             Preference("why", "good", "bad", [BRIEFLY, WHY]),
         ),
         ({"chosen": [*BEFORE, GOOD], "rejected": [*BEFORE, BAD]}, Preference("and so", "good", "bad", BEFORE)),
+        *(
+            (
+                {"prompt": prompt, "chosen": [*BEFORE, GOOD], "rejected": [*BEFORE, BAD]},
+                Preference("and so", "good", "bad", BEFORE),
+            )
+            for prompt in (" and so\n", BEFORE[0]["content"], str([m["content"] for m in BEFORE]), BEFORE, BEFORE[-1:])
+        ),
         ({"chosen": [GOOD], "rejected": [BAD]}, Preference("", "good", "bad")),
         (
             {"chosen": json.dumps([WHY, GOOD]), "rejected": json.dumps([WHY, BAD])},
@@ -593,6 +600,8 @@ PLAIN = {"prompt": "why", "chosen": "good", "rejected": "bad"}
         (PLAIN | {"chosen": [{"role": "assistant", "content": None}]}, "'chosen' is neither a text nor a chat"),
         (PLAIN | {"chosen": [WHY, GOOD], "rejected": [BRIEFLY, BAD]}, "differ before their last message"),
         (PLAIN | {"chosen": [WHY, GOOD], "rejected": "bad"}, "differ before their last message"),
+        (PLAIN | {"prompt": "how", "chosen": [WHY, GOOD], "rejected": [WHY, BAD]}, "holds 'how', which is not in"),
+        (PLAIN | {"prompt": [BRIEFLY, WHY], "chosen": [WHY, GOOD], "rejected": [WHY, BAD]}, "holds 'be brief'"),
         (PLAIN | {"prompt": 1.5}, r"'prompt' is neither a text nor a chat: 1\.5"),
         pytest.param(
             PLAIN | {"chosen": [WHY, {"role": "assistant", "content": " "}]}, "holds no response",

@@ -40,8 +40,8 @@ def read_preferences(data: str) -> list[Preference]:
     chat may be stored as JSON text. Pairs of equal responses are left out with a warning.
 
     Raises:
-        DatasetError: A row holds something else, or two chats that differ before the response (the message names the
-            row), or more than half of the pairs are of equal responses.
+        DatasetError: A row holds something else, or two chats that differ before the response, or a `prompt` that is
+            not in its chats (the message names the row), or more than half of the pairs are of equal responses.
     """
     rows = _rows(data)
     _require_columns(data, rows, ("chosen", "rejected"))
@@ -117,10 +117,27 @@ def _preference(row: Mapping[str, Any], where: str) -> Preference:
             f"{where}: the chats in 'chosen' and 'rejected' differ before their last message. A pair is two responses "
             "to the same conversation."
         )
+    stray = _find_stray(prompt, chosen[:-1])
+    if stray is not None:
+        raise DatasetError(
+            f"{where}: 'prompt' holds {stray!r:.200}, which is not in the chats in 'chosen' and 'rejected'. Correct "
+            "the row, or remove the column 'prompt'."
+        )
     before = chosen[:-1] or prompt
     text = before[-1]["content"] if before else ""
     is_chat = not isinstance(given["chosen"], str) or isinstance(given["prompt"], list | tuple)
     return Preference(text, chosen[-1]["content"], rejected[-1]["content"], before if before and is_chat else None)
+
+
+def _find_stray(prompt: Sequence[Mapping[str, str]], before: Sequence[Mapping[str, str]]) -> str | None:
+    """Return a message of the prompt that is not in the chat before the responses; None without such a chat.
+
+    The prompt may also be the text of the whole chat.
+    """
+    contents = [message["content"].strip() for message in before]
+    if not contents or (len(prompt) == 1 and all(text in prompt[0]["content"] for text in contents)):
+        return None
+    return next((message["content"] for message in prompt if message["content"].strip() not in contents), None)
 
 
 def _chat(value: Any, where: str) -> list[dict[str, str]]:
