@@ -295,3 +295,22 @@ def test_an_overridden_compose_is_what_a_run_learns_from_and_evaluates(model_fol
     both = {"algorithm": "gdpo", "num_generations": 4}
     with pytest.raises(ConfigError, match=r"'gdpo' weights and sums .* it cannot use Plus100\.compose"):
         make_engine(model_folders["llama"], tmp_path / "gdpo", composer=Plus100(), **both).train(1)
+
+
+def test_an_evaluation_and_a_callback_find_the_values_of_a_dict_by_their_own_keys(model_folders, tmp_path):
+    class Keyed(KonicLLMRewardComposer):
+        @llm_reward
+        def style(self, prompt, response):
+            return {"length": float(len(response))}
+
+    class Reads(Silent):
+        def on_reward_computed(self, rewards, reward_breakdown):
+            seen.append((reward_breakdown["length"], dict(reward_breakdown), rewards))
+
+    seen = []
+    engine = make_engine(model_folders["llama"], tmp_path, Reads(), composer=Keyed())
+    engine.train(1)
+    breakdown = engine.evaluate(["why"])["reward_breakdown"]
+    for own, listed, rewards in (*seen, (breakdown["length"], dict(breakdown), engine.evaluate(["why"])["rewards"])):
+        assert own == listed["style.length"] == rewards
+        assert list(listed) == ["style.length"]

@@ -25,9 +25,8 @@ INSIDE = {
         "locations", "loading", "adapter_config", "adapters", "policy",
     ],
     "rewards": [
-        "moments", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "composer", "overrides", "workers",
-        "scoring",
-        "trial",
+        "moments", "named_parts", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "composer",
+        "overrides", "workers", "scoring", "trial",
     ],
     "rollout": [
         "sampler", "fused_transformer", "fused_decoder", "graphed_decoder", "decoding", "local_sampler", "rollout",

@@ -1,6 +1,9 @@
 """A composer's own `compose` or `compose_batch` is what scores, with the rewards' error policy and metrics."""
 
+import copy
+import json
 import math
+import pickle
 
 import pytest
 
@@ -226,6 +229,10 @@ def test_a_reducer_finds_the_values_of_a_dict_by_their_own_keys(methods):
         (lambda parts: parts.pop("x") * sum(parts.values()), 3.0),
         (lambda parts: parts.setdefault("x", 9.0) + len(parts), 5.0),
         (lambda parts: parts.get("z", -1.0), -1.0),
+        (lambda parts: dict(parts)["x"] - {**parts}["y"], 2.0),
+        (lambda parts: sum(dict(parts).values()) + len({**parts} | parts), 6.0),
+        (lambda parts: sum((parts | {"x": 1.0, "quality.y": 2.0}).values()), 3.0),
+        (lambda parts: parts.update(x=5.0) or sum(parts.copy().values()) + parts.copy()["quality.x"], 11.0),
         (lambda parts: sum(parts.values()), 4.0),
     ):
         assert reduced_by(reduce, **methods) == expected
@@ -251,6 +258,7 @@ def test_a_key_that_another_part_or_reward_has_is_not_its_own():
 
     assert reduced_by(lambda parts: parts["x"], Taken) == 10.0
     assert reduced_by(lambda parts: parts["other.x"] + parts["y"], Shared) == 6.0
+    assert reduced_by(lambda parts: list(parts) == ["quality.x", "y", "other.x"], Shared) == 1.0
     with pytest.raises(RewardError, match=r"'x' is the key of several parts: ask for one of quality\.x, other\.x"):
         reduced_by(lambda parts: parts.get("x", 0.0), Shared)
 
@@ -265,3 +273,23 @@ def test_an_override_finds_the_values_of_a_dict_by_their_own_keys():
     assert score(Own(), ["a"]).breakdown == {"quality.x": [3.0], "quality.y": [1.0]}
     assert Own().compose_batch(["p"], ["r"])[1]["x"] == [3.0]
     assert Two().get_reward_breakdown("p", "r")["y"] == 1.0
+
+
+def test_a_reducer_that_takes_weights_finds_them_by_the_names_of_the_parts():
+    class Total:
+        def __init__(self, weights):
+            self.weights = weights
+
+        def reduce(self, parts):
+            return sum(self.weights[name] * value for name, value in parts.items())
+
+    for weights in ({"quality": 2.0}, {"quality.x": 2.0, "y": 2.0}):
+        assert Two(reward_weights=weights, reducer=Total).compose("p", "r") == 8.0
+        assert Two(reward_weights=weights).compose("p", "r") == 8.0
+
+
+def test_copies_of_a_breakdown_find_the_values_by_their_own_keys_too():
+    breakdown = score(Two(), ["a", "b"]).breakdown
+    for copied in (pickle.loads(pickle.dumps(breakdown)), copy.deepcopy(breakdown), breakdown | {}):
+        assert (copied["x"], copied["quality.x"]) == ([3.0, 3.0], [3.0, 3.0])
+        assert json.loads(json.dumps(copied)) == {"quality.x": [3.0, 3.0], "quality.y": [1.0, 1.0]}

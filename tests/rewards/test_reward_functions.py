@@ -489,7 +489,7 @@ def test_the_parts_of_a_dict_are_normalised_each_on_its_own():
     moments = {"style.a": SPREAD, "style.b": RunningMoments().after([0.0, 10.0, 20.0]), "style": SPREAD}
     parts = {"style.a": 6.0, "style.b": 15.0, "style.c": 0.5, "style.d": -9.0}
     total = total_of(composer, parts, "p", "r", moments)
-    assert recorder.seen == [{"style.a": 3 * 1.0, "style.b": 5 * 0.5, "style.c": 3 * 0.5, "style.d": 3 * -2.0}]
+    assert recorder.seen == [{"a": 3 * 1.0, "b": 5 * 0.5, "c": 3 * 0.5, "d": 3 * -2.0}]
     assert total == 3 + 2.5 + 1.5 - 6
 
 

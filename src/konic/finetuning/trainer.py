@@ -127,8 +127,7 @@ class Trainer:
 
             scores = self._score(rollout, moments)
             clock.lap("reward")
-            breakdown = {name: list(values) for name, values in scores.breakdown.items()}
-            self._callbacks.on_reward_computed(list(scores.rewards), breakdown)
+            self._callbacks.on_reward_computed(scores.rewards, scores.breakdown)
             rounds.append((rollout, scores))
             moments = scores.moments
             if not config.filter_equal_groups or scores.is_dropped:

@@ -16,11 +16,11 @@ from konic.finetuning.rewards.reducers import WeightedSumReducer
 from konic.finetuning.rewards.signatures import detect_shape, requested_columns, require_a_response, reward_of_model
 from konic.finetuning.rewards.totals import (
     AlreadyScored,
-    NamedParts,
     Weighting,
     collect_breakdown,
     collect_parts,
     compute_total,
+    named_by_part,
     require_no_fault,
 )
 
@@ -222,7 +222,7 @@ class KonicLLMRewardComposer:
     def get_reward_breakdown(self, prompt: str, response: str) -> dict[str, float]:
         """The parts of one response's reward, before weights."""
         breakdown = KonicLLMRewardComposer.compose_batch(self, [prompt], [response])[1]
-        return NamedParts(list_rewards(self), {name: value for name, (value,) in breakdown.items()})
+        return named_by_part(list_rewards(self), {name: value for name, (value,) in breakdown.items()})
 
     def compose_batch(
         self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[Any]
@@ -252,12 +252,12 @@ class KonicLLMRewardComposer:
         answer = self._scored.find(prompts, responses) if self._scored is not None else None
         weighting = describe_weighting(self)
         if answer is not None:
-            return answer[0], NamedParts(weighting.rewards, answer[1])
+            return answer[0], named_by_part(weighting.rewards, answer[1])
         samples = samples_from_texts(prompts, responses, columns)
         called = (call_reward(reward, samples) for reward in weighting.rewards)
         parts = collect_parts([require_no_fault(outcomes, samples) for outcomes in called], len(samples))
         rewards = [compute_total(weighting, own, sample) for own, sample in zip(parts, samples, strict=True)]
-        return rewards, NamedParts(weighting.rewards, collect_breakdown(parts))
+        return rewards, named_by_part(weighting.rewards, collect_breakdown(parts))
 
     def check(self) -> None:
         """Raise RewardError if the composer cannot score, or if its reducer has no method `reduce`."""

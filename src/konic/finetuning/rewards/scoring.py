@@ -26,6 +26,7 @@ from konic.finetuning.rewards.totals import (
     compute_totals,
     first_faults,
     moments_after,
+    named_by_part,
     part_weights,
     prepared_parts,
 )
@@ -163,7 +164,7 @@ class Scorer:
         composed = compose_totals(self._composer, samples, parts, totals, faults, self._accepted)
         return Scores(
             rewards=composed.totals,
-            breakdown=composed.breakdown,
+            breakdown=named_by_part(weighting.rewards, composed.breakdown),
             parts=collect_breakdown([prepared_parts(weighting, own, known) for own in parts]),
             weights=part_weights(weighting, composed.breakdown),
             faults=composed.faults,

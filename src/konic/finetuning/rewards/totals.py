@@ -9,6 +9,7 @@ from konic.finetuning.data.samples import Sample
 from konic.finetuning.errors import RewardError
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.rewards.moments import RunningMoments
+from konic.finetuning.rewards.named_parts import NamedParts
 from konic.finetuning.rewards.outcomes import Fault, NotANumberError, Outcome, Parts, Reward, number, sample_text
 from konic.finetuning.rewards.reducers import takes_weights
 from konic.finetuning.system.user_code import preserved_state
@@ -28,45 +29,26 @@ class Weighting:
 _T = TypeVar("_T")
 
 
-class NamedParts(dict[str, _T]):
-    """Values by part; the key of a part `reward.key` answers too, where no other part or reward has that name.
+def named_by_part(rewards: Iterable[Reward], values: Mapping[str, _T]) -> NamedParts[_T]:
+    """The values by part, as the metrics list them; the key of a part `reward.key` answers too."""
+    return NamedParts(values, _parts_of_keys(rewards, values))
 
-    Raises:
-        RewardError: Several parts have the key that is asked for.
-    """
 
-    def __init__(self, rewards: Iterable[Reward], values: Mapping[str, _T]) -> None:
-        super().__init__(values)
-        self._parts_of_key: dict[str, list[str]] = {}
-        for part, key in part_keys(rewards, values).items():
-            self._parts_of_key.setdefault(key, []).append(part)
+def named_by_key(rewards: Iterable[Reward], values: Mapping[str, _T]) -> NamedParts[_T]:
+    """The values by their reward's own keys, where only one part has the key; the part `reward.key` answers too."""
+    parts = _parts_of_keys(rewards, values)
+    keys = {part: key for key, (part, *more) in parts.items() if not more}
+    shared = {key: several for key, several in parts.items() if len(several) > 1}
+    own = {keys.get(part, part): value for part, value in values.items()}
+    return NamedParts(own, shared | {part: [key] for part, key in keys.items()})
 
-    def _part(self, name: str) -> str:
-        parts = [] if super().__contains__(name) else self._parts_of_key.get(name, [])
-        if len(parts) > 1:
-            raise RewardError(f"{name!r} is the key of several parts: ask for one of {', '.join(parts)}.")
-        return parts[0] if parts else name
 
-    def __getitem__(self, name: str) -> _T:
-        return super().__getitem__(self._part(name))
-
-    def __setitem__(self, name: str, value: _T) -> None:
-        super().__setitem__(self._part(name), value)
-
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(self._part(name))
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(self._part(str(name)))
-
-    def get(self, name: str, default: Any = None) -> Any:  # noqa: D102
-        return super().get(self._part(name), default)
-
-    def pop(self, name: str, *default: Any) -> Any:  # noqa: D102
-        return super().pop(self._part(name), *default)
-
-    def setdefault(self, name: str, default: Any = None) -> Any:  # noqa: D102
-        return super().setdefault(self._part(name), default)
+def _parts_of_keys(rewards: Iterable[Reward], parts: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for part, key in part_keys(rewards, parts).items():
+        if key != part:
+            found.setdefault(key, []).append(part)
+    return found
 
 
 @dataclass(frozen=True)
@@ -132,13 +114,14 @@ def compute_total(
     try:
         with preserved_state(who):
             if isinstance(reducer, type) and takes_weights(reducer):
-                weights = {**weighting.weights, **given_weights(weighting, parts)}
+                given = given_weights(weighting, parts)
+                weights = {**weighting.weights, **given, **named_by_key(weighting.rewards, given)}
                 prepared = prepared_parts(weighting, parts, moments)
-                reduced = reducer(weights=weights).reduce(NamedParts(weighting.rewards, prepared))
+                reduced = reducer(weights=weights).reduce(named_by_key(weighting.rewards, prepared))
             else:
                 instance = reducer() if isinstance(reducer, type) else reducer
                 weighted = weighted_parts(weighting, parts, moments)
-                reduced = instance.reduce(NamedParts(weighting.rewards, weighted))
+                reduced = instance.reduce(named_by_key(weighting.rewards, weighted))
         return number(reduced)
     except NotANumberError as error:
         raise RewardError(f"{who} {error}{where}") from None
