@@ -124,6 +124,38 @@ def test_what_a_subclass_sets_in_the_composer_of_konic_0_1_counts():
         composer._kl_penalty_weight = -1.0
 
 
+def test_what_the_class_of_a_composer_of_konic_0_1_sets_counts():
+    class Mixin:
+        _kl_penalty_weight = 0.3
+
+    class Own(Mixin, KonicLLMRewardComposer):
+        _reward_models = [OwnModel()]  # noqa: RUF012
+        _reward_weights = {"own": 2.0}  # noqa: RUF012
+
+    class Later(Own):
+        _kl_penalty_weight = 0.1
+
+    class Computed(Own):
+        @property
+        def _kl_penalty_weight(self):
+            return 0.2
+
+    for kind, weight in ((Own, 0.3), (Later, 0.1), (Computed, 0.2)):
+        composer = kind()
+        assert KonicFinetuningAgent("gpt2", composer).kl_penalty_weight == weight
+        assert (composer._kl_penalty_weight, composer.compose("p", "abc")) == (weight, 6.0)
+    assert Own(kl_penalty_weight=0.5)._kl_penalty_weight == 0.5
+    changed = Own(reward_weights={"own": 1.0})
+    changed._reward_models.append(OwnModel())
+    assert (changed._reward_weights, Own._reward_weights, len(Own._reward_models)) == ({"own": 1.0}, {"own": 2.0}, 1)
+    with pytest.raises(ConfigError, match="kl_penalty_weight must be a number of at least 0, got 'low'"):
+        type("Wrong", (KonicLLMRewardComposer,), {"_kl_penalty_weight": "low"})
+    with pytest.raises(ConfigError, match=r"Both has kl_penalty_weight and _kl_penalty_weight. Keep kl_penalty_weight"):
+        type("Both", (KonicLLMRewardComposer,), {"_kl_penalty_weight": 0.1, "kl_penalty_weight": 0.2})
+    with pytest.raises(ConfigError, match=r"reward_weights\['own'\] must be a finite number, got 'x'"):
+        type("Text", (KonicLLMRewardComposer,), {"_reward_weights": {"own": "x"}})()
+
+
 def test_a_subclass_of_the_weighted_sum_reads_its_weights():
     class Halved(WeightedSumReducer):
         def reduce(self, rewards):

@@ -78,6 +78,7 @@ class KonicLLMRewardComposer:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse rewards whose name is one that a composer has a use for itself."""
         super().__init_subclass__(**kwargs)
+        cls._take_old_kl_penalty_weight()
         own = {*vars(KonicLLMRewardComposer), *KonicLLMRewardComposer.__annotations__}
         for name, member in vars(cls).items():
             computed = getattr(member, "fget", None) or getattr(member, "func", None)  # of a property, or a cached one
@@ -89,11 +90,28 @@ class KonicLLMRewardComposer:
             if is_taken and find_mark(member) is not None:
                 raise ConfigError(f"{cls.__name__}.{name}: a composer has {name} itself. Give the reward another name.")
 
+    @classmethod
+    def _take_old_kl_penalty_weight(cls) -> None:
+        """Let `_kl_penalty_weight`, which scripts of konic 0.1 set in the class, count as `kl_penalty_weight`."""
+        ours = vars(KonicLLMRewardComposer)["_kl_penalty_weight"]
+        old = inspect.getattr_static(cls, "_kl_penalty_weight")
+        if old is ours:
+            return
+        if vars(cls).get("kl_penalty_weight", old) != old:
+            raise ConfigError(f"{cls.__name__} has kl_penalty_weight and _kl_penalty_weight. Keep kl_penalty_weight.")
+        if not isinstance(old, property):
+            _check_kl_penalty_weight(old)
+        cls.kl_penalty_weight, cls._kl_penalty_weight = old, ours  # type: ignore[method-assign]
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Create the state here, so that a subclass works even if its `__init__` never calls `super().__init__()`."""
+        """Create the state here, so that a subclass works even if its `__init__` never calls `super().__init__()`.
+
+        It starts from what the class has under these names.
+        """
         self = super().__new__(cls)
-        self._added, self._reward_models = {}, []
-        self._reward_weights = {}
+        models, weights = (getattr(cls, name, None) for name in ("_reward_models", "_reward_weights"))
+        self._added, self._reward_models = {}, list(models) if isinstance(models, list | tuple) else models or []
+        self._reward_weights = _checked_weights(weights or {})
         return self
 
     def __init__(
@@ -107,13 +125,12 @@ class KonicLLMRewardComposer:
         for option, given in (("reward_models", reward_models), ("reward_functions", reward_functions)):
             if given is not None and not isinstance(given, Sequence):
                 raise ConfigError(f"{option} must be a list, got {given!r}.")
-        if reward_weights is not None and not isinstance(reward_weights, Mapping):
-            raise ConfigError(f"reward_weights must be a dict of numbers by reward name, got {reward_weights!r}.")
+        weights = _checked_weights({} if reward_weights is None else reward_weights)
         for function in reward_functions or ():
             self.add_reward_function(function)
         for model in reward_models or ():
             self.add_reward_model(model)
-        for name, weight in (reward_weights or {}).items():
+        for name, weight in weights.items():
             self.set_reward_weight(name, weight)
         if is_finite_number(reducer) or hasattr(kl_penalty_weight, "reduce"):  # konic 0.1 had them in this order
             reducer, kl_penalty_weight = kl_penalty_weight, reducer
@@ -201,9 +218,7 @@ class KonicLLMRewardComposer:
         Raises:
             ConfigError: The weight is not a finite number.
         """
-        name = str(name)
-        if not is_finite_number(weight):
-            raise ConfigError(f"reward_weights[{name!r}] must be a finite number, got {weight!r}.")
+        ((name, weight),) = _checked_weights({name: weight}).items()
         known = [reward.name for reward in list_rewards(self)]
         is_known = any(name == reward or name.startswith(f"{reward}.") for reward in known)
         if not is_known and name not in self._reward_weights:
@@ -212,7 +227,7 @@ class KonicLLMRewardComposer:
                 "for this key of a reward that returns a dict.",
                 type(self).__name__, name, did_you_mean(name, known),
             )  # fmt: skip
-        self._reward_weights[name] = float(weight)
+        self._reward_weights[name] = weight
         return self
 
     def compose(self, prompt: str, response: str) -> float:
@@ -367,6 +382,15 @@ def without_models(composer: KonicLLMRewardComposer) -> KonicLLMRewardComposer:
     for name in ("reducer", *_SHAPE_OF_OVERRIDE):  # only the run's own process weights and reduces
         copied.__dict__.pop(name, None)
     return copied
+
+
+def _checked_weights(weights: Any) -> dict[str, float]:
+    if not isinstance(weights, Mapping):
+        raise ConfigError(f"reward_weights must be a dict of numbers by reward name, got {weights!r}.")
+    for name, weight in weights.items():
+        if not is_finite_number(weight):
+            raise ConfigError(f"reward_weights[{str(name)!r}] must be a finite number, got {weight!r}.")
+    return {str(name): float(weight) for name, weight in weights.items()}
 
 
 def _check_kl_penalty_weight(weight: Any) -> None:
