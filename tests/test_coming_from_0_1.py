@@ -26,6 +26,7 @@ from konic.finetuning import (
     KonicLLMRewardComposer,
     LoraConfig,
     MaxReducer,
+    RewardError,
     TrainingConfig,
     WeightedSumReducer,
 )
@@ -169,12 +170,17 @@ def test_a_subclass_of_the_weighted_sum_reads_its_weights():
     [((0.1, MaxReducer), {}), ((MaxReducer, 0.1), {}), ((0.1,), {"reducer": MaxReducer}), ((None, MaxReducer), {})],
 )
 def test_a_reducer_and_the_price_of_kl_are_told_apart(arguments, named):
-    if named:
-        composer = KonicLLMRewardComposer([OwnModel()], None, kl_penalty_weight=arguments[0], **named)
-    else:
-        composer = KonicLLMRewardComposer([OwnModel()], None, *arguments)
+    composer = KonicLLMRewardComposer([OwnModel()], None, *arguments, **named)
     assert composer.reducer is MaxReducer
     assert composer.kl_penalty_weight == (0.1 if 0.1 in arguments else None)
+
+
+def test_a_named_reducer_that_is_none_is_refused_when_the_composer_is_made():
+    for wrong in (3, 0.1, True, "mean"):
+        with pytest.raises(RewardError, match=r"Composer\.reducer has no method reduce.* A reducer is a class or"):
+            KonicLLMRewardComposer([OwnModel()], reducer=wrong)
+    with pytest.raises(ConfigError, match="kl_penalty_weight must be a number"):
+        KonicLLMRewardComposer([OwnModel()], kl_penalty_weight=MaxReducer)
 
 
 def test_a_weight_for_a_reward_that_is_switched_off_is_a_warning(caplog):

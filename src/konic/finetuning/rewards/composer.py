@@ -1,11 +1,12 @@
 """The user's rewards: marked methods, functions and models, weighted and reduced to one number per response."""
 
+import functools
 import hashlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 from konic.finetuning.data.samples import samples_from_texts
 from konic.finetuning.errors import ConfigError, RewardError, did_you_mean, no_attribute
@@ -37,6 +38,9 @@ _SUCCESSORS = {
 _NAMED_TWICE = "There are two rewards named {!r}. Give one of them another name."
 
 
+_Init = TypeVar("_Init", bound=Callable[..., None])
+
+
 class RewardModel(Protocol):
     """Interface for :meth:`KonicLLMRewardComposer.add_reward_model`: any object with a name that scores in batches."""
 
@@ -48,6 +52,21 @@ class RewardModel(Protocol):
 
 class BaseRewardModel:
     """Base class of one's own reward models; any object that :class:`RewardModel` describes serves."""
+
+
+def _with_the_places_of_0_1(init: _Init) -> _Init:
+    """Let `kl_penalty_weight` come before `reducer` where both are given by place, as in konic 0.1."""
+
+    @functools.wraps(init)
+    def read(self: Any, *places: Any, **named: Any) -> None:
+        own, later = places[:2], places[2:]
+        if later and len(later) <= 3 and (is_finite_number(later[0]) or hasattr([*later, None][1], "reduce")):
+            by_place = zip(("kl_penalty_weight", "reducer", "reward_functions"), later, strict=False)
+            init(self, *own, **dict(by_place), **named)
+        else:
+            init(self, *places, **named)
+
+    return read  # type: ignore[return-value]
 
 
 class KonicLLMRewardComposer:
@@ -114,6 +133,7 @@ class KonicLLMRewardComposer:
         self._reward_weights = _checked_weights(weights or {})
         return self
 
+    @_with_the_places_of_0_1
     def __init__(
         self,
         reward_models: Sequence[RewardModel] | None = None,
@@ -132,10 +152,9 @@ class KonicLLMRewardComposer:
             self.add_reward_model(model)
         for name, weight in weights.items():
             self.set_reward_weight(name, weight)
-        if is_finite_number(reducer) or hasattr(kl_penalty_weight, "reduce"):  # konic 0.1 had them in this order
-            reducer, kl_penalty_weight = kl_penalty_weight, reducer
         if reducer is not None:
             self.reducer = reducer
+            _check_reducer(type(self), reducer)
         if kl_penalty_weight is not None:
             self.kl_penalty_weight = kl_penalty_weight
         _check_kl_penalty_weight(self.kl_penalty_weight)
@@ -288,8 +307,7 @@ class KonicLLMRewardComposer:
                 raise ConfigError(_NAMED_TWICE.format(reward.name))
             require_a_response(reward)
         _check_kl_penalty_weight(self.kl_penalty_weight)
-        if not callable(getattr(self.reducer, "reduce", None)):
-            raise RewardError(f"{type(self).__name__}.reducer has no method reduce(parts): {self.reducer!r}.")
+        _check_reducer(type(self), self.reducer)
 
     def check_columns(self, columns: Mapping[str, Any]) -> None:
         """Raise RewardError if a reward asks for a column that the dataset does not have."""
@@ -382,6 +400,14 @@ def without_models(composer: KonicLLMRewardComposer) -> KonicLLMRewardComposer:
     for name in ("reducer", *_SHAPE_OF_OVERRIDE):  # only the run's own process weights and reduces
         copied.__dict__.pop(name, None)
     return copied
+
+
+def _check_reducer(kind: type, reducer: Any) -> None:
+    if not callable(getattr(reducer, "reduce", None)):
+        raise RewardError(
+            f"{kind.__name__}.reducer has no method reduce(parts): {reducer!r}. A reducer is a class or an object with "
+            "this method, which makes one number of a dict of values, such as MeanReducer."
+        )
 
 
 def _checked_weights(weights: Any) -> dict[str, float]:
