@@ -209,6 +209,24 @@ def test_a_method_set_on_the_object_is_what_scores():
     assert alone.compose_batch(["p"], ["r"]) == ([3.0], {})
 
 
+@pytest.mark.parametrize("method", ["compose", "compose_batch"])
+def test_without_rewards_super_answers_0(method):
+    class Alone(KonicLLMRewardComposer):
+        pass
+
+    def compose(self, prompt, response):
+        return 1.5 + super(Alone, self).compose(prompt, response)
+
+    def compose_batch(self, prompts, responses):
+        rewards, breakdown = super(Alone, self).compose_batch(prompts, responses)
+        return [1.5 + reward for reward in rewards], breakdown
+
+    setattr(Alone, method, {"compose": compose, "compose_batch": compose_batch}[method])
+    assert Alone().compose_batch(["p", "q"], ["r", "s"]) == ([1.5, 1.5], {})
+    scores = score(Alone(), ["a", "b"])
+    assert (scores.rewards, scores.breakdown) == ([1.5, 1.5], {})
+
+
 class Two(KonicLLMRewardComposer):
     @llm_reward
     def quality(self, prompt, response):

@@ -250,7 +250,12 @@ class KonicLLMRewardComposer:
         return self
 
     def compose(self, prompt: str, response: str) -> float:
-        """The reward of one response; NaN if every part abstains. A subclass may score in its own way."""
+        """The reward of one response; NaN if every part abstains, and 0 if there are no rewards.
+
+        A subclass may score in its own way.
+        """
+        if not list_rewards(self):
+            return 0.0
         return KonicLLMRewardComposer.compose_batch(self, [prompt], [response])[0][0]
 
     def get_reward_breakdown(self, prompt: str, response: str) -> dict[str, float]:
@@ -266,8 +271,9 @@ class KonicLLMRewardComposer:
         A subclass may override it, or :meth:`compose`, to score in its own way. A run then calls the marked methods
         first, and answers `super().compose_batch(...)` with their values. Where one class has both, this one counts.
 
-        A part's value is NaN if the part abstained; a reward is NaN if every part abstained. For the reward, values are
-        clipped if their part has bounds. They are not normalised: only training has a running mean.
+        A part's value is NaN if the part abstained; a reward is NaN if every part abstained, and 0 without rewards. For
+        the reward, values are clipped if their part has bounds. They are not normalised: only training has a running
+        mean.
 
         Args:
             prompts: [B].
@@ -280,8 +286,7 @@ class KonicLLMRewardComposer:
         for name, values in {"responses": responses, **columns}.items():
             if len(values) != len(prompts):
                 raise RewardError(f"compose_batch: {len(prompts)} prompts, but {len(values)} {name}.")
-        is_own = getattr(self.compose, "__func__", None) is not KonicLLMRewardComposer.compose
-        if is_own and not list_rewards(self):
+        if not list_rewards(self):  # compose is a subclass's own, or answers 0
             return [self.compose(*texts) for texts in zip(prompts, responses, strict=True)], {}
         answer = self._scored.find(prompts, responses) if self._scored is not None else None
         weighting = describe_weighting(self)
