@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from command import konic, script
 from konic.cli import app
 from konic.cli.rewards import sample_responses, show
-from konic.cli.scripts import load_agent, load_composer, load_composer_and_column
+from konic.cli.scripts import load_agent, load_composer, load_composer_and_dataset
 from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.data.prompts import Prompt, load_prompts, make_prompts
 from konic.finetuning.data.samples import make_samples
@@ -608,7 +608,17 @@ def test_the_agents_prompt_column_is_read_where_the_file_has_it(tmp_path):
         read_responses(str(written(tmp_path, [{"question": "q", "response": "r"}])), "task")
     assert "DatasetConfig" not in str(error.value)
     text = AGENT.format(model="any", seed=0).replace("shuffle=False", "prompt_column='question'")
-    assert load_composer_and_column(script(tmp_path, text))[1] == "question"
+    assert load_composer_and_dataset(script(tmp_path, text))[1].prompt_column == "question"
+
+
+def test_the_template_of_the_agent_makes_the_prompts_where_the_file_has_its_columns(tmp_path):
+    template = "{title}: {text}"
+    (made,) = read_responses(
+        str(written(tmp_path, [{"title": "A", "text": "b", "prompt": "p", "response": "r"}])), "prompt", template
+    )
+    assert (made.prompt, made.columns["title"]) == ("A: b", "A")
+    (read,) = read_responses(str(written(tmp_path, [{"title": "A", "prompt": "A: b", "response": "r"}])), "p", template)
+    assert read.prompt == "A: b"
 
 
 def test_rows_with_an_empty_prompt_are_left_out_with_their_responses(tmp_path, caplog):

@@ -26,7 +26,7 @@ def rewards(
     texts: Annotated[
         str | None,
         typer.Option(
-            help="A csv, json, jsonl or parquet file with columns `prompt` and `response`.",
+            help="A csv, json, jsonl or parquet file with columns `prompt`, or those of the template, and `response`.",
             parser=read_name,
             metavar="<str>",
         ),
@@ -43,12 +43,12 @@ def rewards(
               konic rewards my_rewards.py --texts responses.jsonl
     """
     typer.echo(f"Loading {script} ...", err=True)
-    from konic.cli.scripts import load_agent, load_composer_and_column
+    from konic.cli.scripts import load_agent, load_composer_and_dataset
     from konic.finetuning.rewards.trial import read_responses, try_rewards
 
     if texts is not None:
-        composer, prompt_column = load_composer_and_column(script)
-        tried = read_responses(texts, prompt_column)
+        composer, dataset = load_composer_and_dataset(script)
+        tried = read_responses(texts, dataset.prompt_column, dataset.prompt_template)
     else:
         agent = load_agent(script)
         typer.echo(f"Sampling {samples} responses from {agent.get_base_model()} ...", err=True)

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from konic.finetuning import ConfigError, KonicError, KonicFinetuningAgent, KonicLLMRewardComposer
+from konic.finetuning import ConfigError, DatasetConfig, KonicError, KonicFinetuningAgent, KonicLLMRewardComposer
 from konic.finetuning.agent import read_agent
 from konic.finetuning.system.signals import raising_on_signals
 from konic.runtime.agent import forget_registered_agent, get_registered_agent
@@ -43,17 +43,17 @@ def _find_agent(script: Path, module: Any) -> KonicFinetuningAgent:
 
 def load_composer(script: Path) -> KonicLLMRewardComposer:
     """Load a script's composer: its agent's, else its module-level one, else an instance of its only composer class."""
-    return load_composer_and_column(script)[0]
+    return load_composer_and_dataset(script)[0]
 
 
-def load_composer_and_column(script: Path) -> tuple[KonicLLMRewardComposer, str]:
-    """Load a script's composer, and the prompt column that its agent names; without an agent `prompt`."""
+def load_composer_and_dataset(script: Path) -> tuple[KonicLLMRewardComposer, DatasetConfig]:
+    """Load a script's composer, and the dataset config of its agent, which says what a prompt is."""
     if not script.is_file():
         raise ConfigError(f"{script}: there is no such file.")
     module = _import(script)
     if get_registered_agent()[0] or hasattr(module, "agent") or hasattr(module, "build_agent"):
         agent = _find_agent(script, module)
-        return agent.get_reward_composer(), agent.get_dataset_config().prompt_column
+        return agent.get_reward_composer(), agent.get_dataset_config()
     own = {id(value): value for value in vars(module).values()}.values()
     found = [value for value in own if isinstance(value, KonicLLMRewardComposer)]
     kinds = [kind for kind in own if isinstance(kind, type) and kind.__module__ == module.__name__]
@@ -65,7 +65,7 @@ def load_composer_and_column(script: Path) -> tuple[KonicLLMRewardComposer, str]
             "has the composer to try."
         )
     KonicLLMRewardComposer.check(found[0])
-    return found[0], "prompt"
+    return found[0], DatasetConfig()
 
 
 def _import(script: Path) -> Any:

@@ -2,10 +2,12 @@
 
 import math
 import statistics
+import string
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.data.loaders import read_local
@@ -190,10 +192,11 @@ def try_rewards(composer: KonicLLMRewardComposer, samples: Sequence[Sample]) -> 
     return ComposerTrial(num_responses=len(samples), total=total, parts=trials, rewards=[one.trial for one in tried])
 
 
-def read_responses(name: str, prompt_column: str = "prompt") -> list[Sample]:
+def read_responses(name: str, prompt_column: str = "prompt", prompt_template: str | None = None) -> list[Sample]:
     """Read samples from a file with columns `prompt` and `response`; its other columns go to the rewards.
 
-    `prompt_column` is read instead of `prompt` if the file has it. Rows with an empty prompt are left out with a
+    `prompt_column` is read instead of `prompt` if the file has it, and `prompt_template` makes the prompts, as in
+    training, if the file has its columns. Rows with an empty prompt are left out with a
     warning, as in training.
 
     Raises:
@@ -205,6 +208,8 @@ def read_responses(name: str, prompt_column: str = "prompt") -> list[Sample]:
             raise DatasetError(f"{name}, row {number}: needs a text in the column 'response'.")
     if not rows:
         raise DatasetError(f"{name}: holds no rows.")
+    if prompt_template is not None and _columns_of(prompt_template) <= {name for row in rows for name in row}:
+        return _samples(rows, DatasetConfig(prompt_template=prompt_template), name)
     column = prompt_column if any(prompt_column in row for row in rows) else "prompt"
     for number, row in enumerate(rows):
         if column not in row:
@@ -213,8 +218,16 @@ def read_responses(name: str, prompt_column: str = "prompt") -> list[Sample]:
                 f"{name}, row {number}: has no column {wanted}.{did_you_mean(column, map(str, row))} Its columns: "
                 f"{', '.join(map(repr, row))}. Rename the column that holds the prompt."
             )
+    return _samples(rows, DatasetConfig(prompt_column=column), name)
+
+
+def _columns_of(template: str) -> set[str]:
+    return {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+
+
+def _samples(rows: Sequence[Mapping[str, Any]], config: DatasetConfig, name: str) -> list[Sample]:
     columns = [{key: row[key] for key in row if key != "response"} for row in rows]
-    prompts = make_prompts(columns, DatasetConfig(prompt_column=column), name, leaves_out_empty=True)
+    prompts = make_prompts(columns, config, name, leaves_out_empty=True)
     responses = [rows[prompt.row]["response"] for prompt in prompts]
     return make_samples(prompts, [prompt.text for prompt in prompts], responses)
 
