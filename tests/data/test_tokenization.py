@@ -244,3 +244,13 @@ def test_a_tokenizer_that_ends_texts_does_not_end_prompts(text, limit):
 def test_special_tokens_of_a_prompt_stay_in_its_text_when_it_is_cut():
     prompt = make_prompts(["a long beginning <eos>b"], DatasetConfig(), "test")[0]
     assert encode_prompt(prompt, byte_tokenizer("gpt2"), 3)[1] == " <eos>b"
+
+
+def test_what_the_tokenizer_adds_is_found_once_for_all_prompts(monkeypatch):
+    tokenizer, texts = byte_tokenizer("llama"), []
+    kind = type(tokenizer)
+    call = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda self, text, **rest: texts.append(text) or call(self, text, **rest))
+    for prompt in make_prompts(["x", "y", "z"], DatasetConfig(), "test"):
+        encode_prompt(prompt, tokenizer, 8)
+    assert texts == ["a", "a", "x", "y", "z"]

@@ -6,6 +6,7 @@ Shapes: B prompts, P tokens of the longest prompt. A mask is True where a token 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -105,6 +106,7 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int)
     return head + own[start:], _decode_from(start, own, tokenizer)
 
 
+@lru_cache(maxsize=8)
 def _added_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that the tokenizer adds before a text, such as a beginning of sequence.
 
