@@ -137,13 +137,14 @@ def newest(run):
 
 
 def differences(left, right):
-    """What of two runs' folders is not the same, times aside."""
+    """What of two runs' folders is not the same, times aside; `earlier-1` is what a restart from the beginning kept."""
     found = []
     if metrics(left) != metrics(right):
         found.append("metrics.jsonl")
     if completions(left) != completions(right):
         found.append("completions")
-    names = [sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()) for run in (left, right)]
+    files = [{str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()} for run in (left, right)]
+    names = [sorted(name for name in group if not name.startswith("earlier-1/")) for group in files]
     if names[0] != names[1]:
         found.append(f"files: {sorted(set(names[0]) ^ set(names[1]))}")
     for path in sorted(left.rglob("*.safetensors")):
