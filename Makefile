@@ -32,8 +32,10 @@ reward-model: $(READY)
 		--output $(OUTPUT) $(if $(TEST),--test $(TEST)) \
 		$(if $(TEST_TEXT),--test-text $(TEST_TEXT)) $(if $(TEST_LABEL),--test-label $(TEST_LABEL))
 
+# JOBS processes at a time, each with one thread (tests/conftest.py): the models are too small to gain from more.
+JOBS ?= 2
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 check: $(READY)
 	@$(BIN)/ruff format --check .

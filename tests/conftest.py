@@ -5,6 +5,7 @@ import os
 import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models compute longer with more
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
