@@ -25,8 +25,8 @@ INSIDE = {
         "locations", "loading", "adapter_config", "adapters", "policy",
     ],
     "rewards": [
-        "moments", "named_parts", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "composer",
-        "overrides", "workers", "scoring", "trial",
+        "moments", "named_parts", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "validation",
+        "old_names", "composer", "overrides", "workers", "scoring", "trial",
     ],
     "rollout": [
         "sampler", "fused_transformer", "fused_decoder", "graphed_decoder", "decoding", "local_sampler", "rollout",

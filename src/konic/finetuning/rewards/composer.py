@@ -1,17 +1,17 @@
 """The user's rewards: marked methods, functions and models, weighted and reduced to one number per response."""
 
-import functools
 import hashlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self
 
 from konic.finetuning.data.samples import samples_from_texts
-from konic.finetuning.errors import ConfigError, RewardError, did_you_mean, no_attribute
+from konic.finetuning.errors import ConfigError, RewardError, did_you_mean
 from konic.finetuning.rewards.calls import call_reward
-from konic.finetuning.rewards.marks import Mark, checked_clip, find_mark, is_finite_number
+from konic.finetuning.rewards.marks import Mark, checked_clip, find_mark
+from konic.finetuning.rewards.old_names import OldNames, with_the_places_of_0_1
 from konic.finetuning.rewards.outcomes import Reward
 from konic.finetuning.rewards.reducers import WeightedSumReducer
 from konic.finetuning.rewards.signatures import detect_shape, requested_columns, require_a_response, reward_of_model
@@ -24,21 +24,11 @@ from konic.finetuning.rewards.totals import (
     named_by_part,
     require_no_fault,
 )
+from konic.finetuning.rewards.validation import check_kl_penalty_weight, check_reducer, checked_weights
 
 logger = logging.getLogger(__name__)
 
-_SUCCESSORS = {
-    "set_env": "A reward gets the columns of the dataset by parameters of their names.",
-    "env": "A reward gets the columns of the dataset by parameters of their names.",
-    "compute_kl_penalty": "The run computes the exact KL; kl_penalty_weight is its price.",
-}
-"""For what konic 0.1 had in a composer: what to use instead."""
-
-
 _NAMED_TWICE = "There are two rewards named {!r}. Give one of them another name."
-
-
-_Init = TypeVar("_Init", bound=Callable[..., None])
 
 
 class RewardModel(Protocol):
@@ -54,22 +44,7 @@ class BaseRewardModel:
     """Base class of one's own reward models; any object that :class:`RewardModel` describes serves."""
 
 
-def _with_the_places_of_0_1(init: _Init) -> _Init:
-    """Let `kl_penalty_weight` come before `reducer` where both are given by place, as in konic 0.1."""
-
-    @functools.wraps(init)
-    def read(self: Any, *places: Any, **named: Any) -> None:
-        own, later = places[:2], places[2:]
-        if later and len(later) <= 3 and (is_finite_number(later[0]) or hasattr([*later, None][1], "reduce")):
-            by_place = zip(("kl_penalty_weight", "reducer", "reward_functions"), later, strict=False)
-            init(self, *own, **dict(by_place), **named)
-        else:
-            init(self, *places, **named)
-
-    return read  # type: ignore[return-value]
-
-
-class KonicLLMRewardComposer:
+class KonicLLMRewardComposer(OldNames):
     """Base class of the user's rewards: subclass it and mark methods with :func:`llm_reward`.
 
     The values of all rewards are weighted and reduced to one reward per response. A method that overrides a reward is
@@ -97,8 +72,8 @@ class KonicLLMRewardComposer:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse rewards whose name is one that a composer has a use for itself."""
         super().__init_subclass__(**kwargs)
-        cls._take_old_kl_penalty_weight()
-        own = {*vars(KonicLLMRewardComposer), *KonicLLMRewardComposer.__annotations__}
+        cls._take_old_names()
+        own = {*vars(KonicLLMRewardComposer), *vars(OldNames), *KonicLLMRewardComposer.__annotations__}
         for name, member in vars(cls).items():
             computed = getattr(member, "fget", None) or getattr(member, "func", None)  # of a property, or a cached one
             if computed is not None and find_mark(member) is None and find_mark(computed) is not None:
@@ -109,19 +84,6 @@ class KonicLLMRewardComposer:
             if is_taken and find_mark(member) is not None:
                 raise ConfigError(f"{cls.__name__}.{name}: a composer has {name} itself. Give the reward another name.")
 
-    @classmethod
-    def _take_old_kl_penalty_weight(cls) -> None:
-        """Let `_kl_penalty_weight`, which scripts of konic 0.1 set in the class, count as `kl_penalty_weight`."""
-        ours = vars(KonicLLMRewardComposer)["_kl_penalty_weight"]
-        old = inspect.getattr_static(cls, "_kl_penalty_weight")
-        if old is ours:
-            return
-        if vars(cls).get("kl_penalty_weight", old) != old:
-            raise ConfigError(f"{cls.__name__} has kl_penalty_weight and _kl_penalty_weight. Keep kl_penalty_weight.")
-        if not isinstance(old, property):
-            _check_kl_penalty_weight(old)
-        cls.kl_penalty_weight, cls._kl_penalty_weight = old, ours  # type: ignore[method-assign]
-
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Create the state here, so that a subclass works even if its `__init__` never calls `super().__init__()`.
 
@@ -130,10 +92,10 @@ class KonicLLMRewardComposer:
         self = super().__new__(cls)
         models, weights = (getattr(cls, name, None) for name in ("_reward_models", "_reward_weights"))
         self._added, self._reward_models = {}, list(models) if isinstance(models, list | tuple) else models or []
-        self._reward_weights = _checked_weights(weights or {})
+        self._reward_weights = checked_weights(weights or {})
         return self
 
-    @_with_the_places_of_0_1
+    @with_the_places_of_0_1
     def __init__(
         self,
         reward_models: Sequence[RewardModel] | None = None,
@@ -145,7 +107,7 @@ class KonicLLMRewardComposer:
         for option, given in (("reward_models", reward_models), ("reward_functions", reward_functions)):
             if given is not None and not isinstance(given, Sequence):
                 raise ConfigError(f"{option} must be a list, got {given!r}.")
-        weights = _checked_weights({} if reward_weights is None else reward_weights)
+        weights = checked_weights({} if reward_weights is None else reward_weights)
         for function in reward_functions or ():
             self.add_reward_function(function)
         for model in reward_models or ():
@@ -154,10 +116,10 @@ class KonicLLMRewardComposer:
             self.set_reward_weight(name, weight)
         if reducer is not None:
             self.reducer = reducer
-            _check_reducer(type(self), reducer)
+            check_reducer(type(self), reducer)
         if kl_penalty_weight is not None:
             self.kl_penalty_weight = kl_penalty_weight
-        _check_kl_penalty_weight(self.kl_penalty_weight)
+        check_kl_penalty_weight(self.kl_penalty_weight)
 
     @property
     def reward_names(self) -> list[str]:
@@ -237,7 +199,7 @@ class KonicLLMRewardComposer:
         Raises:
             ConfigError: The weight is not a finite number.
         """
-        ((name, weight),) = _checked_weights({name: weight}).items()
+        ((name, weight),) = checked_weights({name: weight}).items()
         known = [reward.name for reward in list_rewards(self)]
         is_known = any(name == reward or name.startswith(f"{reward}.") for reward in known)
         if not is_known and name not in self._reward_weights:
@@ -311,16 +273,13 @@ class KonicLLMRewardComposer:
             if names.count(reward.name) > 1:
                 raise ConfigError(_NAMED_TWICE.format(reward.name))
             require_a_response(reward)
-        _check_kl_penalty_weight(self.kl_penalty_weight)
-        _check_reducer(type(self), self.reducer)
+        check_kl_penalty_weight(self.kl_penalty_weight)
+        check_reducer(type(self), self.reducer)
 
     def check_columns(self, columns: Mapping[str, Any]) -> None:
         """Raise RewardError if a reward asks for a column that the dataset does not have."""
         for reward in _list_all(self):
             requested_columns(reward, columns)
-
-    def __getattr__(self, name: str) -> Any:
-        raise no_attribute(self, name, _SUCCESSORS)
 
     @contextmanager
     def answering(self, scored: AlreadyScored) -> Iterator[None]:
@@ -330,16 +289,6 @@ class KonicLLMRewardComposer:
             yield
         finally:
             self._scored = None
-
-    @property
-    def _kl_penalty_weight(self) -> float:
-        """What konic 0.1 called so."""
-        return self.kl_penalty_weight or 0.0
-
-    @_kl_penalty_weight.setter
-    def _kl_penalty_weight(self, weight: float) -> None:
-        _check_kl_penalty_weight(weight)
-        self.kl_penalty_weight = weight
 
     def _require_new(self, name: str) -> None:
         if any(name == reward.name for reward in list_rewards(self)):
@@ -405,28 +354,6 @@ def without_models(composer: KonicLLMRewardComposer) -> KonicLLMRewardComposer:
     for name in ("reducer", *_SHAPE_OF_OVERRIDE):  # only the run's own process weights and reduces
         copied.__dict__.pop(name, None)
     return copied
-
-
-def _check_reducer(kind: type, reducer: Any) -> None:
-    if not callable(getattr(reducer, "reduce", None)):
-        raise RewardError(
-            f"{kind.__name__}.reducer has no method reduce(parts): {reducer!r}. A reducer is a class or an object with "
-            "this method, which makes one number of a dict of values, such as MeanReducer."
-        )
-
-
-def _checked_weights(weights: Any) -> dict[str, float]:
-    if not isinstance(weights, Mapping):
-        raise ConfigError(f"reward_weights must be a dict of numbers by reward name, got {weights!r}.")
-    for name, weight in weights.items():
-        if not is_finite_number(weight):
-            raise ConfigError(f"reward_weights[{str(name)!r}] must be a finite number, got {weight!r}.")
-    return {str(name): float(weight) for name, weight in weights.items()}
-
-
-def _check_kl_penalty_weight(weight: Any) -> None:
-    if weight is not None and (not is_finite_number(weight) or weight < 0):
-        raise ConfigError(f"kl_penalty_weight must be a number of at least 0, got {weight!r}.")
 
 
 def _source_of(reward: Reward) -> str:
