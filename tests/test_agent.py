@@ -1,17 +1,21 @@
 import peft
 import pytest
+import torch
 
+from conftest import tiny_model
 from konic.finetuning import (
     ConfigError,
     DatasetConfig,
     GenerationConfig,
     KonicFinetuningAgent,
+    KonicFinetuningEngine,
     KonicLLMRewardComposer,
     LoraConfig,
     RewardError,
     TrainingConfig,
     llm_reward,
 )
+from konic.finetuning.agent import read_agent
 
 
 class Rewards(KonicLLMRewardComposer):
@@ -71,9 +75,61 @@ def test_a_folder_may_be_given_as_a_path(tmp_path):
 def test_what_cannot_be_is_said_before_anything_is_loaded():
     with pytest.raises(ConfigError, match="base_model must name a model"):
         KonicFinetuningAgent(None, Rewards())
-    with pytest.raises(ConfigError, match=r"Give an instance: add \(\)"):
+    with pytest.raises(ConfigError, match=r"got the class \w+: add \(\)"):
         KonicFinetuningAgent("gpt2", Rewards)
     with pytest.raises(RewardError, match=r"has no rewards. Mark at least one method"):
         KonicFinetuningAgent("gpt2", KonicLLMRewardComposer())
-    with pytest.raises(ConfigError, match="Expected a TrainingConfig or a dict"):
+    with pytest.raises(ConfigError, match="training_config must be a TrainingConfig or a dict"):
         KonicFinetuningAgent("gpt2", Rewards(), training_config=4)
+
+
+class Parts:
+    """An agent that is no KonicFinetuningAgent; each getter can be replaced."""
+
+    def __init__(self, **getters):
+        self.get_base_model, self.get_reward_composer = lambda: "gpt2", Rewards
+        vars(self).update(getters)
+
+
+@pytest.mark.parametrize("value", [LoraConfig(), None, "lora"])
+def test_a_getter_that_is_no_method_is_named(value):
+    with pytest.raises(ConfigError, match="get_lora_config must be a method, got"):
+        read_agent(Parts(get_lora_config=value))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"base_model": "gpt2"}, "reward_composer must be a KonicLLMRewardComposer, got"),
+        ({"reward_composer": Rewards()}, "base_model must name a model or a folder, got"),
+        ({"model_name": "gpt2", "reward_composer": Rewards()}, "no argument 'model_name'. Here it is base_model"),
+        ({"base_model": "gpt2", "rewards": Rewards()}, "no argument 'rewards'. Here it is reward_composer"),
+        ({"base_model": torch.nn.Linear(2, 2), "reward_composer": Rewards()}, r"got torch\..*Linear\.$"),
+        (
+            {"base_model": tiny_model("llama"), "reward_composer": Rewards()},
+            r"got transformers\.\S+: save it with",
+        ),
+        ({"base_model": "x", "reward_composer": Rewards(), "dataset_config": TrainingConfig()}, "^dataset_config must"),
+    ],
+)
+def test_a_mistake_in_the_arguments_is_one_short_sentence(arguments, told):
+    with pytest.raises(ConfigError, match=told) as error:
+        KonicFinetuningAgent(**arguments)
+    assert len(str(error.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({}, "needs a model_name, or an agent: from_agent"),
+        ({"base_model": "gpt2", "reward_composer": Rewards()}, "no argument 'base_model'. Here it is model_name"),
+        (
+            {"model_name": "gpt2", "reward_composer": Rewards(), "tokenizer": 3},
+            "no argument 'tokenizer'. It has",
+        ),
+        ({"model_name": "gpt2", "reward_composer": Rewards(), "checkpoint_dr": "x"}, "Did you mean 'checkpoint_dir'"),
+    ],
+)
+def test_a_mistake_in_the_engines_arguments_is_named(arguments, told):
+    with pytest.raises(ConfigError, match=told):
+        KonicFinetuningEngine(**arguments)

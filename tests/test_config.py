@@ -1,6 +1,7 @@
 import math
 
 import pytest
+from transformers import GenerationConfig as TransformersGenerationConfig
 
 from konic.finetuning.algorithms import ALGORITHMS
 from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
@@ -241,10 +242,20 @@ def test_from_value_reads_a_mappings_fields_and_checks_them():
         TrainingConfig.from_value({"batch_size": 0})
 
 
-@pytest.mark.parametrize("value", [3, "batch_size=8", [("batch_size", 8)], GenerationConfig(), TrainingConfig])
-def test_from_value_refuses_anything_else_and_names_its_type(value):
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (3, "int 3"),
+        ("batch_size=8", "str 'batch_size=8'"),
+        ([("batch_size", 8)], "list"),
+        (GenerationConfig(), r"GenerationConfig\."),
+        (TransformersGenerationConfig(), r"transformers\..*GenerationConfig\."),
+        (TrainingConfig, r"the class TrainingConfig: add \(\)"),
+    ],
+)
+def test_from_value_refuses_anything_else_and_names_what_it_is(value, told):
     with pytest.raises(
-        ConfigError, match=f"Expected a TrainingConfig or a dict of its fields, got {type(value).__name__}"
+        ConfigError, match=f"training_config must be a TrainingConfig or a dict of its fields, got {told}"
     ):
         TrainingConfig.from_value(value)
 
@@ -376,3 +387,42 @@ def test_a_mistake_is_one_line_that_says_what_is_wanted(make, told):
     message = str(caught.value)
     assert told in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "told"),
+    [
+        (TrainingConfig, {"batch_size": True}, "TrainingConfig.batch_size: it must be a number, got True"),
+        (TrainingConfig, {"learning_rate": False}, "learning_rate: it must be a number, got False"),
+        (GenerationConfig, {"eos_token_id": True}, "eos_token_id: it must be a number, got True"),
+        (GenerationConfig, {"eos_token_id": [0, True]}, r"eos_token_id: it must be a number, got \[0, True\]"),
+        (LoraConfig, {"r": True}, "LoraConfig.r: it must be a number"),
+    ],
+)
+def test_a_truth_value_is_no_number(kind, fields, told):
+    with pytest.raises(ConfigError, match=told):
+        kind(**fields)
+    assert TrainingConfig(gradient_checkpointing=True).gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "told"),
+    [
+        (TrainingConfig, "max_iterations", r"It is engine\.train\(max_iterations=\.\.\.\)"),
+        (TrainingConfig, "max_steps", r"It is engine\.train\(max_iterations"),
+        (TrainingConfig, "output_dir", r"from_agent\(agent, checkpoint_dir"),
+        (TrainingConfig, "bf16", "model_kwargs={'dtype': 'bfloat16'}"),
+        (GenerationConfig, "device", r"from_agent\(agent, device"),
+        (DatasetConfig, "base_model", r"KonicFinetuningAgent\(base_model"),
+        (LoraConfig, "modules_to_save", r"pass peft\.LoraConfig"),
+        (LoraConfig, "use_rslora", r"pass peft\.LoraConfig"),
+    ],
+)
+def test_a_name_that_is_given_elsewhere_says_where(kind, name, told):
+    with pytest.raises(ConfigError, match=told):
+        kind(**{name: 3})
+
+
+def test_dpo_is_not_taken_for_a_misspelt_algorithm():
+    with pytest.raises(ConfigError, match="algorithm='dpo' is not offered: it learns from preference pairs"):
+        TrainingConfig(algorithm="dpo")

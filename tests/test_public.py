@@ -65,7 +65,7 @@ def test_signatures_are_the_contracts():
     assert list(agent)[1:] == [*expected.split(), "method", "unknown"]
     parts = "model_name reward_composer dataset_config lora_config training_config generation_config callback"
     started = inspect.signature(engine.__init__).parameters
-    assert list(started)[1:] == f"{parts} checkpoint_dir device method".split()
+    assert list(started)[1:] == f"{parts} checkpoint_dir device method unknown".split()
 
 
 def test_config_defaults_are_the_contracts():

@@ -753,3 +753,61 @@ def test_a_raising_reward_model_or_reducer_is_named():
         One(reward_models=[Broken()]).compose("p", "r")
     with pytest.raises(RewardError, match=r"Reducer 'Broken' raised KeyError: 'parts'\n  prompt:   'p'"):
         One(reducer=Broken()).compose("p", "r")
+
+
+def test_a_reward_method_without_self_is_refused_where_its_class_is_made():
+    with pytest.raises(ConfigError, match=r"Forgot.brief: its first parameter is 'prompt'. .* \(self, prompt"):
+
+        class Forgot(KonicLLMRewardComposer):
+            @llm_reward
+            def brief(prompt, response):
+                return 1.0
+
+    class Static(KonicLLMRewardComposer):
+        @staticmethod
+        @llm_reward
+        def brief(prompt, response):
+            return float(len(prompt))
+
+    assert Static().compose("ab", "c") == 2.0
+
+
+class TakesBoth:
+    def reduce(self, rewards, weights):
+        return 0.0
+
+
+class NamedOtherwise:
+    def __init__(self, reward_weights):
+        self.weights = reward_weights
+
+    def reduce(self, rewards):
+        return 0.0
+
+
+class Waits:
+    async def reduce(self, rewards):
+        return 0.0
+
+
+@pytest.mark.parametrize("reducer", [TakesBoth, TakesBoth(), NamedOtherwise, Waits, Waits()])
+def test_a_reducer_that_cannot_be_called_is_refused_before_any_reward(reducer):
+    with pytest.raises(RewardError, match=r"cannot be called as|async"):
+        Length(reducer=reducer)
+    Own = type("Own", (Length,), {"reducer": reducer})
+    with pytest.raises(RewardError, match=r"cannot be called as|async"):
+        KonicLLMRewardComposer.check(Own())
+
+
+def test_a_weight_for_a_key_of_several_parts_is_refused():
+    def first(prompt, response):
+        return {"x": 1.0, "y": 1.0}
+
+    def second(prompt, response):
+        return {"x": 2.0}
+
+    composer = KonicLLMRewardComposer(reward_functions=[first, second], reward_weights={"x": 10.0, "y": 3.0})
+    with pytest.raises(RewardError, match=r"reward_weights\['x'\] is the key of several parts: first.x, second.x"):
+        composer.compose("p", "r")
+    composer = KonicLLMRewardComposer(reward_functions=[first, second], reward_weights={"first.x": 10.0, "y": 3.0})
+    assert composer.compose("p", "r") == 10.0 + 3.0 + 2.0

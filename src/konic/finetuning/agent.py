@@ -10,7 +10,7 @@ from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
 from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.errors import ConfigError, did_you_mean, no_attribute
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer
-from konic.finetuning.settings import Settings
+from konic.finetuning.settings import Settings, describe
 
 _CONFIGS = ("training_config", "generation_config", "dataset_config", "lora_config")
 _PARTS = ("base_model", "reward_composer", *_CONFIGS, "model_kwargs")
@@ -25,6 +25,15 @@ _SUCCESSORS = {
     "get_algorithm_config": "Use get_training_config().to_dict().",
     "get_module": "The engine builds the model of get_base_model() and get_lora_config().",
 }
+
+
+_OTHER_NAMES = {
+    "model_name": "base_model", "model": "base_model", "model_name_or_path": "base_model",
+    "composer": "reward_composer", "rewards": "reward_composer", "reward": "reward_composer",
+    "peft_config": "lora_config", "lora": "lora_config", "dataset": "dataset_config", "config": "training_config",
+    "args": "training_config", "training_args": "training_config",
+}  # fmt: skip
+"""What the engine here, and trainers elsewhere, call an argument of the agent."""
 
 
 class BaseKonicFinetuningAgent:
@@ -64,8 +73,8 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
 
     def __init__(
         self,
-        base_model: str | os.PathLike[str],
-        reward_composer: KonicLLMRewardComposer,
+        base_model: str | os.PathLike[str] | None = None,
+        reward_composer: KonicLLMRewardComposer | None = None,
         lora_config: Any = None,
         dataset_config: DatasetConfig | Mapping[str, Any] | None = None,
         training_config: TrainingConfig | Mapping[str, Any] | None = None,
@@ -78,10 +87,9 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
         if isinstance(base_model, os.PathLike):
             base_model = os.fspath(base_model)
         if not isinstance(base_model, str) or not base_model.strip():
-            raise ConfigError(f"base_model must name a model or a folder, got {base_model!r}.")
+            raise ConfigError(f"base_model must name a model or a folder, got {_shown_model(base_model)}.")
         if not isinstance(reward_composer, KonicLLMRewardComposer):
-            hint = " Give an instance: add ()." if isinstance(reward_composer, type) else ""
-            raise ConfigError(f"reward_composer must be a KonicLLMRewardComposer, got {reward_composer!r}.{hint}")
+            raise ConfigError(f"reward_composer must be a KonicLLMRewardComposer, got {describe(reward_composer)}.")
         KonicLLMRewardComposer.check(reward_composer)  # a script may have a method `check` of its own
         self._base_model = base_model
         self._reward_composer = reward_composer
@@ -91,7 +99,7 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
         self._training_config = TrainingConfig.from_value(training_config).with_method(method)
         self._generation_config = GenerationConfig.from_value(generation_config)
         if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
-            raise ConfigError(f"model_kwargs must be a dict, got {model_kwargs!r}.")
+            raise ConfigError(f"model_kwargs must be a dict, got {describe(model_kwargs)}.")
         self._model_kwargs = dict(model_kwargs or {})
         self._check_together()
 
@@ -212,10 +220,23 @@ def read_agent(agent: Any, **changes: Any) -> KonicFinetuningAgent:
             f"The agent must be a KonicFinetuningAgent, or an object with its getters, got {agent!r} without "
             f"{' and '.join(missing)}."
         )
-    parts = {name: getattr(agent, f"get_{name}")() for name in _PARTS if hasattr(agent, f"get_{name}")}
+    parts = {name: _get(agent, f"get_{name}") for name in _PARTS if hasattr(agent, f"get_{name}")}
     if "algorithm" not in TrainingConfig.from_value(changes.get("training_config")).model_fields_set:
         parts["method"] = _given_method(agent)
     return KonicFinetuningAgent(**parts | changes)
+
+
+def _get(agent: Any, getter: str) -> Any:
+    value = getattr(agent, getter)
+    if not callable(value):
+        raise ConfigError(f"The agent's {getter} must be a method, got {describe(value)}.")
+    return value()
+
+
+def _shown_model(value: Any) -> str:
+    if hasattr(value, "save_pretrained"):
+        return f"{describe(value)}: save it with save_pretrained(folder) and give the folder"
+    return describe(value)
 
 
 def _given_method(agent: Any) -> Any:
@@ -236,7 +257,9 @@ def with_own_configs(agent: KonicFinetuningAgent) -> KonicFinetuningAgent:
 def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if name not in _SUCCESSORS or value is not None:
+            meant = _OTHER_NAMES.get(name)
             hint = f" {_SUCCESSORS[name]}" if name in _SUCCESSORS else did_you_mean(name, _PARTS)
+            hint = f" Here it is {meant}." if meant else hint
             raise ConfigError(f"KonicFinetuningAgent has no argument {name!r}.{hint} It has: {', '.join(_PARTS)}.")
 
 
@@ -262,4 +285,4 @@ def _lora_config(value: Any) -> Any:
             f"lora_config: {type(value).__name__} is not supported; it would change what the model reads, or how the "
             "reference policy is separated from the model. Use LoraConfig(r=8, lora_alpha=16)."
         )
-    raise ConfigError(f"lora_config must be a LoraConfig, a dict of its fields or None, got {value!r}.")
+    raise ConfigError(f"lora_config must be a LoraConfig, a dict of its fields or None, got {describe(value)}.")

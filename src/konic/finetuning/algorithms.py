@@ -110,6 +110,13 @@ class KonicFinetuningMethodType(StrEnum):
 _ALGORITHM_OF_METHOD = {"NATIVE_PPO": "ppo", "TRL_GRPO": "grpo"}
 
 
+LEARNS_FROM_PAIRS = (
+    "it learns from preference pairs, without rewards. Make a reward model of the pairs with "
+    "`konic reward-model train`, and train with TrainingConfig(algorithm='ppo')"
+)
+"""Why DPO and its like are no algorithm here."""
+
+
 def algorithm_of_method(method: str) -> str:
     """Return the algorithm that a method of konic 0.1 names.
 
@@ -119,10 +126,7 @@ def algorithm_of_method(method: str) -> str:
     if method in _ALGORITHM_OF_METHOD:
         return _ALGORITHM_OF_METHOD[method]
     if method == KonicFinetuningMethodType.TRL_DPO:
-        raise ConfigError(
-            "method=TRL_DPO is not offered: DPO learns from preference pairs, without rewards. Make a reward model of "
-            "the pairs with `konic reward-model train`, and train with TrainingConfig(algorithm='ppo')."
-        )
+        raise ConfigError(f"method=TRL_DPO is not offered: {LEARNS_FROM_PAIRS}.")
     if method == "RLHF":
         raise ConfigError("method='RLHF' is PPO: leave it out, or set TrainingConfig(algorithm='ppo').")
     raise ConfigError(

@@ -7,10 +7,11 @@ import math
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from konic.finetuning.algorithms import (
     ALGORITHMS,
+    LEARNS_FROM_PAIRS,
     Algorithm,
     KLPlacement,
     KonicFinetuningMethodType,
@@ -160,6 +161,13 @@ class TrainingConfig(Settings):
     """Watch the run for silent faults: a broken invariant stops it, any other finding is reported once."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds samples, minibatches and adapter weights. DatasetConfig.shuffle_seed seeds the order of prompts."""
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _refuse_pairs(cls, value: Any) -> Any:
+        if value in ("dpo", "ipo", "kto", "orpo", "simpo"):
+            raise ValueError(f"algorithm={value!r} is not offered: {LEARNS_FROM_PAIRS}")
+        return value
 
     @model_validator(mode="after")
     def _check_divisions(self) -> Self:
@@ -363,7 +371,17 @@ class GenerationConfig(Settings):
 class LoraConfig(Settings):
     """Low-rank adapters, with PEFT's meaning for every field (arXiv 2106.09685)."""
 
-    successors = MappingProxyType({"to_peft_config": "peft.LoraConfig(**config.to_dict()) makes PEFT's."})
+    successors = MappingProxyType(
+        {"to_peft_config": "peft.LoraConfig(**config.to_dict()) makes PEFT's."}
+        | dict.fromkeys(
+            (
+                "alpha_pattern", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform",
+                "lora_bias", "modules_to_save", "rank_pattern", "target_parameters", "trainable_token_indices",
+                "use_dora", "use_rslora",
+            ),
+            "PEFT's has it: pass peft.LoraConfig(...) as lora_config.",
+        )
+    )  # fmt: skip
 
     r: int = Field(default=8, ge=1)
     """Rank of the adapter matrices."""

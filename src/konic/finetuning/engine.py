@@ -95,7 +95,7 @@ class KonicFinetuningEngine:
 
     def __init__(
         self,
-        model_name: str | os.PathLike[str],
+        model_name: str | os.PathLike[str] | None = None,
         reward_composer: KonicLLMRewardComposer | None = None,
         dataset_config: Any = None,
         lora_config: Any = None,
@@ -105,11 +105,17 @@ class KonicFinetuningEngine:
         checkpoint_dir: str | os.PathLike[str] | None = None,
         device: str | None = None,
         method: str | None = None,
+        **unknown: Any,
     ) -> None:
+        for name in unknown:
+            known = (*_PART_OF_AGENT, "callback", "checkpoint_dir", "device")
+            hint = " Here it is model_name." if name in ("base_model", "model") else did_you_mean(name, known)
+            raise ConfigError(f"KonicFinetuningEngine has no argument {name!r}.{hint} It has: {', '.join(known)}.")
         if hasattr(model_name, "get_base_model"):
             raise ConfigError("KonicFinetuningEngine takes a model's name; for an agent, use from_agent(agent).")
-        if reward_composer is None:
-            raise ConfigError("KonicFinetuningEngine needs a reward_composer: an instance of your composer.")
+        for name, value in {"model_name": model_name, "reward_composer": reward_composer}.items():
+            if value is None:
+                raise ConfigError(f"KonicFinetuningEngine needs a {name}, or an agent: from_agent(agent).")
         configs = {"training_config": training_config, "generation_config": generation_config}
         agent = KonicFinetuningAgent(model_name, reward_composer, lora_config, dataset_config, **configs, method=method)
         self._prepare(agent, callback=callback, checkpoint_dir=checkpoint_dir, device=device)

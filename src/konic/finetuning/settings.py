@@ -2,9 +2,10 @@
 
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from functools import cache
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -25,6 +26,20 @@ _OTHER_NAMES = MappingProxyType(
     }
 )  # fmt: skip
 """Names of the same settings in TRL, PEFT, datasets and vLLM, or shorter ones that people try first."""
+_ELSEWHERE = {
+    "engine.train({}=...)": "max_iterations save_every save_total_limit resume_from_checkpoint allow_changes",
+    "engine.train(max_iterations=...)": "max_steps iterations num_steps",
+    "engine.train(save_every=...)": "save_steps save_strategy",
+    "KonicFinetuningEngine.from_agent(agent, checkpoint_dir=...)": "checkpoint_dir output_dir save_dir output",
+    "KonicFinetuningEngine.from_agent(agent, device=...)": "device use_cpu no_cuda",
+    "KonicFinetuningEngine.from_agent(agent, callback=...)": "callback callbacks report_to",
+    "KonicFinetuningAgent({}=...)": "reward_composer model_kwargs lora_config dataset_config training_config "
+    "generation_config base_model",
+    "KonicFinetuningAgent(base_model=...)": "model_name model",
+    "KonicFinetuningAgent(model_kwargs={{'dtype': 'bfloat16'}})": "dtype torch_dtype bf16 fp16 precision",
+    "the composer's argument {}": "reward_weights reducer reward_models reward_functions",
+}
+"""Where a name is given that is no field of any config."""
 
 
 class Settings(BaseModel):
@@ -42,6 +57,11 @@ class Settings(BaseModel):
             first = next(iter(type(self).model_fields))
             kind = type(self).__name__
             raise ConfigError(f"{kind} takes its fields by name, {kind}({first}=...), got {reprlib.repr(unnamed[0])}.")
+        for name, field in type(self).model_fields.items():
+            if name in values and _holds_bool(values[name]) and _is_number(cast("Hashable", field.annotation)):
+                raise ConfigError(
+                    f"{type(self).__name__}.{name}: it must be a number, got {reprlib.repr(values[name])}."
+                )
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -79,7 +99,39 @@ class Settings(BaseModel):
             return value
         if isinstance(value, Mapping):
             return cls(**{str(name): given for name, given in value.items()})
-        raise ConfigError(f"Expected a {cls.__name__} or a dict of its fields, got {type(value).__name__}: {value!r}.")
+        argument = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+        raise ConfigError(f"{argument} must be a {cls.__name__} or a dict of its fields, got {describe(value)}.")
+
+
+def describe(value: Any) -> str:
+    """Return what a value is, for an error: short values as they are, others by their type."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}: add ()"
+    if isinstance(value, str | bytes | int | float | list | tuple | set | dict):
+        return f"{type(value).__name__} {reprlib.repr(value)}"
+    kind = type(value)
+    return kind.__name__ if kind.__module__.startswith("konic.") else f"{kind.__module__}.{kind.__name__}"
+
+
+def _holds_bool(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(isinstance(one, bool) for one in value))
+
+
+@cache
+def _is_number(annotation: Hashable) -> bool:
+    """Return True for a type of numbers alone, for which pydantic would take True for 1."""
+    leaves = set(_leaves(annotation))
+    return bool(leaves) and leaves <= {int, float}
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    inner = [each for each in get_args(annotation) if each not in (type(None), Ellipsis)]
+    if get_origin(annotation) is Annotated:
+        inner = inner[:1]
+    if not inner:
+        yield annotation
+    for each in inner:
+        yield from _leaves(each)
 
 
 def _explain(kind: type[Settings], error: ValidationError) -> str:
@@ -147,4 +199,7 @@ def _instead_of(kind: type[Settings], name: str) -> str:
     for other in Settings.__subclasses__():
         if meant in other.model_fields:
             return f" It is {other.__name__}({meant}=...)."
+    for place, names in _ELSEWHERE.items():
+        if name in names.split():
+            return f" It is {place.format(name)}."
     return did_you_mean(name, kind.model_fields) or f" Its fields: {', '.join(kind.model_fields)}."

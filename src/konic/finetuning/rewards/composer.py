@@ -80,6 +80,12 @@ class KonicLLMRewardComposer(OldNames):
                 raise ConfigError(
                     f"{cls.__name__}.{name} is a property. A reward is a method (self, prompt, response)."
                 )
+            first = next(iter(inspect.signature(member).parameters), "") if inspect.isfunction(member) else ""
+            if find_mark(member) is not None and first in ("prompt", "prompts", "response", "responses"):
+                raise ConfigError(
+                    f"{cls.__name__}.{name}: its first parameter is {first!r}. A reward is a method: "
+                    f"(self, {first}, ...)."
+                )
             is_taken = name in own or (name.startswith("__") and name.endswith("__"))
             if is_taken and find_mark(member) is not None:
                 raise ConfigError(f"{cls.__name__}.{name}: a composer has {name} itself. Give the reward another name.")

@@ -160,9 +160,18 @@ def given_weights(weighting: Weighting, parts: Iterable[str]) -> dict[str, float
     """The weights given for parts: for a part itself, or for its key, or for its reward.
 
     See :func:`part_keys`.
+
+    Raises:
+        RewardError: A weight is given for the key of several parts.
     """
     given: dict[str, float] = {}
     keys = part_keys(weighting.rewards, parts)
+    for key in {key for key in keys.values() if key in weighting.weights}:
+        several = [part for part in keys if keys[part] == key and part not in weighting.weights]
+        if len(several) > 1:
+            raise RewardError(
+                f"reward_weights[{key!r}] is the key of several parts: {', '.join(several)}. Name each part."
+            )
     for part, reward in find_owners(weighting.rewards, parts).items():
         names = [part, *([keys[part]] if part in keys else []), reward.name]
         name = next((name for name in names if name in weighting.weights), None)
