@@ -62,6 +62,32 @@ def test_a_real_model_in_sixteen_bits_passes_every_check_at_the_start(dtype, tar
     policy.check_reference()
 
 
+IN_16_BITS = {
+    "every weight": None,
+    "a copy of the head": peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "biases": peft.LoraConfig(target_modules=["c_attn"], bias="all", fan_in_fan_out=True),
+}
+
+
+@pytest.mark.parametrize("lora", IN_16_BITS.values(), ids=IN_16_BITS)
+def test_weights_in_sixteen_bits_are_not_trained_without_a_word(lora, caplog):
+    architecture = "gpt2" if lora is not None and lora.bias == "all" else "llama"
+    with pytest.raises(ConfigError, match=r"\S+ would be trained in float16.* float32, or use LoRA without modules_to"):
+        Policy(loaded_model(architecture, torch.float16), lora)
+    Policy(loaded_model(architecture, torch.bfloat16), lora)
+    assert "is trained in torch.bfloat16: steps smaller than its rounding error are lost" in caplog.text
+    caplog.clear()
+    Policy(loaded_model(architecture, torch.float32), lora)
+    assert "rounding" not in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lora_weights_are_trained_in_float32_whatever_the_model_has(dtype, caplog):
+    policy = Policy(loaded_model("llama", dtype), LoraConfig(r=2, target_modules=("q_proj",)))
+    assert {weight.dtype for weight in policy.trainable().values()} == {torch.float32}
+    assert "rounding" not in caplog.text
+
+
 def test_full_finetuning_keeps_a_frozen_copy_as_the_reference(architecture):
     policy = tiny_learner(architecture, lora=False).policy
     shake_adapter(policy)
