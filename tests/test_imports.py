@@ -17,12 +17,12 @@ ORDER = [
 ]  # fmt: skip
 """Modules and packages of konic.finetuning; each imports only from those before it."""
 INSIDE = {
-    "system": ["memory", "signals", "user_code", "files"],
+    "system": ["memory", "signals", "user_code", "places", "files"],
     "results": ["metrics", "intervals", "iteration", "evaluation", "summary"],
     "data": ["formats", "loaders", "rows", "config", "prompts", "samples", "tokenization"],
     "models": [
         "positions", "distributions", "length_groups", "value_head", "prepacked", "language_model", "token_scores",
-        "locations", "loading", "adapter_config", "adapters", "policy",
+        "locations", "containment", "loading", "adapter_config", "adapters", "policy",
     ],
     "rewards": [
         "moments", "named_parts", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "validation",

@@ -184,8 +184,10 @@ class _Process(SpawnProcess):
 
     def terminate(self) -> None:
         """Kill the process and its children; SIGTERM does not stop a reward that hangs in C code or ignores it."""
+        if self.pid is None:  # it never started, and killpg(0) would kill this process and its group
+            return
         with contextlib.suppress(ProcessLookupError, PermissionError, AttributeError):
-            os.killpg(self.pid or 0, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
         self.kill()
 
     @staticmethod

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shutil
 import socket
 import tempfile
@@ -26,7 +27,17 @@ from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.rewards.scoring import Scores
 from konic.finetuning.rollout.rollout import Rollout
 from konic.finetuning.run.checkpoint import checkpoints, iteration_number
-from konic.finetuning.system.files import as_path, find_corruption, replacing_file, set_aside, unwritable, write_text
+from konic.finetuning.system.files import (
+    as_path,
+    find_corruption,
+    remove,
+    replacing_file,
+    require_no_link,
+    set_aside,
+    unwritable,
+    write_text,
+)
+from konic.finetuning.system.places import find_stray, read_regular
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +120,19 @@ class RunFolder:
         except OSError as error:
             raise unwritable(f"checkpoint_dir {self.path}", error) from None
 
+    def require_own_files(self) -> None:
+        """Check that what is written into and read again is really here: a run that others made may hold links.
+
+        Raises:
+            OutputError: It is a link, or is not a regular file.
+        """
+        for name in (_METRICS_FILE, "completions", "evaluations"):
+            require_no_link(self.path / name, self.path)
+        metrics = self.path / _METRICS_FILE
+        stray = find_stray([metrics], self.path) if metrics.exists() else None
+        if stray is not None:
+            raise OutputError(f"{self.path}: {stray}. Remove it.")
+
     def take_back_if_unused(self) -> None:
         """Remove the folders that :meth:`prepare` created, if the run wrote nothing into them."""
         with suppress(OSError):
@@ -161,6 +185,7 @@ class RunFolder:
         `left_out` [B] says why responses are left out of the loss.
         """
         self._write_completions(result.iteration, rollout, scores, left_out)
+        self.require_own_files()
         try:
             with (self.path / _METRICS_FILE).open("a", encoding="utf-8") as file:
                 file.write(_line(result))
@@ -188,6 +213,9 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
+            stray = find_stray([path], path.parent)
+            if stray is not None:
+                raise ValueError(stray)
             table = pyarrow.parquet.read_table(path).to_pydict()
             breakdown = {name.removeprefix(_PART): _nans(table[name]) for name in table if name.startswith(_PART)}
             return Evaluation(
@@ -226,14 +254,14 @@ class RunFolder:
         if metrics.is_file() and metrics.read_bytes().count(b"\n") > len(history):
             models += [folder for name in ("final", "best") if (folder := self.path / name).is_dir()]
         tables = [file for name in ("completions", "evaluations") for file in (self.path / name).glob("[0-9]*.parquet")]
-        tables = [file for file in tables if file.stem.isdigit() and int(file.stem) > iteration]
+        tables = [file for file in tables if re.fullmatch("[0-9]+", file.stem) and int(file.stem) > iteration]
         for folder in broken:
             aside = folder.with_name(f"broken-{folder.name}")
-            if aside.exists():
-                shutil.rmtree(aside)
+            if os.path.lexists(aside):
+                remove(aside)
             os.replace(folder, aside)
         for left in (path for pattern in _UNFINISHED for path in self.path.glob(pattern)):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            remove(left)
         earlier = set_aside(self.path, [*models, *tables]) if models else None
         if earlier is not None and metrics.is_file():
             shutil.copy2(metrics, earlier)
@@ -276,7 +304,7 @@ def _line(result: FinetuningIterationResult) -> str:
 def _owner(run_file: Path) -> str:
     """The process that the file of a run names."""
     try:
-        process = json.loads(run_file.read_text(encoding="utf-8"))["process"]
+        process = json.loads(read_regular(run_file))["process"]
         return f"process {process['id']} on {process['host']}, since {process['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "its process is not known"

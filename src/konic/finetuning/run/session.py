@@ -201,10 +201,11 @@ class Session:
             held.callback(folder.take_back_if_unused)
             folder.prepare()
             held.enter_context(folder.locked())
+            if checkpoint is None and not resume and not self.state.iteration:
+                self._set_earlier_run_aside()
+            folder.require_own_files()
             if resume is True:
                 checkpoint = self._newest_checkpoint()
-            elif checkpoint is None and not self.state.iteration:
-                self._set_earlier_run_aside()
             if checkpoint is not None:
                 self._load(checkpoint, max_iterations, allow_changes)
             last = max_iterations if resume else self.state.iteration + max_iterations

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from konic.finetuning.errors import ConfigError, KonicError, OutputError
+from konic.finetuning.system.places import find_stray, read_regular
 
 
 def as_path(value: Any, option: str, error: type[KonicError]) -> Path:
@@ -69,6 +71,30 @@ def set_aside(folder: Path, written: list[Path]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
     return aside
+
+
+def require_no_link(path: Path, folder: Path) -> None:
+    """Check that no part of a path below `folder` is a link; `folder` itself may be one.
+
+    Raises:
+        OutputError: One is: what is written there would be written elsewhere.
+    """
+    for place in (path, *path.parents):
+        if place == folder:
+            return
+        if place.is_symlink():
+            raise OutputError(
+                f"{place}: is a link to {os.readlink(place)}, and nothing is written through it. Remove the link, or "
+                "replace it with what it links to."
+            )
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a whole folder. Of a link, only the link is deleted."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _reason(problem: Exception) -> Any:
@@ -139,6 +165,7 @@ def filling_folder(folder: Path) -> Iterator[Path]:
             _sync_tree(temp_dir)
             folder.mkdir(exist_ok=True)
             for file in _files(temp_dir):
+                require_no_link(folder / file.parent, folder)
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temp_dir / file, folder / file)
     except (OSError, SafetensorError) as error:
@@ -147,9 +174,9 @@ def filling_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to. On exit without an error the file is renamed to `path`.
+    """Yield a temporary file to write to. On exit without an error it is renamed to `path`.
 
-    At any time `path` is either the complete old file or the complete new file.
+    At any time `path` is either the complete old file or the complete new file. A link is replaced, never followed.
 
     Raises:
         OutputError: The file cannot be written.
@@ -157,6 +184,8 @@ def replacing_file(path: Path) -> Iterator[Path]:
     temp_file = path.parent / f".{path.name}"
     try:
         try:
+            temp_file.unlink(missing_ok=True)  # of a run that was killed
+            temp_file.touch(exist_ok=False)
             yield temp_file
             _sync(temp_file)
             os.replace(temp_file, path)
@@ -182,8 +211,8 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty temporary folder next to `folder`. On exit it is deleted, unless it was renamed."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temp_dir = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        temp_dir.chmod(0o755)
+        temp_dir = folder.parent / f".{folder.name}-{secrets.token_hex(4)}"
+        temp_dir.mkdir()  # not mkdtemp, which ignores the umask: others could not read the model
     except OSError as error:
         raise unwritable(folder, error) from error
     try:
@@ -215,7 +244,10 @@ def seal(folder: Path) -> None:
 def find_corruption(folder: Path) -> str | None:
     """Return how a folder differs from what :func:`seal` marked, or None if every sealed byte is unchanged."""
     try:
-        files = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))["files"]
+        files = json.loads(read_regular(folder / SEAL_FILE))["files"]
+        stray = find_stray((path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()), folder)
+        if stray is not None:
+            return stray
         for name, fingerprint in files.items():
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or not (folder / path).is_file():

@@ -1,0 +1,73 @@
+"""Names, links and files -> where they lead: what others made may not point outside of the folder that was named."""
+
+import os
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+_FILE_SUFFIXES = frozenset(
+    f".{suffix}"
+    for suffix in (
+        "7z arrow bin bz2 ckpt csv db doc docx feather ggml gguf gz h5 html ini ipynb json jsonl log md ndjson npy npz "
+        "ods onnx orc parquet pdf pickle pkl pt pth py safetensors sqlite tar tgz toml tsv txt xls xlsx xml xz yaml "
+        "yml zip zst"
+    ).split()
+)
+_OF_A_RUN = re.compile(r"final|best|checkpoint-\d+|earlier-\d+")
+"""Folders that a run writes."""
+
+
+def is_file_name(name: str) -> bool:
+    """Return True for a name with the extension of a file, such as `clients/acme.csv`."""
+    return Path(name).suffix.lower() in _FILE_SUFFIXES
+
+
+def looks_like_path(name: str) -> bool:
+    """Return True for a name that is meant as a path, existing or not; the Hub is never asked for it.
+
+    Such are `./rows`, `a/b/c`, `clients/acme.csv`, `runs/final`, and a name below a file or folder that exists.
+    """
+    parts = Path(name).parts
+    return (
+        name.startswith((".", "/", "~"))
+        or "\\" in name
+        or len(parts) > 2
+        or is_file_name(name)
+        or parts[0] == "runs"
+        or _OF_A_RUN.fullmatch(parts[-1]) is not None
+        or (len(parts) == 2 and os.path.lexists(parts[0]))
+    )
+
+
+def find_stray(paths: Iterable[Path], folder: Path) -> str | None:
+    """Return what is wrong with the first path that is not a regular file inside `folder`, or None.
+
+    `folder` itself may be reached through links. A snapshot of the Hub's cache may link to the blobs beside it.
+    """
+    root = folder.resolve()
+    roots = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
+    for path in paths:
+        try:
+            target = path.resolve(strict=True)
+            is_file = stat.S_ISREG(target.stat().st_mode)
+        except (OSError, RuntimeError) as error:
+            return f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}"
+        if not any(target.is_relative_to(place) for place in roots):
+            return f"{path.name} leads to {target}, which is outside of the folder. Replace the link with the file"
+        if not is_file:
+            return f"{path.name} is not a regular file"
+    return None
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the bytes of a regular file. A pipe or a device, which may never end, is not opened for reading.
+
+    Raises:
+        OSError: The file cannot be read, or is not a regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path.name} is not a regular file")
+        return file.read()
