@@ -2,9 +2,10 @@
 
 import contextlib
 import csv
+import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pyarrow
 from konic.finetuning.data.formats import READERS
 from konic.finetuning.errors import ConfigError, DatasetError, did_you_mean, explain_hub_error
 from konic.finetuning.system.files import as_path
+from konic.finetuning.system.places import find_stray, is_file_name, looks_like_path, read_regular
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +33,7 @@ def read_bundled(split: str) -> list[Any]:
 
 def is_local(name: str) -> bool:
     """True for a path that exists, and for a name that can only be meant as one: `./rows`, `~/rows`, `rows.csv`."""
-    path = as_path(name, "name", ConfigError)
-    return path.exists() or name.startswith((".", "/", "~", "\\")) or _kind(path) in READERS
+    return as_path(name, "name", ConfigError).exists() or looks_like_path(name)
 
 
 def read_local(name: str, split: str = "train") -> list[Any]:
@@ -41,11 +42,11 @@ def read_local(name: str, split: str = "train") -> list[Any]:
     Files are csv, tsv, json, jsonl, ndjson, parquet, arrow or txt, as they are or compressed with gz or zst. Text files
     must be UTF-8. A csv or tsv file does not declare types, so every cell is text as it was written, and an empty cell
     is empty text. In a folder whose files are named after splits (`train.csv`, `test-00.csv`), only those of `split`
-    are read; documents such as README.md are left aside.
+    are read; documents such as README.md are left aside. A folder's files must be regular files inside it.
 
     Raises:
         DatasetError: The path does not exist, the folder holds several kinds of files, one file twice (plain and
-            compressed) or not the split, or a file cannot be read in the format of its extension.
+            compressed), a link to elsewhere or not the split, or a file cannot be read in the format of its extension.
     """
     path = as_path(name, "DatasetConfig(name)", DatasetError)
     if not path.exists():
@@ -57,6 +58,7 @@ def read_local(name: str, split: str = "train") -> list[Any]:
     if path.is_dir() and any((path / marker).is_file() for marker in _SAVED_TO_DISK):
         return _read_saved(path, name, split)
     paths = _files_of(path, name, split) if path.is_dir() else [path]
+    _require_inside(paths, path, name)
     kinds = {_kind(file) for file in paths}
     if len(kinds) != 1 or not kinds <= READERS.keys():
         raise DatasetError(
@@ -99,9 +101,16 @@ def _content(file: Path) -> bytes:
     """Return the bytes of a file, decompressed."""
     compression = _COMPRESSIONS.get(file.suffix.lower())
     if compression is None:
-        return file.read_bytes()
-    with pyarrow.input_stream(str(file), compression=compression) as stream:
+        return read_regular(file)
+    with pyarrow.input_stream(pyarrow.py_buffer(read_regular(file)), compression=compression) as stream:
         return bytes(stream.read())
+
+
+def _require_inside(paths: Iterable[Path], path: Path, name: str) -> None:
+    """Raise DatasetError if a file of a dataset's folder is elsewhere. A file that was named itself may be a link."""
+    stray = find_stray(paths, path) if path.is_dir() else None
+    if stray is not None:
+        raise DatasetError(f"Dataset {name!r}: {stray}.")
 
 
 def _files_of(folder: Path, name: str, split: str) -> list[Path]:
@@ -164,7 +173,7 @@ def _hint_at_subfolders(folder: Path, name: str) -> str:
 def _files(folder: Path) -> list[Path]:
     """Return the files of a folder but for documents and hidden ones; none if the folder cannot be read."""
     with contextlib.suppress(OSError):
-        return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(_NO_DATA))
+        return sorted(file for file in folder.iterdir() if not (file.is_dir() or file.name.startswith(_NO_DATA)))
     return []
 
 
@@ -176,15 +185,29 @@ def _read_saved(folder: Path, name: str, split: str) -> list[Any]:
     """Return the rows of a folder that `datasets` wrote with `save_to_disk`."""
     import datasets
 
+    _require_inside((path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()), folder, name)
     try:
+        _require_plain_names(folder)
         saved = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DatasetError(f"Dataset {name!r} cannot be read as a folder of save_to_disk: {error}.") from None
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise DatasetError(f"Dataset {name!r} has no split {split!r}; it has {', '.join(map(repr, saved))}.")
         saved = saved[split]
     return list(saved)
+
+
+def _require_plain_names(folder: Path) -> None:
+    """Raise ValueError if a folder of save_to_disk names a split or a file that is not directly inside it."""
+    names = []
+    for file in (folder / "dataset_dict.json", *folder.rglob("state.json")):
+        if file.is_file():
+            record = json.loads(read_regular(file))
+            names += [*record.get("splits", ()), *(part["filename"] for part in record.get("_data_files", ()))]
+    for name in names:
+        if Path(name).name != name or "\\" in name:
+            raise ValueError(f"it names {name!r}, which is not a name inside of the folder")
 
 
 def _explain_encoding(error: UnicodeDecodeError) -> str:
@@ -210,6 +233,11 @@ def read_hub(
     """
     import datasets
 
+    if is_file_name(name) or Path(name).exists():  # `datasets` would read the folder
+        raise DatasetError(
+            f"Dataset {name!r} is a file or folder here, or is named like one, so the Hub is not asked for it. Use "
+            "DatasetSource.LOCAL, or the dataset's name on the Hub."
+        )
     bars_were_on = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
