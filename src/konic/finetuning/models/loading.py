@@ -4,6 +4,7 @@ GGUF weights are dequantised once and stored as safetensors in the cache folder,
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from konic.finetuning.errors import ConfigError, ModelError, did_you_mean
+from konic.finetuning.models.containment import require_contained, require_inside
 from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
 from konic.finetuning.system.files import as_path
+
+logger = logging.getLogger(__name__)
 
 _MODEL_KWARGS = ("revision", "token", "dtype", "attn_implementation", "trust_remote_code", "quantization_config")
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 _TOKENIZER_KWARGS = ("revision", "token", "trust_remote_code")
+_TRUST_FIRST = (
+    "merge the adapter into it and name the merged model: trust_remote_code does not reach through an adapter"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,25 +59,32 @@ def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.d
     """
     check_model_kwargs(model_kwargs)
     adapter = _adapter_folder(base_model)
-    option, name = "base_model", base_model
+    option, name, trusts_code = "base_model", base_model, model_kwargs.get("trust_remote_code", False)
     if adapter is not None:
+        require_inside(adapter, f"base_model={base_model!r}")
         option = f"{adapter / 'adapter_config.json'}: base_model_name_or_path"
         name, revision = _read_base(adapter)
         model_kwargs = _with_revision(model_kwargs, revision, adapter)
+        logger.warning("%s is an adapter. Its base model, which it names itself, is %s.", adapter, name)
     location = locate_model(name, option)
     asked = f"{option}={name!r}"
-    kwargs: dict[str, Any] = {"dtype": torch.float32, **model_kwargs}
+    kwargs: dict[str, Any] = {"dtype": torch.float32, **model_kwargs, "trust_remote_code": trusts_code and not adapter}
+    reads_adapter = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    tokenizer_kwargs = {key: value for key, value in kwargs.items() if key in _TOKENIZER_KWARGS}
+    if reads_adapter:
+        tokenizer_kwargs["trust_remote_code"] = trusts_code
     try:
         with quiet_transformers():
+            require_contained(location, asked, model_kwargs)
             model, loading_info = AutoModelForCausalLM.from_pretrained(
                 location, use_safetensors=True, output_loading_info=True, **kwargs
             )
-            tokenizer = AutoTokenizer.from_pretrained(
-                adapter if adapter and (adapter / "tokenizer_config.json").is_file() else location,
-                **{key: value for key, value in model_kwargs.items() if key in _TOKENIZER_KWARGS},
-            )
+            tokenizer = AutoTokenizer.from_pretrained(adapter if reads_adapter else location, **tokenizer_kwargs)
+    except ModelError:
+        raise
     except Exception as error:
-        raise ModelError(loading_failed(asked, location, error)) from error
+        advice = {"own_code": _TRUST_FIRST} if adapter else {}
+        raise ModelError(loading_failed(asked, location, error, **advice)) from error
     _require_all_weights(asked, model, loading_info)
     if not getattr(model, "is_quantized", False):
         model.to(device)
@@ -184,13 +198,16 @@ def _with_revision(model_kwargs: Mapping[str, Any], revision: str | None, adapte
 
 
 def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
-    """Raise ConfigError if `model_kwargs` has a key that is not passed on to `from_pretrained`, or a wrong dtype."""
+    """Raise ConfigError if `model_kwargs` has a key that is not passed on to `from_pretrained`, or a wrong value."""
     for key in model_kwargs:
         if key not in _MODEL_KWARGS:
             raise ConfigError(
                 f"model_kwargs has no key {key!r}.{did_you_mean(str(key), _MODEL_KWARGS)} "
                 f"Valid keys: {', '.join(_MODEL_KWARGS)}."
             )
+    trusts_code = model_kwargs.get("trust_remote_code", False)
+    if not isinstance(trusts_code, bool):  # `transformers` takes every text for True, and asks a terminal for None
+        raise ConfigError(f"model_kwargs: trust_remote_code={trusts_code!r} is neither True nor False.")
     dtype = model_kwargs.get("dtype", "auto")
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is None or dtype == "auto" or isinstance(dtype, Mapping):

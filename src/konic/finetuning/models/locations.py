@@ -6,10 +6,13 @@ import importlib.util
 import io
 import os
 import re
+import stat
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from konic.finetuning.errors import ModelError, OutputError, did_you_mean, explain_hub_error
 from konic.finetuning.system.files import as_path, creating_folder, unwritable
+from konic.finetuning.system.places import looks_like_path
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ def locate_model(base_model: str, option: str = "base_model") -> str:
             f"{option}={base_model!r}: there is no such folder, and the name cannot be a Hub id. Give a folder with a "
             f"config.json, a .gguf file, a Hub id such as 'gpt2', or one of: {', '.join(PACKAGED_MODELS)}."
         )
+    if looks_like_path(base_model):
+        raise ModelError(
+            f"{option}={base_model!r}: there is no such folder. The name looks like a path, so the Hub is not asked. "
+            "Check the path."
+        )
     return base_model
 
 
@@ -91,24 +100,52 @@ def _dequantised_folder(gguf_file: Path) -> Path:
     """Return the cached fp32 safetensors folder of a GGUF file.
 
     The folder is created on first use. Its name contains a hash of the file's content.
+
+    Raises:
+        ModelError: The cache cannot be written, or others can write it.
     """
     with gguf_file.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    folder = _cache_folder() / f"{gguf_file.stem}-{digest}"
-    if folder.is_dir():
-        return folder
+    cache = _cache_folder()
+    folder = cache / f"{gguf_file.stem}-{digest}"
     try:
-        with creating_folder(folder) as temp_dir:
-            _dequantise(gguf_file, temp_dir)
-    except OutputError as error:
-        raise ModelError(f"{error} Set KONIC_CACHE to another folder.") from None
+        cache.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _require_own(cache)
+        if not folder.is_dir():
+            with creating_folder(folder) as temp_dir:
+                _dequantise(gguf_file, temp_dir)
+                for path in (*temp_dir.iterdir(), temp_dir):
+                    path.chmod(path.stat().st_mode & ~0o022)  # also with a umask of 0
+        _require_own(folder, *folder.iterdir())
+    except (OSError, OutputError) as error:
+        problem = error if isinstance(error, OutputError) else unwritable(cache, error)
+        raise ModelError(f"{problem} Set KONIC_CACHE to another folder.") from None
     return folder
 
 
+def _require_own(*paths: Path) -> None:
+    """Check that no other user made, or can change, what is read from the cache.
+
+    Raises:
+        OutputError: Another user than this one or root did, or everybody can.
+    """
+    for path in paths if hasattr(os, "getuid") else ():
+        info = path.stat()
+        is_open = info.st_mode & stat.S_IWOTH and not info.st_mode & stat.S_ISVTX
+        if is_open or info.st_uid not in (0, os.getuid()):
+            what = "can be written by everybody" if is_open else "belongs to another user"
+            raise OutputError(f"{path}: {what}, so the models there are not trusted.")
+
+
 def _dequantise(gguf_file: Path, folder: Path) -> None:
-    source, kwargs = str(gguf_file.parent), {"gguf_file": gguf_file.name}
+    kwargs: dict[str, Any] = {"gguf_file": gguf_file.name, "trust_remote_code": False}
     try:
-        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # this progress bar cannot be disabled
+        with (
+            quiet_transformers(),
+            contextlib.redirect_stderr(io.StringIO()),  # this progress bar cannot be disabled
+            tempfile.TemporaryDirectory() as source,  # what lies beside the file must not decide what is loaded
+        ):
+            (Path(source) / gguf_file.name).symlink_to(gguf_file.resolve())
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **kwargs
             )
@@ -138,22 +175,28 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def loading_failed(asked: str, location: str, error: Exception) -> str:
+def loading_failed(
+    asked: str, location: str, error: Exception, own_code: str = "set model_kwargs={'trust_remote_code': True}"
+) -> str:
     """Return the message for a failed `from_pretrained`: what went wrong and what to do.
 
-    `asked` is the user's setting as the message shows it, such as `base_model='gpt'`.
+    Args:
+        asked: The user's setting as the message shows it, such as `base_model='gpt'`.
+        location: Where the model was looked for.
+        error: What was raised.
+        own_code: What to do if a model is trusted that contains its own code.
     """
     if isinstance(error, ImportError):
         what = " ".join(str(error).split())[:300]
         return f"{asked} needs a package that cannot be imported: {what}\nInstall it, or change model_kwargs."
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return f"{asked} contains its own code. If you trust it, {own_code}."
     if not Path(location).exists():
         packaged = "base_model='smollm2-135m'" if asked.startswith("base_model") else "A folder"
         what = explain_hub_error(error, "model_kwargs={'token': ...}", packaged)
         hint = did_you_mean(location, PACKAGED_MODELS)
         return f"{asked} is not a local folder and could not be loaded from the Hub: {what}{hint}"
-    reason = " ".join(str(error).split())
-    if "trust_remote_code" in reason:
-        return f"{asked} contains its own code. If you trust it, set model_kwargs={{'trust_remote_code': True}}."
     reason = reason if len(reason) <= 300 else reason[:300] + " …"
     folder = Path(location)
     if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*")):

@@ -32,6 +32,7 @@ from konic.finetuning.models.adapters import (
     new_adapter,
     switch_off_dropout,
 )
+from konic.finetuning.models.containment import find_outside
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.loading import LoadedModel
 from konic.finetuning.models.locations import quiet_transformers
@@ -277,10 +278,17 @@ class Policy:
                 raise ValueError("its adapter has different layers or a different rank than this run's adapter")
             peft.set_peft_model_state_dict(self._adapted, weights)
         else:
+            if (folder / "adapter_config.json").exists():
+                raise ValueError("it holds an adapter, and this run trains every weight")
+            outside = find_outside(folder)
+            if outside is not None:
+                raise ValueError(outside)
+            causal_lm = self.language_model.causal_lm
             with quiet_transformers():
-                source = type(self.language_model.causal_lm).from_pretrained(
-                    folder, dtype=self.language_model.causal_lm.dtype, use_safetensors=True
-                )
+                source = type(causal_lm).from_pretrained(
+                    folder, config=copy.deepcopy(causal_lm.config), dtype=causal_lm.dtype, use_safetensors=True,
+                    trust_remote_code=False,
+                )  # fmt: skip
             self.language_model.causal_lm.load_state_dict(source.state_dict())
         self.value_head.load(folder)
 

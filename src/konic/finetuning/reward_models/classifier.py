@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from konic.finetuning.errors import ConfigError, ModelError, did_you_mean, no_attribute
+from konic.finetuning.models.containment import require_contained
 from konic.finetuning.models.loading import check_model_kwargs, pick_device
 from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
 from konic.finetuning.reward_models.texts import TEXT_FORMATS, TextFormat, encode_pair
@@ -213,18 +214,20 @@ def _load(model_id: str, device: torch.device, dtype: Any, model_kwargs: Mapping
     check_model_kwargs(model_kwargs)
     location = locate_model(model_id, option="model_id")
     dtype = dtype or model_kwargs.get("dtype") or ("auto" if device.type == "cuda" else torch.float32)
-    kwargs = {**model_kwargs, "dtype": dtype, "use_safetensors": True}
-    tokenizer_kwargs = {
-        key: model_kwargs[key] for key in ("revision", "token", "trust_remote_code") if key in model_kwargs
-    }
+    kwargs = {"trust_remote_code": False, **model_kwargs, "dtype": dtype, "use_safetensors": True}
+    tokenizer_kwargs = {key: kwargs[key] for key in ("revision", "token", "trust_remote_code") if key in kwargs}
+    asked = f"reward model {model_id!r}"
     try:
         with quiet_transformers():
+            require_contained(location, asked, model_kwargs)
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 location, output_loading_info=True, **kwargs
             )
             tokenizer = AutoTokenizer.from_pretrained(location, **tokenizer_kwargs)
+    except ModelError:
+        raise
     except Exception as error:
-        raise ModelError(loading_failed(f"reward model {model_id!r}", location, error)) from error
+        raise ModelError(loading_failed(asked, location, error)) from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ModelError(f"reward model {model_id!r} has no tokenizer: its folder must contain one.")
     if info["missing_keys"]:

@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from konic.finetuning.errors import DatasetError, ModelError, OutputError, TrainingError
 from konic.finetuning.learning.schedule import learning_rate_at
+from konic.finetuning.models.containment import require_contained
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
 from konic.finetuning.results.intervals import Interval, proportion
@@ -203,6 +204,7 @@ def _base(base: str, labels: list[str] | None, config: RewardTrainingConfig, dev
     names = labels or ["reward"]
     try:
         with quiet_transformers():
+            require_contained(location, f"base={base!r}", {})
             model = AutoModelForSequenceClassification.from_pretrained(
                 location,
                 num_labels=len(names),
@@ -211,10 +213,14 @@ def _base(base: str, labels: list[str] | None, config: RewardTrainingConfig, dev
                 dtype=torch.float32,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
+                trust_remote_code=False,
             )
-            tokenizer = AutoTokenizer.from_pretrained(location)
+            tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+    except ModelError:
+        raise
     except Exception as error:
-        raise ModelError(loading_failed(f"base={base!r}", location, error)) from error
+        own_code = "train it elsewhere: here only models that transformers knows are trained (trust_remote_code=False)"
+        raise ModelError(loading_failed(f"base={base!r}", location, error, own_code)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id

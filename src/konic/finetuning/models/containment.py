@@ -1,0 +1,76 @@
+"""A model's folder or repository -> ModelError, if loading it would read or run what lies elsewhere."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.utils import find_adapter_config_file
+
+from konic.finetuning.errors import ModelError
+from konic.finetuning.system.places import find_stray, read_regular
+
+_TEMPLATES = "additional_chat_templates"
+_KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+"""Where a config can name a kernel of the Hub, which is native code."""
+
+
+def require_contained(location: str, asked: str, model_kwargs: Mapping[str, Any]) -> None:
+    """Check that a base model is read from its own folder or repository, and brings no native code.
+
+    Raises:
+        ModelError: It is an adapter, for which `transformers` would load another model; or a file of its folder is
+            elsewhere; or its config names a kernel.
+    """
+    hub = {key: model_kwargs.get(key) for key in ("revision", "token")}
+    if find_adapter_config_file(location, **hub) is not None:
+        raise ModelError(
+            f"{asked} has an adapter_config.json, which would load another model than this one. Download an adapter of "
+            "the Hub and give base_model its folder; for a reward model, merge the adapter first."
+        )
+    if Path(location).is_dir():
+        require_inside(Path(location), asked)
+    config, _ = PreTrainedConfig.get_config_dict(location, **hub)
+    kernel = next((name for name in _kernels(config) if "/" in name), None)
+    if kernel is not None:  # also where model_kwargs has another one: `transformers` may prefer that of the file
+        raise ModelError(f"{asked}: its config.json asks for {kernel!r}, native code from the Hub. Remove that line.")
+
+
+def require_inside(folder: Path, asked: str) -> None:
+    """Check that the files that `transformers` reads from a folder are in it. Weights may be links.
+
+    Raises:
+        ModelError: One is elsewhere.
+    """
+    outside = find_outside(folder)
+    if outside is not None:
+        raise ModelError(f"{asked}: {outside}.")
+
+
+def find_outside(folder: Path) -> str | None:
+    """Return which file of a model's folder is elsewhere, or None. Links to weights, which people share, may be."""
+    files = [path for path in (*folder.iterdir(), *(folder / _TEMPLATES).glob("*")) if path.is_file()]
+    stray = find_stray((path for path in files if path.suffix != ".safetensors"), folder)
+    if stray is not None:
+        return stray
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            shards = [str(name) for name in json.loads(read_regular(index))["weight_map"].values()]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # `transformers` says what is wrong with it
+        elsewhere = next((name for name in shards if Path(name).is_absolute() or ".." in Path(name).parts), None)
+        if elsewhere is not None:
+            return f"{index.name} names {elsewhere!r}, which is outside of the folder"
+    return None
+
+
+def _kernels(config: Any) -> Iterator[str]:
+    """Yield every implementation that a config names, also in its parts and by part."""
+    if not isinstance(config, dict):
+        return
+    for key, value in config.items():
+        if key in _KERNEL_KEYS:
+            yield from (str(name) for name in (value.values() if isinstance(value, dict) else [value]))
+        else:
+            yield from _kernels(value)
