@@ -245,6 +245,22 @@ def test_a_saved_dataset_reads_no_file_outside_of_its_folder(tmp_path):
             read_local(str(tmp_path / name), split)
 
 
+def test_a_saved_dataset_opens_no_image_that_is_elsewhere(tmp_path):
+    image = {"bytes": None, "path": str(Path(__file__).parents[1] / "docs" / "demo.png")}
+    stored = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    datasets.disable_progress_bars()
+    for name, kind, value in (("one", stored, image), ("many", datasets.List(stored), [image])):
+        features = datasets.Features({"prompt": datasets.Value("string"), "seen": kind})
+        rows = {"prompt": ["a"], "seen": [value]}
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / name)
+    datasets.enable_progress_bars()
+    opened = datasets.Features({"prompt": datasets.Value("string"), "seen": datasets.Image()})
+    edit(tmp_path / "one" / "dataset_info.json", features=opened.to_dict())
+    for name in ("one", "many"):
+        with pytest.raises(DatasetError, match="'seen' names images or sounds that are not in it"):
+            read_local(str(tmp_path / name))
+
+
 NOT_ON_THE_HUB = [
     "clients/acme.csv", "clients/acme.xlsx", "clients/acme.csv.gz", "acme.docx", "runs/final", "out/final", "out/best",
     "out/checkpoint-30", "runs/acme", "a/b/c", "C:\\data\\acme", "~/acme", "./acme", "here/acme",

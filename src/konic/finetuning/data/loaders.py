@@ -195,7 +195,22 @@ def _read_saved(folder: Path, name: str, split: str) -> list[Any]:
         if split not in saved:
             raise DatasetError(f"Dataset {name!r} has no split {split!r}; it has {', '.join(map(repr, saved))}.")
         saved = saved[split]
+    for column in saved.column_names:
+        if any(map(_is_elsewhere, saved.data.column(column))):
+            raise DatasetError(
+                f"Dataset {name!r}: its column {column!r} names images or sounds that are not in it. Remove the column."
+            )
     return list(saved)
+
+
+def _is_elsewhere(value: Any) -> bool:
+    """Return True for the path of an image or sound without its bytes, which `datasets` would open; also in a list."""
+    if pyarrow.types.is_struct(value.type):
+        parts = dict(value) if value.is_valid else {}
+        is_path = parts.keys() == {"bytes", "path"} and parts["path"].is_valid and not parts["bytes"].is_valid
+        return is_path or any(map(_is_elsewhere, parts.values()))
+    is_list = pyarrow.types.is_list(value.type) or pyarrow.types.is_large_list(value.type)
+    return is_list and value.is_valid and any(map(_is_elsewhere, value))
 
 
 def _require_plain_names(folder: Path) -> None:
