@@ -3,10 +3,8 @@
 The library lives in :mod:`konic.finetuning`, the commands in :mod:`konic.cli`. This module loads nothing heavy.
 """
 
-import os
+from konic.telemetry import turn_off_telemetry
 
 __version__ = "0.2.0"
 
-# No telemetry unless the user asks for it: these are read when huggingface_hub and datasets are first imported.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+turn_off_telemetry()

@@ -101,13 +101,11 @@ def test_a_server_that_comes_back_gets_the_next_iterations(mlflow):
     assert list(mlflow.metrics) == [1, 4, 7, 8]
 
 
-def test_mlflow_is_told_to_be_brief_and_to_report_nothing_unless_the_user_said_otherwise(monkeypatch):
+def test_mlflow_is_told_to_be_brief_unless_the_user_said_otherwise(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", StandIn())
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "99")
-    for name in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
-        monkeypatch.setenv(name, "")  # so that it is put back
-        monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "")  # so that it is put back
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
     MLflowTracker()
-    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "99"

@@ -21,10 +21,8 @@ _MAX_FAILURES = 3
 _MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-"""MLflow's own settings, where the user has not set them: by default it retries a single call for two minutes, and
-reports its use to its makers."""
+"""MLflow's own settings, where the user has not set them: by default it retries a single call for two minutes."""
 
 
 class MLflowTracker(BaseKonicFinetuningCallback):
