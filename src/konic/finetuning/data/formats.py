@@ -61,14 +61,21 @@ def _read_jsonl(content: bytes) -> list[Any]:
 
 
 def _read_parquet(content: bytes) -> list[Any]:
-    return pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+    return _rows(pyarrow.parquet.read_table(pyarrow.BufferReader(content)))
 
 
 def _read_arrow(content: bytes) -> list[Any]:
     try:
-        return pyarrow.ipc.open_file(content).read_all().to_pylist()
+        table = pyarrow.ipc.open_file(content).read_all()
     except pyarrow.ArrowInvalid:
-        return pyarrow.ipc.open_stream(content).read_all().to_pylist()
+        table = pyarrow.ipc.open_stream(content).read_all()
+    return _rows(table)
+
+
+def _rows(table: pyarrow.Table) -> list[Any]:
+    """Return a table's rows; offsets that point outside its memory are an error, not a read of that memory."""
+    table.validate(full=True)
+    return list(table.to_pylist())
 
 
 def _read_txt(content: bytes) -> list[Any]:

@@ -80,6 +80,7 @@ def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.d
                 location, use_safetensors=True, output_loading_info=True, **kwargs
             )
             tokenizer = AutoTokenizer.from_pretrained(adapter if reads_adapter else location, **tokenizer_kwargs)
+            tokenizer("", verbose=False)  # a wrong model_max_length is noticed only in use
     except ModelError:
         raise
     except Exception as error:
@@ -104,7 +105,8 @@ def _require_all_weights(asked: str, model: PreTrainedModel, loading_info: Mappi
     Raises:
         ModelError: A check failed. The run would otherwise train randomly initialised weights or a part of the model.
     """
-    kinds = ", ".join(getattr(model.config, "architectures", None) or ["no architecture"])
+    named = getattr(model.config, "architectures", None) or "no architecture"
+    kinds = ", ".join(map(str, named)) if isinstance(named, list) else str(named)
     for kind, what in (("missing_keys", "lack"), ("mismatched_keys", "have a different shape for")):
         names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in loading_info.get(kind) or ())
         if names:

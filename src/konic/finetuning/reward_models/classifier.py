@@ -224,6 +224,7 @@ def _load(model_id: str, device: torch.device, dtype: Any, model_kwargs: Mapping
                 location, output_loading_info=True, **kwargs
             )
             tokenizer = AutoTokenizer.from_pretrained(location, **tokenizer_kwargs)
+            tokenizer("", verbose=False)  # a wrong model_max_length is noticed only in use
     except ModelError:
         raise
     except Exception as error:

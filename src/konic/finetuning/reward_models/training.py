@@ -216,6 +216,7 @@ def _base(base: str, labels: list[str] | None, config: RewardTrainingConfig, dev
                 trust_remote_code=False,
             )
             tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+            tokenizer("", verbose=False)  # a wrong model_max_length is noticed only in use
     except ModelError:
         raise
     except Exception as error:
