@@ -53,7 +53,7 @@ def read_database(packages, database):
         found[name] = [advisory["id"] for advisory in advisories if is_affected(advisory, name, Version(version))]
     command = ["git", "-C", str(database), "log", "-1", "--format=%h of %cs"]
     state = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return found, f"github.com/pypa/advisory-database, commit {state}"
+    return found, f"github.com/pypa/advisory-database, commit {state}; what came later is not in it"
 
 
 def is_affected(advisory, name, version):

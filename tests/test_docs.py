@@ -94,7 +94,7 @@ def test_no_document_or_source_names_a_private_path():
 
 
 def test_every_test_that_the_documents_name_exists():
-    documents = (ROOT / "docs").glob("*.md")
+    documents = [*(ROOT / "docs").glob("*.md"), ROOT / "SECURITY.md"]
     named = {name for path in documents for name in re.findall(r"`(test_\w+)`", path.read_text())}
     written = {
         name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
