@@ -59,6 +59,20 @@ def test_a_swallowed_termination_is_remembered(terminations):
     assert len(terminations) == 1
 
 
+def test_a_closed_pipe_is_an_error_within_a_run_and_then_what_the_script_chose():
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        with stopping_on_signals():
+            reader, writer = os.pipe()
+            os.close(reader)
+            with pytest.raises(BrokenPipeError):
+                os.write(writer, b"x")
+            os.close(writer)
+        assert signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_termination_in_a_block_that_fails_is_remembered_and_the_error_goes_on(terminations, depth):
     with stopping_on_signals() as handler:

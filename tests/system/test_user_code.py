@@ -21,9 +21,17 @@ def open_inference_mode():
     OPEN[-1].__enter__()
 
 
+def denormals_are_flushed():
+    return float(torch.tensor(torch.finfo(torch.float32).tiny) / 2) == 0.0
+
+
 def no_attention_kernels():
     for switch in ("flash", "mem_efficient", "math"):
         getattr(torch.backends.cuda, f"enable_{switch}_sdp")(False)
+
+
+def timers_are_set():
+    return [signal.getitimer(timer)[0] > 0 for timer in (signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)]
 
 
 HARMS = {
@@ -35,16 +43,32 @@ HARMS = {
     "threads": (lambda: torch.set_num_threads(torch.get_num_threads() + 1), torch.get_num_threads),
     "determinism": (lambda: torch.use_deterministic_algorithms(True), torch.are_deterministic_algorithms_enabled),
     "precision": (lambda: torch.set_float32_matmul_precision("medium"), torch.get_float32_matmul_precision),
+    "fp32 precision": (
+        lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+        lambda: getattr(torch.backends, "fp32_precision", "tf32"),
+    ),
+    "denormals": (lambda: torch.set_flush_denormal(True), denormals_are_flushed),
+    "anomaly detection": (lambda: torch.autograd.set_detect_anomaly(True), torch.is_anomaly_enabled),
+    "cudnn attention": (lambda: torch.backends.cuda.enable_cudnn_sdp(False), torch.backends.cuda.cudnn_sdp_enabled),
     "onednn": (lambda: setattr(torch.backends.mkldnn, "enabled", False), lambda: torch.backends.mkldnn.enabled),
     "attention": (no_attention_kernels, torch.backends.cuda.math_sdp_enabled),
     "working directory": (lambda: os.chdir("/"), os.getcwd),
     "recursion limit": (lambda: sys.setrecursionlimit(5000), sys.getrecursionlimit),
     "SIGINT": (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), lambda: signal.getsignal(signal.SIGINT)),
+    "SIGPIPE": (lambda: signal.signal(signal.SIGPIPE, signal.SIG_DFL), lambda: signal.getsignal(signal.SIGPIPE)),
+    "virtual timer": (lambda: signal.setitimer(signal.ITIMER_VIRTUAL, 99), timers_are_set),
+    "profiling timer": (lambda: signal.setitimer(signal.ITIMER_PROF, 99), timers_are_set),
+    "blocked signals": (
+        lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}),
+        lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()),
+    ),
     "SIGTERM": (lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN), lambda: signal.getsignal(signal.SIGTERM)),
 }
 
 
-@pytest.mark.parametrize("name", HARMS)
+@pytest.mark.parametrize(
+    "name", HARMS if hasattr(torch.backends, "fp32_precision") else set(HARMS) - {"fp32 precision"}
+)
 def test_what_user_code_changes_is_undone_with_one_warning(name, caplog):
     harm, read = HARMS[name]
     _warn_once.cache_clear()

@@ -12,6 +12,8 @@ _TERMINATIONS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if
 """Requests to end the process: a scheduler's, and that of a terminal that closes."""
 SIGNALS = (signal.SIGINT, *_TERMINATIONS)
 """What ends a run."""
+QUIET_SIGNALS = tuple(getattr(signal, name) for name in ("SIGPIPE", "SIGXFSZ") if hasattr(signal, name))
+"""What Python ignores, so that a closed pipe or a full quota is an OSError; their default would end the process."""
 
 
 class StopHandler:
@@ -88,16 +90,17 @@ def stopping_on_signals() -> Iterator[StopHandler]:
     """Turn Ctrl-C, SIGTERM and SIGHUP into a KeyboardInterrupt inside the block.
 
     A signal that the process ignores, as under nohup, stays ignored. If a SIGTERM or SIGHUP came, the process gets it
-    again on exit, with the earlier handler. This works only in the main thread.
+    again on exit, with the earlier handler. A closed pipe does not end the process, although the script may have set
+    SIGPIPE to its default. This works only in the main thread.
     """
     handler = StopHandler()
     if not in_main_thread():
         yield handler
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, *QUIET_SIGNALS)}
     taken = {number: own for number, own in before.items() if own not in (signal.SIG_IGN, None)}
     for number in taken:
-        signal.signal(number, handler)
+        signal.signal(number, signal.SIG_IGN if number in QUIET_SIGNALS else handler)
     try:
         yield handler
     finally:

@@ -4,18 +4,18 @@ Not kept, because they change no number of a run: random states (konic has its o
 the locale, logging, warning filters and the standard streams.
 """
 
+import _signal  # type: ignore[import-not-found]  # the functions of `signal` make enums, ten times slower
 import contextlib
 import functools
 import logging
 import os
 import signal
 import sys
-from _signal import getsignal  # type: ignore[import-not-found]  # the one of `signal` makes enums, ten times slower
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from konic.finetuning.system.signals import SIGNALS, StopHandler, in_main_thread
+from konic.finetuning.system.signals import QUIET_SIGNALS, SIGNALS, StopHandler, in_main_thread
 
 logger = logging.getLogger(__name__)
 
@@ -96,13 +96,22 @@ def _umask() -> int:
     return mask
 
 
-def _alarm_is_set() -> bool:
-    return signal.getitimer(signal.ITIMER_REAL)[0] > 0
+def _alarms() -> list[bool]:
+    return [signal.getitimer(timer)[0] > 0 for timer in _TIMERS]
 
 
-def _set_alarm(on: bool) -> None:
-    if not on:  # one that ran before the call cannot be wound up again
-        signal.setitimer(signal.ITIMER_REAL, 0)
+def _end_alarms(before: list[bool]) -> None:
+    for timer, was_set in zip(_TIMERS, before, strict=True):
+        if not was_set:  # one that ran before the call cannot be wound up again
+            signal.setitimer(timer, 0)
+
+
+def _blocked_signals() -> Any:
+    return _signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def _block_signals(numbers: Any) -> None:
+    _signal.pthread_sigmask(signal.SIG_SETMASK, numbers)
 
 
 def _change_folder(folder: str | None) -> None:
@@ -115,18 +124,27 @@ _PYTHON: tuple[Setting, ...] = (
     ("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
     ("the umask", _umask, os.umask),
 )
-_ALARM = (signal.SIGALRM,) if hasattr(signal, "SIGALRM") else ()
+_TIMERS = tuple(getattr(signal, f"ITIMER_{name}") for name in ("REAL", "VIRTUAL", "PROF") if os.name == "posix")
+_ALARMS = tuple(getattr(signal, name) for name in ("SIGALRM", "SIGVTALRM", "SIGPROF") if hasattr(signal, name))
 _SIGNAL_HANDLERS: tuple[Setting, ...] = (
-    *((("an alarm that is set", _alarm_is_set, _set_alarm),) if _ALARM else ()),
+    ("an alarm that is set", _alarms, _end_alarms),
+    *((("the blocked signals", _blocked_signals, _block_signals),) if hasattr(signal, "pthread_sigmask") else ()),
     *(
         (
             f"the handler of {number.name}",
-            functools.partial(getsignal, int(number)),
+            functools.partial(_signal.getsignal, int(number)),
             functools.partial(signal.signal, number),
         )
-        for number in (*SIGNALS, *_ALARM)
+        for number in (*SIGNALS, *QUIET_SIGNALS, *_ALARMS)
     ),
 )
+
+
+def _denormals_are_flushed() -> bool:
+    return _SMALLEST_NORMAL / 2 == 0.0
+
+
+_SMALLEST_NORMAL = sys.float_info.min
 
 
 @functools.cache
@@ -148,6 +166,10 @@ def _torch_settings(torch: ModuleType) -> tuple[Setting, ...]:
         if precision is not None:
             torch.set_float32_matmul_precision(precision)
 
+    def set_precision(precision: str | None) -> None:
+        if precision is not None:
+            torch.backends.fp32_precision = precision
+
     def set_default_device(device: Any) -> None:
         torch.set_default_device(None if device.type == "cpu" else device)
 
@@ -160,6 +182,7 @@ def _torch_settings(torch: ModuleType) -> tuple[Setting, ...]:
             ("flash", torch.backends.cuda.enable_flash_sdp),
             ("mem_efficient", torch.backends.cuda.enable_mem_efficient_sdp),
             ("math", torch.backends.cuda.enable_math_sdp),
+            ("cudnn", torch.backends.cuda.enable_cudnn_sdp),
         )
     )
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -179,6 +202,9 @@ def _torch_settings(torch: ModuleType) -> tuple[Setting, ...]:
         ("torch's number of threads", torch.get_num_threads, torch.set_num_threads),
         ("torch's deterministic mode", torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
         ("torch's precision of matmuls", matmul_precision, set_matmul_precision),
+        ("torch's fp32 precision", lambda: getattr(torch.backends, "fp32_precision", None), set_precision),  # from 2.9
+        ("torch's flushing of denormals", _denormals_are_flushed, torch.set_flush_denormal),
+        ("torch's anomaly detection", torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
         ("torch's use of oneDNN", lambda: torch.backends.mkldnn.enabled, set_mkldnn),
         *autocast,
         *attention,
