@@ -39,7 +39,7 @@ class Sometimes(KonicLLMRewardComposer):
                 time.sleep(60)
             if self.how == "nan":
                 return math.nan
-            raise ValueError("not today")
+            raise ValueError("not today" if self.how == "raise" else "not \udce9")
         return sum(char.isalpha() for char in response)
 
 
@@ -53,7 +53,12 @@ def engine_of(folder, run, composer, **training):
 
 @pytest.mark.parametrize(
     ("how", "told"),
-    [("raise", "raised ValueError: not today"), ("nan", "returned nan, not a finite number."), ("hang", "took longer")],
+    [
+        ("raise", "raised ValueError: not today"),
+        ("half a character", "raised ValueError: not \\udce9"),
+        ("nan", "returned nan, not a finite number."),
+        ("hang", "took longer"),
+    ],
 )
 def test_a_skipped_fault_costs_its_sample_alone_and_is_counted(model_folders, how, told, tmp_path):
     workers = {"reward_workers": 2, "reward_timeout_seconds": 0.5} if how == "hang" else {}

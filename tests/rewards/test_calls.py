@@ -29,7 +29,7 @@ from konic.finetuning.rewards.outcomes import (
     timeout_fault,
     users_traceback,
 )
-from konic.finetuning.rewards.signatures import detect_shape, requested_columns
+from konic.finetuning.rewards.signatures import detect_shape, requested_columns, require_a_response
 
 PROMPTS, RESPONSES = ["p1", "p2", "p3"], ["a", "bb", "cccc"]
 LABELS = [100, 200, 300]
@@ -944,3 +944,84 @@ def test_an_object_with_an_async_call_is_awaited_together_with_a_limit():
             await asyncio.sleep(30)
 
     assert all("took longer" in outcome.what for outcome in outcomes_of(Judge(), 0.05))
+
+
+# --- what cannot be written, and what would be lost ---
+
+
+HALF = "\ud800"
+
+
+@pytest.mark.parametrize("error", [ValueError(f"bad {HALF} name"), FileNotFoundError(2, "no", "caf\udce9.txt")])
+def test_half_a_character_in_an_error_is_escaped(error):
+    def kind(prompt, response):
+        raise error
+
+    def kinds(prompts, responses):
+        raise error
+
+    for function in (kind, kinds):
+        for fault in outcomes_of(function):
+            assert "\\ud" in fault.what and "\\ud" in fault.traceback
+            (fault.what + fault.traceback).encode()
+
+
+def test_a_huge_message_of_an_error_is_shortened():
+    def kind(prompt, response):
+        raise ValueError("x" * 10**6)
+
+    fault = outcomes_of(kind)[0]
+    assert len(fault.what) < 1100 and fault.what.endswith("… (1000000 characters)")
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ({f"a{HALF}": 1.0}, r"returned the key 'a\\ud800', which contains half a character"),
+        ({1: 1.0, "1": 5.0}, r"returned two keys that are the same text, '1'"),
+        (np.ma.masked, "a masked value and not a number"),
+        (np.ma.masked_array([1.0], mask=[True]), "a masked value and not a number"),
+        ({"x": np.ma.masked}, "a masked value and not a number"),
+    ],
+)
+def test_a_value_that_would_be_lost_or_could_not_be_written_is_a_fault(value, told):
+    with pytest.raises(RewardError, match=told):
+        raise outcome_of(value).error("p", "r")
+
+
+def test_a_masked_value_of_a_batch_is_a_fault_and_the_others_count():
+    first, *others = batch_outcomes(np.ma.masked_array([1.0, 2.0, 3.0], mask=[True, False, False]))
+    assert "a masked value" in first.what
+    assert others == [{"kind": 2.0}, {"kind": 3.0}]
+
+
+def of_any_keywords(**kwargs):
+    return worth(kwargs["prompt"], kwargs["response"])
+
+
+def of_the_prompt_and_keywords(prompt, **kwargs):
+    return worth(prompt, kwargs["response"])
+
+
+def of_the_response_and_keywords(response, **kwargs):
+    return worth(kwargs["prompt"], response)
+
+
+def of_a_keyword_and_keywords(*, response, **kwargs):
+    return worth(kwargs["prompt"], response)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [of_any_keywords, of_the_prompt_and_keywords, of_the_response_and_keywords, of_a_keyword_and_keywords],
+)
+def test_keywords_of_any_name_take_the_texts(function):
+    reward = Reward("kind", function)
+    require_a_response(reward)
+    found = list(call_reward(reward, samples_from_texts(PROMPTS, RESPONSES, {"label": LABELS})))
+    assert [outcome["kind"] for outcome in found] == [11, 22, 34]
+
+
+def test_a_place_beside_keywords_that_could_be_either_text_is_refused():
+    with pytest.raises(RewardError, match=r"takes no response. Its parameters are .*not text, kwargs"):
+        require_a_response(Reward("kind", lambda text, **kwargs: 1.0))

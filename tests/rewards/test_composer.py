@@ -87,6 +87,8 @@ def same(values, expected):
         "reducer",
         "add_reward_model",
         "reward_names",
+        "_take_old_names",
+        "_kl_penalty_weight",
         "__init__",
         "__len__",
     ],
@@ -811,3 +813,59 @@ def test_a_weight_for_a_key_of_several_parts_is_refused():
         composer.compose("p", "r")
     composer = KonicLLMRewardComposer(reward_functions=[first, second], reward_weights={"first.x": 10.0, "y": 3.0})
     assert composer.compose("p", "r") == 10.0 + 3.0 + 2.0
+
+
+# --- names that cannot be written, and batches that are not marked ---
+
+
+@pytest.mark.parametrize("name", ["\ud800", 5, ("x",), b"x"])
+def test_a_name_that_is_not_valid_text_is_refused_and_nothing_is_added(name):
+    composer = Length()
+    with pytest.raises(ConfigError, match="The name of a reward must be valid text, got"):
+        composer.add_reward_function(lambda prompt, response: 1.0, name=name)
+    assert composer.reward_names == ["length"]
+
+
+def test_half_a_character_in_the_name_of_a_method_or_a_model_is_refused():
+    with pytest.raises(ConfigError, match="must be valid text"):
+        Length().add_reward_model(ConstantModel("\ud800", [1.0]))
+    with pytest.raises(ConfigError, match="must be valid text"):
+        type("Mine", (KonicLLMRewardComposer,), {"\ud800": Length.length})().check()
+
+
+def test_a_weight_that_would_be_lost_or_could_not_be_written_is_refused():
+    with pytest.raises(ConfigError, match=r"reward_weights\['1'\] is given twice"):
+        Length(reward_weights={1: 1.0, "1": 2.0})
+    with pytest.raises(ConfigError, match="half a character"):
+        Length(reward_weights={"\ud800": 1.0})
+
+
+def test_a_breakdown_with_two_keys_of_one_text_is_refused():
+    class Mine(Length):
+        def compose_batch(self, prompts, responses, **columns):
+            return [1.0] * len(prompts), {1: [1.0] * len(prompts), "1": [2.0] * len(prompts)}
+
+    with pytest.raises(RewardError, match="two keys that are the same text, '1'"):
+        score(Mine(), make_prompts(PROMPTS, DatasetConfig(), "test"), PROMPTS, RESPONSES)
+
+
+def test_a_marked_method_of_many_texts_gets_a_batch():
+    class Mine(KonicLLMRewardComposer):
+        @llm_reward
+        def many(self, prompts, responses):
+            assert prompts == PROMPTS
+            return [len(response) for response in responses]
+
+        @llm_reward
+        def answers(self, responses):
+            return [2 * len(response) for response in responses]
+
+        @llm_reward
+        def trl(self, completions, **kwargs):
+            return [3 * len(completion) for completion in completions]
+
+    composer = Mine()
+    composer.check()
+    assert composer.compose_batch(PROMPTS, RESPONSES)[1] == {
+        "many": [1, 2, 4], "answers": [2, 4, 8], "trl": [3, 6, 12],
+    }  # fmt: skip

@@ -14,6 +14,15 @@ def printable(text: str) -> str:
     )
 
 
+def is_valid_text(text: str) -> bool:
+    """Return False for text with half a character, a lone surrogate, which no file or tokenizer can take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class KonicError(Exception):
     """The base class of every error that a user can cause and fix. Its message is safe to show in a terminal."""
 

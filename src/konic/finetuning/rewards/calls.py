@@ -19,6 +19,7 @@ from konic.finetuning.rewards.outcomes import (
     NotANumberError,
     Outcome,
     Reward,
+    describe_error,
     read_parts,
     shorten,
     timeout_fault,
@@ -134,12 +135,7 @@ def _outcome(reward: Reward, make: Callable[[], Any]) -> Outcome:
 
 
 def _fault(reward: Reward, error: BaseException) -> Fault:
-    try:
-        message = str(error)
-    except Exception:
-        message = "its message could not be read"
-    what = f"raised {type(error).__name__}: {message}" if message else f"raised {type(error).__name__}"
-    return Fault(reward.who, what, users_traceback(error), error)
+    return Fault(reward.who, describe_error(error), users_traceback(error), error)
 
 
 def _called(reward: Reward, places: tuple[Any, ...], named: dict[str, Any]) -> Any:

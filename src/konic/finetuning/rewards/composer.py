@@ -14,7 +14,13 @@ from konic.finetuning.rewards.marks import Mark, checked_clip, find_mark
 from konic.finetuning.rewards.old_names import OldNames, with_the_places_of_0_1
 from konic.finetuning.rewards.outcomes import Reward
 from konic.finetuning.rewards.reducers import WeightedSumReducer
-from konic.finetuning.rewards.signatures import detect_shape, requested_columns, require_a_response, reward_of_model
+from konic.finetuning.rewards.signatures import (
+    detect_shape,
+    requested_columns,
+    require_a_response,
+    reward_of_model,
+    shape_of_method,
+)
 from konic.finetuning.rewards.totals import (
     AlreadyScored,
     Weighting,
@@ -72,7 +78,6 @@ class KonicLLMRewardComposer(OldNames):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse rewards whose name is one that a composer has a use for itself."""
         super().__init_subclass__(**kwargs)
-        cls._take_old_names()
         own = {*vars(KonicLLMRewardComposer), *vars(OldNames), *KonicLLMRewardComposer.__annotations__}
         for name, member in vars(cls).items():
             computed = getattr(member, "fget", None) or getattr(member, "func", None)  # of a property, or a cached one
@@ -89,6 +94,7 @@ class KonicLLMRewardComposer(OldNames):
             is_taken = name in own or (name.startswith("__") and name.endswith("__"))
             if is_taken and find_mark(member) is not None:
                 raise ConfigError(f"{cls.__name__}.{name}: a composer has {name} itself. Give the reward another name.")
+        cls._take_old_names()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Create the state here, so that a subclass works even if its `__init__` never calls `super().__init__()`.
@@ -189,8 +195,9 @@ class KonicLLMRewardComposer(OldNames):
         mark = find_mark(function) or Mark(False, False, None)
         clip = checked_clip(clip) or mark.clip
         shape = "batch" if mark.batch and detect_shape(function) == "sample" else detect_shape(function)
+        reward = Reward(name, function, shape, normalize=normalize or mark.normalize, clip=clip)
         self._require_new(name)
-        self._added[name] = Reward(name, function, shape, normalize=normalize or mark.normalize, clip=clip)
+        self._added[name] = reward
         try:
             return self._keep_weight(name, weight)
         except ConfigError:
@@ -310,10 +317,14 @@ def list_rewards(composer: KonicLLMRewardComposer) -> list[Reward]:
     kinds = type(composer).__mro__
     names = dict.fromkeys(name for kind in reversed(kinds) for name in vars(kind))
     marks = {name: next((mark for kind in kinds if (mark := find_mark(vars(kind).get(name)))), None) for name in names}
-    methods = [
-        Reward(name, getattr(composer, name), "batch" if mark.batch else "sample", False, mark.normalize, mark.clip)
+    calls = {
+        name: (getattr(composer, name), mark)
         for name, mark in marks.items()
         if mark is not None and callable(getattr(type(composer), name, None))
+    }
+    methods = [
+        Reward(name, call, shape_of_method(call, mark.batch), False, mark.normalize, mark.clip)
+        for name, (call, mark) in calls.items()
     ]
     hidden = next((reward.name for reward in methods if not callable(reward.call)), None)
     if hidden is not None:

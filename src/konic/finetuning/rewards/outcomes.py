@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from konic.finetuning.errors import RewardError
+import numpy as np
+
+from konic.finetuning.errors import ConfigError, RewardError, is_valid_text
 
 Parts = dict[str, float]
 """Values by part name, before weights: one under the reward's own name, or several named `reward.key`.
@@ -19,6 +21,7 @@ Parts = dict[str, float]
 Empty if the reward abstained.
 """
 _MAX_TRACEBACK = 4000
+_MAX_MESSAGE = 1000
 _NOT_THE_USERS = (os.path.dirname(__file__) + os.sep, asyncio.__path__[0], concurrent.futures.__path__[0])
 
 
@@ -36,6 +39,11 @@ class Reward:
     """True to convert values to standard deviations from their running mean."""
     clip: tuple[float, float] | None = None
     """Lowest and highest value, applied after normalising."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a name that cannot be written to the run's files."""
+        if not isinstance(self.name, str) or not is_valid_text(self.name):
+            raise ConfigError(f"The name of a reward must be valid text, got {shorten(self.name)}.")
 
     @property
     def is_async(self) -> bool:
@@ -92,13 +100,31 @@ def read_parts(name: str, value: Any) -> Parts:
     """Convert a reward's return value for one sample to parts; None values of a dict are left out.
 
     Raises:
-        NotANumberError: A value is not a finite number.
+        NotANumberError: A value is not a finite number, or a key cannot name a part.
     """
     if value is None:
         return {}
     if isinstance(value, Mapping):
-        return {f"{name}.{key}": number(part, key) for key, part in value.items() if part is not None}
+        named = named_by_text(value)
+        return {f"{name}.{key}": number(part, key) for key, part in named.items() if part is not None}
     return {name: number(value)}
+
+
+def named_by_text(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return values by their keys as text.
+
+    Raises:
+        NotANumberError: A key is not valid text, or two keys are the same text.
+    """
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key)
+        if not is_valid_text(name):
+            raise NotANumberError(f"returned the key {shorten(name)}, which contains half a character.")
+        if name in named:
+            raise NotANumberError(f"returned two keys that are the same text, {shorten(name)}. Rename one of them.")
+        named[name] = value
+    return named
 
 
 def number(value: Any, key: object = None) -> float:
@@ -108,6 +134,8 @@ def number(value: Any, key: object = None) -> float:
         NotANumberError: The value is not a number, or not finite.
     """
     real = value
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):  # its item() would be 0
+        raise NotANumberError(f"returned {shorten(value)}, a masked value and not a number.", key)
     if callable(getattr(value, "item", None)):
         try:
             real = value.item()
@@ -124,6 +152,18 @@ def number(value: Any, key: object = None) -> float:
     return real
 
 
+def describe_error(error: BaseException) -> str:
+    """`raised ValueError: its message`, as text that can be written: shortened, and half a character escaped."""
+    try:
+        message = str(error)
+    except Exception:
+        message = "its message could not be read"
+    if len(message) > _MAX_MESSAGE:
+        message = f"{message[:_MAX_MESSAGE]} … ({len(message)} characters)"
+    what = f"raised {type(error).__name__}: {message}" if message else f"raised {type(error).__name__}"
+    return what.encode(errors="backslashreplace").decode()
+
+
 def users_traceback(error: BaseException) -> str:
     """The traceback of an error and its causes, without frames of this package, asyncio and concurrent.futures."""
     report = traceback.TracebackException.from_exception(error)
@@ -132,7 +172,7 @@ def users_traceback(error: BaseException) -> str:
         frames = [frame for frame in link.stack if not frame.filename.startswith(_NOT_THE_USERS)]
         link.stack = traceback.StackSummary.from_list(frames)
         link = link.__cause__ or link.__context__
-    text = "".join(report.format()).rstrip()
+    text = "".join(report.format()).rstrip().encode(errors="backslashreplace").decode()
     return text if len(text) <= _MAX_TRACEBACK else "… " + text[-_MAX_TRACEBACK:]
 
 

@@ -13,7 +13,16 @@ from typing import Any
 from konic.finetuning.data.samples import Sample
 from konic.finetuning.rewards.calls import call_reward
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer, find_override
-from konic.finetuning.rewards.outcomes import Fault, NotANumberError, Outcome, Parts, Reward, number, shorten
+from konic.finetuning.rewards.outcomes import (
+    Fault,
+    NotANumberError,
+    Outcome,
+    Parts,
+    Reward,
+    named_by_text,
+    number,
+    shorten,
+)
 from konic.finetuning.rewards.totals import AlreadyScored, collect_breakdown
 
 Accept = Callable[[Iterator[Outcome], Sequence[Sample]], Iterable[Outcome]]
@@ -100,7 +109,7 @@ def _rewards(values: Iterable[Any], totals: Sequence[float]) -> list[Any]:
 
 
 def _read_breakdown(breakdown: Mapping[Any, Any], count: int) -> dict[str, list[float]]:
-    return {str(name): _read_column(name, values, count) for name, values in breakdown.items()}
+    return {name: _read_column(name, values, count) for name, values in named_by_text(breakdown).items()}
 
 
 def _read_column(name: Any, values: Any, count: int) -> list[float]:

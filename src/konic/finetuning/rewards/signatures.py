@@ -1,7 +1,7 @@
 """A reward's parameters -> how to call it: with which texts, and with which columns of the dataset."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 from konic.finetuning.data.samples import RESERVED
@@ -14,11 +14,12 @@ _TEXTS = {
     "completions": ("prompts", "completions"),
 }
 
+Shape = Literal["sample", "batch", "completions"]
 TextParameters = tuple[str | None, str | None] | None
 """Names of the parameters for the prompt and the response; None if both are passed by position."""
 
 
-def detect_shape(function: Callable[..., Any]) -> Literal["sample", "batch", "completions"]:
+def detect_shape(function: Callable[..., Any]) -> Shape:
     """Decide from the parameter names of a plain function how to call it.
 
     - With `completions`, or with `prompts` and `**columns` but no `responses`: as TRL's
@@ -46,6 +47,18 @@ def detect_shape(function: Callable[..., Any]) -> Literal["sample", "batch", "co
             f"**columns); {getattr(function, '__name__', function)!r} takes ({', '.join(parameters)})."
         )
     return "sample"
+
+
+def shape_of_method(method: Any, batch: bool) -> Shape:
+    """The shape of a marked method: with `batch`, or with parameters for many texts and none for one, a whole batch."""
+    if batch:
+        return "batch"
+    try:
+        names = set(inspect.signature(method).parameters)
+    except (TypeError, ValueError):
+        return "sample"
+    takes_many = names & {"prompts", "responses", "completions"} and not names & {"prompt", "response"}
+    return detect_shape(method) if takes_many else "sample"
 
 
 def reward_of_model(model: Any) -> Reward:
@@ -90,6 +103,7 @@ def text_parameters(reward: Reward, columns: Mapping[str, Any]) -> TextParameter
 
     If only the prompt's name is there, the response goes to the first parameter that no column fills. If only the
     response's name is there, the prompt goes to the parameter before it, if that is the first and no column fills it.
+    `**kwargs` takes a text that no parameter by position could take.
 
     Returns:
         Both names, or None if both texts are passed by position.
@@ -107,14 +121,25 @@ def text_parameters(reward: Reward, columns: Mapping[str, Any]) -> TextParameter
         )
     if response in names and prompt in names:
         return prompt, response
+    others = [name for name in names if name != prompt and name not in columns]
+    if prompt in names and others:
+        return prompt, others[0]
+    if _takes_texts_by_keyword(parameters, prompt, response):
+        return prompt, response
     if response in names:
         return (names[0] if names.index(response) == 1 and names[0] not in columns else None), response
     if prompt in names:
-        others = [name for name in names if name != prompt and name not in columns]
-        if not others:
-            raise RewardError(f"{reward.who} takes no response: its parameters are {', '.join(names)}.")
-        return prompt, others[0]
+        raise RewardError(f"{reward.who} takes no response: its parameters are {', '.join(names)}.")
     return None
+
+
+def _takes_texts_by_keyword(parameters: Collection[inspect.Parameter], prompt: str, response: str) -> bool:
+    """True with `**kwargs` and no parameter by position but for those that have the names of the two texts."""
+    by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return takes_all and all(
+        p.kind in by_name or (p.kind is p.POSITIONAL_OR_KEYWORD and p.name in (prompt, response)) for p in parameters
+    )
 
 
 def require_a_response(reward: Reward) -> None:
@@ -125,8 +150,10 @@ def require_a_response(reward: Reward) -> None:
         return
     kinds = [parameter.kind for parameter in parameters.values()]
     places = sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
-    takes_more = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} & set(kinds)
-    if places < 2 and not takes_more and not {"response", "responses", "completions"} & set(parameters):
+    takes_more = inspect.Parameter.VAR_POSITIONAL in kinds
+    by_keyword = _takes_texts_by_keyword(parameters.values(), *_TEXTS[reward.shape])
+    named = {"response", "responses", "completions"} & set(parameters)
+    if places < 2 and not takes_more and not by_keyword and not named:
         shown = ", ".join(parameters) or "nothing"
         raise RewardError(f"{reward.who} takes no response. Its parameters are (prompt, response), not {shown}.")
 

@@ -10,7 +10,16 @@ from konic.finetuning.errors import RewardError
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.rewards.moments import RunningMoments
 from konic.finetuning.rewards.named_parts import NamedParts
-from konic.finetuning.rewards.outcomes import Fault, NotANumberError, Outcome, Parts, Reward, number, sample_text
+from konic.finetuning.rewards.outcomes import (
+    Fault,
+    NotANumberError,
+    Outcome,
+    Parts,
+    Reward,
+    describe_error,
+    number,
+    sample_text,
+)
 from konic.finetuning.rewards.reducers import takes_weights
 from konic.finetuning.system.user_code import preserved_state
 
@@ -128,7 +137,7 @@ def compute_total(
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # such as sys.exit()
-        raise RewardError(f"{who} raised {type(error).__name__}: {error}{where}") from error
+        raise RewardError(f"{who} {describe_error(error)}{where}") from error
 
 
 def weighted_parts(weighting: Weighting, parts: Parts, moments: Mapping[str, RunningMoments] | None = None) -> Parts:

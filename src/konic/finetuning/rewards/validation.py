@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from konic.finetuning.errors import ConfigError, RewardError
+from konic.finetuning.errors import ConfigError, RewardError, is_valid_text
 from konic.finetuning.rewards.marks import is_finite_number
 from konic.finetuning.rewards.reducers import takes_weights
 
@@ -40,10 +40,15 @@ def checked_weights(weights: Any) -> dict[str, float]:
     """Return weights by name; raise ConfigError unless all are finite numbers."""
     if not isinstance(weights, Mapping):
         raise ConfigError(f"reward_weights must be a dict of numbers by reward name, got {weights!r}.")
+    named: dict[str, float] = {}
     for name, weight in weights.items():
+        if str(name) in named or not is_valid_text(str(name)):
+            why = "is given twice" if str(name) in named else "has a name that contains half a character"
+            raise ConfigError(f"reward_weights[{str(name)!r}] {why}. Rename it.")
         if not is_finite_number(weight):
             raise ConfigError(f"reward_weights[{str(name)!r}] must be a finite number, got {weight!r}.")
-    return {str(name): float(weight) for name, weight in weights.items()}
+        named[str(name)] = float(weight)
+    return named
 
 
 def check_kl_penalty_weight(weight: Any) -> None:
