@@ -415,3 +415,21 @@ def test_a_command_that_ctrl_c_ends_has_saved_and_says_so_by_its_exit_code(model
     assert process.returncode == 130, errors
     assert "Stopped early: interrupted" in output
     assert (tmp_path / "run" / "final").is_dir()
+
+
+class Breaks(KonicLLMRewardComposer):
+    @llm_reward
+    def judged(self, prompt, response):
+        raise ValueError("the cause")
+
+
+@pytest.mark.parametrize("error", [Exception("No space left on device (os error 28)"), MemoryError("full")])
+def test_what_fails_after_an_error_does_not_hide_it(model_folders, tmp_path, monkeypatch, caplog, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(Saver, "best", fails)
+    engine = make_engine(model_folders["llama"], tmp_path, composer=Breaks(), on_reward_error="raise")
+    with pytest.raises(RewardError, match="the cause"):
+        engine.train(1)
+    assert f"After the error below, this failed too: {type(error).__name__}: {error}" in caplog.text

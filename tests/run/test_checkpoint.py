@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from conftest import prompt_batch, shake_adapter, tiny_learner
+from conftest import byte_tokenizer, prompt_batch, shake_adapter, tiny_learner
 from konic.finetuning.errors import OutputError
 from konic.finetuning.rewards.moments import RunningMoments
 from konic.finetuning.run.checkpoint import (
@@ -19,7 +19,14 @@ from konic.finetuning.run.checkpoint import (
 from konic.finetuning.run.resume import checkpoint_to_resume, newest_checkpoint, require_same_run
 from konic.finetuning.run.state import TrainerState
 from konic.finetuning.system import files as folders
-from konic.finetuning.system.files import discard, filling_folder, find_corruption, replacing_folder, seal
+from konic.finetuning.system.files import (
+    creating_folder,
+    discard,
+    filling_folder,
+    find_corruption,
+    replacing_folder,
+    seal,
+)
 
 
 def files_of(folder):
@@ -66,6 +73,13 @@ def test_a_full_disk_is_one_error_and_leaves_the_old_folder(tmp_path, monkeypatc
     with pytest.raises(OutputError, match="No space left on device"), replacing_folder(target) as folder:
         (folder / "new").write_text("new")
     assert files_of(tmp_path) == ["x", "x/old"]
+
+
+@pytest.mark.parametrize("context", [replacing_folder, creating_folder, filling_folder])
+def test_a_full_disk_under_a_tokenizer_is_the_same_error(tmp_path, context):
+    with pytest.raises(OutputError, match="x: cannot be written: Is a directory"), context(tmp_path / "x") as folder:
+        byte_tokenizer("llama").backend_tokenizer.save(str(folder))  # a bare Exception, as for a full disk
+    assert files_of(tmp_path) == []
 
 
 @pytest.mark.parametrize("lora", [True, False])

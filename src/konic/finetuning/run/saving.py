@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from konic.finetuning.callbacks.composite import Callbacks
-from konic.finetuning.errors import NotFiniteError, OutputError, TrainingError
+from konic.finetuning.errors import KonicError, TrainingError, printable
 from konic.finetuning.learning.learner import Learner
 from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.run.card import model_card
@@ -99,14 +99,15 @@ class Saver:
     def after_error(self, result: FinetuningResult, weights_are_whole: bool) -> None:
         """Write a checkpoint of the last whole iteration, if the weights are still its own, and the best weights.
 
-        If this fails too, it is a warning: the error that ended the run is the one to raise.
+        If this fails too, whatever the reason, it is a warning: the error that ended the run is the one to raise.
         """
         try:
             if self._state.iteration and weights_are_whole:
                 self.checkpoint()
             self.best(result)
-        except (OutputError, NotFiniteError) as error:
-            logger.warning("After the error below, this failed too: %s", error)
+        except Exception as error:
+            what = error if isinstance(error, KonicError) else f"{type(error).__name__}: {printable(str(error))}"
+            logger.warning("After the error below, this failed too: %s", what)
 
     def _model(self, path: Path, result: FinetuningResult) -> None:
         with replacing_folder(path) as target:

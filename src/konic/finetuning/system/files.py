@@ -217,6 +217,10 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
         raise unwritable(folder, error) from error
     try:
         yield temp_dir
+    except Exception as error:
+        if type(error) is not Exception:  # the tokenizers library has no class of its own for a full disk
+            raise
+        raise unwritable(folder, error) from error
     finally:
         shutil.rmtree(temp_dir, ignore_errors=True)
 
