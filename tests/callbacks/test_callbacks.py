@@ -355,3 +355,48 @@ def test_every_hook_reaches_every_callback_in_order():
         values = tuple(f"{hook} {name}" for name in list(inspect.signature(getattr(both, hook)).parameters))
         getattr(both, hook)(*values)
         assert called[-2:] == [("first", hook, values), ("second", hook, values)]
+
+
+class Breaks(BaseKonicFinetuningCallback):
+    def __init__(self, failure):
+        self.failure = failure
+
+    def on_train_error(self, error):
+        raise self.failure
+
+
+class Hears(BaseKonicFinetuningCallback):
+    def on_train_error(self, error):
+        self.heard = error
+
+
+@pytest.mark.parametrize("failure", [ValueError("a sick tracker"), SystemExit(3)])
+def test_a_callback_that_fails_on_an_error_hides_neither_the_error_nor_the_other_callbacks(failure, caplog):
+    first, hears = RuntimeError("the run's own"), Hears()
+    with pytest.raises(RuntimeError) as raised, CompositeCallback([Breaks(failure), hears]).reporting_errors():
+        raise first
+    assert raised.value is hears.heard is first
+    assert "Callback 'Breaks' failed in on_train_error" in caplog.text
+
+
+def test_hooks_that_would_never_run_are_refused_when_the_callback_is_given():
+    class Waits(BaseKonicFinetuningCallback):
+        async def should_stop_early(self, result):
+            return True
+
+    class Yields(KonicFinetuningCallback):
+        def on_iteration_end(self, result):
+            yield result
+
+    for kind, hook in ((Waits, "should_stop_early"), (Yields, "on_iteration_end")):
+        with pytest.raises(ConfigError, match=f"Callback {kind.__name__}.{hook} would never run"):
+            Callbacks([KonicFinetuningCallback(), kind()])
+
+
+def test_a_callback_that_was_not_set_up_says_what_its_init_lacks():
+    class Forgets(KonicFinetuningCallback):
+        def __init__(self):
+            self.mine = []
+
+    with pytest.raises(ConfigError, match=r"Callback Forgets: its __init__ must call super\(\).__init__\(\)"):
+        Callbacks(Forgets())

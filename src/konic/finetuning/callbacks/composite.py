@@ -1,5 +1,6 @@
 """Combines the user's callbacks into one callback; every hook is written out for the type checker."""
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ class CompositeCallback(BaseKonicFinetuningCallback):
             if not isinstance(callback, BaseKonicFinetuningCallback):
                 hint = " Give an instance: add ()." if isinstance(callback, type) else ""
                 raise ConfigError(f"callback: {callback!r} is not a BaseKonicFinetuningCallback.{hint}")
+            _check(callback)
         self.callbacks = list(callbacks)
 
     @property
@@ -91,8 +93,13 @@ class CompositeCallback(BaseKonicFinetuningCallback):
         self._all(lambda callback: callback.on_train_end(result))
 
     def on_train_error(self, error: BaseException) -> None:
-        """See the base class."""
-        self._all(lambda callback: callback.on_train_error(error))
+        """Tell every callback. One that fails here is a warning: it hides neither the error nor the other callbacks."""
+        for callback in self.callbacks:
+            try:
+                with preserved_state(who := f"Callback {type(callback).__name__!r}"):
+                    callback.on_train_error(error)
+            except (Exception, SystemExit) as failure:
+                logger.warning("%s failed in on_train_error: %s: %s", who, type(failure).__name__, failure)
 
     def should_stop_early(self, result: FinetuningIterationResult) -> bool:
         """True if any callback returns True; every callback is called."""
@@ -110,6 +117,22 @@ class Callbacks(CompositeCallback):
         super().__init__(given if isinstance(given, Sequence) else [given] if given is not None else [])
         if not self.reports_iterations:
             self.callbacks.insert(0, KonicFinetuningCallback())
+
+
+def _check(callback: BaseKonicFinetuningCallback) -> None:
+    """Raise ConfigError if a callback's hooks would not run, or if it was not set up."""
+    kind = type(callback).__name__
+    for name in _HOOKS:
+        hook = getattr(callback, name)
+        if inspect.iscoroutinefunction(hook) or inspect.isasyncgenfunction(hook) or inspect.isgeneratorfunction(hook):
+            raise ConfigError(
+                f"Callback {kind}.{name} would never run: make it a plain method, not async or with yield."
+            )
+    if isinstance(callback, KonicFinetuningCallback) and "_tracker" not in vars(callback):
+        raise ConfigError(f"Callback {kind}: its __init__ must call super().__init__().")
+
+
+_HOOKS = [name for name in vars(BaseKonicFinetuningCallback) if not name.startswith("_")]
 
 
 def _reports_iterations(callback: BaseKonicFinetuningCallback) -> bool:
