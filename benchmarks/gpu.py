@@ -2,10 +2,10 @@
 
 python benchmarks/gpu.py [--trl116 PYTHON] [--trl026 PYTHON] [--rounds 3] [--only NAME ...] [--output FILE] [--small]
 
-Takes less than eight minutes and needs no network: the models have random weights. The checks come first, in this
-process. Then every system is a process of its own (benchmarks/speed/) that does one step when it is its turn; the first
-two steps of each are left out. A peer whose PYTHON is not given is left out too. Without a GPU, or with `--small`, all
-sizes are small: that shows that the script works, and its times mean nothing.
+Takes some ten minutes with both peers and needs no network: the models have random weights. The checks come first, in
+this process. Then every system is a process of its own (benchmarks/speed/) that does one step when it is its turn; the
+first two steps of each are left out. A peer whose PYTHON is not given is left out too. Without a GPU, or with
+`--small`, all sizes are small: that shows that the script works, and its times mean nothing.
 """
 
 import argparse

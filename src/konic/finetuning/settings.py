@@ -104,13 +104,14 @@ class Settings(BaseModel):
 
 
 def describe(value: Any) -> str:
-    """Return what a value is, for an error: short values as they are, others by their type."""
+    """Return what a value is, for an error: plain values as they are, others, which may hold a token, by their type."""
     if isinstance(value, type):
         return f"the class {value.__name__}: add ()"
-    if isinstance(value, str | bytes | int | float | list | tuple | set | dict):
+    if isinstance(value, str | int | float):
         return f"{type(value).__name__} {reprlib.repr(value)}"
     kind = type(value)
-    return kind.__name__ if kind.__module__.startswith("konic.") else f"{kind.__module__}.{kind.__name__}"
+    is_plain = kind.__module__ == "builtins" or kind.__module__.startswith("konic.")
+    return kind.__name__ if is_plain else f"{kind.__module__}.{kind.__name__}"
 
 
 def _holds_bool(value: Any) -> bool:
