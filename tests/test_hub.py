@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -40,6 +42,10 @@ def model(name, **kwargs):
     return [type(loaded.model).__name__, loaded.location]
 """
 END = "\nprint('RESULTS' + json.dumps(results))\n"
+
+
+def edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def review(number, sentences=300):
@@ -145,6 +151,7 @@ def test_models_and_datasets_by_their_bare_names_subsets_splits_streams_and_revi
     values = {"peft_type": "LORA", "base_model_name_or_path": "gpt2", "revision": "bytes"}
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(values))
+    (tmp_path / "adapter" / "adapter_model.safetensors").touch()
     code = """
 def of_adapter():
     loaded = load_model("ADAPTER", {}, torch.device("cpu"))
@@ -199,6 +206,82 @@ note("dataset", lambda: dataset(name="imdb", split="test"))
     before = len(hub.requests)
     assert answers(code, hub.environment(tmp_path / "home", offline=True)) == online
     assert len(hub.requests) == before
+
+
+CONTINUED = """
+from pathlib import Path
+class Rewards(KonicLLMRewardComposer):
+    @llm_reward
+    def length(self, prompt, response):
+        return len(response) / 8
+def continued(name, **model_kwargs):
+    agent = KonicFinetuningAgent(
+        name, Rewards(), dataset_config=DatasetConfig(prompts=["ab", "x"]), model_kwargs=model_kwargs,
+        training_config=TrainingConfig(batch_size=2, ppo_epochs=1),
+        generation_config=GenerationConfig(max_prompt_length=8, max_new_tokens=4),
+    )
+    engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir="RUN", callback=[], device="cpu")
+    engine.setup()
+    policy = engine._session.learner.policy
+    ids = torch.tensor([[5, 9, 33]])
+    start = policy.language_model.causal_lm(input_ids=ids).logits.tolist()
+    engine.train(1)
+    base = json.loads((Path("RUN") / "final" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return [start, base, policy.tokenizer.eos_token, all("lora" in name for name in list(policy.trainable())[:-2])]
+"""
+
+
+def test_an_adapter_of_the_hub_is_continued_online_and_offline_and_its_base_runs_no_code(hub, folders, tmp_path):
+    starts = {}
+    for revision, scale in {"main": 0.1, "v2": 0.5}.items():
+        config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+        model = peft.get_peft_model(tiny_model("gpt2", torch.float32), config)
+        model.peft_config["default"].base_model_name_or_path = "distilgpt2"
+        with torch.no_grad():
+            for weight in (weight for weight in model.parameters() if weight.requires_grad):
+                weight.add_(torch.randn(weight.shape) * scale)
+            starts[revision] = model(input_ids=torch.tensor([[5, 9, 33]])).logits
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+        tokenizer = byte_tokenizer("gpt2")
+        tokenizer.eos_token = "a"  # tells this tokenizer from that of the base
+        tokenizer.save_pretrained(tmp_path / "adapter")
+        hub.add_model("me/adapter", tmp_path / "adapter", revision=revision, gated=True)
+    shutil.copytree(folders / "small", tmp_path / "own-code")
+    (tmp_path / "own-code" / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    edit(tmp_path / "own-code" / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.M"})
+    hub.add_model("me/base", tmp_path / "own-code")
+    edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="me/base")
+    hub.add_model("me/of-own-code", tmp_path / "adapter")
+    edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="me/of-own-code")
+    hub.add_model("me/of-adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    hub.add_model("me/without-weights", tmp_path / "adapter")
+    continued = CONTINUED.replace("RUN", str(tmp_path / "run"))
+    continued += f"""
+note("main", lambda: continued("me/adapter", token="{MEMBER_TOKEN}"))
+note("v2", lambda: continued("me/adapter", token="{MEMBER_TOKEN}", revision="v2"))
+"""
+    refused = """
+note("gated", lambda: model("me/adapter", revision="main"))
+note("v3", lambda: model("me/adapter", token="TOKEN", revision="v3"))
+note("own code", lambda: model("me/of-own-code", trust_remote_code=True))
+note("of adapter", lambda: model("me/of-adapter"))
+note("without weights", lambda: model("me/without-weights"))
+""".replace("TOKEN", MEMBER_TOKEN)
+    found = answers(refused + continued, hub.environment(tmp_path / "home"))
+    for revision, start in starts.items():
+        assert torch.allclose(torch.tensor(found[revision][0]), start, atol=1e-5)
+        assert found[revision][1:] == ["distilgpt2", "a", True]
+    assert "it is gated" in found["gated"]
+    assert "no such revision" in found["v3"]
+    assert "contains its own code" in found["own code"] and "does not reach through an adapter" in found["own code"]
+    assert not (tmp_path / "ran").exists()
+    assert "has an adapter_config.json" in found["of adapter"]
+    assert "there is no adapter_model.safetensors" in found["without weights"]
+    num_requests = len(hub.requests)
+    offline = answers(continued, hub.environment(tmp_path / "home", offline=True))
+    assert [offline[name] for name in starts] == [found[name] for name in starts]
+    assert len(hub.requests) == num_requests
 
 
 FAILURES = {

@@ -47,7 +47,8 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
     """What to train and how: a base model, a reward composer and configs. Each config may be a dict.
 
     Args:
-        base_model: A Hub id, a folder, a `.gguf` file, or a packaged model such as "smollm2-135m".
+        base_model: A Hub id, a folder, a `.gguf` file, or a packaged model such as "smollm2-135m". Hub id and folder
+            may be those of a LoRA adapter, which training then continues.
         reward_composer: Scores the responses.
         lora_config: The adapter, as konic's or PEFT's LoraConfig; None trains every weight.
         dataset_config: Where prompts come from; None takes the bundled prompts.

@@ -91,11 +91,6 @@ def load_adapter(causal_lm: PreTrainedModel, folder: Path, revision: str | None)
     Raises:
         ModelError: The adapter cannot be loaded or does not fit the model.
     """
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(
-            f"{folder}: there is no adapter_model.safetensors, and pickled weights are not read. Save the adapter as "
-            "safetensors."
-        )
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         problem = unsupported_option(config)

@@ -26,8 +26,8 @@ def require_contained(location: str, asked: str, model_kwargs: Mapping[str, Any]
     hub = {key: model_kwargs.get(key) for key in ("revision", "token")}
     if find_adapter_config_file(location, **hub) is not None:
         raise ModelError(
-            f"{asked} has an adapter_config.json, which would load another model than this one. Download an adapter of "
-            "the Hub and give base_model its folder; for a reward model, merge the adapter first."
+            f"{asked} has an adapter_config.json, which would load another model than this one. Merge that adapter "
+            "into its own base model first, and name the merged model."
         )
     if Path(location).is_dir():
         require_inside(Path(location), asked)

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from konic.finetuning.errors import ConfigError, ModelError, did_you_mean
 from konic.finetuning.models.containment import require_contained, require_inside
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 _MODEL_KWARGS = ("revision", "token", "dtype", "attn_implementation", "trust_remote_code", "quantization_config")
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 _TOKENIZER_KWARGS = ("revision", "token", "trust_remote_code")
+_ADAPTER_FILES = ("adapter_model.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py")
+"""What is read of an adapter on the Hub: its config and weights, and its tokenizer."""
 _TRUST_FIRST = (
     "merge the adapter into it and name the merged model: trust_remote_code does not reach through an adapter"
 )
@@ -48,26 +52,19 @@ def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.d
     """Load the causal language model and tokenizer that `base_model` names onto `device`, by default in fp32.
 
     Args:
-        base_model: A Hub id, a folder, an adapter's folder, a `.gguf` file, or a key of :data:`PACKAGED_MODELS`.
+        base_model: A Hub id, a folder, a `.gguf` file, or a key of :data:`PACKAGED_MODELS`. Hub id and folder may be
+            those of a LoRA adapter.
         model_kwargs: Arguments for `from_pretrained`: revision, token, dtype, attn_implementation, trust_remote_code,
             quantization_config.
         device: Device for the weights.
 
     Raises:
-        ConfigError: `model_kwargs` has an unknown key, or names another revision than the adapter's folder.
+        ConfigError: `model_kwargs` has an unknown key, or names another revision than the adapter's folder does.
         ModelError: There is no such model, or it cannot be loaded.
     """
     check_model_kwargs(model_kwargs)
-    adapter = _adapter_folder(base_model)
-    option, name, trusts_code = "base_model", base_model, model_kwargs.get("trust_remote_code", False)
-    if adapter is not None:
-        require_inside(adapter, f"base_model={base_model!r}")
-        option = f"{adapter / 'adapter_config.json'}: base_model_name_or_path"
-        name, revision = _read_base(adapter)
-        model_kwargs = _with_revision(model_kwargs, revision, adapter)
-        logger.warning("%s is an adapter. Its base model, which it names itself, is %s.", adapter, name)
-    location = locate_model(name, option)
-    asked = f"{option}={name!r}"
+    asked, location, adapter, model_kwargs = _locate(base_model, model_kwargs)
+    trusts_code = model_kwargs.get("trust_remote_code", False)
     kwargs: dict[str, Any] = {"dtype": torch.float32, **model_kwargs, "trust_remote_code": trusts_code and not adapter}
     reads_adapter = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer_kwargs = {key: value for key, value in kwargs.items() if key in _TOKENIZER_KWARGS}
@@ -148,10 +145,59 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def _locate(base_model: str, model_kwargs: Mapping[str, Any]) -> tuple[str, str, Path | None, dict[str, Any]]:
+    """Return what names the model to load, its location, the folder of an adapter on it, and its `model_kwargs`.
+
+    For an adapter, the model is its base.
+    """
+    model_kwargs, adapter = dict(model_kwargs), _adapter_folder(base_model)
+    if adapter is None:
+        location = locate_model(base_model)
+        adapter = None if Path(location).is_dir() else _download_adapter(location, model_kwargs)
+        if adapter is None:
+            return f"base_model={base_model!r}", location, None, model_kwargs
+        model_kwargs.pop("revision", None)  # it is that of the adapter's repository
+    require_inside(adapter, f"base_model={base_model!r}")
+    name, revision = _read_base(adapter)
+    option = f"{adapter / 'adapter_config.json'}: base_model_name_or_path"
+    model_kwargs = _with_revision(model_kwargs, revision, adapter)
+    logger.warning("%s is an adapter. Its base model, which it names itself, is %s.", adapter, name)
+    location = locate_model(name, option)
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"{adapter}: there is no adapter_model.safetensors, and pickled weights are not read. Save the adapter as "
+            "safetensors."
+        )
+    return f"{option}={name!r}", location, adapter, model_kwargs
+
+
 def _adapter_folder(base_model: str) -> Path | None:
     """Return the folder that a name stands for if it holds a PEFT adapter, else None."""
     folder = as_path(base_model, "base_model", ModelError)
     return folder.resolve() if (folder / "adapter_config.json").is_file() else None
+
+
+def _download_adapter(repository: str, model_kwargs: Mapping[str, Any]) -> Path | None:
+    """Return the folder in the Hub's cache with the adapter of a repository; None if the repository holds none.
+
+    Raises:
+        ModelError: It cannot be downloaded.
+    """
+    hub = {key: model_kwargs.get(key) for key in ("revision", "token")}
+    try:
+        with quiet_transformers():
+            config = find_adapter_config_file(repository, **hub)
+            if config is None:
+                return None
+            commit = Path(config).parent.name
+            return Path(
+                snapshot_download(
+                    repository, revision=commit, token=hub["token"], allow_patterns=[*_ADAPTER_FILES],
+                    ignore_patterns="checkpoint-*",
+                )
+            )  # fmt: skip
+    except Exception as error:
+        raise ModelError(loading_failed(f"base_model={repository!r}", repository, error)) from error
 
 
 def _read_base(adapter: Path) -> tuple[str, str | None]:
