@@ -74,11 +74,23 @@ def test_weights_in_sixteen_bits_are_not_trained_without_a_word(lora, caplog):
     architecture = "gpt2" if lora is not None and lora.bias == "all" else "llama"
     with pytest.raises(ConfigError, match=r"\S+ would be trained in float16.* float32, or use LoRA without modules_to"):
         Policy(loaded_model(architecture, torch.float16), lora)
+    assert "frozen copy" not in caplog.text  # that is made only of what can be trained
     Policy(loaded_model(architecture, torch.bfloat16), lora)
     assert "is trained in torch.bfloat16: steps smaller than its rounding error are lost" in caplog.text
     caplog.clear()
     Policy(loaded_model(architecture, torch.float32), lora)
     assert "rounding" not in caplog.text
+
+
+@pytest.mark.parametrize("cause", ["frozen", "quantised"])
+def test_a_policy_in_which_no_weight_of_the_model_learns_is_refused(cause, caplog):
+    loaded = loaded_model("llama")
+    loaded.model.requires_grad_(cause != "frozen")
+    loaded.model.is_quantized = cause == "quantised"
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM are quantised or frozen\. Give a lora_config"):
+        Policy(loaded, None)
+    assert "frozen copy" not in caplog.text
+    assert any("lora_A" in name for name in Policy(loaded, LoraConfig(r=2, target_modules=("q_proj",))).trainable())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

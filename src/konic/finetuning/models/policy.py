@@ -79,6 +79,7 @@ class Policy:
         if loaded.adapter is None:
             adapter = None if lora is None else peft_config(lora, causal_lm)
             if adapter is None or not adapter_off_is_base(adapter):
+                _check_base_weights(causal_lm, adapter)  # the copy takes time and memory
                 self._frozen_copy = LanguageModel(_frozen_copy(causal_lm))
             if adapter is not None:
                 self._adapted = new_adapter(causal_lm, adapter, seed, loaded.revision)
@@ -302,18 +303,40 @@ class Policy:
         return model.decode(self._probe, mask, position_ids(mask))
 
 
-def _check_precision(trainable: Mapping[str, nn.Parameter]) -> None:
-    """Raise ConfigError for trained weights in float16, and warn of those in bfloat16.
+_IN_FLOAT32 = "Train in float32, or use LoRA without modules_to_save or bias: its weights stay in float32."
+
+
+def _check_base_weights(causal_lm: PreTrainedModel, adapter: peft.LoraConfig | None) -> None:
+    """Raise ConfigError if weights of the model itself are to be trained and cannot be."""
+    trained = {name: weight for name, weight in causal_lm.named_parameters() if weight.requires_grad}
+    if adapter is None and (not trained or getattr(causal_lm, "is_quantized", False)):
+        raise ConfigError(
+            f"lora_config=None trains every weight, but those of {type(causal_lm).__name__} are quantised or frozen. "
+            "Give a lora_config."
+        )
+    if adapter is not None:
+        trained = {name: weight for name, weight in trained.items() if adapter.bias != "none" and name.endswith("bias")}
+    _require_no_float16(trained)
+
+
+def _require_no_float16(trained: Mapping[str, nn.Parameter]) -> None:
+    """Raise ConfigError for trained weights in float16.
 
     The squares of most gradients are below the smallest number of float16, so that Adam divides by its ε alone: the
     first step of SmolLM2 was 550 times as long as in float32.
     """
-    name, dtype = next(((n, w.dtype) for n, w in trainable.items() if w.dtype.itemsize < 4), ("", torch.float32))
-    advice = "Train in float32, or use LoRA without modules_to_save or bias: its weights stay in float32."
-    if dtype == torch.float16:
-        raise ConfigError(f"{name} would be trained in float16, which Adam's steps do not survive. {advice}")
-    if dtype.itemsize < 4:
-        logger.warning("%s is trained in %s: steps smaller than its rounding error are lost. %s", name, dtype, advice)
+    name = next((name for name, weight in trained.items() if weight.dtype == torch.float16), None)
+    if name is not None:
+        raise ConfigError(f"{name} would be trained in float16, which Adam's steps do not survive. {_IN_FLOAT32}")
+
+
+def _check_precision(trained: Mapping[str, nn.Parameter]) -> None:
+    """Raise ConfigError for trained weights in float16, and warn of those in bfloat16."""
+    _require_no_float16(trained)
+    name = next((name for name, weight in trained.items() if weight.dtype.itemsize < 4), None)
+    if name is not None:
+        lost = "steps smaller than its rounding error are lost"
+        logger.warning("%s is trained in %s: %s. %s", name, trained[name].dtype, lost, _IN_FLOAT32)
 
 
 def _frozen_copy(causal_lm: PreTrainedModel) -> PreTrainedModel:
