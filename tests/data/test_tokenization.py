@@ -87,6 +87,46 @@ def test_a_name_that_the_chat_template_does_not_read_is_refused():
         encode_prompt(prompt, thinking_tokenizer(), 100)
 
 
+NAMES = """{% macro shown(text, mark=opening) %}{{ mark }}{{ text }}{% endmacro %}
+{% if not date is defined %}{% set date = 3 %}{% endif %}{% set ns = namespace(first=true) %}
+{% for m in messages %}{% generation %}[{{ m['role'] }}]{{ shown(m['content']) }}{% endgeneration %}{% endfor %}
+{% if date == 0 %}{{ 'a' * 99999999999 }}{{ 'a' | center(99999999999) }}{{ raise_exception(ns.first) }}{% endif %}"""
+
+
+@pytest.mark.parametrize("name", ["m", "role", "if", "ns", "first", "text", "mark", "shown", "loop", "date2"])
+def test_a_word_of_the_chat_template_that_is_no_variable_from_outside_is_refused(name):
+    tokenizer = byte_tokenizer("llama")
+    tokenizer.chat_template = NAMES
+    with pytest.raises(ConfigError, match=f"chat_template_kwargs: the model's chat template does not read '{name}'"):
+        encode_prompt(Prompt(0, CHAT, chat_template_kwargs={name: 3}), tokenizer, 200)
+    for read in ("date", "opening"):
+        assert encode_prompt(Prompt(0, CHAT, chat_template_kwargs={read: 3}), tokenizer, 200)[0]
+    tokenizer.chat_template = {"default": NAMES, "other": "{{ date2 }}"}
+    assert encode_prompt(Prompt(0, CHAT, chat_template_kwargs={"date2": 3}), tokenizer, 200)[0]
+
+
+@pytest.mark.parametrize("trimming", ["trim", "replace(' ', '')"])
+def test_the_text_of_a_cut_message_is_what_a_trimming_template_shows(trimming):
+    tokenizer = byte_tokenizer("llama")
+    tokenizer.chat_template = f"{{% for m in messages %}}[{{{{ m['content'] | {trimming} }}}}]{{% endfor %}}"
+    prompt = Prompt(0, [{"role": "user", "content": "a long  way  home   again "}])
+    for length in range(6, 27):
+        ids, text = encode_prompt(prompt, tokenizer, length)
+        shown = text if trimming == "trim" else text.replace(" ", "")
+        assert len(ids) <= length
+        assert tokenizer.decode(ids) == f"[{shown}]"
+
+
+@pytest.mark.parametrize("template", ["always", "{{ messages[0]['content'] }}", "{{ messages[-1]['role'] }}"])
+def test_a_chat_template_that_leaves_the_last_message_out_is_refused(template):
+    tokenizer = byte_tokenizer("llama")
+    tokenizer.chat_template = template
+    with pytest.raises(ModelError, match="Row 4: The tokenizer's chat template does not show the last message"):
+        encode_prompt(Prompt(4, CHAT), tokenizer, 100)
+    tokenizer.chat_template = "{{ messages[-1]['content'] or raise_exception('empty') }}"
+    assert encode_prompt(Prompt(4, CHAT), tokenizer, 100)[1] == CHAT[-1]["content"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -186,11 +226,12 @@ def test_a_chat_template_that_fails_names_the_row(template):
 
 def test_named_chat_templates_need_a_default():
     tokenizer = byte_tokenizer("llama")
-    tokenizer.chat_template = {"rag": tokenizer.chat_template, "tool_use": "{{ tools[0].name }}"}
+    with_tools = "{{ tools[0].name }}{{ messages[-1]['content'] }}"
+    tokenizer.chat_template = {"rag": tokenizer.chat_template, "tool_use": with_tools}
     with pytest.raises(ModelError, match=r"Row 4: .*chat templates rag, tool_use and none named 'default'"):
         encode_prompt(Prompt(4, CHAT), tokenizer, 100)
     prompt = Prompt(4, CHAT, chat_template_kwargs={"tools": [{"name": "f"}]})
-    assert tokenizer.decode(encode_prompt(prompt, tokenizer, 100)[0]) == "f"
+    assert tokenizer.decode(encode_prompt(prompt, tokenizer, 100)[0]) == f"f{CHAT[-1]['content']}"
 
 
 def test_messages_need_a_chat_template():
@@ -210,7 +251,15 @@ def test_a_cut_through_a_character_ends_and_leaves_no_half_of_it(text):
         ids, kept = encode_prompt(Prompt(0, [{"role": "user", "content": text}]), tokenizer, length)
         assert len(ids) <= length
         assert text.endswith(kept)
-        assert text.endswith(encode_prompt(Prompt(0, text), tokenizer, length)[1])
+        ids, kept = encode_prompt(Prompt(0, text), tokenizer, length)
+        assert text.endswith(kept)
+        assert tokenizer.decode(ids) == f"<bos>{kept}"  # the model reads no half of a character either
+
+
+@pytest.mark.parametrize("length", [2, 3, 4])
+def test_a_cut_that_leaves_no_whole_character_names_its_row(length):
+    with pytest.raises(DatasetError, match=f"Row 6: max_prompt_length={length} leaves no room for the last character"):
+        encode_prompt(Prompt(6, "a😀"), byte_tokenizer("llama"), length)
 
 
 @pytest.mark.parametrize("text", ["\ufffd" * 20, "a\ufffdé\ufffd\ufffd😀\ufffd" * 5])

@@ -3,13 +3,15 @@
 Shapes: B prompts, P tokens of the longest prompt. A mask is True where a token counts.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import jinja2
 import torch
+from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import TrackingCodeGenerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -78,11 +80,17 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length
     messages go through the model's chat template; only the last user message is shortened, from its start.
 
     Raises:
-        DatasetError: The prompt has no tokens, or the messages do not fit even if the last one is empty.
-        ModelError: The prompt is a chat, and the tokenizer has no chat template or its template fails.
+        DatasetError: The prompt has no tokens, or too many even if nothing is left of the text or last message.
+        ModelError: The prompt is a chat, and the tokenizer has no chat template, or its template fails or leaves the
+            last message out.
     """
     if isinstance(prompt.content, str):
         ids, text = _encode_text(prompt.content, tokenizer, max_length)
+        if prompt.content and not text:
+            raise DatasetError(
+                f"Row {prompt.row}: max_prompt_length={max_length} leaves no room for the last character, which has "
+                "more tokens. Raise max_prompt_length."
+            )
     else:
         ids, text = _encode_chat(prompt, tokenizer, max_length)
     if not ids:
@@ -102,8 +110,8 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int)
     if len(head) + len(own) <= max_length:
         return head + own, text
     head = head if len(head) < max_length else []
-    start = len(own) - max_length + len(head)
-    return head + own[start:], _decode_from(start, own, tokenizer)
+    kept = own[_next_character(len(own) - max_length + len(head), own, tokenizer) :]
+    return head + kept, read_text(kept, tokenizer)
 
 
 @lru_cache(maxsize=8)
@@ -141,13 +149,51 @@ def _encode_chat(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length:
 
 def _check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise a ConfigError for a name that the chat template never reads, because it would change nothing."""
-    words = set(re.findall(r"\w+", str(tokenizer.chat_template))) if kwargs else set()
-    unread = next((name for name in kwargs if name not in words), None)
+    if not kwargs:
+        return
+    templates = tokenizer.chat_template.values() if isinstance(tokenizer.chat_template, dict) else None
+    try:
+        names = {name for template in templates or [tokenizer.chat_template] for name in _names_read(template)}
+    except (jinja2.TemplateError, RecursionError):
+        return  # rendering says what is wrong with the template
+    unread = next((name for name in kwargs if name not in names), None)
     if unread is not None:
-        hint = did_you_mean(unread, words)
+        hint = did_you_mean(unread, names)
         raise ConfigError(
             f"DatasetConfig.chat_template_kwargs: the model's chat template does not read {unread!r}.{hint}"
         )
+
+
+class _Generation(Extension):
+    """`{% generation %}…{% endgeneration %}`, with which `transformers` marks the tokens of the assistant."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _NameFinder(TrackingCodeGenerator):
+    """Finds the names that a template reads as `jinja2.meta` does, but computes no constants: they may be huge."""
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self.optimizer = None
+
+    def visit_Output(self, node: Any, frame: Any) -> None:  # noqa: N802 - the name of the node
+        for child in node.nodes:
+            self.visit(child, frame)
+
+
+@lru_cache(maxsize=8)
+def _names_read(template: str) -> frozenset[str]:
+    """Return the variables that a chat template takes from outside; its loop variables, keys and words are none."""
+    environment = jinja2.Environment(extensions=[_Generation, loopcontrols])  # noqa: S701 - nothing is rendered
+    environment.globals |= dict.fromkeys(("raise_exception", "strftime_now"))
+    finder = _NameFinder(environment)
+    finder.visit(environment.parse(template))
+    return frozenset(finder.undeclared_identifiers)
 
 
 def shorten_chat(
@@ -162,21 +208,34 @@ def shorten_chat(
     The last message keeps the longest end with which the chat has at most `max_length` tokens. Where there is none, the
     message is empty, and the chat may still have more than `max_length` tokens.
 
+    The text of a shortened message is what the template shows of it: some templates trim it.
+
     Args:
         messages: The chat. Only its last message may be shortened.
         answer: A message that follows and is not shortened; if empty, the template opens the assistant's turn.
         tokenizer: A tokenizer with a chat template.
         max_length: Maximum number of tokens of the chat, answer included.
         template_kwargs: More values for the template, such as enable_thinking.
+
+    Raises:
+        ModelError: The template fails, or leaves the last message out.
     """
     *before, last = messages
 
-    def encode(text: str) -> list[int]:
+    def render(text: str) -> str:
         chat = [*before, {**last, "content": text}, *answer]
-        rendered = _render(chat, tokenizer, add_generation_prompt=not answer, template_kwargs=template_kwargs or {})
+        return _render(chat, tokenizer, add_generation_prompt=not answer, template_kwargs=template_kwargs or {})
+
+    def tokenise(rendered: str) -> list[int]:
         return list(tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids)
 
-    ids = encode(last["content"])
+    def encode(text: str) -> list[int]:
+        return tokenise(render(text))
+
+    rendered, content = render(last["content"]), last["content"].strip()
+    ids = tokenise(rendered)
+    if content and content not in rendered and ids == encode(""):
+        raise ModelError("The tokenizer's chat template does not show the last message. Use another chat model.")
     if len(ids) <= max_length:
         return ids, last["content"]
     words = tokenizer(last["content"], add_special_tokens=False, verbose=False).input_ids
@@ -192,7 +251,11 @@ def shorten_chat(
             enough, found = dropped, (ids, text)
         else:
             too_few = dropped
-    return found or (encode(""), "")
+    if found is None:
+        return encode(""), ""
+    ids, text = found
+    shown = (text.strip(), text.lstrip(), text.rstrip())
+    return ids, next((part for part in shown if part != text and encode(part) == ids), text)
 
 
 def _render(
@@ -221,10 +284,15 @@ def _render(
 
 def _decode_from(start: int, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the text of `ids[start:]`, without the pieces of a character that the cut splits."""
-    text = read_text(ids[start:], tokenizer)
-    num_replaced = len(text) - len(text.lstrip(_HALF_A_CHARACTER))
-    if not num_replaced:
-        return text
-    # A split character counts on both sides of the cut. Other replacement characters are the text's own.
-    num_pieces = len(read_text(ids[:start], tokenizer)) + len(text) - len(read_text(ids, tokenizer))
-    return text[min(num_replaced, max(0, num_pieces)) :]
+    return read_text(ids[_next_character(start, ids, tokenizer) :], tokenizer)
+
+
+def _next_character(start: int, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the first index from `start` on at which a cut splits no character."""
+    length = len(read_text(ids, tokenizer))
+    while (text := read_text(ids[start:], tokenizer)).startswith(_HALF_A_CHARACTER):
+        # A split character counts on both sides of the cut. Other replacement characters are the text's own.
+        if len(read_text(ids[:start], tokenizer)) + len(text) <= length:
+            break
+        start += 1
+    return start
