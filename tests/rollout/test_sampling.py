@@ -7,7 +7,7 @@ import torch
 from conftest import PROMPTS, loaded_model, prompt_batch, shake_adapter, tiny_learner
 from konic.finetuning.config import GenerationConfig
 from konic.finetuning.data.tokenization import PromptBatch, make_prompt_batch
-from konic.finetuning.errors import ConfigError
+from konic.finetuning.errors import ConfigError, ModelError
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.positions import position_ids
 from konic.finetuning.rollout.local_sampler import draw, sample, uniforms
@@ -259,6 +259,13 @@ def test_special_tokens_come_from_config_then_model_and_tokenizer():
     assert (given.eos, given.pad) == ((9,), 4)
     with pytest.raises(ConfigError, match="token id 900 is outside the model's vocabulary of 259"):
         find_special_tokens(GenerationConfig(eos_token_id=900), model, loaded.tokenizer)
+    for broken in (300, "</s>", -1, 2.0, True, [3]):
+        loaded.model.generation_config.eos_token_id = [0, broken]
+        with pytest.raises(ModelError) as error:
+            find_special_tokens(GenerationConfig(), model, loaded.tokenizer)
+        assert f"eos_token_id: the token id {broken!r} of its generation_config.json is outside" in str(error.value)
+        assert "Set GenerationConfig(eos_token_id=...)" in str(error.value)
+        assert find_special_tokens(GenerationConfig(eos_token_id=7), model, loaded.tokenizer).eos == (7,)
 
 
 def test_the_padding_token_changes_nothing():

@@ -4,14 +4,14 @@ Shapes: B sequences, R response tokens, H hidden size. A mask is True where a to
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from konic.finetuning.config import GenerationConfig
 from konic.finetuning.data.tokenization import PromptBatch, read_text
-from konic.finetuning.errors import ConfigError
+from konic.finetuning.errors import ConfigError, ModelError
 from konic.finetuning.models.language_model import LanguageModel
 
 
@@ -78,21 +78,36 @@ def find_special_tokens(
     Without end ids in the config, all end ids of the model's generation config and of the tokenizer are used.
 
     Raises:
-        ConfigError: An id is outside the vocabulary.
+        ConfigError: An id of the config is outside the vocabulary.
+        ModelError: One of the model or its tokenizer is.
     """
-    given = generation.eos_token_id
-    if given is None:
-        configured = model.causal_lm.generation_config.eos_token_id if model.causal_lm.generation_config else None
-        from_model = configured if isinstance(configured, list) else [configured]
-        eos = tuple(dict.fromkeys(i for i in (*from_model, tokenizer.eos_token_id) if i is not None))
+    given, of_model = generation.eos_token_id, model.causal_lm.generation_config
+    if given is not None:
+        ends = [(token, "") for token in ((given,) if isinstance(given, int) else given)]
     else:
-        eos = (given,) if isinstance(given, int) else given
-    pad = next((i for i in (generation.pad_token_id, tokenizer.pad_token_id, *eos) if i is not None), 0)
-    vocabulary = model.vocabulary_size
-    for token in (*eos, pad):
-        if not 0 <= token < vocabulary:
-            raise ConfigError(f"GenerationConfig: token id {token} is outside the model's vocabulary of {vocabulary}.")
-    return SpecialTokens(eos, pad)
+        configured = of_model.eos_token_id if of_model else None
+        from_model = configured if isinstance(configured, list) else [configured]
+        ends = [(token, "generation_config.json") for token in from_model]
+        ends += [(tokenizer.eos_token_id, "tokenizer")]
+    pads = [(generation.pad_token_id, ""), (tokenizer.pad_token_id, "tokenizer")]
+    ends, pads = ([found for found in tokens if found[0] is not None] for tokens in (ends, pads))
+    for name, found in (("eos_token_id", ends), ("pad_token_id", pads[:1])):
+        for token, file in found:
+            _require_in_vocabulary(name, token, file, model.vocabulary_size)
+    eos = tuple(dict.fromkeys(token for token, _ in ends))
+    return SpecialTokens(eos, pads[0][0] if pads else next(iter(eos), 0))
+
+
+def _require_in_vocabulary(name: str, token: Any, file: str, vocabulary: int) -> None:
+    """Raise an error for a token id that the model does not have; it comes from a file of the model, or the config."""
+    if isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocabulary:
+        return
+    outside = f"is outside the model's vocabulary of {vocabulary}"
+    if not file:
+        raise ConfigError(f"GenerationConfig: {name}: token id {token!r} {outside}.")
+    raise ModelError(
+        f"base_model: {name}: the token id {token!r} of its {file} {outside}. Set GenerationConfig({name}=...)."
+    )
 
 
 def decode_responses(
