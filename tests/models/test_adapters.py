@@ -157,7 +157,9 @@ def test_an_adapter_that_changes_the_base_at_random_is_not_gone_on_from(tmp_path
     config = tmp_path / "adapter/adapter_config.json"
     values = json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}
     config.write_text(json.dumps(values))
-    with pytest.raises(ModelError, match="init_lora_weights='pissa_niter_4' changes the base model at random"):
+    with pytest.raises(
+        ModelError, match="init_lora_weights='pissa_niter_4' changes the base model by data or random numbers"
+    ):
         Policy(load_model(str(tmp_path / "adapter"), {}, torch.device("cpu")), None)
 
 
@@ -198,6 +200,7 @@ def test_an_adapter_saved_with_copies_of_the_embeddings_is_continued(kind, optio
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:`lora_bias=True` was passed")
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is '(corda|lora_ga)' but")
 @pytest.mark.filterwarnings(r"ignore:Adapter '\w+'. \d+ LoRA tensor.s. have invalid shape")
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -212,7 +215,16 @@ def test_an_adapter_saved_with_copies_of_the_embeddings_is_continued(kind, optio
         ({"changes": {"rank_pattern": None}}, "the adapter cannot be loaded: AttributeError"),
         ({"changes": {"target_modules": "*bad("}}, "the adapter cannot be loaded"),
         ({"changes": {"layers_pattern": "x"}}, "the adapter cannot be loaded: ValueError: .*layers_to_transform"),
-        ({"changes": {"init_lora_weights": "loftq"}}, "the adapter cannot be loaded"),
+        ({"changes": {"init_lora_weights": "loftq"}}, "the adapter cannot be loaded: .*(scipy|loftq_config)"),
+        ({"changes": {"init_lora_weights": "corda"}}, "init_lora_weights='corda' changes the base model .* Merge this"),
+        ({"changes": {"init_lora_weights": "lora_ga"}}, "init_lora_weights='lora_ga' changes the base model"),
+        ({"changes": {"lora_alpha": 0}}, "lora_alpha=0 multiplies the adapter by 0, .* Merge this adapter"),
+        (
+            {"changes": {"r": 8}},
+            r"adapter_config.json says r=8 for \S+q_proj, but its weights have the rank \d\. Use both",
+        ),
+        ({"changes": {"rank_pattern": {r"layers\.1\..*q_proj": 5}}}, r"says r=5 for \S+layers.1\S+q_proj, but"),
+        ({"r": 2, "rank_pattern": {"q_proj": 3}, "changes": {"rank_pattern": {}}}, "says r=2 for .* the rank 3"),
     ],
 )
 def test_a_saved_adapter_that_cannot_be_continued_is_one_error(options, message, tmp_path):
@@ -220,6 +232,14 @@ def test_a_saved_adapter_that_cannot_be_continued_is_one_error(options, message,
     with pytest.raises(ModelError, match=message) as error:
         continued(tmp_path)
     assert str(error.value).startswith(str(tmp_path / "adapter"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'eva' but")
+@pytest.mark.parametrize("start", ["eva", False, "gaussian"])
+def test_how_a_saved_adapter_once_started_does_not_matter(start, tmp_path):
+    expected = logits_of(saved_adapter(tmp_path, changes={"init_lora_weights": start}))
+    assert largest(logits_of(continued(tmp_path).model), expected) < ROUNDING
 
 
 def test_the_advice_about_a_saved_adapter_is_not_about_lora_config(tmp_path):

@@ -187,6 +187,8 @@ time. Others compute their start from data or random numbers that are not in the
 
 def unsupported_option(lora: peft.LoraConfig) -> str | None:
     """Return what is wrong with an adapter that cannot be switched off, merged or loaded again without a difference."""
+    if lora.lora_alpha == 0:
+        return "lora_alpha=0 multiplies the adapter by 0, so training would change nothing."
     name = next((name for name in _UNSUPPORTED if getattr(lora, name, None)), None)
     return name and (
         f"{name} is not supported. The adapter must act on every token in the same way, and it must be possible to "
@@ -197,17 +199,24 @@ def unsupported_option(lora: peft.LoraConfig) -> str | None:
 def _require_supported(lora: peft.LoraConfig) -> None:
     problem = unsupported_option(lora)
     if problem is not None:
-        raise ConfigError(f"lora_config: {problem} Leave that option out.")
-    if lora.lora_alpha == 0:
-        raise ConfigError(
-            "lora_config: lora_alpha=0 multiplies the adapter by 0, so training would change nothing. Use a positive "
-            "number, such as 16."
-        )
+        advice = "Use a positive number, such as 16." if lora.lora_alpha == 0 else "Leave that option out."
+        raise ConfigError(f"lora_config: {problem} {advice}")
     if lora.init_lora_weights not in (*_BASE_STAYS, *_BASE_CHANGES):
         raise ConfigError(
             f"lora_config: init_lora_weights={lora.init_lora_weights!r} starts from data or random numbers that the "
             f"saved adapter does not hold. Use one of {', '.join(map(repr, (*_BASE_STAYS, *_BASE_CHANGES)))}."
         )
+
+
+def incomplete_start(lora: peft.LoraConfig) -> str | None:
+    """Return what is wrong with a saved adapter whose start changed the base model in a way that it does not hold.
+
+    Other starts do not matter: the saved weights take their place.
+    """
+    name = lora.init_lora_weights
+    if name in (*_BASE_STAYS, *_BASE_CHANGES, False, "eva"):
+        return None
+    return f"its init_lora_weights={name!r} changes the base model by data or random numbers that it does not hold."
 
 
 def adapter_off_is_base(adapter: peft.LoraConfig) -> bool:

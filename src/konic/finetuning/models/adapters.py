@@ -3,7 +3,7 @@
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from konic.finetuning.errors import ConfigError, ModelError
-from konic.finetuning.models.adapter_config import last_names, require_adapted, unsupported_option
+from konic.finetuning.models.adapter_config import incomplete_start, last_names, require_adapted, unsupported_option
 
 REFERENCE_ADAPTER = "start"
 """Name of the second, frozen adapter, which is the reference if training starts from an existing adapter."""
@@ -93,12 +94,11 @@ def load_adapter(causal_lm: PreTrainedModel, folder: Path, revision: str | None)
     """
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
-        problem = unsupported_option(config)
-        if str(config.init_lora_weights).startswith("pissa_niter"):
-            problem = f"its init_lora_weights={config.init_lora_weights!r} changes the base model at random."
+        problem = unsupported_option(config) or incomplete_start(config)
         if problem is not None:
             raise ModelError(f"{folder}: {problem} {MERGE_FIRST}")
         weights = _without_base_weights(load_file(folder / "adapter_model.safetensors"), config, causal_lm, folder)
+        _require_rank(weights, config, folder)
         with _without_peft_advice():
             adapted = peft.PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=True)
             # a second `load_adapter` would subtract the start of PiSSA or OLoRA from the base model once more
@@ -108,7 +108,9 @@ def load_adapter(causal_lm: PreTrainedModel, folder: Path, revision: str | None)
             peft.set_peft_model_state_dict(adapted, weights, REFERENCE_ADAPTER)
         own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except (*_PEFT_ERRORS, OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the adapter cannot be loaded: {type(error).__name__}: {error}") from error
+        raise ModelError(
+            f"{folder}: the adapter cannot be loaded: {type(error).__name__}: {_one_line(error)}"
+        ) from error
     if weights.keys() != own.keys():
         unmatched = sorted(weights.keys() ^ own.keys())
         raise ModelError(
@@ -127,6 +129,24 @@ def load_adapter(causal_lm: PreTrainedModel, folder: Path, revision: str | None)
     adapted.peft_config["default"].revision = revision
     adapted.set_adapter("default")
     return adapted
+
+
+def _require_rank(weights: Mapping[str, Tensor], config: peft.LoraConfig, folder: Path) -> None:
+    """Raise ModelError if the rank of an adapter's layers is not the one in its config."""
+    for key, weight in weights.items() if not config.target_parameters else ():
+        layer, found, _ = key.removeprefix("base_model.model.").partition(".lora_A.")
+        pattern = get_pattern_key(config.rank_pattern.keys(), layer)
+        rank = config.rank_pattern.get(pattern, config.r)
+        if found and weight.shape[0] != rank:
+            raise ModelError(
+                f"{folder}: adapter_config.json says r={rank} for {layer}, but its weights have the rank "
+                f"{weight.shape[0]}. Use both files of the same adapter."
+            )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:300] + " …"
 
 
 def _without_base_weights(
