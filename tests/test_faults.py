@@ -823,7 +823,7 @@ def test_a_broken_model_folder_is_one_error_and_starts_no_run(break_it, told, so
         case("adapter config empty", put(ADAPTER_CONFIG, b""), ADAPTER_CONFIG),
         case("adapter config a list", put(ADAPTER_CONFIG, b"[]"), ADAPTER_CONFIG),
         case("adapter config a number", put(ADAPTER_CONFIG, b"3"), ADAPTER_CONFIG),
-        case("adapter of another rank", edit(ADAPTER_CONFIG, r=16), "cannot be loaded"),
+        case("adapter of another rank", edit(ADAPTER_CONFIG, r=16), "says r=16"),
         case("adapter of no rank", edit(ADAPTER_CONFIG, r=0), "adapter"),
         case("adapter of a rank in words", edit(ADAPTER_CONFIG, r="eight"), "adapter"),
         case("adapter of other layers", edit(ADAPTER_CONFIG, target_modules=["c_attn"]), "c_attn"),
@@ -946,14 +946,21 @@ def test_settings_that_do_not_fit_the_model_are_named_and_start_no_run(options, 
         case("dtype unknown", {"dtype": "float3"}, "float3"),
         case("dtype number", {"dtype": 3}, "3"),
         case("attention unknown", {"attn_implementation": "flash_9"}, "flash_9"),
-        case("quantisation by word", {"quantization_config": "4bit"}, "could not be loaded"),
+        case("attention misspelt", {"attn_implementation": "spda"}, "Did you mean 'sdpa'"),
+        case("attention number of a part", {"attn_implementation": {"text_config": 5}}, "attn_implementation=5"),
+        case("quantisation by word", {"quantization_config": "4bit"}, "neither a dict"),
         case("quantisation unknown", {"quantization_config": {"quant_method": "x9"}}, "x9"),
-        case("quantisation blank", {"quantization_config": {}}, "could not be loaded"),
+        case("quantisation blank", {"quantization_config": {}}, "Correct quantization_config, in model_kwargs"),
         case("dtype of whole numbers", {"dtype": torch.int64}, "int64"),
+        case("dtype of 8 bits", {"dtype": "float8_e4m3fn"}, "too few bits to train with"),
+        case("dtype of a part unknown", {"dtype": {"": "float3"}}, "dtype='float3'"),
+        case("token number", {"token": 918273}, "token takes a text or a bool"),
+        case("revision number", {"revision": 5}, "revision=5 is not the name"),
+        case("revision of a folder", {"revision": "v2"}, "only a Hub model has revisions. Leave revision out"),
     ],
 )
 def test_model_kwargs_that_cannot_be_are_one_error(model_kwargs, told, sources):
-    kind = ConfigError if "dtype" in model_kwargs else ModelError
+    kind = ModelError if isinstance(model_kwargs.get("quantization_config"), dict) else ConfigError
     refused(kind, [told], lambda: engine_of(sources / "model", model_kwargs=model_kwargs).train(1))
 
 

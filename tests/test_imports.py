@@ -22,7 +22,7 @@ INSIDE = {
     "data": ["formats", "loaders", "rows", "config", "prompts", "samples", "tokenization"],
     "models": [
         "positions", "distributions", "length_groups", "value_head", "prepacked", "language_model", "token_scores",
-        "locations", "containment", "loading", "adapter_config", "adapters", "policy",
+        "locations", "containment", "model_kwargs", "loading", "adapter_config", "adapters", "policy",
     ],
     "rewards": [
         "moments", "named_parts", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "validation",

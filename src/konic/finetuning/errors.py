@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -121,9 +122,19 @@ def explain_hub_error(error: BaseException, token: str, offline: str) -> str:
         kinds.add("GatedRepoError")
     for names, what, remedy in _KINDS:
         if kinds & names:
+            switch = _offline_switch() if "OfflineModeIsEnabled" in names else None
+            if switch is not None:
+                what = f"{switch} is set, so the Hub is not asked, and the cache holds no copy"
+                remedy = f"Unset {switch}. {{offline}} needs no Hub."
             return f"{what}.\n{remedy.format(token=token, offline=offline)}"
     message = message if len(message) <= 400 else message[:400] + " …"
     return f"{type(error).__name__}: {message}"
+
+
+def _offline_switch() -> str | None:
+    """Return the variable that keeps `huggingface_hub` offline, if one does."""
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return next((name for name in names if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")), None)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

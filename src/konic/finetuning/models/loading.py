@@ -15,15 +15,14 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from konic.finetuning.errors import ConfigError, ModelError, did_you_mean
+from konic.finetuning.errors import ConfigError, ModelError
 from konic.finetuning.models.containment import require_contained, require_inside
 from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
+from konic.finetuning.models.model_kwargs import check_model_kwargs, require_no_revision
 from konic.finetuning.system.files import as_path
 
 logger = logging.getLogger(__name__)
 
-_MODEL_KWARGS = ("revision", "token", "dtype", "attn_implementation", "trust_remote_code", "quantization_config")
-_DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 _TOKENIZER_KWARGS = ("revision", "token", "trust_remote_code")
 _ADAPTER_FILES = ("adapter_model.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py")
 """What is read of an adapter on the Hub: its config and weights, and its tokenizer."""
@@ -155,6 +154,7 @@ def _locate(base_model: str, model_kwargs: Mapping[str, Any]) -> tuple[str, str,
         location = locate_model(base_model)
         adapter = None if Path(location).is_dir() else _download_adapter(location, model_kwargs)
         if adapter is None:
+            require_no_revision(location, f"base_model={base_model!r}", model_kwargs)
             return f"base_model={base_model!r}", location, None, model_kwargs
         model_kwargs.pop("revision", None)  # it is that of the adapter's repository
     require_inside(adapter, f"base_model={base_model!r}")
@@ -163,6 +163,8 @@ def _locate(base_model: str, model_kwargs: Mapping[str, Any]) -> tuple[str, str,
     model_kwargs = _with_revision(model_kwargs, revision, adapter)
     logger.warning("%s is an adapter. Its base model, which it names itself, is %s.", adapter, name)
     location = locate_model(name, option)
+    if revision is None:
+        require_no_revision(location, f"{option}={name!r}", model_kwargs)
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ModelError(
             f"{adapter}: there is no adapter_model.safetensors, and pickled weights are not read. Save the adapter as "
@@ -243,27 +245,3 @@ def _with_revision(model_kwargs: Mapping[str, Any], revision: str | None, adapte
             f"revision={revision!r} of its base model. Leave revision out of model_kwargs."
         )
     return {**model_kwargs, "revision": revision} if revision is not None else dict(model_kwargs)
-
-
-def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
-    """Raise ConfigError if `model_kwargs` has a key that is not passed on to `from_pretrained`, or a wrong value."""
-    for key in model_kwargs:
-        if key not in _MODEL_KWARGS:
-            raise ConfigError(
-                f"model_kwargs has no key {key!r}.{did_you_mean(str(key), _MODEL_KWARGS)} "
-                f"Valid keys: {', '.join(_MODEL_KWARGS)}."
-            )
-    trusts_code = model_kwargs.get("trust_remote_code", False)
-    if not isinstance(trusts_code, bool):  # `transformers` takes every text for True, and asks a terminal for None
-        raise ConfigError(f"model_kwargs: trust_remote_code={trusts_code!r} is neither True nor False.")
-    dtype = model_kwargs.get("dtype", "auto")
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is None or dtype == "auto" or isinstance(dtype, Mapping):
-        return  # a mapping is for the parts of a multimodal model
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        hint = did_you_mean(str(dtype).removeprefix("torch.").replace("fp", "float"), _DTYPES)
-        raise ConfigError(
-            f"model_kwargs: dtype={dtype!r} is not a floating-point type of torch.{hint} "
-            f"Use one of {', '.join(map(repr, _DTYPES))}, or a torch.dtype; quantization_config is for weights in "
-            "fewer bits."
-        )

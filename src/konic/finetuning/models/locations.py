@@ -12,11 +12,12 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from konic.finetuning.errors import ModelError, OutputError, did_you_mean, explain_hub_error
@@ -66,31 +67,34 @@ def locate_model(base_model: str, option: str = "base_model") -> str:
     Raises:
         ModelError: The package is not installed, or there is no model at the path.
     """
-    if base_model in PACKAGED_MODELS:
-        packaged = _packaged_path(base_model, option)
-        return str(packaged if packaged.is_dir() else _dequantised_folder(packaged))
-    path = as_path(base_model, option, ModelError)
+    asked, packaged = f"{option}={base_model!r}", base_model in PACKAGED_MODELS
+    path = _packaged_path(base_model, option) if packaged else as_path(base_model, option, ModelError)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ModelError(f"{option}={base_model!r}: there is no such GGUF file. Check the path.")
+            raise ModelError(f"{asked}: there is no such GGUF file. Check the path.")
         return str(_dequantised_folder(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(
-                f"{option}={base_model!r}: the folder has no config.json, so it holds no model. Check the path."
-            )
+            inside = _model_inside(path)
+            advice = f"Did you mean {str(Path(base_model) / inside)!r}?" if inside else "Check the path."
+            raise ModelError(f"{asked}: the folder has no config.json, so it holds no model. {advice}")
         return str(path.resolve())
     if not _HUB_ID.fullmatch(base_model) or path.exists():
         raise ModelError(
-            f"{option}={base_model!r}: there is no such folder, and the name cannot be a Hub id. Give a folder with a "
+            f"{asked}: there is no such folder, and the name cannot be a Hub id. Give a folder with a "
             f"config.json, a .gguf file, a Hub id such as 'gpt2', or one of: {', '.join(PACKAGED_MODELS)}."
         )
     if looks_like_path(base_model):
         raise ModelError(
-            f"{option}={base_model!r}: there is no such folder. The name looks like a path, so the Hub is not asked. "
-            "Check the path."
+            f"{asked}: there is no such folder. The name looks like a path, so the Hub is not asked. Check the path."
         )
     return base_model
+
+
+def _model_inside(folder: Path) -> str | None:
+    """Return the name of a folder in a folder that holds a model or an adapter, or None: in a run's folder, `final`."""
+    found = {path.parent.name for name in ("config.json", "adapter_config.json") for path in folder.glob(f"*/{name}")}
+    return min(found, key=lambda name: (name != "final", name != "best", name), default=None)
 
 
 def _packaged_path(name: str, option: str = "base_model") -> Path:
@@ -237,6 +241,12 @@ def loading_failed(
             "convert it once to safetensors with plain transformers: from_pretrained(FOLDER), then "
             "save_pretrained(NEW_FOLDER). Do the same with its tokenizer."
         )
+    if any(frame.f_globals.get("__name__") == GenerationConfig.__module__ for frame, _ in walk_tb(error.__traceback__)):
+        return f"{asked} could not be loaded: its generation_config.json: {reason}\nCorrect or delete that file."
+    if "attn_implementation" in reason or "attention implementation" in reason:
+        return f"{asked} could not be loaded: {reason}\nUse another attn_implementation in model_kwargs."
+    if "quantization config" in reason.lower() or "quantization_config" in reason:
+        return f"{asked} could not be loaded: {reason}\nCorrect quantization_config, in model_kwargs or config.json."
     advice = (
         "Check that the folder holds a complete model of the right kind, as safetensors, with its tokenizer."
         if Path(location).is_dir()

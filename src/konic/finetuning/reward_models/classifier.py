@@ -12,8 +12,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from konic.finetuning.errors import ConfigError, ModelError, did_you_mean, no_attribute
 from konic.finetuning.models.containment import require_contained
-from konic.finetuning.models.loading import check_model_kwargs, pick_device
+from konic.finetuning.models.loading import pick_device
 from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
+from konic.finetuning.models.model_kwargs import check_model_kwargs, require_no_revision
 from konic.finetuning.reward_models.texts import TEXT_FORMATS, TextFormat, encode_pair
 from konic.finetuning.rewards.composer import BaseRewardModel
 
@@ -217,6 +218,7 @@ def _load(model_id: str, device: torch.device, dtype: Any, model_kwargs: Mapping
     kwargs = {"trust_remote_code": False, **model_kwargs, "dtype": dtype, "use_safetensors": True}
     tokenizer_kwargs = {key: kwargs[key] for key in ("revision", "token", "trust_remote_code") if key in kwargs}
     asked = f"reward model {model_id!r}"
+    require_no_revision(location, asked, model_kwargs)
     try:
         with quiet_transformers():
             require_contained(location, asked, model_kwargs)
