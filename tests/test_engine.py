@@ -1154,6 +1154,35 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(model_folders,
     assert not (tmp_path / "nothing").exists()
 
 
+def test_files_of_the_user_stay_in_the_folders_of_the_models(model_folders, tmp_path):
+    run = tmp_path / "run"
+    make_engine(model_folders["llama"], run).train(1, save_every=1)
+    (run / "best" / "merged").mkdir()
+    theirs = [run / "best" / "merged" / "model.gguf", run / "final" / "eval.json"]
+    for file in theirs:
+        file.write_text("theirs")
+    engine = make_engine(model_folders["llama"], run)
+    engine.train(3, resume_from_checkpoint=True, save_every=1)
+    engine.train(1)
+    assert [file.read_text() for file in theirs] == ["theirs", "theirs"]
+    assert (run / "final" / "adapter_model.safetensors").read_bytes() == (
+        run / "checkpoint-4" / "adapter_model.safetensors"
+    ).read_bytes()
+    for inside in ("final", "final/x/y", "checkpoint-2", "best/merged", "completions/x"):
+        with pytest.raises(
+            OutputError, match=f"is in {inside.split('/')[0]} of the run {run}, which that run replaces"
+        ):
+            make_engine(model_folders["llama"], run / inside).train(1)
+    assert not (run / "final" / "metrics.jsonl").exists()
+    (tmp_path / "link").symlink_to(run)
+    with pytest.raises(OutputError, match="is in final of the run"):
+        make_engine(model_folders["llama"], tmp_path / "link" / "final").train(5, resume_from_checkpoint=True)
+    shutil.rmtree(run / "final")
+    (run / "final").write_text("a file")
+    with pytest.raises(OutputError, match=r"run/final: is not a folder, and the run writes its model there\. Move it"):
+        make_engine(model_folders["llama"], run).train(5, resume_from_checkpoint=True)
+
+
 def test_models_of_iterations_that_are_dropped_go_with_them(model_folders, tmp_path):
     make_engine(model_folders["llama"], tmp_path).train(3, save_every=1)
 

@@ -61,6 +61,34 @@ def test_a_folder_is_replaced_only_by_a_whole_one(tmp_path):
     assert files_of(tmp_path) == ["x", "x/new"]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_files_of_others_stay_in_a_folder_that_is_replaced(links, tmp_path, monkeypatch):
+    target = tmp_path / "x"
+    with replacing_folder(target) as folder:
+        (folder / "own").write_text("old")
+    (target / "merged" / "empty").mkdir(parents=True)
+    (target / "merged" / "model.gguf").write_text("theirs")
+    (target / "eval.json").write_text("theirs")
+    (target / "link").symlink_to("/nowhere")
+    os.mkfifo(target / "pipe")
+    if not links:
+        monkeypatch.delattr(os, "link")
+        monkeypatch.setattr(os, "link", lambda *_, **__: os.stat("/nowhere"), raising=False)
+        (target / "pipe").unlink()  # cannot be copied
+    with replacing_folder(target, keep_others=True) as folder:
+        (folder / "own").write_text("new")
+    names = ["eval.json", "link", "merged", "merged/empty", "merged/model.gguf", "own", *["pipe"] * links]
+    assert files_of(target) == names
+    assert ((target / "own").read_text(), (target / "merged" / "model.gguf").read_text()) == ("new", "theirs")
+    assert os.readlink(target / "link") == "/nowhere"
+    (target / "own").unlink()
+    (target / "own").mkdir()
+    with pytest.raises(OutputError, match="x: cannot be written"), replacing_folder(target, keep_others=True) as folder:
+        (folder / "own").write_text("newer")
+    assert files_of(target) == names
+    assert files_of(tmp_path)[0] == "x"
+
+
 def test_a_full_disk_is_one_error_and_leaves_the_old_folder(tmp_path, monkeypatch):
     target = tmp_path / "x"
     with replacing_folder(target) as folder:

@@ -65,9 +65,15 @@ class RunFolder:
 
     @classmethod
     def named(cls, checkpoint_dir: str | os.PathLike[str] | None, model_name: str) -> "RunFolder":
-        """The folder that a user named, or a new one under `runs/` named by time and model."""
+        """The folder that a user named, or a new one under `runs/` named by time and model.
+
+        Raises:
+            OutputError: No file can have this path, or it is in a folder that another run writes.
+        """
         if checkpoint_dir is not None:
-            return cls(as_path(checkpoint_dir, "checkpoint_dir", OutputError))
+            folder = as_path(checkpoint_dir, "checkpoint_dir", OutputError)
+            _require_outside_of_runs(folder)
+            return cls(folder)
         model = Path(model_name).name or "model"
         stem = f"{datetime.now():%Y%m%d-%H%M%S}-{model}"
         runs = Path("runs").absolute()
@@ -124,8 +130,11 @@ class RunFolder:
         """Check that what is written into and read again is really here: a run that others made may hold links.
 
         Raises:
-            OutputError: It is a link, or is not a regular file.
+            OutputError: It is a link, or is not a regular file; or a model cannot be written because of a file.
         """
+        for name in ("best", "final"):
+            if (self.path / name).is_file() and not (self.path / name).is_symlink():  # a link is replaced
+                raise OutputError(f"{self.path / name}: is not a folder, and the run writes its model there. Move it.")
         for name in (_METRICS_FILE, "completions", "evaluations"):
             require_no_link(self.path / name, self.path)
         metrics = self.path / _METRICS_FILE
@@ -295,6 +304,17 @@ class RunFolder:
             raise unwritable(folder, error) from None
         with replacing_file(folder / f"{number:06d}.parquet") as temp_file:
             pyarrow.parquet.write_table(pyarrow.table(columns), temp_file)
+
+
+def _require_outside_of_runs(folder: Path) -> None:
+    """Raise OutputError for a folder in `final`, a checkpoint or another folder that a run writes, and replaces."""
+    for place in (folder.resolve(), *folder.resolve().parents):
+        is_of_run = any(place.match(pattern) for pattern in _WRITTEN)
+        if is_of_run and any((place.parent / name).is_file() for name in (_METRICS_FILE, _RUN_FILE)):
+            raise OutputError(
+                f"checkpoint_dir {folder}: is in {place.name} of the run {place.parent}, which that run replaces. Name "
+                f"another folder, or {place.parent} itself."
+            )
 
 
 def _line(result: FinetuningIterationResult) -> str:

@@ -110,7 +110,7 @@ class Saver:
             logger.warning("After the error below, this failed too: %s", what)
 
     def _model(self, path: Path, result: FinetuningResult) -> None:
-        with replacing_folder(path) as target:
+        with replacing_folder(path, keep_others=True) as target:
             write_model(self._learner, target, result, self._settings())
 
 

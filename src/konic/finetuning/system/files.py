@@ -103,8 +103,10 @@ def _reason(problem: Exception) -> Any:
 
 
 @contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
+def replacing_folder(folder: Path, keep_others: bool = False) -> Iterator[Path]:
     """Yield a new folder to fill. On exit without an error it is renamed to `folder` and replaces an older one.
+
+    With `keep_others`, files of the older one whose names are not in the new one stay: they are others' files.
 
     Raises:
         OutputError: The folder cannot be written; an older folder is unchanged.
@@ -116,6 +118,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             if folder.is_symlink():
                 folder.unlink()  # what it points to stays as it is
             if folder.exists():
+                if keep_others:
+                    _link_others(folder, temp_dir)
                 old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
                 os.replace(folder, old)
                 try:
@@ -129,6 +133,19 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             _sync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise unwritable(folder, error) from error
+
+
+def _link_others(old: Path, new: Path) -> None:
+    """Give every file of a folder whose name is not in a new one a second name in the new one. Links stay links."""
+    for path in sorted(old.rglob("*")):
+        target = new / path.relative_to(old)
+        if path.is_dir() and not path.is_symlink():
+            target.mkdir(exist_ok=True)
+        elif not os.path.lexists(target):
+            try:
+                os.link(path, target, follow_symlinks=False)
+            except OSError:  # such as a disk without hard links
+                shutil.copy2(path, target, follow_symlinks=False)
 
 
 @contextmanager
