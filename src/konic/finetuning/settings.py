@@ -148,7 +148,7 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
         if problem["type"] == "extra_forbidden":
             lines.append(_explain_unknown(kind, name))
         elif problem["type"] == "value_error":
-            lines.append(f"{kind.__name__}: {problem['ctx']['error']}.")
+            lines.append(f"{kind.__name__}: {str(problem['ctx']['error']).rstrip('.')}.")
         else:
             wanted.setdefault(name, []).append(problem)
     for name, problems in wanted.items():

@@ -127,9 +127,9 @@ def _require_unchanged(weights: Path, asked: str, packaged: PackagedModel) -> No
 
 def _cache_folder() -> Path:
     """Return the folder of dequantised models: $KONIC_CACHE, else $XDG_CACHE_HOME/konic, else ~/.cache/konic."""
-    if "KONIC_CACHE" in os.environ:
-        return Path(os.environ["KONIC_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "konic"
+    if os.environ.get("KONIC_CACHE"):
+        return as_path(os.environ["KONIC_CACHE"], "KONIC_CACHE", ModelError)
+    return as_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME", ModelError) / "konic"
 
 
 def _dequantised_folder(gguf_file: Path) -> Path:

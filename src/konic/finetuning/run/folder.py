@@ -76,7 +76,7 @@ class RunFolder:
             return cls(folder)
         model = Path(model_name).name or "model"
         stem = f"{datetime.now():%Y%m%d-%H%M%S}-{model}"
-        runs = Path("runs").absolute()
+        runs = as_path("runs", "checkpoint_dir", OutputError)
         names = (stem, *(f"{stem}-{number}" for number in range(2, 1000)))
         return cls(next(runs / name for name in names if not (runs / name).exists()))
 

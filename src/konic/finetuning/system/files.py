@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from konic.finetuning.errors import ConfigError, KonicError, OutputError
+from konic.finetuning.errors import ConfigError, KonicError, OutputError, is_valid_text
 from konic.finetuning.system.places import find_stray, read_regular
 
 
@@ -29,13 +29,21 @@ def as_path(value: Any, option: str, error: type[KonicError]) -> Path:
         raise ConfigError(f"{option} takes a path, got {value!r}.")
     if not os.fspath(value).strip():
         raise ConfigError(f"{option} takes a path, got {value!r}, which is empty. The current folder is '.'.")
+    shown = f"{option}={str(value)[:400]!r}"
     try:
         path = Path(value).expanduser().absolute()
+    except FileNotFoundError:
+        raise error(f"{shown}: the current folder no longer exists: change to one that does.") from None
+    except RuntimeError as problem:
+        raise error(f"{shown}: no such file or folder can exist: {problem}.") from None
+    if not is_valid_text(str(path)):
+        raise error(f"{shown}: the path {str(path)[:400]!r} is not valid UTF-8, which some libraries need. Rename it.")
+    try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass
-    except (OSError, RuntimeError, ValueError) as problem:
-        raise error(f"{option}={str(value)[:400]!r}: no such file or folder can exist: {_reason(problem)}.") from None
+    except (OSError, ValueError) as problem:
+        raise error(f"{shown}: no such file or folder can exist: {_reason(problem)}.") from None
     return path
 
 

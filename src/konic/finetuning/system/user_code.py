@@ -39,8 +39,8 @@ def preserved_state(who: str) -> Iterator[None]:
         changed = [(*setting, value) for setting, value in zip(settings, before, strict=True) if setting[1]() != value]
         for _, _, write, value in changed:
             write(value)
-        if changed:
-            names = ", ".join(name for name, *_ in changed)
+        names = ", ".join(name for name, read, _, value in changed if read() == value)
+        if names:
             _warn_once(f"{who} left changed: {names}. konic undoes that after each call.")
         if stop is not None and stop.has_come:
             raise KeyboardInterrupt
@@ -115,8 +115,12 @@ def _block_signals(numbers: Any) -> None:
 
 
 def _change_folder(folder: str | None) -> None:
-    if folder is not None:
+    if folder is None:
+        return
+    try:
         os.chdir(folder)
+    except FileNotFoundError:
+        _warn_once(f"The current folder, {folder}, no longer exists: change to one that does.")
 
 
 _PYTHON: tuple[Setting, ...] = (
