@@ -2,7 +2,9 @@ import inspect
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 
 from konic.finetuning.callbacks.composite import Callbacks, CompositeCallback
 from konic.finetuning.callbacks.console import KonicFinetuningCallback, iteration_line
@@ -85,6 +87,23 @@ class Recorder(BaseKonicFinetuningCallback):
     def should_stop_early(self, result):
         self.calls.append((self.name, "should_stop_early", (result,)))
         return self.stops
+
+
+@pytest.mark.parametrize("stops", [True, np.True_, np.array(True), torch.tensor(True)])
+def test_any_true_stops(stops):
+    callbacks = CompositeCallback([Recorder("a", [], stops=None), Recorder("b", [], stops=stops)])
+    assert callbacks.should_stop_early(iteration()) is True
+    assert CompositeCallback([Recorder("a", []), Recorder("b", [], stops=None)]).should_stop_early(iteration()) is False
+
+
+@pytest.mark.parametrize("answer", ["stop", 1, np.array([True, False]), torch.ones(2, dtype=torch.bool), [], np.nan])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_answer_that_is_not_true_or_false_names_the_callback(answer, first):
+    callbacks = CompositeCallback([Recorder("a", [], stops=first), Recorder("b", [], stops=answer)])
+    with pytest.raises(
+        ConfigError, match=r"Callback Recorder\.should_stop_early returned a value of type \w+: it must"
+    ):
+        callbacks.should_stop_early(iteration())
 
 
 # --- what is printed ---

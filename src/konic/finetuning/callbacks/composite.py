@@ -102,8 +102,14 @@ class CompositeCallback(BaseKonicFinetuningCallback):
                 logger.warning("%s failed in on_train_error: %s: %s", who, type(failure).__name__, failure)
 
     def should_stop_early(self, result: FinetuningIterationResult) -> bool:
-        """True if any callback returns True; every callback is called."""
-        return True in self._all(lambda callback: callback.should_stop_early(deepcopy(result)))
+        """True if any callback returns True; every callback is called.
+
+        Raises:
+            ConfigError: One returns neither True, False nor None.
+        """
+        answers = self._all(lambda callback: callback.should_stop_early(deepcopy(result)))
+        stops = [_is_true(callback, answer) for callback, answer in zip(self.callbacks, answers, strict=True)]
+        return any(stops)
 
 
 class Callbacks(CompositeCallback):
@@ -117,6 +123,16 @@ class Callbacks(CompositeCallback):
         super().__init__(given if isinstance(given, Sequence) else [given] if given is not None else [])
         if not self.reports_iterations:
             self.callbacks.insert(0, KonicFinetuningCallback())
+
+
+def _is_true(callback: BaseKonicFinetuningCallback, answer: Any) -> bool:
+    is_bool = str(getattr(answer, "dtype", "")).endswith("bool") and answer.ndim == 0  # of NumPy or torch
+    if answer is None or isinstance(answer, bool) or is_bool:
+        return bool(answer)
+    raise ConfigError(
+        f"Callback {type(callback).__name__}.should_stop_early returned a value of type {type(answer).__name__}: it "
+        "must return True or False."
+    )
 
 
 def _check(callback: BaseKonicFinetuningCallback) -> None:
