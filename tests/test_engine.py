@@ -1008,7 +1008,7 @@ def test_a_resume_from_an_earlier_checkpoint_drops_the_branch_it_leaves(model_fo
         make_engine(model_folders["llama"], tmp_path / "b").train(
             3, resume_from_checkpoint=tmp_path / "a" / "checkpoint-2"
         )
-    with pytest.raises(OutputError, match="typo/x: there is no such folder to resume from"):
+    with pytest.raises(OutputError, match=r"typo/x: .*: there is no such folder\. Give another"):
         make_engine(model_folders["llama"], tmp_path / "c").train(3, resume_from_checkpoint=tmp_path / "typo" / "x")
     assert not (tmp_path / "c").exists()
     assert not (tmp_path / "typo").exists()
@@ -1181,6 +1181,26 @@ def test_files_of_the_user_stay_in_the_folders_of_the_models(model_folders, tmp_
     (run / "final").write_text("a file")
     with pytest.raises(OutputError, match=r"run/final: is not a folder, and the run writes its model there\. Move it"):
         make_engine(model_folders["llama"], run).train(5, resume_from_checkpoint=True)
+
+
+def test_what_is_no_checkpoint_leads_to_one(model_folders, tmp_path):
+    run = tmp_path / "run"
+    make_engine(model_folders["llama"], run).train(2, save_every=1)
+
+    def complaint(resume, checkpoint_dir=run):
+        with pytest.raises(OutputError) as error:
+            make_engine(model_folders["llama"], checkpoint_dir).train(3, resume_from_checkpoint=resume)
+        return str(error.value)
+
+    newest = f"Name a checkpoint, such as {run / 'checkpoint-2'}; with checkpoint_dir='{run}', True takes the newest."
+    assert complaint(run) == f"{run}: is not a whole checkpoint: it is the folder of a run. {newest}"
+    assert complaint(run / "final").endswith(f"complete.json is missing. {newest}")
+    assert complaint(run / "final", tmp_path / "other").endswith(newest)
+    assert complaint(run / "metrics.jsonl").endswith(f"it is a file. {newest}")
+    assert complaint(run / "checkpoint-9").endswith(f"there is no such folder. {newest}")
+    assert complaint(tmp_path / "latest").endswith(f"there is no such folder. {newest}")
+    for inside in ("trainer_state.json", "x/y"):
+        assert complaint(run / "checkpoint-1" / inside).endswith(f"Name its folder: {run / 'checkpoint-1'}.")
 
 
 def test_models_of_iterations_that_are_dropped_go_with_them(model_folders, tmp_path):

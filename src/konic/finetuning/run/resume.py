@@ -11,7 +11,7 @@ import torch
 from konic.finetuning.errors import ConfigError, OutputError, printable
 from konic.finetuning.run.checkpoint import CheckpointRecord, checkpoints
 from konic.finetuning.run.environment import environment
-from konic.finetuning.system.files import as_path, find_corruption
+from konic.finetuning.system.files import SEAL_FILE, as_path, find_corruption
 
 logger = logging.getLogger(__name__)
 
@@ -56,15 +56,33 @@ def checkpoint_to_resume(
         return None
     if resume is not True:
         named = as_path(resume, "train(resume_from_checkpoint)", OutputError)
-        if not named.is_dir():
-            raise OutputError(f"{named}: there is no such folder to resume from.")
         broken = find_corruption(named)
-        if broken is not None:
-            raise OutputError(f"{named}: is not a whole checkpoint: {broken}. Give another one.")
-        return named
+        if broken is None:
+            return named
+        if not named.is_dir():
+            broken = "it is a file" if named.exists() else "there is no such folder"
+        elif checkpoints(named):
+            broken = "it is the folder of a run"
+        advice = _right_checkpoint(named, run_folder) or "Give another one."
+        raise OutputError(f"{named}: is not a whole checkpoint: {broken}. {advice}")
     if run_folder is None:
         raise ConfigError("train(resume_from_checkpoint=True) needs checkpoint_dir, the run's folder.")
     return newest_checkpoint(as_path(run_folder, "checkpoint_dir", OutputError))
+
+
+def _right_checkpoint(named: Path, run_folder: str | os.PathLike[str] | None) -> str | None:
+    """Return advice that names the checkpoint that was probably meant, or None."""
+    for folder in named.parents:
+        if (folder / SEAL_FILE).is_file():
+            return f"Name its folder: {folder}."
+    runs = [named, named.parent]
+    if run_folder is not None:
+        runs.append(as_path(run_folder, "checkpoint_dir", OutputError))
+    for run in runs:
+        newest = next(reversed(checkpoints(run)), None)
+        if newest not in (None, named):
+            return f"Name a checkpoint, such as {newest}; with checkpoint_dir={str(run)!r}, True takes the newest."
+    return None
 
 
 def newest_checkpoint(run_folder: Path) -> Path:
