@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -1201,6 +1202,21 @@ def test_what_is_no_checkpoint_leads_to_one(model_folders, tmp_path):
     assert complaint(tmp_path / "latest").endswith(f"there is no such folder. {newest}")
     for inside in ("trainer_state.json", "x/y"):
         assert complaint(run / "checkpoint-1" / inside).endswith(f"Name its folder: {run / 'checkpoint-1'}.")
+
+
+@pytest.mark.parametrize(
+    ("method", "argument", "message"),
+    [
+        ("train", "iterations", "train has no argument 'iterations'. Did you mean 'max_iterations'? It has: max_iter"),
+        ("train", "resume", "It has: max_iterations, save_every, resume_from_checkpoint, save_total_limit, allow_ch"),
+        ("evaluate", "prompt", "evaluate has no argument 'prompt'. Did you mean 'prompts'?"),
+        ("generate", "max_new_tokens", "generate has no argument 'max_new_tokens'. It has: prompts"),
+        ("save_pretrained", "merged", "save_pretrained has no argument 'merged'. Did you mean 'merge'?"),
+    ],
+)
+def test_an_unknown_argument_is_refused_with_the_known_ones(method, argument, message, tmp_path):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        getattr(make_engine("./nowhere", tmp_path), method)(**{argument: 3})
 
 
 def test_models_of_iterations_that_are_dropped_go_with_them(model_folders, tmp_path):

@@ -1,10 +1,11 @@
 """The engine: trains the model of an agent, evaluates it, samples from it and saves it."""
 
+import functools
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
 from konic.finetuning.agent import KonicFinetuningAgent, read_agent, with_own_configs
 from konic.finetuning.algorithms import KonicFinetuningMethodType, algorithm_of_method
@@ -30,6 +31,9 @@ from konic.finetuning.trainer import Trainer
 from konic.output import tolerant_streams
 
 __all__ = ["FinetuningIterationResult", "FinetuningResult", "KonicFinetuningEngine"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _SUCCESSORS = {
     "backend": "There is one engine; TrainingConfig(algorithm=...) chooses how it learns.",
@@ -66,6 +70,26 @@ def _of_agent(part: str) -> Any:
         engine._change_agent(part, **{part: value})
 
     return property(read, write)
+
+
+def _refuse_unknown(names: Iterable[str], where: str, known: Sequence[str]) -> None:
+    """Raise ConfigError for a name that is no argument."""
+    for name in names:
+        if name not in known:
+            hint = " Here it is model_name." if name in ("base_model", "model") else did_you_mean(name, known)
+            raise ConfigError(f"{where} has no argument {name!r}.{hint} It has: {', '.join(known)}.")
+
+
+def _with_known_arguments(method: Callable[P, R]) -> Callable[P, R]:
+    """Let a method refuse an unknown argument with a ConfigError that names the known ones."""
+    known = list(inspect.signature(method).parameters)[1:]
+
+    @functools.wraps(method)
+    def call(*values: P.args, **named: P.kwargs) -> R:
+        _refuse_unknown(named, method.__name__, known)
+        return method(*values, **named)
+
+    return call
 
 
 class KonicFinetuningEngine:
@@ -108,10 +132,8 @@ class KonicFinetuningEngine:
         method: str | None = None,
         **unknown: Any,
     ) -> None:
-        for name in unknown:
-            known = (*_PART_OF_AGENT, "callback", "checkpoint_dir", "device")
-            hint = " Here it is model_name." if name in ("base_model", "model") else did_you_mean(name, known)
-            raise ConfigError(f"KonicFinetuningEngine has no argument {name!r}.{hint} It has: {', '.join(known)}.")
+        known = (*_PART_OF_AGENT, "callback", "checkpoint_dir", "device")
+        _refuse_unknown(unknown, "KonicFinetuningEngine", known)
         if hasattr(model_name, "get_base_model"):
             raise ConfigError("KonicFinetuningEngine takes a model's name; for an agent, use from_agent(agent).")
         for name, value in {"model_name": model_name, "reward_composer": reward_composer}.items():
@@ -128,10 +150,7 @@ class KonicFinetuningEngine:
         A subclass with an `__init__` of its own is called with the agent's parts, by their names in this class.
         """
         known = ("checkpoint_dir", "device", "callback")
-        for name in options:
-            if name not in known:
-                hint = did_you_mean(name, known)
-                raise ConfigError(f"from_agent has no option {name!r}.{hint} It has: {', '.join(known)}.")
+        _refuse_unknown(options, "from_agent", known)
         agent = read_agent(agent)
         if cls.__init__ is not KonicFinetuningEngine.__init__:
             engine = _construct(cls, agent)
@@ -192,6 +211,7 @@ class KonicFinetuningEngine:
         session.check()
         _ = session.learner
 
+    @_with_known_arguments
     @standard_torch_modes()
     def train(
         self,
@@ -241,6 +261,7 @@ class KonicFinetuningEngine:
                     callbacks.on_train_end(final)
                     return final
 
+    @_with_known_arguments
     @standard_torch_modes()
     @raising_on_signals()
     def evaluate(self, prompts: Sequence[Any] | None = None) -> dict[str, Any]:
@@ -261,6 +282,7 @@ class KonicFinetuningEngine:
             untrained = session.state.num_steps == 0
             return session.evaluate(chosen, session.state.reward_moments, untrained).to_dict()
 
+    @_with_known_arguments
     @standard_torch_modes()
     @raising_on_signals()
     def generate(self, prompts: Sequence[Any]) -> list[str]:
@@ -272,6 +294,7 @@ class KonicFinetuningEngine:
             for sample in respond(learner.policy, learner.sampler, made, generation, learner.special_tokens, seed)
         ]
 
+    @_with_known_arguments
     @standard_torch_modes()
     def save_pretrained(self, path: str | os.PathLike[str], merge: bool = False) -> None:
         """Write the model, tokenizer and a model card into a folder that PEFT and `transformers` load.
