@@ -167,7 +167,7 @@ def _check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: PreTrainedToken
 class _Generation(Extension):
     """`{% generation %}…{% endgeneration %}`, with which `transformers` marks the tokens of the assistant."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - as the base class has it
 
     def parse(self, parser: Any) -> Any:
         next(parser.stream)

@@ -60,7 +60,7 @@ def _check_dtype(dtype: Any) -> None:
         return
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     is_float = isinstance(found, torch.dtype) and found.is_floating_point
-    if not is_float or found.itemsize < 2:
+    if not isinstance(found, torch.dtype) or not is_float or found.itemsize < 2:
         problem = "has too few bits to train with" if is_float else "is not a floating-point type of torch"
         hint = did_you_mean(str(dtype).removeprefix("torch.").replace("fp", "float"), _DTYPES)
         raise ConfigError(

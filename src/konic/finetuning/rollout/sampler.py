@@ -82,15 +82,15 @@ def find_special_tokens(
         ModelError: One of the model or its tokenizer is.
     """
     given, of_model = generation.eos_token_id, model.causal_lm.generation_config
+    ends: list[tuple[Any, str]]
     if given is not None:
         ends = [(token, "") for token in ((given,) if isinstance(given, int) else given)]
     else:
         configured = of_model.eos_token_id if of_model else None
         from_model = configured if isinstance(configured, list) else [configured]
-        ends = [(token, "generation_config.json") for token in from_model]
-        ends += [(tokenizer.eos_token_id, "tokenizer")]
+        ends = [*((token, "generation_config.json") for token in from_model), (tokenizer.eos_token_id, "tokenizer")]
     pads = [(generation.pad_token_id, ""), (tokenizer.pad_token_id, "tokenizer")]
-    ends, pads = ([found for found in tokens if found[0] is not None] for tokens in (ends, pads))
+    ends, pads = ([(token, file) for token, file in found if token is not None] for found in (ends, pads))
     for name, found in (("eos_token_id", ends), ("pad_token_id", pads[:1])):
         for token, file in found:
             _require_in_vocabulary(name, token, file, model.vocabulary_size)
