@@ -25,10 +25,10 @@ from konic.finetuning import (
     TrainingConfig,
     llm_reward,
 )
-from konic.finetuning.errors import printable
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.intervals import distinct_n, mean, paired_bootstrap
 from konic.output import is_terminal
+from konic.text import printable
 
 KIND_WORDS = frozenset(
     "admirable amazing beautiful beautifully best brilliant brilliantly captivating charming clever compelling "

@@ -1,10 +1,19 @@
-"""Text -> a stream that may be missing, replaced, closed, full or unable to show it: output never ends a run."""
+"""Text -> a stream that may be missing, replaced, closed, full or unable to show it: output never ends a run.
+
+All lines and log records pass here, and show no secret and no control character.
+"""
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
+from numbers import Number
 from typing import Any
+
+from konic.text import printable, printable_lines
+
+RED = "\x1b[31m"
 
 
 def is_terminal(stream: Any) -> bool:
@@ -59,11 +68,12 @@ class Tolerant:
             os.close(nothing)
 
 
-def write_line(text: str, stream: Any) -> None:
-    """Write a line as :class:`Tolerant` does; nothing where there is no stream."""
+def write_line(text: str, stream: Any, colour: str = "") -> None:
+    """Write lines as :class:`Tolerant` does, in a colour on a terminal; nothing where there is no stream."""
     if stream is not None:
         tolerant = Tolerant(stream)
-        tolerant.write(text + "\n")
+        text = printable_lines(text)
+        tolerant.write(f"{colour}{text}\x1b[0m\n" if colour and is_terminal(stream) else f"{text}\n")
         tolerant.flush()
 
 
@@ -94,3 +104,23 @@ def end_streams() -> None:
                 stream.flush()
         except (OSError, ValueError):
             Tolerant(stream).discard_rest()
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger of a module, whose records are printable."""
+    logger = logging.getLogger(name)
+    logger.addFilter(_make_printable)
+    return logger
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    """Make the values of a record printable: one line each, and an error has its own lines."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(map(_shown, record.args))
+    return True
+
+
+def _shown(value: object) -> object:
+    if isinstance(value, Number):
+        return value
+    return printable_lines(str(value)) if isinstance(value, Exception) else printable(str(value))

@@ -10,9 +10,10 @@ from konic.finetuning.callbacks.composite import Callbacks, CompositeCallback
 from konic.finetuning.callbacks.console import KonicFinetuningCallback, iteration_line
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
 from konic.finetuning.callbacks.trackers import MLflowTracker
-from konic.finetuning.errors import ConfigError, printable
+from konic.finetuning.errors import ConfigError
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
+from konic.text import printable
 
 CONFIG = {  # all that the contract promises
     "model_name": "gpt2",

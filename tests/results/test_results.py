@@ -159,10 +159,10 @@ def test_a_model_card_shows_names_as_text_alone():
     result = run([1.0], model_name="m[x](http://y)<img>\x1b")
     result.history[0].reward_breakdown.update(names)
     text = model_card(result, {"algorithm": "ppo"}, "base", is_adapter=True).partition("```")[0]
-    assert "| &lt;b&gt;&#124;x | 1.0000 | 1.0000 |" in text
+    assert "| &#60;b&#62;&#124;x | 1.0000 | 1.0000 |" in text
     assert not any(part in text for part in ("<img>", "[x](", "[z](", "\x1b", "`y`"))
 
 
 def test_errors_cannot_steer_a_terminal():
-    assert str(KonicError("a\x1b[2Jb\u202ec\nsecond line")) == "a\\x1b[2Jb\\u202ec\nsecond line"
+    assert str(KonicError("a\x1b[2Jb\u202ec\nd", "second line")) == "a\\x1b[2Jb\\u202ec\\nd\nsecond line"
     assert str(ConfigError("plain")) == "plain"

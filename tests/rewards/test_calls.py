@@ -858,8 +858,8 @@ def test_the_error_of_a_fault_tells_reward_sample_and_place():
         "Reward 'kind' raised ValueError: x",
         "  prompt:   'the\\nprompt'",
         "  response: \"the 'response'\"",
-        "Traceback:",
-        "  here",
+        "  Traceback:",
+        "    here",
     ]
     assert error.__cause__ is cause
 

@@ -406,7 +406,7 @@ def test_composing_stops_at_the_first_sample_that_fails():
         Fragile().compose_batch(PROMPTS, RESPONSES)
     assert called == ["p1", "p2"]
     assert str(error.value).startswith(
-        "Reward 'fragile' raised ZeroDivisionError: division by zero\n  prompt:   'p2'\n  response: 'bb'\nTraceback"
+        "Reward 'fragile' raised ZeroDivisionError: division by zero\n  prompt:   'p2'\n  response: 'bb'\n  Traceback"
     )
     assert "return 1 / (len(response) - 2)" in str(error.value)
     assert isinstance(error.value.__cause__, ZeroDivisionError)

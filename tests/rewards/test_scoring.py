@@ -273,7 +273,7 @@ def test_a_told_fault_names_reward_sample_and_place(caplog):
     (message,) = caplog.messages
     assert message.startswith(
         "Skipped a response: Reward 'picky' raised ValueError: raise it\n"
-        "  prompt:   'p1'\n  response: 'raise it'\nTraceback (most recent call last):\n"
+        "  prompt:   'p1'\n  response: 'raise it'\n  Traceback (most recent call last):\n"
     )
     assert "raise ValueError(response)" in message
     assert "in judged" in message
@@ -331,7 +331,7 @@ def test_raise_names_reward_prompt_and_response_with_the_users_own_frames(compos
     told = str(error.value)
     row = ["a", "second"].index(response)
     assert told.startswith(
-        f"{who} raised LookupError: no second\n  prompt:   'p{row}'\n  response: {response!r}\nTraceback"
+        f"{who} raised LookupError: no second\n  prompt:   'p{row}'\n  response: {response!r}\n  Traceback"
     )
     assert 'test_scoring.py", line' in told
     assert "in blame\n" in told and 'raise LookupError(f"no {response}")' in told
@@ -589,7 +589,7 @@ def test_the_message_has_the_counts_and_the_last_fault():
         require_errors_within([iteration(1, 4)], scores, config)
     assert str(error.value) == (
         "Rewards failed on 4 of the last 8 responses, more than max_error_rate=0.02 of 100. "
-        "The last error: Reward 'odd' raised ValueError: number 2\nTraceback 2"
+        "The last error: Reward 'odd' raised ValueError: number 2\n  Traceback 2"
     )
 
 

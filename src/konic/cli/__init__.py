@@ -1,6 +1,7 @@
 """The `konic` command. Each subcommand has its own file, and imports the library only when it runs."""
 
 import sys
+import traceback
 
 import typer
 
@@ -9,7 +10,7 @@ from konic.cli.demo import demo
 from konic.cli.reward_model import reward_model
 from konic.cli.rewards import rewards
 from konic.cli.train import train
-from konic.output import end_streams, is_terminal, tolerant_streams, write_line
+from konic.output import RED, end_streams, tolerant_streams, write_line
 
 app = typer.Typer(
     name="konic",
@@ -28,12 +29,15 @@ app.add_typer(reward_model, name="reward-model")
 @app.callback(invoke_without_command=True)
 def _options(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     if version:
-        typer.echo(f"konic {__version__}")
+        write_line(f"konic {__version__}", sys.stdout)
         raise typer.Exit
 
 
 def main() -> None:
-    """Run the command line. A user's mistake prints one message and exits with code 1, without a traceback."""
+    """Run the command line. A user's mistake prints one message and exits with code 1, without a traceback.
+
+    Another error, a fault of konic, prints its traceback, without secrets.
+    """
     try:
         with tolerant_streams():
             app()
@@ -42,9 +46,8 @@ def main() -> None:
     except Exception as error:
         from konic.finetuning.errors import KonicError
 
-        if not isinstance(error, KonicError):
-            raise
-        write_line(f"\x1b[31mError: {error}\x1b[0m" if is_terminal(sys.stderr) else f"Error: {error}", sys.stderr)
+        is_mistake = isinstance(error, KonicError)
+        write_line(f"Error: {error}" if is_mistake else traceback.format_exc().rstrip(), sys.stderr, RED)
         sys.exit(1)
     finally:
         end_streams()

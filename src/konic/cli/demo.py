@@ -1,11 +1,13 @@
 """`konic demo`: trains a small chat model and shows what changed."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from konic.cli.paths import read_path
+from konic.output import write_line
 
 
 def demo(
@@ -20,7 +22,7 @@ def demo(
 
     Needs no GPU, no account and no network: about six minutes on two CPU cores. Example: konic demo --max-minutes 2
     """
-    typer.echo("konic demo: loading a 135M-parameter chat model (the first run unpacks it into a cache) ...", err=True)
+    write_line("konic demo: loading a 135M-parameter chat model (at first it is unpacked into a cache) ...", sys.stderr)
     from konic.demo import run_demo
     from konic.finetuning.run.session import INTERRUPTED
 

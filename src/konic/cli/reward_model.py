@@ -1,11 +1,14 @@
 """`konic reward-model train`: preferences or labelled texts -> a reward model."""
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from konic.cli.paths import read_name, read_path
+from konic.output import write_line
 
 reward_model = typer.Typer(help="Train reward models.", no_args_is_help=True)
 
@@ -51,7 +54,7 @@ def train(
     Examples: konic reward-model train pairs.jsonl --base all-minilm-l6-v2
               konic reward-model train films.csv --base all-minilm-l6-v2 --text review --label sentiment
     """
-    typer.echo(f"Loading {data} and {base} ...", err=True)
+    write_line(f"Loading {data} and {base} ...", sys.stderr)
     from konic.finetuning.errors import ConfigError
     from konic.finetuning.reward_models.feedback import read_labelled, read_preferences
     from konic.finetuning.reward_models.training import RewardTrainingConfig, train_reward_model
@@ -64,6 +67,7 @@ def train(
         if column is not None and (test is None or text is None):
             needs = "--test, the test data" if test is None else "--text and --label; pairs have columns of fixed names"
             raise ConfigError(f"{option} needs {needs}.")
+    say = partial(write_line, stream=sys.stdout)
     config = RewardTrainingConfig(
         epochs=epochs,
         learning_rate=learning_rate,
@@ -75,14 +79,13 @@ def train(
     if text is not None and label is not None:
         examples = read_labelled(data, text, label)
         tests = read_labelled(test, test_text or text, test_label or label) if test is not None else []
-        report = train_reward_model(examples, base, output, config, tests, device, typer.echo)
+        report = train_reward_model(examples, base, output, config, tests, device, say)
     else:
         pairs, more = read_preferences(data), read_preferences(test) if test is not None else []
-        report = train_reward_model(pairs, base, output, config, more, device, typer.echo)
+        report = train_reward_model(pairs, base, output, config, more, device, say)
     measured = [("held out", report.accuracy, report.num_held_out), ("test", report.test_accuracy, report.num_test)]
     for name, share, size in measured:
         if share is not None and size:
-            typer.echo(
-                f"Accuracy, {name}: {share.mean:.3f} (95 % interval {share.low:.3f} to {share.high:.3f}, n={size})"
-            )
-    typer.echo(f"Saved in {report.folder}; use it as HuggingFaceRewardModel({str(output)!r}).")
+            interval = f"95 % interval {share.low:.3f} to {share.high:.3f}"
+            say(f"Accuracy, {name}: {share.mean:.3f} ({interval}, n={size})")
+    say(f"Saved in {report.folder}; use it as HuggingFaceRewardModel({str(output)!r}).")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from konic.cli.paths import read_name, read_path
-from konic.output import is_terminal
+from konic.output import is_terminal, write_line
+from konic.text import printable
 
 if TYPE_CHECKING:
     from konic.finetuning.agent import KonicFinetuningAgent
@@ -42,7 +43,7 @@ def rewards(
     Examples: konic rewards my_rewards.py
               konic rewards my_rewards.py --texts responses.jsonl
     """
-    typer.echo(f"Loading {script} ...", err=True)
+    write_line(f"Loading {script} ...", sys.stderr)
     from konic.cli.scripts import load_agent, load_composer_and_dataset
     from konic.finetuning.rewards.trial import read_responses, try_rewards
 
@@ -51,7 +52,7 @@ def rewards(
         tried = read_responses(texts, dataset.prompt_column, dataset.prompt_template)
     else:
         agent = load_agent(script)
-        typer.echo(f"Sampling {samples} responses from {agent.get_base_model()} ...", err=True)
+        write_line(f"Sampling {samples} responses from {agent.get_base_model()} ...", sys.stderr)
         composer, tried = agent.get_reward_composer(), sample_responses(agent, samples, device)
     show(try_rewards(composer, tried))
 
@@ -81,7 +82,6 @@ def show(trial: "ComposerTrial") -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from konic.finetuning.errors import printable
     from konic.finetuning.rewards.trial import PROBES
 
     console = Console(highlight=False, width=None if is_terminal(sys.stdout) else 100)
@@ -125,8 +125,6 @@ def _table(title: str, headings: tuple[str, ...], rows: dict[str, list[str]], bo
     from rich import box
     from rich.table import Table
     from rich.text import Text
-
-    from konic.finetuning.errors import printable
 
     table = Table(title=title, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
     table.add_column("", overflow="fold")

@@ -11,6 +11,7 @@ from konic.finetuning import ConfigError, DatasetConfig, KonicError, KonicFinetu
 from konic.finetuning.agent import read_agent
 from konic.finetuning.system.signals import raising_on_signals
 from konic.runtime.agent import forget_registered_agent, get_registered_agent
+from konic.text import indented
 
 
 def load_agent(script: Path) -> KonicFinetuningAgent:
@@ -108,5 +109,5 @@ def _call(script: Path, function: Any, *values: Any) -> Any:
         raise ConfigError(f"{script}: called sys.exit() while it was loaded; it must only define its agent.") from None
     except Exception as error:
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename][1:]
-        lines = "".join(traceback.format_list(own) + traceback.format_exception_only(error)).rstrip()
-        raise ConfigError(f"{script}: raised {type(error).__name__} while it was loaded:\n{lines}") from error
+        lines = "".join(traceback.format_list(own) + traceback.format_exception_only(error)).rstrip().split("\n")
+        raise ConfigError(f"{script}: raised {type(error).__name__} while it was loaded:", *indented(lines)) from None

@@ -1,11 +1,13 @@
 """`konic train SCRIPT`: trains the agent that a script defines."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from konic.cli.paths import read_path
+from konic.output import write_line
 
 
 def train(
@@ -45,7 +47,7 @@ def train(
     """
     if resume and output is None:
         raise typer.BadParameter("give --output, the folder of the run to resume", param_hint="--resume")
-    typer.echo(f"Loading {script} ...", err=True)
+    write_line(f"Loading {script} ...", sys.stderr)
     from konic.cli.scripts import load_agent
     from konic.cli.settings import set_settings
     from konic.finetuning import KonicFinetuningEngine
@@ -53,7 +55,7 @@ def train(
 
     agent, changes = set_settings(load_agent(script), settings or [])
     for line in changes:
-        typer.echo(line, err=True)
+        write_line(line, sys.stderr)
     engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=output, device=device)
     result = engine.train(
         max_iterations, save_every, resume, save_total_limit=save_total_limit, allow_changes=allow_changes

@@ -11,6 +11,7 @@ from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.errors import ConfigError, did_you_mean, no_attribute
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer
 from konic.finetuning.settings import Settings, describe
+from konic.text import keep_secret, redact_all
 
 _CONFIGS = ("training_config", "generation_config", "dataset_config", "lora_config")
 _PARTS = ("base_model", "reward_composer", *_CONFIGS, "model_kwargs")
@@ -102,6 +103,7 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
         if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
             raise ConfigError(f"model_kwargs must be a dict, got {describe(model_kwargs)}.")
         self._model_kwargs = dict(model_kwargs or {})
+        keep_secret(self._model_kwargs.get("token"))
         self._check_together()
 
     def _check_together(self) -> None:
@@ -156,9 +158,9 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
         return dict(self._model_kwargs)
 
     def settings(self, uses_lora: bool) -> dict[str, Any]:
-        """Return every setting by name, as plain values without access tokens; training's own at the top level."""
+        """Return every setting by name, as plain values without secrets; training's own at the top level."""
         lora = self._lora_config
-        return {
+        settings = {
             **self._training_config.model_dump(),
             "model_name": self._base_model,
             "use_lora": uses_lora,
@@ -171,6 +173,7 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
             **KonicLLMRewardComposer.settings(self._reward_composer),
             "model_kwargs": {name: str(value) for name, value in self._model_kwargs.items() if name != "token"},
         }
+        return {name: redact_all(value) for name, value in settings.items()}
 
     def with_settings(self, changes: Mapping[str, Mapping[str, Any]]) -> Self:
         """Return a copy of the agent with other settings.
@@ -218,7 +221,7 @@ def read_agent(agent: Any, **changes: Any) -> KonicFinetuningAgent:
     missing = [f"{name}()" for name in ("get_base_model", "get_reward_composer") if not hasattr(agent, name)]
     if missing:
         raise ConfigError(
-            f"The agent must be a KonicFinetuningAgent, or an object with its getters, got {agent!r} without "
+            f"The agent must be a KonicFinetuningAgent, or an object with its getters, got {describe(agent)} without "
             f"{' and '.join(missing)}."
         )
     parts = {name: _get(agent, f"get_{name}") for name in _PARTS if hasattr(agent, f"get_{name}")}

@@ -3,16 +3,10 @@
 import difflib
 import inspect
 import os
-import unicodedata
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 
-
-def printable(text: str) -> str:
-    """Return text on one line, with control and format characters escaped so that it cannot control a terminal."""
-    return "".join(
-        char if char == " " or unicodedata.category(char)[0] not in "CZ" else char.encode("unicode_escape").decode()
-        for char in text
-    )
+from konic.text import describe_error, printable, printable_lines
 
 
 def is_valid_text(text: str) -> bool:
@@ -25,10 +19,28 @@ def is_valid_text(text: str) -> bool:
 
 
 class KonicError(Exception):
-    """The base class of every error that a user can cause and fix. Its message is safe to show in a terminal."""
+    """The base class of every error that a user can cause and fix. Its message is safe to show in a terminal.
 
-    def __init__(self, message: object = "") -> None:
-        super().__init__("\n".join(map(printable, str(message).split("\n"))))
+    Args:
+        lines: The lines of the message. A line break inside one of them is escaped: no text of others adds a line.
+    """
+
+    def __init__(self, *lines: object) -> None:
+        super().__init__(*(printable(str(line)) for line in lines))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
+
+
+class RedactedError(Exception):
+    """Stands for an error of others, as the cause of ours: its message is the traceback of that error, made safe."""
+
+
+def safe_cause(error: BaseException) -> BaseException:
+    """Return what a traceback may show as a cause: the error, or what stands for it if its traceback is unsafe."""
+    shown = "".join(traceback.format_exception(error))
+    safe = printable_lines(shown)
+    return error if safe == shown else RedactedError(f"\n\n{safe}")
 
 
 class ConfigError(KonicError, ValueError):
@@ -108,7 +120,7 @@ _KINDS = (
 
 
 def explain_hub_error(error: BaseException, token: str, offline: str) -> str:
-    """Return what happened, and on a new line what to do about it.
+    """Return what happened, and what to do about it.
 
     Args:
         error: What `huggingface_hub`, `datasets` or `transformers` raised.
@@ -117,8 +129,7 @@ def explain_hub_error(error: BaseException, token: str, offline: str) -> str:
     """
     chain = list(_chain(error))
     kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
-    message = " ".join(str(error).split())
-    if "is a gated" in message:  # `datasets` drops the cause
+    if "is a gated" in str(error):  # `datasets` drops the cause
         kinds.add("GatedRepoError")
     for names, what, remedy in _KINDS:
         if kinds & names:
@@ -126,9 +137,8 @@ def explain_hub_error(error: BaseException, token: str, offline: str) -> str:
             if switch is not None:
                 what = f"{switch} is set, so the Hub is not asked, and the cache holds no copy"
                 remedy = f"Unset {switch}. {{offline}} needs no Hub."
-            return f"{what}.\n{remedy.format(token=token, offline=offline)}"
-    message = message if len(message) <= 400 else message[:400] + " …"
-    return f"{type(error).__name__}: {message}"
+            return f"{what}. {remedy.format(token=token, offline=offline)}"
+    return describe_error(error)
 
 
 def _offline_switch() -> str | None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from konic.finetuning.errors import ConfigError, did_you_mean
+from konic.text import keep_secret, redact
 
 _OTHER_NAMES = MappingProxyType(
     {
@@ -42,6 +43,16 @@ _ELSEWHERE = {
 """Where a name is given that is no field of any config."""
 
 
+class _ShortRepr(reprlib.Repr):
+    """Shortens a value that a message shows, after hiding the secrets in it: half a token is a secret too."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(redact(x), level)
+
+
+short_repr = _ShortRepr().repr
+
+
 class Settings(BaseModel):
     """Settings whose every mistake is a :class:`ConfigError` that names the field and the fix.
 
@@ -53,19 +64,18 @@ class Settings(BaseModel):
     """For names that konic 0.1 had here: what to use instead."""
 
     def __init__(self, *unnamed: Any, **values: Any) -> None:
+        keep_secret(values.get("token"))
         if unnamed:
             first = next(iter(type(self).model_fields))
             kind = type(self).__name__
-            raise ConfigError(f"{kind} takes its fields by name, {kind}({first}=...), got {reprlib.repr(unnamed[0])}.")
+            raise ConfigError(f"{kind} takes its fields by name, {kind}({first}=...), got {short_repr(unnamed[0])}.")
         for name, field in type(self).model_fields.items():
             if name in values and _holds_bool(values[name]) and _is_number(cast("Hashable", field.annotation)):
-                raise ConfigError(
-                    f"{type(self).__name__}.{name}: it must be a number, got {reprlib.repr(values[name])}."
-                )
+                raise ConfigError(f"{type(self).__name__}.{name}: it must be a number, got {short_repr(values[name])}.")
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(_explain(type(self), error)) from None
+            raise ConfigError(*_explain(type(self), error)) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         changed = self.with_fields({name: value})
@@ -108,7 +118,7 @@ def describe(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}: add ()"
     if isinstance(value, str | int | float):
-        return f"{type(value).__name__} {reprlib.repr(value)}"
+        return f"{type(value).__name__} {short_repr(value)}"
     kind = type(value)
     is_plain = kind.__module__ == "builtins" or kind.__module__.startswith("konic.")
     return kind.__name__ if is_plain else f"{kind.__module__}.{kind.__name__}"
@@ -135,7 +145,8 @@ def _leaves(annotation: Any) -> Iterator[Any]:
         yield from _leaves(each)
 
 
-def _explain(kind: type[Settings], error: ValidationError) -> str:
+def _explain(kind: type[Settings], error: ValidationError) -> list[str]:
+    """Return a line for each mistake."""
     lines = []
     wanted: dict[str, list[ErrorDetails]] = {}
     for problem in error.errors(include_url=False):
@@ -153,10 +164,10 @@ def _explain(kind: type[Settings], error: ValidationError) -> str:
             wanted.setdefault(name, []).append(problem)
     for name, problems in wanted.items():
         last = problems[-1]
-        shown = "***" if name == "token" else reprlib.repr(last["input"])
+        shown = "***" if name == "token" else short_repr(last["input"])
         must_be = " or ".join(dict.fromkeys(map(_wanted, problems)))
         lines.append(f"{kind.__name__}.{name}: it must be {must_be}, got {shown}.{_near(last)}")
-    return "\n".join(lines)
+    return lines
 
 
 def _wanted(problem: ErrorDetails) -> str:

@@ -4,7 +4,6 @@ prompts → rollout → rewards → advantages → update → result → callbac
 """
 
 import contextlib
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -38,8 +37,9 @@ from konic.finetuning.run.measures import RunClock, StageClock, iteration_result
 from konic.finetuning.run.saving import Saver
 from konic.finetuning.run.session import Session
 from konic.finetuning.system.signals import uninterrupted
+from konic.output import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Trainer:

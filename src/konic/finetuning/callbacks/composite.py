@@ -1,7 +1,6 @@
 """Combines the user's callbacks into one callback; every hook is written out for the type checker."""
 
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -14,8 +13,10 @@ from konic.finetuning.errors import ConfigError
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.system.user_code import preserved_state
+from konic.output import get_logger
+from konic.text import describe_error
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class CompositeCallback(BaseKonicFinetuningCallback):
@@ -99,7 +100,7 @@ class CompositeCallback(BaseKonicFinetuningCallback):
                 with preserved_state(who := f"Callback {type(callback).__name__!r}"):
                     callback.on_train_error(error)
             except (Exception, SystemExit) as failure:
-                logger.warning("%s failed in on_train_error: %s: %s", who, type(failure).__name__, failure)
+                logger.warning("%s failed in on_train_error: %s", who, describe_error(failure))
 
     def should_stop_early(self, result: FinetuningIterationResult) -> bool:
         """True if any callback returns True; every callback is called.

@@ -8,10 +8,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
 from konic.finetuning.callbacks.trackers import MLflowTracker
-from konic.finetuning.errors import ConfigError, printable
+from konic.finetuning.errors import ConfigError
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
 from konic.output import is_terminal, write_line
+from konic.text import printable
 
 
 class KonicFinetuningCallback(BaseKonicFinetuningCallback):

@@ -1,6 +1,5 @@
 """Settings and metrics -> an experiment tracker, whose faults are warnings: they never end a run."""
 
-import logging
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -10,8 +9,10 @@ from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
 from konic.finetuning.errors import ConfigError
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
+from konic.output import get_logger
+from konic.text import describe_error
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _NOT_IN_A_NAME = re.compile(r"[^\w\-. :/]")
 """Characters that MLflow refuses in the name of a metric."""
@@ -93,7 +94,7 @@ class MLflowTracker(BaseKonicFinetuningCallback):
         except Exception as error:  # a tracker may raise anything
             self._failures_in_a_row += 1
             if not self._has_warned:
-                logger.warning("MLflow: %s: %s. The run goes on without it.", type(error).__name__, error)
+                logger.warning("MLflow: %s. The run goes on without it.", describe_error(error))
             if self._failures_in_a_row == _MAX_FAILURES:
                 logger.warning("MLflow: %d calls in a row failed: this run logs nothing more to it.", _MAX_FAILURES)
             self._has_warned = True

@@ -1,7 +1,6 @@
 """Where prompts come from: validated settings."""
 
 import os
-import reprlib
 import string
 from collections.abc import Mapping
 from enum import StrEnum
@@ -12,7 +11,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from konic.finetuning.data.loaders import BUNDLED_SPLITS, is_local
 from konic.finetuning.data.rows import rows_of
-from konic.finetuning.settings import Settings
+from konic.finetuning.settings import Settings, short_repr
 
 
 def _name_as_text(name: Any) -> Any:
@@ -160,7 +159,7 @@ class DatasetConfig(Settings):
         for name in ("tools", "documents"):
             value = (self.chat_template_kwargs or {}).get(name)
             if value is not None and not (isinstance(value, list) and all(isinstance(part, dict) for part in value)):
-                raise ValueError(f"chat_template_kwargs[{name!r}] must be a list of dicts, got {reprlib.repr(value)}")
+                raise ValueError(f"chat_template_kwargs[{name!r}] must be a list of dicts, got {short_repr(value)}")
         return self
 
     @model_validator(mode="after")

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
@@ -13,11 +12,12 @@ from typing import Any
 import pyarrow
 
 from konic.finetuning.data.formats import READERS
-from konic.finetuning.errors import ConfigError, DatasetError, did_you_mean, explain_hub_error
+from konic.finetuning.errors import ConfigError, DatasetError, did_you_mean, explain_hub_error, safe_cause
 from konic.finetuning.system.files import as_path
 from konic.finetuning.system.places import find_stray, is_file_name, looks_like_path, read_regular
+from konic.output import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 BUNDLED_SPLITS = {"train": "movie_reviews_train.txt", "held_out": "movie_reviews_held_out.txt"}
 STREAM_BUFFER = 10_000
@@ -259,7 +259,7 @@ def read_hub(
         identity = name if "/" in name else _canonical_id(name, token)
         return datasets.load_dataset(identity, subset, split=split, revision=revision, token=token, streaming=streaming)
     except Exception as error:
-        raise DatasetError(_hub_failed(name, subset, split, error)) from error
+        raise DatasetError(_hub_failed(name, subset, split, error)) from safe_cause(error)
     finally:
         if bars_were_on:
             datasets.enable_progress_bars()
@@ -278,7 +278,7 @@ def stream_rows(dataset: Any, shuffle_seed: int | None, where: str) -> Iterator[
             return
         except Exception as error:
             what = explain_hub_error(error, "DatasetConfig(token=...)", "DatasetConfig(source=DatasetSource.BUNDLED)")
-            raise DatasetError(f"{where}, during streaming: {what}") from error
+            raise DatasetError(f"{where}, during streaming: {what}") from safe_cause(error)
         yield row.pop(_ROW_NUMBER), row
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,8 +15,9 @@ from konic.finetuning.data.config import DatasetConfig, DatasetSource
 from konic.finetuning.data.loaders import read_bundled, read_hub, read_local, stream_rows
 from konic.finetuning.data.rows import copy_columns, read_chat, without_arrays
 from konic.finetuning.errors import DatasetError, did_you_mean
+from konic.output import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _SKIPPABLE = ("empty", "missing", "no messages", "the last message is empty")
 """Problems of rows that are left out with a warning, as long as they are at most half of all."""

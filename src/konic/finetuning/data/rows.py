@@ -4,12 +4,13 @@ import ast
 import copy
 import json
 import re
-import reprlib
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from konic.finetuning.settings import short_repr
 
 _CHAT_KEY = re.compile(r"""["'](role|from|messages|conversations)["']\s*:""")
 _MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
@@ -36,7 +37,7 @@ def rows_of(prompts: Any) -> list[Any]:
 
 def _not_rows(prompts: Any) -> ValueError:
     return ValueError(
-        f"prompts is of the type {type(prompts).__name__}, which is not a list of rows: {reprlib.repr(prompts)}. Give "
+        f"prompts is of the type {type(prompts).__name__}, which is not a list of rows: {short_repr(prompts)}. Give "
         "a list of strings, of chats or of dicts, or a table"
     )
 

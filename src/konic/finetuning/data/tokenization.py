@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from konic.finetuning.data.prompts import Prompt
 from konic.finetuning.errors import ConfigError, DatasetError, ModelError, did_you_mean
+from konic.text import describe_error
 
 _HALF_A_CHARACTER = "\ufffd"
 """The replacement character, which decoding gives for a character that a cut split."""
@@ -279,7 +280,7 @@ def _render(
         options = {"add_generation_prompt": add_generation_prompt, "tokenize": False, **template_kwargs}
         return str(tokenizer.apply_chat_template(chat, **options))
     except Exception as error:
-        raise ModelError(f"The tokenizer's chat template fails: {type(error).__name__}: {error}.") from None
+        raise ModelError(f"The tokenizer's chat template fails: {describe_error(error)}.") from None
 
 
 def _decode_from(start: int, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:

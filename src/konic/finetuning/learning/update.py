@@ -3,7 +3,6 @@
 Shapes: B sequences, R response tokens.
 """
 
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,8 +31,9 @@ from konic.finetuning.models.length_groups import group_by_length
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.models.token_scores import divergences, score_tokens
 from konic.finetuning.rollout.rollout import Rollout
+from konic.output import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

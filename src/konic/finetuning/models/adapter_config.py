@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import logging
 import re
 from collections.abc import Collection, Iterable
 
@@ -13,8 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from konic.finetuning.config import LoraConfig
 from konic.finetuning.errors import ConfigError, did_you_mean
+from konic.output import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def peft_config(lora: LoraConfig | peft.LoraConfig, causal_lm: PreTrainedModel) -> peft.LoraConfig:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from konic.finetuning.errors import ConfigError, ModelError
+from konic.finetuning.errors import ConfigError, ModelError, safe_cause
 from konic.finetuning.models.adapter_config import incomplete_start, last_names, require_adapted, unsupported_option
+from konic.text import describe_error
 
 REFERENCE_ADAPTER = "start"
 """Name of the second, frozen adapter, which is the reference if training starts from an existing adapter."""
@@ -56,9 +57,9 @@ def new_adapter(
             adapted = peft.get_peft_model(causal_lm, adapter)
     except _PEFT_ERRORS as error:
         raise ConfigError(
-            f"lora_config does not fit {type(causal_lm).__name__}: {' '.join(str(error).split())[:300]} "
+            f"lora_config does not fit {type(causal_lm).__name__}: {describe_error(error)}. "
             f"Candidates for target_modules: {', '.join(last_names(layers))}."
-        ) from error
+        ) from safe_cause(error)
     require_adapted(options, [name for name, layer in causal_lm.named_modules() if isinstance(layer, LoraLayer)])
     flaw = _find_flaw(causal_lm, adapter)
     if flaw is not None:
@@ -108,9 +109,7 @@ def load_adapter(causal_lm: PreTrainedModel, folder: Path, revision: str | None)
             peft.set_peft_model_state_dict(adapted, weights, REFERENCE_ADAPTER)
         own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except (*_PEFT_ERRORS, OSError, SafetensorError) as error:
-        raise ModelError(
-            f"{folder}: the adapter cannot be loaded: {type(error).__name__}: {_one_line(error)}"
-        ) from error
+        raise ModelError(f"{folder}: the adapter cannot be loaded: {describe_error(error)}") from safe_cause(error)
     if weights.keys() != own.keys():
         unmatched = sorted(weights.keys() ^ own.keys())
         raise ModelError(

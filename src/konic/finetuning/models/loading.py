@@ -4,7 +4,6 @@ GGUF weights are dequantised once and stored as safetensors in the cache folder,
 """
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,15 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from konic.finetuning.errors import ConfigError, ModelError
+from konic.finetuning.errors import ConfigError, ModelError, safe_cause
 from konic.finetuning.models.containment import require_contained, require_inside
 from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
 from konic.finetuning.models.model_kwargs import check_model_kwargs, require_no_revision
 from konic.finetuning.system.files import as_path
+from konic.output import get_logger
+from konic.text import describe_error
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _TOKENIZER_KWARGS = ("revision", "token", "trust_remote_code")
 _ADAPTER_FILES = ("adapter_model.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py")
@@ -81,7 +82,7 @@ def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.d
         raise
     except Exception as error:
         advice = {"own_code": _TRUST_FIRST} if adapter else {}
-        raise ModelError(loading_failed(asked, location, error, **advice)) from error
+        raise ModelError(loading_failed(asked, location, error, **advice)) from safe_cause(error)
     _require_all_weights(asked, model, loading_info)
     if not getattr(model, "is_quantized", False):
         model.to(device)
@@ -213,7 +214,7 @@ def _read_base(adapter: Path) -> tuple[str, str | None]:
         kind, base, bias = config["peft_type"], config["base_model_name_or_path"], config.get("bias", "none")
         revision = config.get("revision")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{adapter}: adapter_config.json cannot be read: {type(error).__name__}: {error}.") from None
+        raise ModelError(f"{adapter}: adapter_config.json cannot be read: {describe_error(error)}.") from None
     if kind != "LORA" or bias != "none":
         raise ModelError(
             f"{adapter}: holds a {kind} adapter with bias={bias!r}. Training can continue only from LoRA adapters "

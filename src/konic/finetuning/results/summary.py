@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from konic.finetuning.errors import no_attribute, printable
+from konic.finetuning.errors import no_attribute
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.intervals import Interval, paired_bootstrap
 from konic.finetuning.results.iteration import FinetuningIterationResult, json_values
+from konic.text import printable
 
 _SUCCESSORS = {
     "get_loss_curves": "Each iteration of `history` has policy_loss, value_loss, entropy_loss and total_loss.",

@@ -1,6 +1,5 @@
 """Prompts + responses -> scores: HuggingFaceRewardModel, a sequence classifier with its own tokenizer as a reward."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,15 +9,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from konic.finetuning.errors import ConfigError, ModelError, did_you_mean, no_attribute
+from konic.finetuning.errors import ConfigError, ModelError, did_you_mean, no_attribute, safe_cause
 from konic.finetuning.models.containment import require_contained
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
 from konic.finetuning.models.model_kwargs import check_model_kwargs, require_no_revision
 from konic.finetuning.reward_models.texts import TEXT_FORMATS, TextFormat, encode_pair
 from konic.finetuning.rewards.composer import BaseRewardModel
+from konic.output import get_logger
+from konic.text import keep_secret
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "data2vec-text")
 """Types of encoders that number positions from the padding token's index plus one."""
@@ -213,6 +214,7 @@ def _padding(model: Any, present: set[int]) -> Iterator[int]:
 
 def _load(model_id: str, device: torch.device, dtype: Any, model_kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
     check_model_kwargs(model_kwargs)
+    keep_secret(model_kwargs.get("token"))
     location = locate_model(model_id, option="model_id")
     dtype = dtype or model_kwargs.get("dtype") or ("auto" if device.type == "cuda" else torch.float32)
     kwargs = {"trust_remote_code": False, **model_kwargs, "dtype": dtype, "use_safetensors": True}
@@ -230,7 +232,7 @@ def _load(model_id: str, device: torch.device, dtype: Any, model_kwargs: Mapping
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(loading_failed(asked, location, error)) from error
+        raise ModelError(loading_failed(asked, location, error)) from safe_cause(error)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ModelError(f"reward model {model_id!r} has no tokenizer: its folder must contain one.")
     if info["missing_keys"]:

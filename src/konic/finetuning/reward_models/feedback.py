@@ -1,6 +1,5 @@
 """A file, folder or Hub dataset -> preference pairs or labelled texts: reads and checks the rows."""
 
-import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,9 @@ from typing import Any
 from konic.finetuning.data.loaders import is_local, read_hub, read_local
 from konic.finetuning.data.rows import read_chat
 from konic.finetuning.errors import DatasetError, did_you_mean
+from konic.output import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)

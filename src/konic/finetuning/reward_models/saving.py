@@ -1,6 +1,5 @@
 """A trained reward model -> a folder that `transformers` loads: saves the model, its tokenizer and a model card."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,10 @@ from konic.finetuning.models.locations import quiet_transformers
 from konic.finetuning.results.intervals import Interval
 from konic.finetuning.reward_models.texts import TextFormat
 from konic.finetuning.system.files import filling_folder, set_aside
+from konic.output import get_logger
+from konic.text import escape_markdown
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _WRITTEN = (
     "config.json", "*.safetensors*", "tokenizer*", "vocab.*", "merges.txt", "*.model", "special_tokens_map.json",
@@ -67,7 +68,7 @@ def save_reward_model(
 
 
 def _card(text_format: TextFormat, labels: Sequence[str] | None, base: str, report: RewardModelReport) -> str:
-    learned = "preference pairs" if labels is None else f"texts labelled {', '.join(labels)}"
+    learned = "preference pairs" if labels is None else f"texts labelled {', '.join(map(escape_markdown, labels))}"
     header = ModelCardData(
         base_model=base,
         library_name="transformers",

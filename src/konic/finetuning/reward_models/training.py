@@ -4,7 +4,6 @@ Preference pairs train a Bradley-Terry head: P(chosen over rejected) = σ(r(chos
 (Bradley and Terry 1952; Ouyang et al. 2022, equation 1). Labelled texts train a softmax over the labels.
 """
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from konic.finetuning.errors import DatasetError, ModelError, OutputError, TrainingError
+from konic.finetuning.errors import DatasetError, ModelError, OutputError, TrainingError, safe_cause
 from konic.finetuning.learning.schedule import learning_rate_at
 from konic.finetuning.models.containment import require_contained
 from konic.finetuning.models.loading import pick_device
@@ -29,8 +28,9 @@ from konic.finetuning.reward_models.saving import RewardModelReport, save_reward
 from konic.finetuning.reward_models.texts import TextFormat, encode_pair
 from konic.finetuning.settings import Settings
 from konic.finetuning.system.files import as_path, require_writable
+from konic.output import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 WARMUP_SHARE = 0.1
 MAX_GRAD_NORM = 1.0
@@ -221,7 +221,7 @@ def _base(base: str, labels: list[str] | None, config: RewardTrainingConfig, dev
         raise
     except Exception as error:
         own_code = "train it elsewhere: here only models that transformers knows are trained (trust_remote_code=False)"
-        raise ModelError(loading_failed(f"base={base!r}", location, error, own_code)) from error
+        raise ModelError(loading_failed(f"base={base!r}", location, error, own_code)) from safe_cause(error)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id

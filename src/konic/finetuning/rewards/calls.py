@@ -19,7 +19,6 @@ from konic.finetuning.rewards.outcomes import (
     NotANumberError,
     Outcome,
     Reward,
-    describe_error,
     read_parts,
     shorten,
     timeout_fault,
@@ -27,6 +26,7 @@ from konic.finetuning.rewards.outcomes import (
 )
 from konic.finetuning.rewards.signatures import TextParameters, requested_columns, text_parameters
 from konic.finetuning.system.user_code import preserved_state
+from konic.text import describe_error
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional arguments and keyword arguments."""
@@ -135,7 +135,7 @@ def _outcome(reward: Reward, make: Callable[[], Any]) -> Outcome:
 
 
 def _fault(reward: Reward, error: BaseException) -> Fault:
-    return Fault(reward.who, describe_error(error), users_traceback(error), error)
+    return Fault(reward.who, f"raised {describe_error(error, 1000)}", users_traceback(error), error)
 
 
 def _called(reward: Reward, places: tuple[Any, ...], named: dict[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, Self
@@ -31,8 +30,9 @@ from konic.finetuning.rewards.totals import (
     require_no_fault,
 )
 from konic.finetuning.rewards.validation import check_kl_penalty_weight, check_reducer, checked_weights
+from konic.output import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _NAMED_TWICE = "There are two rewards named {!r}. Give one of them another name."
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from konic.finetuning.errors import ConfigError, RewardError, is_valid_text
+from konic.finetuning.errors import ConfigError, RewardError, is_valid_text, safe_cause
+from konic.text import indented, printable_lines, redact
 
 Parts = dict[str, float]
 """Values by part name, before weights: one under the reward's own name, or several named `reward.key`.
@@ -21,7 +22,6 @@ Parts = dict[str, float]
 Empty if the reward abstained.
 """
 _MAX_TRACEBACK = 4000
-_MAX_MESSAGE = 1000
 _NOT_THE_USERS = (os.path.dirname(__file__) + os.sep, asyncio.__path__[0], concurrent.futures.__path__[0])
 
 
@@ -72,11 +72,15 @@ class Fault:
     def __reduce__(self) -> tuple[Any, ...]:
         return Fault, (self.who, self.what, self.traceback)
 
+    @property
+    def traceback_lines(self) -> list[str]:
+        """The lines of the traceback, indented: what an error of the user's says is not advice of konic's."""
+        return indented(self.traceback.split("\n")) if self.traceback else []
+
     def error(self, prompt: str, response: str) -> RewardError:
         """The error that stops a run. It shows what failed, on which sample, and where in the user's code."""
-        message = f"{self.who} {self.what}{sample_text(prompt, response)}"
-        error = RewardError(f"{message}\n{self.traceback}".rstrip())
-        error.__cause__ = self.cause
+        error = RewardError(f"{self.who} {self.what}", *sample_lines(prompt, response), *self.traceback_lines)
+        error.__cause__ = self.cause and safe_cause(self.cause)
         return error
 
 
@@ -152,18 +156,6 @@ def number(value: Any, key: object = None) -> float:
     return real
 
 
-def describe_error(error: BaseException) -> str:
-    """`raised ValueError: its message`, as text that can be written: shortened, and half a character escaped."""
-    try:
-        message = str(error)
-    except Exception:
-        message = "its message could not be read"
-    if len(message) > _MAX_MESSAGE:
-        message = f"{message[:_MAX_MESSAGE]} … ({len(message)} characters)"
-    what = f"raised {type(error).__name__}: {message}" if message else f"raised {type(error).__name__}"
-    return what.encode(errors="backslashreplace").decode()
-
-
 def users_traceback(error: BaseException) -> str:
     """The traceback of an error and its causes, without frames of this package, asyncio and concurrent.futures."""
     report = traceback.TracebackException.from_exception(error)
@@ -172,21 +164,21 @@ def users_traceback(error: BaseException) -> str:
         frames = [frame for frame in link.stack if not frame.filename.startswith(_NOT_THE_USERS)]
         link.stack = traceback.StackSummary.from_list(frames)
         link = link.__cause__ or link.__context__
-    text = "".join(report.format()).rstrip().encode(errors="backslashreplace").decode()
+    text = printable_lines("".join(report.format()).rstrip())
     return text if len(text) <= _MAX_TRACEBACK else "… " + text[-_MAX_TRACEBACK:]
 
 
-def sample_text(prompt: str, response: str) -> str:
+def sample_lines(prompt: str, response: str) -> tuple[str, str]:
     """Two lines that show a sample in an error message."""
-    return f"\n  prompt:   {shorten(prompt)}\n  response: {shorten(response)}"
+    return f"  prompt:   {shorten(prompt)}", f"  response: {shorten(response)}"
 
 
 def shorten(value: Any) -> str:
     """The repr of a value: a text is cut after 200 characters, the repr of anything else after 400."""
     if isinstance(value, str) and len(value) > 200:
-        return repr(value[:200]) + f" … ({len(value)} characters)"
+        return repr(redact(value)[:200]) + f" … ({len(value)} characters)"
     try:
-        text = repr(value)
+        text = redact(repr(value))
     except Exception:
         text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= 400 else text[:400] + " …"

@@ -4,7 +4,6 @@ The run's settings decide both.
 """
 
 import contextlib
-import logging
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,8 +30,9 @@ from konic.finetuning.rewards.totals import (
     prepared_parts,
 )
 from konic.finetuning.rewards.workers import RewardPool
+from konic.output import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SLOW_SECONDS = 30.0
 """A warning names a reward that has been running for this long."""
@@ -188,19 +188,18 @@ class Scorer:
         """Yield the outcomes as they arrive; raise a fault or log it."""
         for outcome, sample in zip(outcomes, samples, strict=True):
             if isinstance(outcome, Fault):
-                error = outcome.error(sample.prompt, sample.response)
                 if self._config.on_reward_error == "raise":
-                    raise error
-                self._warn(outcome, error)
+                    raise outcome.error(sample.prompt, sample.response)
+                self._warn(outcome, sample)
             yield outcome
 
-    def _warn(self, fault: Fault, error: RewardError) -> None:
+    def _warn(self, fault: Fault, sample: Sample) -> None:
         """Warn about a skipped error, at most a few times per kind."""
         kind = fault.who, fault.what.split(":" if fault.what.startswith("raised ") else " ", 1)[0]
         self._shown[kind] = self._shown.get(kind, 0) + 1
         if self._shown[kind] <= _FAULTS_SHOWN:
             last = " Further errors like this are only counted." if self._shown[kind] == _FAULTS_SHOWN else ""
-            logger.warning("Skipped a response: %s%s", error, last)
+            logger.warning("Skipped a response: %s%s", fault.error(sample.prompt, sample.response), last)
 
 
 @contextlib.contextmanager
@@ -244,8 +243,9 @@ def require_errors_within(history: Sequence[FinetuningIterationResult], scores: 
         errors, seen = errors + failed, seen + size
     if errors > config.max_error_rate * max(seen, ERROR_WINDOW) + 1e-9:  # 0.29 × 100 is less than 29 in floats
         last = next(fault for fault in reversed(scores.faults or [None]) if fault) if scores.num_faults else None
-        detail = f" The last error: {last.who} {last.what}\n{last.traceback}" if last else ""
+        detail = f" The last error: {last.who} {last.what}" if last else ""
         raise RewardError(
             f"Rewards failed on {errors} of the last {seen} responses, more than max_error_rate="
-            f"{config.max_error_rate:g} of {max(seen, ERROR_WINDOW)}.{detail}".rstrip()
+            f"{config.max_error_rate:g} of {max(seen, ERROR_WINDOW)}.{detail}",
+            *(last.traceback_lines if last else ()),
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from konic.finetuning.data.samples import Sample
-from konic.finetuning.errors import RewardError
+from konic.finetuning.errors import RewardError, safe_cause
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.rewards.moments import RunningMoments
 from konic.finetuning.rewards.named_parts import NamedParts
@@ -16,12 +16,12 @@ from konic.finetuning.rewards.outcomes import (
     Outcome,
     Parts,
     Reward,
-    describe_error,
     number,
-    sample_text,
+    sample_lines,
 )
 from konic.finetuning.rewards.reducers import takes_weights
 from konic.finetuning.system.user_code import preserved_state
+from konic.text import describe_error
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def compute_total(
         return math.nan
     reducer = weighting.reducer
     who = f"Reducer {(reducer if isinstance(reducer, type) else type(reducer)).__name__!r}"
-    where = sample_text(sample.prompt, sample.response)
+    where = sample_lines(sample.prompt, sample.response)
     try:
         with preserved_state(who):
             if isinstance(reducer, type) and takes_weights(reducer):
@@ -133,11 +133,11 @@ def compute_total(
                 reduced = instance.reduce(named_by_key(weighting.rewards, weighted))
         return number(reduced)
     except NotANumberError as error:
-        raise RewardError(f"{who} {error}{where}") from None
+        raise RewardError(f"{who} {error}", *where) from None
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # such as sys.exit()
-        raise RewardError(f"{who} {describe_error(error)}{where}") from error
+        raise RewardError(f"{who} raised {describe_error(error, 1000)}", *where) from safe_cause(error)
 
 
 def weighted_parts(weighting: Weighting, parts: Parts, moments: Mapping[str, RunningMoments] | None = None) -> Parts:

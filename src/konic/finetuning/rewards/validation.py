@@ -7,6 +7,7 @@ from typing import Any
 from konic.finetuning.errors import ConfigError, RewardError, is_valid_text
 from konic.finetuning.rewards.marks import is_finite_number
 from konic.finetuning.rewards.reducers import takes_weights
+from konic.text import describe_error
 
 
 def check_reducer(kind: type, reducer: Any) -> None:
@@ -29,7 +30,7 @@ def check_reducer(kind: type, reducer: Any) -> None:
         inspect.signature(reduce).bind(*([{}] if is_bound else [None, {}]))
     except TypeError as error:
         raise RewardError(
-            f"Reducer {name!r} cannot be called as {who}: {type(error).__name__}: {error}. {advice}. Its class is "
+            f"Reducer {name!r} cannot be called as {who}: {describe_error(error)}. {advice}. Its class is "
             "called without arguments, or with weights= if it has this parameter."
         ) from None
     except ValueError:  # no signature can be read, as of a class written in C

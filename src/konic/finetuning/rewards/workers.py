@@ -25,12 +25,13 @@ import cloudpickle
 import pebble
 
 from konic.finetuning.data.samples import Sample
-from konic.finetuning.errors import RewardError
+from konic.finetuning.errors import RewardError, safe_cause
 from konic.finetuning.rewards.calls import call_reward
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer, list_rewards, without_models
 from konic.finetuning.rewards.outcomes import Fault, Outcome, Reward, timeout_fault
 from konic.finetuning.rewards.signatures import requested_columns
 from konic.output import tolerate_broken_streams
+from konic.text import describe_error
 
 RESTARTS = 3
 """How many times a broken pool is restarted for one call."""
@@ -87,7 +88,7 @@ class RewardPool:
         try:
             problem = self._loaded.result(timeout=START_SECONDS)
         except (TimeoutError, pebble.ProcessExpired, BrokenProcessPool) as error:
-            problem = f"{type(error).__name__}: {error}"
+            problem = describe_error(error)
         if problem:
             raise RewardError(f"reward_workers: the rewards cannot be loaded in a worker process: {problem}")
         calls = {reward.name: self._start_calls(reward, samples) for reward in rewards}
@@ -168,7 +169,7 @@ class _Call:
             except pebble.ProcessExpired as error:
                 return self._failed(Fault(self._reward.who, f"ended its worker process (exit code {error.exitcode})."))
             except Exception as error:  # the arguments cannot be pickled
-                message = f"cannot be called in a worker process: {type(error).__name__}: {error}"
+                message = f"cannot be called in a worker process: {describe_error(error)}"
                 return self._failed(Fault(self._reward.who, message))
         return self._failed(Fault(self._reward.who, f"lost its worker process {RESTARTS} times."))
 
@@ -235,10 +236,10 @@ def _pickled(composer: KonicLLMRewardComposer) -> bytes:
         return cloudpickle.dumps(bare)
     except Exception as error:
         raise RewardError(
-            f"reward_workers: {type(composer).__name__} cannot be sent to worker processes: {type(error).__name__}: "
-            f"{error}. If a method or attribute holds something open (a lock, a file, a connection), open it inside "
-            "the reward instead, or set reward_workers=0."
-        ) from error
+            f"reward_workers: {type(composer).__name__} cannot be sent to worker processes: "
+            f"{describe_error(error)}. If a method or attribute holds something open (a lock, a file, a connection), "
+            "open it inside the reward instead, or set reward_workers=0."
+        ) from safe_cause(error)
     finally:
         for module in modules:
             cloudpickle.unregister_pickle_by_value(module)
@@ -277,7 +278,7 @@ def _begin_worker(pickled: bytes) -> None:
     try:
         _rewards.update({reward.name: reward for reward in list_rewards(cloudpickle.loads(pickled))})
     except Exception as error:
-        _find_problem = f"{type(error).__name__}: {error}"
+        _find_problem = describe_error(error)
 
 
 def _end_with_parent() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from konic.finetuning.errors import ModelError
+from konic.finetuning.errors import ModelError, safe_cause
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.positions import position_ids
 from konic.finetuning.models.prepacked import prepacked_layers, rows_to_prepack
@@ -22,6 +22,7 @@ from konic.finetuning.rollout.fused_decoder import FusedDecoder
 from konic.finetuning.rollout.fused_transformer import fused_transformer
 from konic.finetuning.rollout.graphed_decoder import GraphedDecoder
 from konic.finetuning.system.memory import return_freed_memory
+from konic.text import describe_error
 
 MAX_DIFFERENCE = 1e-3
 """Largest difference of a row's logits in a batch and alone, relative to their spread; rounding is below 1 % of it."""
@@ -99,8 +100,8 @@ def require_decodable(model: LanguageModel, name: str) -> None:
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
             f"{start} cannot be run with the cache and the positions that konic passes to them: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:200]} {advice}"
-        ) from error
+            f"{describe_error(error)}. {advice}"
+        ) from safe_cause(error)
     difference = ((ours - truth).norm() / (truth - truth.mean()).norm()).item()
     if not difference <= (MAX_DIFFERENCE if model.causal_lm.dtype.itemsize >= 4 else MAX_DIFFERENCE_IN_16_BITS):
         raise ModelError(

@@ -1,15 +1,14 @@
 """Result + settings -> the model card of a saved model."""
 
-import html
 import json
 import math
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from konic.finetuning.errors import printable
 from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.run.environment import version_of
+from konic.text import escape_markdown
 
 
 def model_card(result: FinetuningResult, settings: dict[str, Any], base_location: str, is_adapter: bool) -> str:
@@ -22,13 +21,13 @@ def model_card(result: FinetuningResult, settings: dict[str, Any], base_location
         pipeline_tag="text-generation",
         tags=["konic", "reinforcement-learning", algorithm],
     )
-    lines = [f"# {_escaped(result.model_name)}, finetuned by reinforcement learning", ""]
+    lines = [f"# {escape_markdown(result.model_name)}, finetuned by reinforcement learning", ""]
     lines += [f"Trained with konic {version_of('konic')} by {algorithm} for {result.total_iterations} iterations", ""]
     if first and last:
         lines += ["| | first iteration | last iteration |", "|---|---|---|"]
         lines += [f"| reward | {first.reward_mean:.4f} | {last.reward_mean:.4f} |"]
         for name, mean in last.reward_breakdown.items():
-            lines.append(f"| {_escaped(name)} | {first.reward_breakdown.get(name, math.nan):.4f} | {mean:.4f} |")
+            lines.append(f"| {escape_markdown(name)} | {first.reward_breakdown.get(name, math.nan):.4f} | {mean:.4f} |")
         lines += [f"| KL per response (nats) | {first.kl_per_response:.3f} | {last.kl_per_response:.3f} |"]
         lines += [f"| response tokens | {first.response_length_mean:.1f} | {last.response_length_mean:.1f} |", ""]
     gain = result.held_out_gain
@@ -56,8 +55,3 @@ def model_card(result: FinetuningResult, settings: dict[str, Any], base_location
         "```",
     ]
     return str(ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
-
-
-def _escaped(text: str) -> str:
-    """The text for a cell of a table, escaped for Markdown, HTML and a terminal."""
-    return html.escape(printable(text)).replace("|", "&#124;").replace("[", "&#91;").replace("`", "&#96;")

@@ -1,7 +1,6 @@
 """Policy + optimizer + TrainerState -> a checkpoint, and back: only safetensors and json, so nothing in it can run."""
 
 import json
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from konic.finetuning.algorithms import ALGORITHMS
-from konic.finetuning.errors import NotFiniteError, OutputError
+from konic.finetuning.errors import NotFiniteError, OutputError, safe_cause
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.run.environment import environment
 from konic.finetuning.run.state import TrainerState
 from konic.finetuning.system.files import replacing_folder, seal
 from konic.finetuning.system.places import read_regular
+from konic.output import get_logger
+from konic.text import describe_error
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _STATE_FILE = "trainer_state.json"
 _OPTIMIZER_FILE = "optimizer.safetensors"
@@ -83,8 +84,8 @@ def read_record(folder: Path) -> CheckpointRecord:
                 raise TypeError(f"{name} is {type(getattr(record, name)).__name__}, not dict")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise OutputError(
-            f"{folder}: is not a whole checkpoint: {type(error).__name__}: {error}. Give another one."
-        ) from error
+            f"{folder}: is not a whole checkpoint: {describe_error(error)}. Give another one."
+        ) from safe_cause(error)
     return record
 
 
@@ -102,9 +103,9 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
         best_weights = _own(load_file(best_file), policy) if best_file.is_file() else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise OutputError(
-            f"{folder}: is not a whole checkpoint of this run: {type(error).__name__}: {error}. "
+            f"{folder}: is not a whole checkpoint of this run: {describe_error(error)}. "
             "Give another checkpoint, and the same model and adapter that wrote it."
-        ) from error
+        ) from safe_cause(error)
     return replace(state, best_weights=best_weights)
 
 

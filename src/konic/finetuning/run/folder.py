@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import json
-import logging
 import math
 import os
 import platform
@@ -21,7 +20,7 @@ import pyarrow
 import pyarrow.parquet
 from filelock import FileLock, Timeout
 
-from konic.finetuning.errors import OutputError, printable
+from konic.finetuning.errors import OutputError
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.rewards.scoring import Scores
@@ -38,8 +37,10 @@ from konic.finetuning.system.files import (
     write_text,
 )
 from konic.finetuning.system.places import find_stray, read_regular
+from konic.output import get_logger
+from konic.text import describe_error
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _METRICS_FILE = "metrics.jsonl"
 _RUN_FILE = "run.json"
@@ -237,7 +238,7 @@ class RunFolder:
                 errors=table["error"],
             )
         except (OSError, KeyError, ValueError, TypeError, pyarrow.ArrowException) as error:
-            logger.warning("%s cannot be read, so its prompts are evaluated again: %s", path, printable(str(error)))
+            logger.warning("%s cannot be read, so its prompts are evaluated again: %s", path, describe_error(error))
             return None
 
     def go_back_to(self, history: list[FinetuningIterationResult]) -> Path | None:

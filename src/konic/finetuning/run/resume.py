@@ -1,19 +1,19 @@
 """Folder + settings -> the checkpoint to resume from, and whether it belongs to the same run."""
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from konic.finetuning.errors import ConfigError, OutputError, printable
+from konic.finetuning.errors import ConfigError, OutputError
 from konic.finetuning.run.checkpoint import CheckpointRecord, checkpoints
 from konic.finetuning.run.environment import environment
 from konic.finetuning.system.files import SEAL_FILE, as_path, find_corruption
+from konic.output import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _FIXED = ("model_name", "use_lora", "lora_config")
 """Settings that the weights of a checkpoint depend on."""
@@ -95,7 +95,7 @@ def newest_checkpoint(run_folder: Path) -> Path:
         broken = find_corruption(folder)
         if broken is None:
             return folder
-        logger.warning("%s is skipped: %s.", folder, printable(broken))
+        logger.warning("%s is skipped: %s.", folder, broken)
     raise OutputError(
         f"{run_folder}: there is no whole checkpoint to resume from. To start from the beginning, do not resume."
     )
@@ -145,5 +145,5 @@ def require_same_run(
     if differing:
         logger.warning(
             "The run started in another environment (%s): from here on its numbers may differ by rounding.",
-            printable("; ".join(differing)),
+            "; ".join(differing),
         )

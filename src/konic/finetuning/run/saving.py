@@ -1,6 +1,5 @@
 """Trained weights -> files: which checkpoints and models are written, and when."""
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from konic.finetuning.callbacks.composite import Callbacks
-from konic.finetuning.errors import KonicError, TrainingError, printable
+from konic.finetuning.errors import KonicError, TrainingError
 from konic.finetuning.learning.learner import Learner
 from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.run.card import model_card
@@ -16,8 +15,10 @@ from konic.finetuning.run.checkpoint import checkpoints, save_checkpoint, swappe
 from konic.finetuning.run.folder import RunFolder
 from konic.finetuning.run.state import TrainerState
 from konic.finetuning.system.files import discard, replacing_folder, unwritable, write_text
+from konic.output import get_logger
+from konic.text import describe_error
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SAVE_AFTER_SECONDS = 600.0
 """Without `save_every`, a checkpoint is written when the last one is this old."""
@@ -106,7 +107,7 @@ class Saver:
                 self.checkpoint()
             self.best(result)
         except Exception as error:
-            what = error if isinstance(error, KonicError) else f"{type(error).__name__}: {printable(str(error))}"
+            what = error if isinstance(error, KonicError) else describe_error(error)
             logger.warning("After the error below, this failed too: %s", what)
 
     def _model(self, path: Path, result: FinetuningResult) -> None:

@@ -1,7 +1,6 @@
 """Agent -> Session: the parts of a run, built at first use, and its life from opening the folder to the last file."""
 
 import contextlib
-import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,8 +31,9 @@ from konic.finetuning.run.resume import checkpoint_to_resume, newest_checkpoint,
 from konic.finetuning.run.saving import Saver, write_card
 from konic.finetuning.run.state import TrainerState
 from konic.finetuning.system.signals import uninterrupted
+from konic.output import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 INTERRUPTED = "interrupted"
 

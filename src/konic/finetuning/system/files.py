@@ -14,8 +14,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from konic.finetuning.errors import ConfigError, KonicError, OutputError, is_valid_text
+from konic.finetuning.errors import ConfigError, KonicError, OutputError, is_valid_text, safe_cause
 from konic.finetuning.system.places import find_stray, read_regular
+from konic.text import describe_error
 
 
 def as_path(value: Any, option: str, error: type[KonicError]) -> Path:
@@ -140,7 +141,7 @@ def replacing_folder(folder: Path, keep_others: bool = False) -> Iterator[Path]:
                 os.replace(temp_dir, folder)
             _sync(folder.parent)
     except (OSError, SafetensorError) as error:
-        raise unwritable(folder, error) from error
+        raise unwritable(folder, error) from safe_cause(error)
 
 
 def _link_others(old: Path, new: Path) -> None:
@@ -172,7 +173,7 @@ def creating_folder(folder: Path) -> Iterator[Path]:
             if not folder.exists():
                 temp_dir.rename(folder)
         except OSError as error:
-            raise unwritable(folder, error) from error
+            raise unwritable(folder, error) from safe_cause(error)
 
 
 @contextmanager
@@ -194,7 +195,7 @@ def filling_folder(folder: Path) -> Iterator[Path]:
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temp_dir / file, folder / file)
     except (OSError, SafetensorError) as error:
-        raise unwritable(folder, error) from error
+        raise unwritable(folder, error) from safe_cause(error)
 
 
 @contextmanager
@@ -239,13 +240,13 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
         temp_dir = folder.parent / f".{folder.name}-{secrets.token_hex(4)}"
         temp_dir.mkdir()  # not mkdtemp, which ignores the umask: others could not read the model
     except OSError as error:
-        raise unwritable(folder, error) from error
+        raise unwritable(folder, error) from safe_cause(error)
     try:
         yield temp_dir
     except Exception as error:
         if type(error) is not Exception:  # the tokenizers library has no class of its own for a full disk
             raise
-        raise unwritable(folder, error) from error
+        raise unwritable(folder, error) from safe_cause(error)
     finally:
         shutil.rmtree(temp_dir, ignore_errors=True)
 
@@ -286,7 +287,7 @@ def find_corruption(folder: Path) -> str | None:
     except FileNotFoundError:
         return f"it was never finished: {SEAL_FILE} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{SEAL_FILE} cannot be read: {type(error).__name__}: {error}"
+        return f"{SEAL_FILE} cannot be read: {describe_error(error)}"
     return None
 
 

@@ -7,7 +7,6 @@ the locale, logging, warning filters and the standard streams.
 import _signal  # type: ignore[import-not-found]  # the functions of `signal` make enums, ten times slower
 import contextlib
 import functools
-import logging
 import os
 import signal
 import sys
@@ -16,8 +15,9 @@ from types import ModuleType
 from typing import Any
 
 from konic.finetuning.system.signals import QUIET_SIGNALS, SIGNALS, StopHandler, in_main_thread
+from konic.output import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Setting = tuple[str, Callable[[], Any], Callable[[Any], Any]]
 """Its name in a warning, how to read it and how to write it."""
@@ -217,4 +217,4 @@ def _torch_settings(torch: ModuleType) -> tuple[Setting, ...]:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    logger.warning(message)
+    logger.warning("%s", message)

@@ -1,0 +1,104 @@
+"""Text of others -> text that is safe to show: it holds no secret, steers no terminal and marks up no page."""
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+_SHORTEST_SECRET = 6
+_SECRET_VARIABLES = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "API_KEY", "APIKEY", "ACCESS_KEY")
+"""How the names of environment variables end that hold a secret."""
+_LOOKS_SECRET = re.compile(
+    r"""
+      (?<=://)[^\s/?\#]+(?=@)                    # the user and password of an address
+    | (?<=[?&])[\w.~%-]+=[^\s'"<>\\]*              # what follows an address, and may sign it
+    | (?<=\bBearer\ )[\w.~+/=-]{6,}
+    | \bhf_[A-Za-z0-9]{16,}\b                    # no longer name, which has more underscores
+    | \b(?:api_org_|sk-|gh[oprsu]_|github_pat_|glpat-|xox[a-z]-|AKIA|ASIA|AIza)[\w-]{16,}
+    | \beyJ[\w-]{10,}\.[\w.-]{10,}               # a JSON Web Token
+    """,
+    re.VERBOSE,
+)
+_NAME = r"(?:token|secret|passw(?:or)?d|signature|\bsig|authorization|(?:api|access|secret)[_-]?key)"
+_NAMED_SECRETS = [
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        rf"""({_NAME}\\*["']?\s*[=:]\s*b?\\*["'])[^\s"'\\<\[][^\n"'\\]{{3,}}""",  # token='...', and as JSON
+        rf"""([(\[]\s*["'][\w-]{{0,30}}{_NAME}["'],\s*b?["'])[^\n"'\\]+""",  # ('token', '...')
+        rf"""({_NAME}=)[^\s"'\\<\[.=][^\s"'\\,;&)}}]{{3,}}""",  # token=...
+        r"""((?:authorization|api-key): )[^\n"']+""",
+    )
+]
+"""A value by its name; the markup of a tokenizer, such as pad_token='<pad>', is no secret."""
+_given: set[str] = set()
+
+
+def keep_secret(value: object) -> None:
+    """From here on, :func:`redact` hides this text, an access token that a setting was given."""
+    if isinstance(value, str) and len(value) >= _SHORTEST_SECRET:
+        _given.add(value)
+
+
+def redact(text: str) -> str:
+    """Return text with *** for access tokens, passwords, and the part of an address that signs it.
+
+    Hidden are the tokens that settings were given, the secrets of the environment, and what looks like one.
+    """
+    of_environment = (os.environ[name] for name in os.environ if name.upper().endswith(_SECRET_VARIABLES))
+    for secret in sorted((*_given, *of_environment), key=len, reverse=True):
+        if len(secret) >= _SHORTEST_SECRET:
+            text = text.replace(secret, "***")
+    text = _LOOKS_SECRET.sub("***", text)
+    for named in _NAMED_SECRETS:
+        text = named.sub(r"\1***", text)
+    return text
+
+
+def redact_all(value: Any) -> Any:
+    """Return a value of dicts, lists and tuples with every text in it redacted."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {name: redact_all(part) for name, part in value.items()}
+    return type(value)(map(redact_all, value)) if type(value) in (list, tuple) else value
+
+
+def printable(text: str) -> str:
+    """Return text on one line, without secrets, and with control and format characters escaped."""
+    return _on_one_line(redact(text))
+
+
+def printable_lines(text: str) -> str:
+    """Return text whose line breaks are wanted, each line of it printable."""
+    return "\n".join(map(_on_one_line, redact(text).split("\n")))
+
+
+def _on_one_line(text: str) -> str:
+    return "".join(
+        char if char == " " or unicodedata.category(char)[0] not in "CZ" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def indented(lines: Iterable[str]) -> list[str]:
+    """Return lines of others, indented below a line of ours."""
+    return [f"  {line}" for line in lines]
+
+
+def escape_markdown(text: str) -> str:
+    """Return text that a page in Markdown or HTML shows as it is, on one line, without secrets."""
+    markup = r"[^\w .,/+-]|\b_|_\b|(?<=www)\."
+    return re.sub(markup, lambda found: f"&#{ord(found[0])};", printable(text))
+
+
+def describe_error(error: BaseException, most: int = 300) -> str:
+    """Return `ValueError: its message` on one line, printable, of which at most so many characters are the message."""
+    try:
+        whole = str(error)
+    except Exception:
+        whole = "its message could not be read"
+    message = printable(" ".join(whole[: 20 * most].split()))  # no secret may be cut before it is found
+    if len(message) > most:
+        message = f"{message[:most]} … ({len(whole)} characters)"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
