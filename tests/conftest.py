@@ -1,5 +1,6 @@
 """Tiny random models with byte tokenizers, made here: no download, and every shape that matters."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -7,7 +8,10 @@ import signal
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models compute longer with more
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["PLANTED_API_KEY"] = PLANTED = "planted4f1c9a07d2"
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -141,3 +145,30 @@ def model_folders(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _quiet_logs():
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def files_with(secret, folder):
+    """The files below a folder in which a text stands; of weights, only their header is read."""
+    return [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and _holds(secret, path)]
+
+
+def _holds(secret, path):
+    with path.open("rb") as file:
+        content = file.read(2**16 if path.suffix == ".safetensors" else -1)
+    if path.suffix == ".parquet" and content[-4:] == b"PAR1":  # its texts are compressed
+        with contextlib.suppress(pyarrow.ArrowException, OSError):  # a test has damaged it
+            content += str(pyarrow.parquet.read_table(path).to_pydict()).encode(errors="replace")
+    return secret.encode() in content
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_secret_is_written(tmp_path_factory):
+    """After the last test, no file that a test left, and no log record, holds the planted secret."""
+    folder = tmp_path_factory.getbasetemp()
+    log = logging.FileHandler(folder / "konic.log")
+    logging.getLogger("konic").addHandler(log)
+    yield
+    logging.getLogger("konic").removeHandler(log)
+    log.close()
+    found = files_with(PLANTED, folder)
+    assert not found, f"the planted secret stands in {', '.join(map(str, found))}"

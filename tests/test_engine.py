@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import LORA_TARGETS, PROMPTS
+from conftest import LORA_TARGETS, PLANTED, PROMPTS
 from konic.finetuning import (
     BaseKonicFinetuningCallback,
     ConfigError,
@@ -71,6 +71,7 @@ def make_agent(folder, architecture="llama", composer=None, lora=True, dataset=N
         dataset_config=dataset or DatasetConfig(prompts=PROMPTS, held_out=2),
         training_config=settings,
         generation_config={"max_new_tokens": 8, "max_prompt_length": 48} | (generation or {}),
+        model_kwargs={"token": PLANTED},
     )
 
 

@@ -6,7 +6,7 @@ import os
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 
-from konic.text import describe_error, printable, printable_lines
+from konic.text import describe_error, indented, printable, printable_lines
 
 
 def is_valid_text(text: str) -> bool:
@@ -40,7 +40,7 @@ def safe_cause(error: BaseException) -> BaseException:
     """Return what a traceback may show as a cause: the error, or what stands for it if its traceback is unsafe."""
     shown = "".join(traceback.format_exception(error))
     safe = printable_lines(shown)
-    return error if safe == shown else RedactedError(f"\n\n{safe}")
+    return error if safe == shown else RedactedError("\n".join(["", "", *indented(safe.split("\n"))]))
 
 
 class ConfigError(KonicError, ValueError):
