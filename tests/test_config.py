@@ -1,6 +1,8 @@
 import math
 
+import numpy as np
 import pytest
+import torch
 from transformers import GenerationConfig as TransformersGenerationConfig
 
 from konic.finetuning.algorithms import ALGORITHMS
@@ -397,12 +399,72 @@ def test_a_mistake_is_one_line_that_says_what_is_wanted(make, told):
         (GenerationConfig, {"eos_token_id": True}, "eos_token_id: it must be a number, got True"),
         (GenerationConfig, {"eos_token_id": [0, True]}, r"eos_token_id: it must be a number, got \[0, True\]"),
         (LoraConfig, {"r": True}, "LoraConfig.r: it must be a number"),
+        (
+            TrainingConfig,
+            {"batch_size": np.bool_(True)},
+            "TrainingConfig.batch_size: it must be a number, got np.True_",
+        ),
+        (TrainingConfig, {"learning_rate": np.array(True)}, "learning_rate: it must be a number"),
+        (TrainingConfig, {"gamma": torch.tensor(True)}, "gamma: it must be a number"),
+        (GenerationConfig, {"eos_token_id": [0, np.False_]}, "eos_token_id: it must be a number"),
+        (GenerationConfig, {"temperature": np.False_}, "temperature: it must be a number"),
+        (DatasetConfig, {"shuffle_seed": np.True_}, "shuffle_seed: it must be a number"),
+        (LoraConfig, {"lora_alpha": np.True_}, "lora_alpha: it must be a number"),
     ],
 )
 def test_a_truth_value_is_no_number(kind, fields, told):
     with pytest.raises(ConfigError, match=told):
         kind(**fields)
     assert TrainingConfig(gradient_checkpointing=True).gradient_checkpointing
+
+
+HALF = "a\ud800"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (DatasetConfig, {"prompts": ["x"], "system_prompt": HALF}),
+        (DatasetConfig, {"prompts": ["x"], "prompt_column": HALF}),
+        (DatasetConfig, {"prompts": ["x"], "prompt_template": "{x}" + HALF}),
+        (DatasetConfig, {"prompts": ["x"], "weights_column": HALF}),
+        (DatasetConfig, {"prompts": ["x"], "chat_template_kwargs": {"a": [{"b": HALF}]}}),
+        (DatasetConfig, {"prompts": ["x"], "chat_template_kwargs": {HALF: 1}}),
+        *((DatasetConfig, {"name": "a/b", name: HALF}) for name in ("subset", "split", "revision", "token", "source")),
+        (DatasetConfig, {"name": HALF}),
+        (GenerationConfig, {"stop": [HALF]}),
+        (TrainingConfig, {"algorithm": HALF}),
+        (LoraConfig, {"target_modules": HALF}),
+        (LoraConfig, {"target_modules": ["q_proj", HALF]}),
+    ],
+)
+def test_text_with_half_a_character_is_refused_by_name(kind, fields):
+    name = next(name for name, value in fields.items() if value not in (["x"], "a/b"))
+    with pytest.raises(
+        ConfigError, match=rf"{kind.__name__}\.{name}: it must be valid text, without half a char"
+    ) as told:
+        kind(**fields)
+    assert name != "token" or HALF not in str(told.value)
+
+
+def test_text_that_is_assigned_is_checked_too():
+    config = GenerationConfig()
+    with pytest.raises(ConfigError, match=r"GenerationConfig\.stop: it must be valid text"):
+        config.stop = [HALF]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (DatasetConfig, {"name": b"a.csv"}),
+        (DatasetConfig, {"prompts": ["x"], "system_prompt": b"Be kind."}),
+        (GenerationConfig, {"stop": [b"x"]}),
+        (LoraConfig, {"target_modules": bytearray(b"x")}),
+    ],
+)
+def test_bytes_are_no_text(kind, fields):
+    with pytest.raises(ConfigError, match=rf"{kind.__name__}\.{list(fields)[-1]}: it must be text, got"):
+        kind(**fields)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import copy
+import functools
 import itertools
 import json
 import re
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +21,20 @@ from konic.finetuning.data.prompts import Prompt, PromptSet, load_prompts, make_
 from konic.finetuning.errors import ConfigError, DatasetError
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+
+
+TEXT_FILES = ("csv", "tsv", "json", "jsonl", "ndjson", "txt")
+
+
+class Unshowable:
+    def __repr__(self):
+        raise RuntimeError("no")
+
+
+def contains_itself():
+    items = []
+    items.append(items)
+    return items
 
 
 def local(path, **options):
@@ -171,7 +187,7 @@ def test_a_folder_of_several_kinds_is_refused_with_what_was_found(tmp_path):
     write(tmp_path / "b.txt", "x\n")
     message = complaint(local, tmp_path)
     assert "expected one kind of file" in message
-    assert message.endswith("found .csv, .txt.")
+    assert message.endswith("found .csv (a.csv), .txt (b.txt).")
 
 
 @pytest.mark.parametrize("name", ["nowhere.csv", "empty_folder", "notes.docx"])
@@ -204,6 +220,9 @@ def test_a_damaged_file_is_refused_with_its_name_and_kind(tmp_path, name, data):
         ("a.jsonl", "prompt", "utf-16", "may be UTF-16"),
         ("a.json", "prompt", "utf-16", "may be UTF-16"),
         ("a.txt", "prompt", "cp1252", "may be Latin-1 or Windows-1252"),
+        *((f"a.{kind}", "prompt", "utf-16-le", "may be UTF-16") for kind in TEXT_FILES),
+        *((f"a.{kind}", "prompt", "utf-16-be", "may be UTF-16") for kind in TEXT_FILES),
+        ("a.txt", "prompt", "utf-32", "may be UTF-16"),
     ],
 )
 def test_an_encoding_other_than_utf_8_is_named_with_the_line_and_the_fix(tmp_path, name, column, encoding, told):
@@ -212,6 +231,29 @@ def test_an_encoding_other_than_utf_8_is_named_with_the_line_and_the_fix(tmp_pat
     message = complaint(local, tmp_path / name, prompt_column=column)
     assert re.search(told, message)
     assert message.endswith("Save it as UTF-8.")
+
+
+def test_text_with_a_zero_byte_is_refused_with_its_line(tmp_path):
+    assert "Line 2 holds the byte 0x00 in" in complaint(local, write(tmp_path / "a.csv", "prompt\na\0b\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fix"),
+    [
+        ("a.jsonl", '[{"prompt": "a"}, {"prompt": "b"}]', "line 1 is a list of rows. If the file is one JSON list"),
+        ("a.jsonl", '["a", "b"]', "line 1 is a list of rows. If the file is one JSON list"),
+        ("a.ndjson", '[[{"role": "user", "content": "a"}]]', "line 1 is a list of rows. If the file is one JSON list"),
+        ("a.jsonl", '[\n  {"prompt": "a"}\n]\n', "line 1: .*If the file is one JSON list, rename it to .json"),
+        ("a.jsonl", '[{"prompt": "a"},\n{"prompt": "b"}]\n', "line 1: .*If the file is one JSON list"),
+        ("a.json", '{"prompt": "a"}\n{"prompt": "b"}\n', "If each line is a row, rename it to .jsonl"),
+    ],
+)
+def test_json_under_the_extension_of_its_other_form_says_which(tmp_path, name, text, fix):
+    assert re.search(fix, complaint(local, write(tmp_path / name, text)))
+
+
+def test_a_line_of_jsonl_may_be_a_chat(tmp_path):
+    assert contents(local(write(tmp_path / "a.jsonl", f"{json.dumps(CHAT)}\n")).rows) == [CHAT]
 
 
 def test_a_file_that_is_not_there_is_told_with_its_whole_path():
@@ -239,9 +281,6 @@ def as_file(path, rows):
     with pa.output_stream(str(path), compression=compression) as file:
         file.write(text.encode())
     return path
-
-
-TEXT_FILES = ("csv", "tsv", "json", "jsonl", "ndjson", "txt")
 
 
 @pytest.mark.parametrize(
@@ -287,6 +326,40 @@ def test_a_folder_of_train_and_test_files_follows_split_and_leaves_documents_asi
     assert contents(local(other, split="train").rows) == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("trainset.csv", "testset.csv"), ("gsm8kTrain.csv", "gsm8kTest.csv"), ("GSM8KTrain.csv", "GSM8KTest.csv"),
+        ("training-data.csv", "test-data.csv"), ("traindata.csv", "dev_files.csv"), ("a_train.csv", "a_holdout.csv"),
+        ("train2.csv", "evaluation.csv"), ("TRAIN.csv", "Heldout.csv"),
+    ],
+)  # fmt: skip
+def test_a_split_is_seen_in_every_usual_name_of_a_file(tmp_path, train, test):
+    for name in (train, test):
+        write(tmp_path / name, f"prompt\n{name}\n")
+    assert contents(local(tmp_path).rows) == [train]
+    other = "test" if re.search("test|hold|held", test.lower()) else "validation"
+    assert contents(local(tmp_path, split=other).rows) == [test]
+
+
+@pytest.mark.parametrize("test", ["mytest.csv", "unvalidated.csv"])
+def test_names_in_which_splits_are_parts_of_words_are_refused(tmp_path, test):
+    for name in ("mytrain.csv", test):
+        write(tmp_path / name, f"prompt\n{name}\n")
+    message = complaint(local, tmp_path)
+    assert f"mytrain.csv and {test} may be different splits. Name the file to train on" in message
+    (tmp_path / test).rename(tmp_path / "more.csv")
+    assert len(local(tmp_path).rows) == 2
+
+
+def test_a_file_that_is_no_data_is_named_and_the_marker_of_spark_is_none(tmp_path):
+    write(tmp_path / "part-0.csv", "prompt\na\n")
+    write(tmp_path / "_SUCCESS", "")
+    assert contents(local(tmp_path).rows) == ["a"]
+    write(tmp_path / "part-0.csv~", "prompt\nb\n")
+    assert complaint(local, tmp_path).endswith("found .csv (part-0.csv), .csv~ (part-0.csv~).")
+
+
 def test_folders_of_save_to_disk_are_read_by_split(tmp_path):
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list([{"prompt": "a", "label": 1}, {"prompt": "b", "label": None}])
@@ -296,6 +369,7 @@ def test_folders_of_save_to_disk_are_read_by_split(tmp_path):
     datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(tmp_path / "two")
     assert contents(local(tmp_path / "two", split="test").rows) == ["b"]
     assert "no split 'valid'; it has 'train', 'test'" in complaint(local, tmp_path / "two", split="valid")
+    assert "is one dataset, so split='test' chooses nothing" in complaint(local, tmp_path / "one", split="test")
 
 
 def test_tables_in_memory_are_rows():
@@ -352,6 +426,22 @@ def test_rows_with_other_values_have_another_fingerprint(values):
     first, second = (memory([{"prompt": "a", "y": value}]).fingerprint() for value in values)
     assert first != second
     assert first == memory([{"prompt": "a", "y": copy.copy(values[0])}]).fingerprint()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        contains_itself(), {"a": [contains_itself()]}, 10**5000, np.longdouble(1), Unshowable(), {Unshowable()},
+        torch.ones(2).to_sparse(), torch.ones(2, device="meta"), functools.reduce(lambda a, _: [a], range(9999), []),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_a_value_that_cannot_be_written_counts_by_its_type_and_the_others_as_they_are(value):
+    rows = [{"prompt": "a", "x": value, "y": 1}]
+    fingerprint = memory(rows).fingerprint()
+    assert fingerprint == memory(rows).fingerprint()
+    assert fingerprint != memory([{**rows[0], "y": 2}]).fingerprint()
+    assert fingerprint != memory([{**rows[0], "x": None}]).fingerprint()
 
 
 def test_a_split_word_counts_anywhere_in_a_name(tmp_path, caplog):
@@ -464,6 +554,13 @@ def test_a_missing_column_is_told_with_those_there_are_and_the_nearest():
     assert "prompt_column" in message
 
 
+@pytest.mark.parametrize("prompts", [CHAT, [{"prompt": "a"}, *CHAT]])
+def test_one_chat_in_the_place_of_a_list_of_chats_says_so(prompts):
+    assert "This is one chat, not a list of chats: give [[{'role': ..., 'content': ...}]]." in complaint(
+        memory, prompts
+    )
+
+
 def test_a_column_missing_from_a_later_row_is_told_with_its_number():
     assert "row 1 has no column" in complaint(memory, [{"prompt": "a"}, {"text": "b"}])
 
@@ -483,6 +580,13 @@ def test_a_column_missing_from_a_later_row_is_told_with_its_number():
         ([{"role": "user", "content": None}], "content is not text"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "not the user's"),
         ([{"role": "user", "content": "  "}], "the last message is empty"),
+        ({"role": "user", "content": "a"}, "one message, not a list of messages: put it in a list"),
+        ([[{"role": "user", "content": "a"}]], "a list with a chat inside: give the list of messages itself"),
+        ({"chat": [{"role": "user", "content": "a"}]}, "a dict with a chat in 'chat'"),
+        ([{"role": "us\ud800er", "content": "a"}, {"role": "user", "content": "a"}], "half a character"),
+        ([{"role": "assistant", "content": "", "calls": [{"a": "\ud800"}]}, *CHAT], "half a character"),
+        (contains_itself(), "a list or dict that contains itself"),
+        ({"a": {"b": contains_itself()}}, "a list or dict that contains itself"),
     ],
 )
 def test_a_row_that_cannot_be_a_prompt_is_named_by_number_with_why(content, problem):
@@ -625,10 +729,33 @@ def test_a_csv_prompt_that_looks_like_a_number_stays_text(tmp_path):
     assert [prompt.columns["answer"] for prompt in prompts] == ["1", "2"]
 
 
-def test_a_csv_with_two_columns_of_one_name_is_refused(tmp_path):
-    (tmp_path / "p.csv").write_text("prompt,prompt\na,b\n")
-    with pytest.raises(DatasetError, match="more than one column is named 'prompt'"):
-        load_prompts(DatasetConfig(source="local", name=str(tmp_path / "p.csv")))
+TWO_NAMED_X = pa.Table.from_arrays([pa.array(["a"]), pa.array([1]), pa.array([2])], names=["prompt", "x", "x"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "prompt,x,x\na,1,2\n"),
+        ("a.tsv", "prompt\tx\tx\na\t1\t2\n"),
+        ("a.jsonl", '{"prompt": "b", "x": 0}\n{"prompt": "a", "x": 1, "x": 2}\n'),
+        ("a.json", '[{"prompt": "a", "x": 1, "x": 2}]'),
+        ("b.json", '[{"prompt": [{"role": "user", "x": "a", "x": "b", "content": "c"}]}]'),
+        ("a.parquet", None),
+        ("a.arrow", None),
+    ],
+)
+def test_two_columns_of_one_name_are_refused(tmp_path, name, text):
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(TWO_NAMED_X, tmp_path / name)
+    elif name == "a.arrow":
+        with pa.ipc.new_file(str(tmp_path / name), TWO_NAMED_X.schema) as file:
+            file.write_table(TWO_NAMED_X)
+    else:
+        write(tmp_path / name, text)
+    message = complaint(local, tmp_path / name)
+    assert "more than one column is named 'x'" in message
+    assert name in message
+    assert "line 2" in message or name != "a.jsonl"
 
 
 CHAT = [{"role": "user", "content": "Hello"}]

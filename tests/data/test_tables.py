@@ -2,14 +2,18 @@ import json
 from collections import namedtuple
 
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from konic.finetuning.data.config import DatasetConfig
+from konic.finetuning.data.loaders import rows_of_dataset, stream_rows
 from konic.finetuning.data.prompts import load_prompts
+from konic.finetuning.data.rows import rows_of
 from konic.finetuning.data.samples import collect_columns
 from konic.finetuning.errors import ConfigError, DatasetError
 
 np, pandas = pytest.importorskip("numpy"), pytest.importorskip("pandas")
+datasets = pytest.importorskip("datasets")
 CHAT = [{"role": "user", "content": "Hello"}]
 Row = namedtuple("Row", ["prompt", "label"])
 
@@ -87,13 +91,11 @@ def test_what_is_not_rows_is_named_with_the_fix(make, kind):
     ],
 )
 def test_two_columns_of_one_name_are_refused(make):
-    with pytest.raises(ConfigError, match="two columns named 'prompt'"):
+    with pytest.raises(ConfigError, match="more than one column is named 'prompt': rename"):
         DatasetConfig(prompts=make())
 
 
 def test_chats_in_a_parquet_file_that_pandas_reads_are_chats(tmp_path):
-    import pyarrow.parquet
-
     pyarrow.parquet.write_table(pa.table({"prompt": [CHAT], "tags": [[["a"], ["b", "c"]]]}), tmp_path / "a.parquet")
     (row,) = load(pandas.read_parquet(tmp_path / "a.parquet"))
     assert (row.content, row.columns) == (CHAT, {"tags": [["a"], ["b", "c"]]})
@@ -116,9 +118,29 @@ def test_a_chat_that_pandas_wrote_to_csv_is_a_chat(tmp_path):
     assert [row.content for row in rows] == [CHAT, QUOTES]
 
 
-@pytest.mark.parametrize("text", ["[1]", "{'a': 1}", "['role': no]", "{x} of messages: 1", "[{[]: 1}]", "[" * 9999])
+TEXTS = [
+    "[1]", "{'a': 1}", "['role': no]", "{x} of messages: 1", "[{[]: 1}]", "[" * 9999, '"' + " " * 9999 + "x",
+    '[INST] Write {"role": "user", "content": "hi"} [/INST]', "(as in {'role': 'user', 'content': 1})",
+    '["role", "content"]', '{"role": "user", "id": 3}', '[{"role": "admin"}, {"role": "user"}] How many?',
+    '{"from": "USD", "to": "EUR", "value": 5}', '{"from": "USD", "to": "EUR", "value": 5} Convert it.',
+    '[{"content": "a long text"}] Summarise it.', '{"name": "f", "arguments": {"value": "user"}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_other_text_in_brackets_stays_text(text):
     assert load([text])[0].content == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeff" + json.dumps(CHAT), json.dumps(json.dumps(CHAT)), json.dumps(str(CHAT)), repr(json.dumps(CHAT)),
+        "({'role': 'user', 'content': 'Hello'},)", '[{"role": "user", "content": "Hello"},\n]',
+    ],
+)  # fmt: skip
+def test_a_chat_is_read_in_whatever_form_it_was_stored(text):
+    assert list(load([text])[0].content) == CHAT
 
 
 @pytest.mark.parametrize(
@@ -135,9 +157,36 @@ def test_chats_of_another_form_are_refused_with_the_fix(content, problem):
             load([{"prompt": form}])
 
 
-@pytest.mark.parametrize("text", [str(np.array(CHAT * 2)), json.dumps(CHAT)[:-5]])
+FROM_HUMAN = [{"from": "human", "value": "x"}]
+DAMAGED = [
+    str(np.array(CHAT * 2)), json.dumps(CHAT)[:-5], str(np.array(FROM_HUMAN * 2)), json.dumps(FROM_HUMAN)[:-4],
+    repr(np.array(CHAT)), "[{'name': None, 'role': 'user', 'content': 'x'}\n {'role': 'user', 'content': 'y'}]",
+    f"{json.dumps(CHAT[0])}\n{json.dumps(CHAT[0])}", '[{"role": "user", "content": "a", "content": "b"}]',
+    "[{'role': 'user', 'role': 'user', 'content': 'b'}]", "[{role: 'user', content: 'hi'}]",
+    "[{“role”: “user”, “content”: “hi”}]", f"{json.dumps(CHAT)} and more", '[{"role": "user", "parts": ["hi"]}]',
+    str({"messages": np.array(CHAT)}), json.dumps(json.dumps(CHAT)[:-5]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGED)
 def test_a_chat_whose_text_is_damaged_is_refused(text):
     with pytest.raises(DatasetError, match=r"row 0 .*begins as a chat but cannot be read as one"):
+        load([text])
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (json.dumps(CHAT[0]), "one message, not a list of messages"),
+        (json.dumps([CHAT]), "a list with a chat inside"),
+        (json.dumps({"prompt": CHAT}), "a dict with a chat in 'prompt'"),
+        (json.dumps(FROM_HUMAN[0]), "one message, not a list of messages"),
+        (json.dumps([{"Role": "user", "Content": "x"}]), "a message without role and content"),
+        (json.dumps([{"role": "user", "content": [{"type": "text", "text": "x"}]}]), "role or content is not text"),
+    ],
+)
+def test_the_text_of_a_chat_of_another_form_is_no_plain_text(text, problem):
+    with pytest.raises(DatasetError, match=f"row 0 .*{problem}"):
         load([text])
 
 
@@ -174,3 +223,105 @@ def test_plain_text_among_chats_has_messages_in_every_batch_and_order(rows):
         for row in rows
     ]
     assert collect_columns(load(["plain"])) == [{}]
+
+
+# --- cells that cannot be read ---
+
+
+def no_utf_8():
+    offsets = pa.py_buffer(np.array([0, 1], dtype=np.int32))
+    return pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xe9")])
+
+
+UNREADABLE = {
+    "far": pa.array([2**62], pa.timestamp("us")),
+    "zone": pa.array([0], pa.timestamp("us", tz="Mars/Phobos")),
+    "inside": pa.array([[2**62]], pa.list_(pa.timestamp("us"))),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "memory", "datasets", "column", "stream"])
+def test_a_cell_that_has_no_value_in_python_is_named_by_its_row_and_column(tmp_path, name, kind):
+    cells = pa.concat_arrays([pa.nulls(1, UNREADABLE[name].type), UNREADABLE[name]])
+    table = pa.table({"prompt": ["a", "b"], "x": cells})
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    elif kind == "arrow":
+        with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as file:
+            file.write_table(table)
+    data = datasets.Dataset(table)
+    given = {"memory": table, "datasets": data, "column": data["x"], "stream": data.to_iterable_dataset()}
+    error, named = (ConfigError, "row 1") if kind in given else (DatasetError, f"a.{kind}.*row 1, column 'x'")
+    with pytest.raises(error, match=named) as raised:
+        load(given[kind]) if kind in given else load_prompts(DatasetConfig(name=str(tmp_path / f"a.{kind}")))
+    assert "column 'x'" in str(raised.value) or kind in ("column", "stream")
+
+
+def test_text_of_another_encoding_in_a_table_is_named(tmp_path):
+    table = pa.table({"prompt": no_utf_8()})
+    with pytest.raises(ConfigError, match="row 0, column 'prompt'"):
+        load(table)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DatasetError, match=r"a\.parquet.*Invalid UTF8"):
+        load_prompts(DatasetConfig(name=str(tmp_path / "a.parquet")))
+
+
+def test_the_fault_of_a_library_that_reads_a_table_is_one_error():
+    class LazyFrame:
+        __module__ = "polars.lazyframe.frame"
+
+        def collect(self):
+            raise KeyError("no such column")
+
+    with pytest.raises(ConfigError, match="prompts cannot be read: KeyError: 'no such column'"):
+        load(LazyFrame())
+
+
+# --- tables of datasets ---
+
+
+def test_images_are_given_as_they_are_stored_and_never_decoded(tmp_path):
+    image = {"bytes": b"no image", "path": None}
+    kinds = {"prompt": datasets.Value("string"), "seen": datasets.Image(), "many": datasets.List(datasets.Image())}
+    features = datasets.Features({**kinds, "inside": {"one": datasets.Image()}, "json": datasets.Json()})
+    row = {"prompt": "a", "seen": image, "many": [image], "inside": {"one": image}, "json": {"n": [1]}}
+    data = datasets.Dataset.from_list([row], features=features)
+    data.save_to_disk(tmp_path / "saved")
+    saved = load_prompts(DatasetConfig(name=str(tmp_path / "saved"))).rows
+    for rows in (load(data), load(data.to_iterable_dataset()), saved):
+        assert [{"prompt": one.content, **one.columns} for one in rows] == [row]
+    assert data.features["seen"].decode  # the user's own table stays as it was
+    assert rows_of(data["seen"]) == [image]
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "pandas", "arrow"])
+def test_a_format_of_datasets_changes_no_value(kind):
+    data = datasets.Dataset.from_dict({"prompt": ["a", "b"], "n": [1, 2], "tags": [["x"], []]})
+    expected = [("a", {"n": 1, "tags": ["x"]}), ("b", {"n": 2, "tags": []})]
+    for table in (data.with_format(kind), data.to_iterable_dataset().with_format(kind)):
+        assert [(row.content, row.columns) for row in load(table)] == expected
+    chosen = data.with_format("numpy", columns=["prompt"])
+    assert [row.columns for row in load(chosen)] == [{}, {}]
+
+
+def test_a_table_of_the_hub_decodes_nothing_and_names_the_row_that_cannot_be_read():
+    features = datasets.Features({"prompt": datasets.Value("string"), "seen": datasets.Image()})
+    image = {"bytes": b"no image", "path": None}
+    data = datasets.Dataset.from_list([{"prompt": name, "seen": image} for name in "abc"], features=features)
+    kept = [2, 0]
+    assert rows_of_dataset(data.select(kept), "Here", kept) == [{"prompt": name, "seen": image} for name in "ca"]
+    numbered = list(stream_rows(data.to_iterable_dataset(), None, "Here"))
+    assert numbered == [(number, {"prompt": name, "seen": image}) for number, name in enumerate("abc")]
+    cells = pa.chunked_array([pa.nulls(2, pa.timestamp("us")), UNREADABLE["far"]])
+    broken = datasets.Dataset(pa.table({"prompt": ["a", "b", "c"], "x": cells}))
+    with pytest.raises(
+        DatasetError, match=r"^Here: row 2, column 'x' cannot be read: OverflowError.*remove its column"
+    ):
+        rows_of_dataset(broken.select(kept), "Here", kept)
+
+
+def test_a_transform_of_datasets_is_kept():
+    data = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    data = data.with_transform(lambda batch: {"prompt": [text.upper() for text in batch["text"]]})
+    assert [row.content for row in load(data)] == ["A", "B"]

@@ -597,6 +597,8 @@ PLAIN = {"prompt": "why", "chosen": "good", "rejected": "bad"}
         (PLAIN | {"chosen": 5}, "'chosen' is neither a text nor a chat: 5"),
         (PLAIN | {"rejected": ["bad"]}, r"'rejected' is neither a text nor a chat: \['bad'\]"),
         (PLAIN | {"chosen": {"content": "good"}}, "'chosen' is neither a text nor a chat"),
+        (PLAIN | {"chosen": json.dumps(GOOD)}, "'chosen' is neither a text nor a chat"),
+        (PLAIN | {"chosen": json.dumps([GOOD])[:-3]}, "begins as a chat but cannot be read as one"),
         (PLAIN | {"chosen": [{"role": "assistant", "content": None}]}, "'chosen' is neither a text nor a chat"),
         (PLAIN | {"chosen": [WHY, GOOD], "rejected": [BRIEFLY, BAD]}, "differ before their last message"),
         (PLAIN | {"chosen": [WHY, GOOD], "rejected": "bad"}, "differ before their last message"),

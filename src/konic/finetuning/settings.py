@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Self, cast, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from konic.finetuning.errors import ConfigError, did_you_mean
+from konic.finetuning.errors import ConfigError, did_you_mean, is_valid_text
 from konic.text import keep_secret, redact
 
 _OTHER_NAMES = MappingProxyType(
@@ -70,8 +70,10 @@ class Settings(BaseModel):
             kind = type(self).__name__
             raise ConfigError(f"{kind} takes its fields by name, {kind}({first}=...), got {short_repr(unnamed[0])}.")
         for name, field in type(self).model_fields.items():
-            if name in values and _holds_bool(values[name]) and _is_number(cast("Hashable", field.annotation)):
-                raise ConfigError(f"{type(self).__name__}.{name}: it must be a number, got {short_repr(values[name])}.")
+            wanted = _wanted_instead(values[name], cast("Hashable", field.annotation)) if name in values else None
+            if wanted is not None:
+                shown = "***" if name == "token" else short_repr(values[name])
+                raise ConfigError(f"{type(self).__name__}.{name}: it must be {wanted}, got {shown}.")
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -124,15 +126,38 @@ def describe(value: Any) -> str:
     return kind.__name__ if is_plain else f"{kind.__module__}.{kind.__name__}"
 
 
-def _holds_bool(value: Any) -> bool:
-    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(isinstance(one, bool) for one in value))
+def texts_in(value: Any, levels: int = 50) -> Iterator[str]:
+    """Yield the texts inside of a value made of lists and dicts, down to a number of levels: it may contain itself."""
+    if isinstance(value, str):
+        yield value
+    elif levels and isinstance(value, Mapping):
+        yield from texts_in([*value, *value.values()], levels - 1)
+    elif levels and isinstance(value, list | tuple | set | frozenset):
+        for part in value:
+            yield from texts_in(part, levels - 1)
+
+
+def _wanted_instead(value: Any, annotation: Hashable) -> str | None:
+    """Return what a field must be instead of a value that pydantic would take, or None."""
+    kinds = _leaves_of(annotation)
+    parts = value if isinstance(value, list | tuple) else [value]
+    if kinds <= {int, float} and any(map(_is_bool, parts)):  # for pydantic, True is 1
+        return "a number"
+    if str in kinds and any(isinstance(part, bytes | bytearray) for part in parts):
+        return "text"
+    if Any not in kinds and not all(map(is_valid_text, texts_in(value))):
+        return "valid text, without half a character (a lone surrogate)"
+    return None
+
+
+def _is_bool(value: Any) -> bool:
+    """Return True for a bool, also of numpy or torch."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
 
 
 @cache
-def _is_number(annotation: Hashable) -> bool:
-    """Return True for a type of numbers alone, for which pydantic would take True for 1."""
-    leaves = set(_leaves(annotation))
-    return bool(leaves) and leaves <= {int, float}
+def _leaves_of(annotation: Hashable) -> frozenset[Any]:
+    return frozenset(_leaves(annotation))
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:

@@ -11,18 +11,27 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
+from konic.finetuning.data.chats import is_chat, read_json
+from konic.finetuning.data.rows import read_cells, require_distinct
+
+
+def _text(content: bytes) -> str:
+    text = content.decode("utf-8-sig")
+    zero_at = content.find(0)
+    if zero_at >= 0:
+        raise UnicodeDecodeError("utf-8", content, zero_at, zero_at + 1, "text holds no zeros")
+    return text
+
 
 def _read_table(content: bytes, delimiter: str) -> list[Any]:
-    text = content.decode("utf-8-sig")
+    text = _text(content)
     limit = csv.field_size_limit(sys.maxsize)  # a cell may hold a whole document
     try:
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         header = next((line for line in lines if line), [])
-        repeated = {name for name in header if header.count(name) > 1}
         if not header:
             raise ValueError("the file is empty")
-        if repeated:
-            raise ValueError(f"more than one column is named {', '.join(map(repr, sorted(repeated)))}")
+        require_distinct(header)
         rows = []
         for line in lines:
             if len(line) != len(header) and line:
@@ -43,24 +52,34 @@ def _read_tsv(content: bytes) -> list[Any]:
 
 
 def _read_json(content: bytes) -> list[Any]:
-    rows = json.loads(content.decode("utf-8-sig"))
+    text = _text(content)
+    try:
+        rows = read_json(text)
+    except json.JSONDecodeError as error:
+        hint = ". If each line is a row, rename it to .jsonl" if error.msg == "Extra data" else ""
+        raise ValueError(f"{error}{hint}") from None
     if not isinstance(rows, list):
         raise ValueError(f"the top level is a {type(rows).__name__}, not a list of rows")
     return rows
 
 
 def _read_jsonl(content: bytes) -> list[Any]:
-    rows = []
+    rows: list[Any] = []
     for number, line in enumerate(_lines(content), start=1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                row = read_json(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {number}: {error}") from None
+                hint = _JSON_LIST if not rows and line.lstrip().startswith("[") else ""
+                raise ValueError(f"line {number}: {error}{hint}") from None
+            if not rows and isinstance(row, list) and row and not is_chat(row):
+                raise ValueError(f"line {number} is a list of rows{_JSON_LIST}")
+            rows.append(row)
     return rows
 
 
 def _read_parquet(content: bytes) -> list[Any]:
+    require_distinct(pyarrow.parquet.read_schema(pyarrow.BufferReader(content)).names)
     return _rows(pyarrow.parquet.read_table(pyarrow.BufferReader(content)))
 
 
@@ -69,13 +88,14 @@ def _read_arrow(content: bytes) -> list[Any]:
         table = pyarrow.ipc.open_file(content).read_all()
     except pyarrow.ArrowInvalid:
         table = pyarrow.ipc.open_stream(content).read_all()
+    require_distinct(table.column_names)
     return _rows(table)
 
 
 def _rows(table: pyarrow.Table) -> list[Any]:
     """Return a table's rows; offsets that point outside its memory are an error, not a read of that memory."""
     table.validate(full=True)
-    return list(table.to_pylist())
+    return read_cells(table)
 
 
 def _read_txt(content: bytes) -> list[Any]:
@@ -84,9 +104,11 @@ def _read_txt(content: bytes) -> list[Any]:
 
 def _lines(content: bytes) -> list[str]:
     """Return the lines of a text file. Only a newline ends a line: text may hold the other Unicode line separators."""
-    text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
+    text = _text(content).replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
     return text.split("\n") if text else []
 
+
+_JSON_LIST = ". If the file is one JSON list, rename it to .json"
 
 READERS: dict[str, Callable[[bytes], list[Any]]] = {
     ".csv": _read_csv,

@@ -4,7 +4,7 @@ import contextlib
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow
 
 from konic.finetuning.data.formats import READERS
+from konic.finetuning.data.rows import read_dataset, without_decoding
 from konic.finetuning.errors import ConfigError, DatasetError, did_you_mean, explain_hub_error, safe_cause
 from konic.finetuning.system.files import as_path
 from konic.finetuning.system.places import find_stray, is_file_name, looks_like_path, read_regular
@@ -63,7 +64,7 @@ def read_local(name: str, split: str = "train") -> list[Any]:
     if len(kinds) != 1 or not kinds <= READERS.keys():
         raise DatasetError(
             f"Dataset {name!r}: expected one kind of file ({', '.join(READERS)}; also with .gz or .zst), found "
-            f"{', '.join(sorted(kind or 'no extension' for kind in kinds)) or 'nothing'}."
+            f"{_shown_kinds(paths) or 'nothing'}."
             f"{_hint_at_subfolders(path, name)}"
         )
     _require_each_once(paths, name)
@@ -85,6 +86,12 @@ def read_local(name: str, split: str = "train") -> list[Any]:
                 "rename it with the extension of its real format."
             ) from None
     return rows
+
+
+def _shown_kinds(paths: list[Path]) -> str:
+    """Return each kind of file once, with the name of a file of that kind."""
+    by_kind = {_kind(file): file.name for file in reversed(paths)}
+    return ", ".join(f"{kind or 'no extension'} ({by_kind[kind]})" for kind in sorted(by_kind))
 
 
 def _named(name: str, path: Path, file: Path) -> str:
@@ -122,12 +129,12 @@ def _files_of(folder: Path, name: str, split: str) -> list[Path]:
     data = _data_files(folder)
     by_split: dict[str, list[Path]] = {}
     for file in data:
-        words = re.split(r"[^a-z]+", file.name.lower())
-        splits = {_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS}
+        splits = {_SPLIT_WORDS[word] for word in _words(file) if word in _SPLIT_WORDS}
         if len(splits) == 1:  # a name with two of them says nothing
             by_split.setdefault(splits.pop(), []).append(file)
     wanted = _SPLIT_WORDS.get(split.lower(), split)
     if not by_split:
+        _require_no_hidden_splits(data, name)
         if data and split != "train":
             raise DatasetError(
                 f"Dataset {name!r}: none of its files is named after a split, so split={split!r} chooses nothing. "
@@ -143,6 +150,22 @@ def _files_of(folder: Path, name: str, split: str) -> list[Path]:
     if left:
         logger.warning("Dataset %r: %s: not named after a split, so not read.", name, ", ".join(left))
     return by_split[wanted]
+
+
+def _words(file: Path) -> list[str]:
+    """Return the words of a file's name: `gsm8k`, `train` for gsm8kTrain.csv, and `train` for trainset.csv."""
+    words = re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", file.name).lower())
+    return [re.sub(r"(?<=.)(sets?|splits?|files?|data)$", "", word) for word in words]
+
+
+def _require_no_hidden_splits(data: Sequence[Path], name: str) -> None:
+    """Raise DatasetError if names without a split's word have such words inside: `mytrain.csv`, `mytest.csv`."""
+    inside = {word: file.name for word in ("train", "test", "valid") for file in data if word in file.name.lower()}
+    if "train" in inside and len(set(inside.values())) > 1:
+        raise DatasetError(
+            f"Dataset {name!r}: {' and '.join(inside.values())} may be different splits. Name the file to train on, or "
+            "rename them so that the split is a word of its own, as in a_train.csv."
+        )
 
 
 def _require_each_once(paths: list[Path], name: str) -> None:
@@ -195,22 +218,9 @@ def _read_saved(folder: Path, name: str, split: str) -> list[Any]:
         if split not in saved:
             raise DatasetError(f"Dataset {name!r} has no split {split!r}; it has {', '.join(map(repr, saved))}.")
         saved = saved[split]
-    for column in saved.column_names:
-        if any(map(_is_elsewhere, saved.data.column(column))):
-            raise DatasetError(
-                f"Dataset {name!r}: its column {column!r} names images or sounds that are not in it. Remove the column."
-            )
-    return list(saved)
-
-
-def _is_elsewhere(value: Any) -> bool:
-    """Return True for the path of an image or sound without its bytes, which `datasets` would open; also in a list."""
-    if pyarrow.types.is_struct(value.type):
-        parts = dict(value) if value.is_valid else {}
-        is_path = parts.keys() == {"bytes", "path"} and parts["path"].is_valid and not parts["bytes"].is_valid
-        return is_path or any(map(_is_elsewhere, parts.values()))
-    is_list = pyarrow.types.is_list(value.type) or pyarrow.types.is_large_list(value.type)
-    return is_list and value.is_valid and any(map(_is_elsewhere, value))
+    elif split not in ("train", str(saved.split)):
+        raise DatasetError(f"Dataset {name!r}: is one dataset, so split={split!r} chooses nothing. Leave split out.")
+    return rows_of_dataset(saved, f"Dataset {name!r}")
 
 
 def _require_plain_names(folder: Path) -> None:
@@ -225,13 +235,26 @@ def _require_plain_names(folder: Path) -> None:
             raise ValueError(f"it names {name!r}, which is not a name inside of the folder")
 
 
+def rows_of_dataset(table: Any, where: str, numbers: Sequence[int] | None = None) -> list[Any]:
+    """Return the rows of a table of `datasets`, whose numbers are given for a selection.
+
+    Raises:
+        DatasetError: A row cannot be read.
+    """
+    try:
+        return read_dataset(table, numbers)
+    except ValueError as error:
+        raise DatasetError(f"{where}: {error}. Change that cell, or remove its column.") from None
+
+
 def _explain_encoding(error: UnicodeDecodeError) -> str:
     """Return what a text's encoding probably is, where it stops being UTF-8, and the fix."""
     data, at = error.object, error.start
-    guess = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "Latin-1 or Windows-1252"
+    is_marked = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    guess = "UTF-16" if is_marked else "UTF-16, or damaged" if 0 in data else "Latin-1 or Windows-1252"
     line = data.count(b"\n", 0, at) + 1
     shown = data[max(0, at - 10) : at + 10].decode("latin-1")
-    where = "" if guess == "UTF-16" else f" Line {line} holds the byte 0x{data[at]:02x} in {shown!r}."
+    where = "" if is_marked else f" Line {line} holds the byte 0x{data[at]:02x} in {shown!r}."
     return f"it may be {guess}.{where} Save it as UTF-8."
 
 
@@ -267,7 +290,7 @@ def read_hub(
 
 def stream_rows(dataset: Any, shuffle_seed: int | None, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (number in the dataset, row) of a stream; with a seed, drawn at random from the next 10,000 rows."""
-    numbered = dataset.map(lambda row, index: {**row, _ROW_NUMBER: index}, with_indices=True)
+    numbered = without_decoding(dataset).map(lambda row, index: {**row, _ROW_NUMBER: index}, with_indices=True)
     if shuffle_seed is not None:
         numbered = numbered.shuffle(seed=shuffle_seed, buffer_size=STREAM_BUFFER)
     rows = iter(numbered)
@@ -305,13 +328,14 @@ def _canonical_id(name: str, token: str | None) -> str:
 _MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 """The first bytes of a compressed file."""
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_NO_DATA = (".", "README", "LICENSE", "dataset_info")
+_NO_DATA = (".", "README", "LICENSE", "dataset_info", "_SUCCESS")
 """How the names of hidden files and of documents begin."""
 _SHOWN = 5
 """Number of subfolders that a message names."""
 _SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 _SPLIT_WORDS = {
     "train": "train", "training": "train", "test": "test", "testing": "test", "validation": "validation",
-    "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
+    "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation", "evaluation": "validation",
+    "holdout": "test", "heldout": "test",
 }  # fmt: skip
 """How the first word of a file's name says its split."""

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -11,17 +10,18 @@ from typing import Any, assert_never
 
 import numpy as np
 
+from konic.finetuning.data.chats import holds_message, is_chat, is_message, read_chat
 from konic.finetuning.data.config import DatasetConfig, DatasetSource
-from konic.finetuning.data.loaders import read_bundled, read_hub, read_local, stream_rows
-from konic.finetuning.data.rows import copy_columns, read_chat, without_arrays
-from konic.finetuning.errors import DatasetError, did_you_mean
+from konic.finetuning.data.loaders import read_bundled, read_hub, read_local, rows_of_dataset, stream_rows
+from konic.finetuning.data.rows import copy_columns, without_arrays
+from konic.finetuning.errors import DatasetError, did_you_mean, is_valid_text
+from konic.finetuning.settings import texts_in
 from konic.output import get_logger
 
 logger = get_logger(__name__)
 
 _SKIPPABLE = ("empty", "missing", "no messages", "the last message is empty")
 """Problems of rows that are left out with a warning, as long as they are at most half of all."""
-_BROKEN_CHAT = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content)\1\s*:""")
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,7 @@ class PromptSet:
             return None
         digest = hashlib.sha256()
         for prompt in (*self.rows, *self.held_out):
-            values = [prompt.row, prompt.content, prompt.columns]
-            digest.update(json.dumps(values, default=_as_json, skipkeys=True).encode())
+            digest.update(_row_as_json(prompt).encode())
         return digest.hexdigest()
 
     def _index(self, position: int) -> int:
@@ -108,10 +107,25 @@ class PromptSet:
         return int(_permutation(len(self.rows), self.shuffle_seed, pass_number + 1)[offset])
 
 
+def _row_as_json(prompt: Prompt) -> str:
+    """Return a row as JSON; a value that JSON cannot hold, such as a list that contains itself, counts by its type."""
+    columns = prompt.columns
+    if _to_json(columns) is None:
+        columns = {name: type(cell).__name__ if _to_json(cell) is None else cell for name, cell in columns.items()}
+    return _to_json([prompt.row, prompt.content, columns]) or ""
+
+
+def _to_json(value: Any) -> str | None:
+    try:
+        return json.dumps(value, default=_as_json, skipkeys=True)
+    except Exception:  # a user's own class may raise anything
+        return None
+
+
 def _as_json(value: Any) -> Any:
     """Return what stands for a value that JSON does not have; of an object that does not show its value, its type."""
-    if hasattr(value, "tolist"):  # numpy, pandas
-        return value.tolist()
+    if hasattr(value, "tolist") and type(listed := value.tolist()) is not type(value):  # numpy, pandas
+        return listed
     if isinstance(value, bytes | bytearray):
         return value.hex()
     if isinstance(value, set | frozenset):
@@ -134,7 +148,8 @@ def load_prompts(config: DatasetConfig) -> PromptSet:
         raise DatasetError(f"{_where(config)}: there are no rows to train on.")
     order = _permutation(len(rows), config.shuffle_seed, 0) if config.shuffle else np.arange(len(rows))
     kept = order[: config.max_samples].tolist()
-    picked = rows.select(kept) if hasattr(rows, "select") else [rows[index] for index in kept]
+    is_table = hasattr(rows, "select")
+    picked = rows_of_dataset(rows.select(kept), _where(config), kept) if is_table else [rows[index] for index in kept]
     prompts = _prompts(zip(kept, picked, strict=True), config, _where(config), leaves_out_empty=True)
     if config.source is DatasetSource.BUNDLED:
         candidates = make_prompts(read_bundled("held_out"), config, "The bundled prompts")
@@ -263,7 +278,12 @@ def _make_prompt(index: int, row: Any, config: DatasetConfig, where: str) -> tup
         content = columns.pop(config.prompt_column)
     else:
         raise _missing_column(config.prompt_column, index, columns, where, "DatasetConfig(prompt_column=...)")
-    content = read_chat(content) if isinstance(content, str) else without_arrays(content)
+    try:
+        content = read_chat(content) if isinstance(content, str) else without_arrays(content)
+    except ValueError as error:
+        return index, str(error)
+    except RecursionError:
+        return index, "a list or dict that contains itself"
     problem = _find_problem(content)
     if problem:
         return index, problem
@@ -300,6 +320,8 @@ def _fill_template(template: str, index: int, columns: Mapping[str, Any], where:
 
 def _missing_column(name: str, index: int, columns: Mapping[str, Any], where: str, setting: str) -> DatasetError:
     hint = did_you_mean(name, map(str, columns))
+    if {"role", "content"} <= columns.keys():
+        hint = " This is one chat, not a list of chats: give [[{'role': ..., 'content': ...}]]."
     present = ", ".join(map(repr, columns)) or "none"
     return DatasetError(
         f"{where}: row {index} has no column {name!r}.{hint} Its columns: {present}. Name the right one in {setting}."
@@ -309,18 +331,21 @@ def _missing_column(name: str, index: int, columns: Mapping[str, Any], where: st
 def _find_problem(content: Any) -> str | None:
     """Return why a prompt cannot be used, or None if it can."""
     if isinstance(content, str):
-        if _BROKEN_CHAT.match(content):
-            return "text that begins as a chat but cannot be read as one: write the list of messages as JSON"
         return _find_text_problem(content, "empty")
     if _is_missing(content):
         return "missing"
-    inside = [name for name in ("messages", "conversations") if isinstance(content, Mapping) and name in content]
-    if inside:
-        return f"a dict with a chat in {inside[0]!r}: give the list of messages itself"
+    if is_message(content):
+        return "one message, not a list of messages: put it in a list"
+    columns = content.items() if isinstance(content, Mapping) else ()
+    inside = next((name for name, part in columns if holds_message(part)), None)
+    if inside is not None:
+        return f"a dict with a chat in {inside!r}: give the list of messages itself"
     if not isinstance(content, list | tuple):
         return f"{type(content).__name__}, not text"
     if not content:
         return "no messages"
+    if any(map(is_chat, content)):
+        return "a list with a chat inside: give the list of messages itself"
     for message in content:
         if isinstance(message, Mapping) and {"from", "value"} <= message.keys():
             return (
@@ -332,15 +357,13 @@ def _find_problem(content: Any) -> str | None:
             return "a message whose role or content is not text"
     if content[-1]["role"] != "user":
         return "the last message is not the user's"
-    return next(filter(None, (_find_text_problem(m["content"]) for m in content)), None) or _find_text_problem(
+    return next(filter(None, map(_find_text_problem, texts_in(content))), None) or _find_text_problem(
         content[-1]["content"], "the last message is empty"
     )
 
 
 def _find_text_problem(text: str, empty: str | None = None) -> str | None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
+    if not is_valid_text(text):
         return "not valid text: it contains half a character (a lone surrogate)"
     return None if text.strip() else empty
 

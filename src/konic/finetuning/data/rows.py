@@ -1,19 +1,15 @@
-"""What people have in hand -> rows: reads tables of other libraries, and chats that are stored as text."""
+"""What people have in hand -> rows: reads tables of other libraries, and the values in them."""
 
-import ast
 import copy
-import json
-import re
 import sys
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from konic.finetuning.errors import safe_cause
 from konic.finetuning.settings import short_repr
-
-_CHAT_KEY = re.compile(r"""["'](role|from|messages|conversations)["']\s*:""")
-_MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
+from konic.text import describe_error
 
 
 def rows_of(prompts: Any) -> list[Any]:
@@ -31,8 +27,17 @@ def rows_of(prompts: Any) -> list[Any]:
         raise _not_rows(prompts)
     if read is None and not isinstance(prompts, Iterable):
         raise _not_rows(prompts)
-    rows = prompts if read is None else read(prompts)
+    rows = prompts if read is None else _read(prompts, read)
     return [row._asdict() if isinstance(row, tuple) and hasattr(row, "_asdict") else row for row in rows]
+
+
+def _read(table: Any, read: Callable[[Any], list[Any]]) -> list[Any]:
+    try:
+        return read(table)
+    except ValueError:
+        raise
+    except Exception as error:  # each library has errors of its own
+        raise ValueError(f"prompts cannot be read: {describe_error(error)}") from safe_cause(error)
 
 
 def _not_rows(prompts: Any) -> ValueError:
@@ -42,17 +47,18 @@ def _not_rows(prompts: Any) -> ValueError:
     )
 
 
-def _require_distinct(names: Iterable[Any]) -> None:
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
-    if twice is not None:
-        raise ValueError(f"prompts has two columns named {twice!r}: rename one of them")
+def require_distinct(names: Iterable[Any]) -> None:
+    """Raise ValueError if two columns, or two keys of an object, have one name: the last would win in silence."""
+    repeated = [repr(name) for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"more than one column is named {', '.join(repeated)}: rename or remove one of them")
 
 
 def _read_pandas(table: Any) -> list[Any]:
     pandas = sys.modules["pandas"]
     is_frame = isinstance(table, pandas.DataFrame)
     if is_frame:
-        _require_distinct(table.columns)
+        require_distinct(table.columns)
     elif isinstance(table, pandas.Series | pandas.Index | pandas.api.extensions.ExtensionArray):
         table = pandas.Series(table)
     else:
@@ -79,19 +85,104 @@ def _read_polars(table: Any) -> list[Any]:
     return list(read())
 
 
+def read_cells(table: Any) -> list[Any]:
+    """Return the rows of a pyarrow table, or the values of a pyarrow array.
+
+    Raises:
+        ValueError: A cell has no Python value, such as a date out of range; the message names its row and column.
+    """
+    try:
+        return list(table.to_pylist())
+    except Exception as whole:
+        is_table = hasattr(table, "column_names")
+        columns = zip(table.column_names, table.columns, strict=True) if is_table else [("values", table)]
+        for name, column in columns:
+            for row, cell in enumerate(column):
+                try:
+                    cell.as_py()
+                except Exception as error:
+                    what = f"row {row}, column {name!r}, of the type {column.type}"
+                    raise ValueError(f"{what}, cannot be read: {describe_error(error)}") from None
+        raise ValueError(f"a cell cannot be read: {describe_error(whole)}") from None
+
+
+def read_dataset(table: Any, numbers: Sequence[int] | None = None) -> list[Any]:
+    """Return the rows of a table of `datasets`, or the values of its column, as plain Python values.
+
+    Args:
+        table: A `Dataset`, an `IterableDataset`, or a column of one.
+        numbers: The rows' numbers for an error, where the table is a selection.
+
+    Raises:
+        ValueError: A row cannot be read; the message names it.
+    """
+    plain = without_decoding(table)
+    rows: list[Any] = []
+    try:
+        for row in plain:
+            rows.append(row)
+    except Exception as error:
+        at = len(rows)
+        row = at if numbers is None else numbers[at]
+        column = _unreadable_column(plain, at)
+        raise ValueError(f"row {row}{column} cannot be read: {describe_error(error)}") from safe_cause(error)
+    return rows
+
+
+def _unreadable_column(table: Any, row: int) -> str:
+    """Return `, column 'x'` for the first cell of a row that cannot be read, where the table can say so."""
+    for name in getattr(table, "column_names", None) or ():
+        try:
+            table.select_columns([name])[row]
+        except Exception:
+            return f", column {name!r}"
+    return ""
+
+
+def without_decoding(table: Any) -> Any:
+    """Return a table of `datasets` that gives plain Python values, with images and sounds as they are stored.
+
+    A transform that the user set is kept, and so are the columns that a format chose.
+    """
+    if hasattr(table, "column_name"):  # a column
+        return type(table)(without_decoding(table.source), table.column_name)
+    chosen = getattr(table, "format", None) or {}
+    if chosen.get("type") == "custom":
+        return table
+    options = {name: chosen[name] for name in ("columns", "output_all_columns") if name in chosen}
+    table = table.with_format(None, **options)
+    if table.features:
+        features = type(table.features)({name: _undecoded(feature) for name, feature in table.features.items()})
+        table = table.decode(False) if hasattr(table, "decode") else table  # a stream may decode in threads of its own
+        table.info.features = features
+    return table
+
+
+def _undecoded(feature: Any) -> Any:
+    """Return a copy of a feature of `datasets` that decodes no media, also inside of lists and dicts."""
+    if isinstance(feature, dict):
+        return {name: _undecoded(part) for name, part in feature.items()}
+    if isinstance(feature, list | tuple):
+        return [_undecoded(part) for part in feature]
+    if hasattr(feature, "feature"):
+        return replace(feature, feature=_undecoded(feature.feature))
+    is_media = getattr(feature, "decode", False) and type(feature).__name__ != "Json"  # whose text is the value
+    return replace(feature, decode=False) if is_media else feature
+
+
 def _read_pyarrow(table: Any) -> list[Any]:
     read_whole = getattr(table, "read_all", None) or getattr(table, "to_table", None)  # a reader, or a dataset
     table = read_whole() if read_whole is not None else table
     if not hasattr(table, "to_pylist"):
         raise _not_rows(table)
-    _require_distinct(table.schema.names if hasattr(table, "schema") else ())
-    return list(table.to_pylist())
+    require_distinct(table.schema.names if hasattr(table, "schema") else ())
+    return read_cells(table)
 
 
 def _read_datasets(table: Any) -> list[Any]:
     if hasattr(table, "keys"):
         raise ValueError(f"prompts holds the splits {', '.join(table)}: give one of them, prompts=data['train']")
-    return list(table)
+    return read_dataset(table)
 
 
 _READERS: Mapping[str, Callable[[Any], list[Any]]] = {
@@ -118,25 +209,3 @@ def copy_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
         except Exception:  # a user's own class may raise anything
             copies[name] = value
     return copies
-
-
-def read_chat(text: str) -> Any:
-    """Return what a chat's text stands for, written as JSON or as Python prints it; other text as it is."""
-    if text.lstrip()[:1] not in ("[", "{") or not _CHAT_KEY.search(text):
-        return text
-    for read in (json.loads, ast.literal_eval):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Python warns of a backslash in text that is no Python
-                found = read(text.strip())
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            continue
-        return found if _is_chat(found) else text
-    return text
-
-
-def _is_chat(found: Any) -> bool:
-    if isinstance(found, dict):
-        return any(isinstance(found.get(name), list) for name in ("messages", "conversations"))
-    is_list = isinstance(found, list) and bool(found)
-    return is_list and all(isinstance(m, dict) and any(keys <= m.keys() for keys in _MESSAGE_KEYS) for m in found)

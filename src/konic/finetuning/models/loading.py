@@ -200,7 +200,7 @@ def _download_adapter(repository: str, model_kwargs: Mapping[str, Any]) -> Path 
                 )
             )  # fmt: skip
     except Exception as error:
-        raise ModelError(loading_failed(f"base_model={repository!r}", repository, error)) from error
+        raise ModelError(loading_failed(f"base_model={repository!r}", repository, error)) from safe_cause(error)
 
 
 def _read_base(adapter: Path) -> tuple[str, str | None]:

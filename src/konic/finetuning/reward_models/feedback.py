@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from konic.finetuning.data.loaders import is_local, read_hub, read_local
-from konic.finetuning.data.rows import read_chat
+from konic.finetuning.data.chats import read_chat
+from konic.finetuning.data.loaders import is_local, read_hub, read_local, rows_of_dataset
 from konic.finetuning.errors import DatasetError, did_you_mean
 from konic.output import get_logger
 
@@ -88,7 +88,7 @@ def _label(value: Any) -> str | None:
 def _rows(data: str) -> list[Any]:
     if is_local(data):
         return read_local(data)
-    return list(read_hub(data, None, "train", None, None, streaming=False))
+    return rows_of_dataset(read_hub(data, None, "train", None, None, streaming=False), data)
 
 
 def _require_columns(data: str, rows: Sequence[Any], names: Sequence[str]) -> None:
@@ -108,7 +108,10 @@ def _require_columns(data: str, rows: Sequence[Any], names: Sequence[str]) -> No
 
 def _preference(row: Mapping[str, Any], where: str) -> Preference:
     names = ("chosen", "rejected", "prompt")
-    given = {name: read_chat(cell) if isinstance(cell := row.get(name), str) else cell for name in names}
+    try:
+        given = {name: read_chat(cell) if isinstance(cell := row.get(name), str) else cell for name in names}
+    except ValueError as error:
+        raise DatasetError(f"{where}: {error}.") from None
     chosen, rejected, prompt = (_chat(given[name], f"{where}: {name!r}") for name in names)
     if not all(side and side[-1]["content"].strip() for side in (chosen, rejected)):
         raise DatasetError(f"{where}: 'chosen' or 'rejected' holds no response.")
