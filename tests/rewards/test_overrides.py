@@ -9,6 +9,7 @@ import pytest
 
 from konic.finetuning import KonicLLMRewardComposer, RewardError, TrainingConfig, llm_reward
 from konic.finetuning.data.samples import samples_from_texts
+from konic.finetuning.rewards import composer as composer_module
 from konic.finetuning.rewards.composer import find_override
 from konic.finetuning.rewards.scoring import Scorer
 from konic.finetuning.rewards.trial import try_rewards
@@ -46,6 +47,15 @@ class Doubled(Length):
 class Shouted(Length):
     def compose(self, prompt, response):
         return super().compose(prompt, response) + (100 if response.isupper() else 0)
+
+
+@pytest.mark.parametrize("kind", [Doubled, Shouted])
+def test_the_rewards_are_listed_once_per_batch_and_not_per_response(kind, monkeypatch):
+    calls = []
+    list_all = composer_module.list_rewards
+    monkeypatch.setattr(composer_module, "list_rewards", lambda composer: calls.append(1) or list_all(composer))
+    score(kind(), ["a", "abc", "abcd"])
+    assert len(calls) == 1
 
 
 def test_compose_batch_scores_and_its_rewards_are_called_once():

@@ -621,6 +621,36 @@ def test_the_template_of_the_agent_makes_the_prompts_where_the_file_has_its_colu
     assert read.prompt == "A: b"
 
 
+def test_the_system_prompt_of_the_agent_goes_first_in_chats_and_plain_prompts_are_told(tmp_path, caplog):
+    own = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "Hello"}]
+    path = str(written(tmp_path, [{"prompt": own[1:], "response": "r"}, {"prompt": own, "response": "r"}]))
+    samples = read_responses(path, system_prompt="Be kind.")
+    assert [sample.messages[0]["content"] for sample in samples] == ["Be kind.", "Mine."]
+    assert [sample.prompt for sample in samples] == ["Hello", "Hello"]
+    assert not caplog.text
+    (sample,) = read_responses(str(written(tmp_path, [{"prompt": "p", "response": "r"}])), system_prompt="Be kind.")
+    assert (sample.prompt, sample.messages) == ("p", None)
+    assert "prompts of plain text are tried without the system_prompt" in caplog.text
+
+
+def test_the_command_gives_rewards_the_system_prompt_that_they_see_in_training(tmp_path):
+    code = """
+        from konic.finetuning import *
+
+        class Rewards(KonicLLMRewardComposer):
+            @llm_reward
+            def chat_length(self, prompt, response, messages):
+                return len(messages)
+
+        agent = KonicFinetuningAgent(
+            base_model="any", reward_composer=Rewards(),
+            dataset_config=DatasetConfig(prompts=[[{"role": "user", "content": "x"}]], system_prompt="Be kind."),
+        )
+    """
+    texts = written(tmp_path, [{"prompt": [{"role": "user", "content": "x"}], "response": "r"}])
+    assert cells(run(script(tmp_path, code), "--texts", texts).stdout, "chat_length")[0] == "2.000"
+
+
 def test_rows_with_an_empty_prompt_are_left_out_with_their_responses(tmp_path, caplog):
     rows = [{"prompt": text, "response": f"to {text}"} for text in ("a", " ", "b")]
     samples = read_responses(str(written(tmp_path, rows)))

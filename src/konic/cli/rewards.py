@@ -49,7 +49,7 @@ def rewards(
 
     if texts is not None:
         composer, dataset = load_composer_and_dataset(script)
-        tried = read_responses(texts, dataset.prompt_column, dataset.prompt_template)
+        tried = read_responses(texts, dataset.prompt_column, dataset.prompt_template, dataset.system_prompt)
     else:
         agent = load_agent(script)
         write_line(f"Sampling {samples} responses from {agent.get_base_model()} ...", sys.stderr)

@@ -292,9 +292,15 @@ def _make_prompt(index: int, row: Any, config: DatasetConfig, where: str) -> tup
         if for_chats:
             return index, f"plain text: {for_chats[0]} goes with chat messages, [{{'role': 'user', 'content': ...}}]"
         return index, Prompt(index, content, columns)
-    if config.system_prompt is not None and content[0]["role"] != "system":
-        content = [{"role": "system", "content": config.system_prompt}, *content]
-    return index, Prompt(index, list(content), columns, config.chat_template_kwargs or {})
+    prompt = Prompt(index, list(content), columns, config.chat_template_kwargs or {})
+    return index, with_system_prompt(prompt, config.system_prompt)
+
+
+def with_system_prompt(prompt: Prompt, system_prompt: str | None) -> Prompt:
+    """Return a chat that begins with a system message; as it is if it has one, and plain text as it is."""
+    if system_prompt is None or prompt.messages is None or prompt.messages[0]["role"] == "system":
+        return prompt
+    return replace(prompt, content=[{"role": "system", "content": system_prompt}, *prompt.messages])
 
 
 class _Blank(str):

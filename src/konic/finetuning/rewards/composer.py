@@ -229,7 +229,7 @@ class KonicLLMRewardComposer(OldNames):
 
         A subclass may score in its own way.
         """
-        if not list_rewards(self):
+        if not self._known_rewards():
             return 0.0
         return KonicLLMRewardComposer.compose_batch(self, [prompt], [response])[0][0]
 
@@ -261,17 +261,18 @@ class KonicLLMRewardComposer(OldNames):
         for name, values in {"responses": responses, **columns}.items():
             if len(values) != len(prompts):
                 raise RewardError(f"compose_batch: {len(prompts)} prompts, but {len(values)} {name}.")
-        if not list_rewards(self):  # compose is a subclass's own, or answers 0
+        rewards = self._known_rewards()
+        if not rewards:  # compose is a subclass's own, or answers 0
             return [self.compose(*texts) for texts in zip(prompts, responses, strict=True)], {}
         answer = self._scored.find(prompts, responses) if self._scored is not None else None
-        weighting = describe_weighting(self)
         if answer is not None:
-            return answer[0], named_by_part(weighting.rewards, answer[1])
+            return answer[0], named_by_part(rewards, answer[1])
+        weighting = describe_weighting(self)
         samples = samples_from_texts(prompts, responses, columns)
-        called = (call_reward(reward, samples) for reward in weighting.rewards)
+        called = (call_reward(reward, samples) for reward in rewards)
         parts = collect_parts([require_no_fault(outcomes, samples) for outcomes in called], len(samples))
-        rewards = [compute_total(weighting, own, sample) for own, sample in zip(parts, samples, strict=True)]
-        return rewards, named_by_part(weighting.rewards, collect_breakdown(parts))
+        totals = [compute_total(weighting, own, sample) for own, sample in zip(parts, samples, strict=True)]
+        return totals, named_by_part(rewards, collect_breakdown(parts))
 
     def check(self) -> None:
         """Raise RewardError if the composer cannot score, or if its reducer has no method `reduce`."""
@@ -302,6 +303,10 @@ class KonicLLMRewardComposer(OldNames):
             yield
         finally:
             self._scored = None
+
+    def _known_rewards(self) -> Sequence[Reward]:
+        """The rewards; while a run asks for the total of values that it has, those that it called."""
+        return list_rewards(self) if self._scored is None else self._scored.rewards
 
     def _require_new(self, name: str) -> None:
         if any(name == reward.name for reward in list_rewards(self)):

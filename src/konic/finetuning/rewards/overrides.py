@@ -43,6 +43,7 @@ class Composed:
 
 def compose_totals(
     composer: KonicLLMRewardComposer,
+    rewards: Sequence[Reward],
     samples: Sequence[Sample],
     parts: Sequence[Parts],
     totals: Sequence[float],
@@ -60,7 +61,7 @@ def compose_totals(
         return composed
     for group in [rows] if override.shape == "batch" else [[row] for row in rows]:
         chosen = [samples[row] for row in group]
-        scored = AlreadyScored(chosen, [parts[row] for row in group], [totals[row] for row in group])
+        scored = AlreadyScored(rewards, chosen, [parts[row] for row in group], [totals[row] for row in group])
         returned: dict[str, list[float]] = {}
         with KonicLLMRewardComposer.answering(composer, scored):
             call = _checked_call(override, scored.totals, returned)

@@ -154,17 +154,18 @@ class Scorer:
             RewardError: A reward failed on a sample and on_reward_error is "raise", or a reducer failed.
         """
         weighting = describe_weighting(self._composer)
-        outcomes = self._outcomes(weighting.rewards, samples)
+        rewards = weighting.rewards
+        outcomes = self._outcomes(rewards, samples)
         parts, faults = collect_parts(outcomes, len(samples)), first_faults(outcomes, len(samples))
         given = dict(moments or {})
         counted = [own for own, fault in zip(parts, faults, strict=True) if not fault]
-        known = moments_after(weighting.rewards, given if update_moments else {}, counted)
+        known = moments_after(rewards, given if update_moments else {}, counted)
         known |= {} if update_moments else given
         totals = compute_totals(weighting, parts, faults, samples, known)
-        composed = compose_totals(self._composer, samples, parts, totals, faults, self._accepted)
+        composed = compose_totals(self._composer, rewards, samples, parts, totals, faults, self._accepted)
         return Scores(
             rewards=composed.totals,
-            breakdown=named_by_part(weighting.rewards, composed.breakdown),
+            breakdown=named_by_part(rewards, composed.breakdown),
             parts=collect_breakdown([prepared_parts(weighting, own, known) for own in parts]),
             weights=part_weights(weighting, composed.breakdown),
             faults=composed.faults,

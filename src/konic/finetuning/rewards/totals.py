@@ -64,6 +64,7 @@ def _parts_of_keys(rewards: Iterable[Reward], parts: Iterable[str]) -> dict[str,
 class AlreadyScored:
     """The values of B samples whose rewards have been called."""
 
+    rewards: Sequence[Reward]
     samples: Sequence[Sample]
     parts: Sequence[Parts]
     """[B], before normalising and weights."""

@@ -1,5 +1,6 @@
 """A composer and responses -> a trial without training: each reward's values, what moves the total, and warnings."""
 
+import logging
 import math
 import statistics
 import string
@@ -11,7 +12,7 @@ from typing import Any
 
 from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.data.loaders import read_local
-from konic.finetuning.data.prompts import make_prompts
+from konic.finetuning.data.prompts import make_prompts, with_system_prompt
 from konic.finetuning.data.samples import Sample, make_samples
 from konic.finetuning.errors import DatasetError, did_you_mean
 from konic.finetuning.rewards.calls import call_reward
@@ -29,6 +30,8 @@ from konic.finetuning.rewards.totals import (
     weighted_parts,
 )
 from konic.finetuning.system.signals import raising_on_signals
+
+logger = logging.getLogger(__name__)
 
 PROBES = {
     "empty": "",
@@ -174,9 +177,9 @@ def try_rewards(composer: KonicLLMRewardComposer, samples: Sequence[Sample]) -> 
     valid = [own for own, fault in zip(parts, faults, strict=True) if not fault]
     moments = moments_after(weighting.rewards, {}, valid)
     totals = compute_totals(weighting, parts, faults, samples, moments)
-    totals = compose_totals(composer, samples, parts, totals, faults).totals
+    totals = compose_totals(composer, weighting.rewards, samples, parts, totals, faults).totals
     probe_totals = compute_totals(weighting, probed, probe_faults, probes, moments)
-    probe_totals = compose_totals(composer, probes, probed, probe_totals, probe_faults).totals
+    probe_totals = compose_totals(composer, weighting.rewards, probes, probed, probe_totals, probe_faults).totals
     weighted = [weighted_parts(weighting, own, moments) for own in parts]
     lengths = [float(len(sample.response)) for sample in samples]
     owners = find_owners(weighting.rewards, collect_breakdown(parts))
@@ -192,12 +195,17 @@ def try_rewards(composer: KonicLLMRewardComposer, samples: Sequence[Sample]) -> 
     return ComposerTrial(num_responses=len(samples), total=total, parts=trials, rewards=[one.trial for one in tried])
 
 
-def read_responses(name: str, prompt_column: str = "prompt", prompt_template: str | None = None) -> list[Sample]:
+def read_responses(
+    name: str,
+    prompt_column: str = "prompt",
+    prompt_template: str | None = None,
+    system_prompt: str | None = None,
+) -> list[Sample]:
     """Read samples from a file with columns `prompt` and `response`; its other columns go to the rewards.
 
     `prompt_column` is read instead of `prompt` if the file has it, and `prompt_template` makes the prompts, as in
-    training, if the file has its columns. Rows with an empty prompt are left out with a
-    warning, as in training.
+    training, if the file has its columns. `system_prompt` goes first in chats that have no system message. Rows with an
+    empty prompt are left out with a warning, as in training.
 
     Raises:
         DatasetError: The file does not exist or has no rows, or a row has no prompt or response.
@@ -209,7 +217,7 @@ def read_responses(name: str, prompt_column: str = "prompt", prompt_template: st
     if not rows:
         raise DatasetError(f"{name}: holds no rows.")
     if prompt_template is not None and _columns_of(prompt_template) <= {name for row in rows for name in row}:
-        return _samples(rows, DatasetConfig(prompt_template=prompt_template), name)
+        return _samples(rows, DatasetConfig(prompt_template=prompt_template), name, None)
     column = prompt_column if any(prompt_column in row for row in rows) else "prompt"
     for number, row in enumerate(rows):
         if column not in row:
@@ -218,16 +226,23 @@ def read_responses(name: str, prompt_column: str = "prompt", prompt_template: st
                 f"{name}, row {number}: has no column {wanted}.{did_you_mean(column, map(str, row))} Its columns: "
                 f"{', '.join(map(repr, row))}. Rename the column that holds the prompt."
             )
-    return _samples(rows, DatasetConfig(prompt_column=column), name)
+    return _samples(rows, DatasetConfig(prompt_column=column), name, system_prompt)
 
 
 def _columns_of(template: str) -> set[str]:
     return {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
 
 
-def _samples(rows: Sequence[Mapping[str, Any]], config: DatasetConfig, name: str) -> list[Sample]:
+def _samples(
+    rows: Sequence[Mapping[str, Any]], config: DatasetConfig, name: str, system_prompt: str | None
+) -> list[Sample]:
     columns = [{key: row[key] for key in row if key != "response"} for row in rows]
-    prompts = make_prompts(columns, config, name, leaves_out_empty=True)
+    prompts = [
+        with_system_prompt(prompt, system_prompt)
+        for prompt in make_prompts(columns, config, name, leaves_out_empty=True)
+    ]
+    if system_prompt is not None and not all(prompt.messages for prompt in prompts):
+        logger.warning("%s: prompts of plain text are tried without the system_prompt: only chats can have one.", name)
     responses = [rows[prompt.row]["response"] for prompt in prompts]
     return make_samples(prompts, [prompt.text for prompt in prompts], responses)
 
