@@ -155,7 +155,7 @@ def _check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: PreTrainedToken
     templates = tokenizer.chat_template.values() if isinstance(tokenizer.chat_template, dict) else None
     try:
         names = {name for template in templates or [tokenizer.chat_template] for name in _names_read(template)}
-    except (jinja2.TemplateError, RecursionError):
+    except (jinja2.TemplateError, RecursionError, ValueError):
         return  # rendering says what is wrong with the template
     unread = next((name for name in kwargs if name not in names), None)
     if unread is not None:
@@ -290,10 +290,9 @@ def _decode_from(start: int, ids: Sequence[int], tokenizer: PreTrainedTokenizerB
 
 def _next_character(start: int, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the first index from `start` on at which a cut splits no character."""
-    length = len(read_text(ids, tokenizer))
     while (text := read_text(ids[start:], tokenizer)).startswith(_HALF_A_CHARACTER):
         # A split character counts on both sides of the cut. Other replacement characters are the text's own.
-        if len(read_text(ids[:start], tokenizer)) + len(text) <= length:
+        if len(read_text(ids[:start], tokenizer)) + len(text) <= len(read_text(ids, tokenizer)):
             break
         start += 1
     return start
