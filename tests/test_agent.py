@@ -49,6 +49,15 @@ def test_only_the_model_and_the_rewards_are_required():
     assert agent.get_training_config() == TrainingConfig()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("base_model", "a\ud800"), ("model_kwargs", {"revision": "a\ud800"}), ("model_kwargs", {"a\ud800": 1})],
+)
+def test_text_with_half_a_character_is_refused_by_name(name, value):
+    with pytest.raises(ConfigError, match=f"^{name} must be valid text, without half a character"):
+        KonicFinetuningAgent(**{"base_model": "gpt2", "reward_composer": Rewards(), name: value})
+
+
 def test_a_peft_lora_config_is_taken_and_prompt_learning_is_not():
     given = peft.LoraConfig(r=2, target_modules=["c_attn"])
     assert KonicFinetuningAgent("gpt2", Rewards(), given).get_lora_config() is given

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -165,6 +166,8 @@ def test_rows_are_drawn_by_their_weights_and_the_same_again():
         ([1, "much"], r"row 1 \('much'\)"),
         ([None, 1], r"row 0 \(None\)"),
         ([True, 1], r"row 0 \(True\)"),
+        ([np.True_, 1], r"row 0 \(np\.True_\)"),
+        ([10**5000, 1], r"row 0 \(of the type int\)"),
         ([1, float("nan")], r"row 1 \(nan\)"),
         ([0, 0], "only zeros"),
     ],

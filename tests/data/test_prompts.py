@@ -554,7 +554,7 @@ def test_a_missing_column_is_told_with_those_there_are_and_the_nearest():
     assert "prompt_column" in message
 
 
-@pytest.mark.parametrize("prompts", [CHAT, [{"prompt": "a"}, *CHAT]])
+@pytest.mark.parametrize("prompts", [CHAT, [{"prompt": "a"}, *CHAT], [{"from": "human", "value": "x"}]])
 def test_one_chat_in_the_place_of_a_list_of_chats_says_so(prompts):
     assert "This is one chat, not a list of chats: give [[{'role': ..., 'content': ...}]]." in complaint(
         memory, prompts

@@ -199,6 +199,16 @@ def test_a_template_writes_nothing_for_a_missing_value(missing):
     assert table == ["|", "x|0.5", "y|"]
 
 
+def test_a_template_whose_value_cannot_be_shown_names_the_row():
+    class Unshowable:
+        def __repr__(self):
+            raise RuntimeError("no")
+
+    for value in (Unshowable(), 10**5000):
+        with pytest.raises(DatasetError, match=r"prompt_template='\{a\}' does not fit row 1: "):
+            load([{"a": 1}, {"a": value}], prompt_template="{a}")
+
+
 def test_a_template_s_column_that_is_in_no_row_is_named():
     with pytest.raises(DatasetError, match=r"row 0 has no column 'c'\. .*'a', 'b'"):
         load([{"a": "x"}, {"b": "y"}], prompt_template="{a} {c}")
@@ -267,6 +277,10 @@ def test_text_of_another_encoding_in_a_table_is_named(tmp_path):
         load_prompts(DatasetConfig(name=str(tmp_path / "a.parquet")))
 
 
+class Panic(BaseException):
+    """Rust's panics are no Exception."""
+
+
 def test_the_fault_of_a_library_that_reads_a_table_is_one_error():
     class LazyFrame:
         __module__ = "polars.lazyframe.frame"
@@ -274,8 +288,24 @@ def test_the_fault_of_a_library_that_reads_a_table_is_one_error():
         def collect(self):
             raise KeyError("no such column")
 
+    class Series(list):
+        def to_list(self):
+            raise Panic("out-of-range date")
+
+    class DataFrame:
+        __module__ = "polars.dataframe.frame"
+        columns = ("prompt", "when")
+
+        def __getitem__(self, name):
+            return pandas.Series(["a"]) if name == "prompt" else Series()
+
+        def to_dicts(self):
+            raise Panic("out-of-range date")
+
     with pytest.raises(ConfigError, match="prompts cannot be read: KeyError: 'no such column'"):
         load(LazyFrame())
+    with pytest.raises(ConfigError, match="prompts, column 'when', cannot be read: Panic: out-of-range date"):
+        load(DataFrame())
 
 
 # --- tables of datasets ---
@@ -316,7 +346,7 @@ def test_a_table_of_the_hub_decodes_nothing_and_names_the_row_that_cannot_be_rea
     cells = pa.chunked_array([pa.nulls(2, pa.timestamp("us")), UNREADABLE["far"]])
     broken = datasets.Dataset(pa.table({"prompt": ["a", "b", "c"], "x": cells}))
     with pytest.raises(
-        DatasetError, match=r"^Here: row 2, column 'x' cannot be read: OverflowError.*remove its column"
+        DatasetError, match=r"^Here: row 2, column 'x', cannot be read: OverflowError.*remove its column"
     ):
         rows_of_dataset(broken.select(kept), "Here", kept)
 
@@ -325,3 +355,5 @@ def test_a_transform_of_datasets_is_kept():
     data = datasets.Dataset.from_dict({"text": ["a", "b"]})
     data = data.with_transform(lambda batch: {"prompt": [text.upper() for text in batch["text"]]})
     assert [row.content for row in load(data)] == ["A", "B"]
+    with pytest.raises(ConfigError, match="row 0 cannot be read: ZeroDivisionError: division by zero"):
+        load(data.with_transform(lambda batch: 1 / 0))

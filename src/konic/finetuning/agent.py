@@ -8,9 +8,9 @@ from typing import Any, Self
 from konic.finetuning.algorithms import KonicFinetuningMethodType, method_of_algorithm
 from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
 from konic.finetuning.data.config import DatasetConfig
-from konic.finetuning.errors import ConfigError, did_you_mean, no_attribute
+from konic.finetuning.errors import ConfigError, did_you_mean, is_valid_text, no_attribute
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer
-from konic.finetuning.settings import Settings, describe
+from konic.finetuning.settings import Settings, describe, texts_in
 from konic.text import keep_secret, redact_all
 
 _CONFIGS = ("training_config", "generation_config", "dataset_config", "lora_config")
@@ -102,6 +102,9 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
         self._generation_config = GenerationConfig.from_value(generation_config)
         if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
             raise ConfigError(f"model_kwargs must be a dict, got {describe(model_kwargs)}.")
+        for name, value in {"base_model": base_model, "model_kwargs": model_kwargs}.items():
+            if not all(map(is_valid_text, texts_in(value))):
+                raise ConfigError(f"{name} must be valid text, without half a character (a lone surrogate).")
         self._model_kwargs = dict(model_kwargs or {})
         keep_secret(self._model_kwargs.get("token"))
         self._check_together()

@@ -141,7 +141,7 @@ def _wanted_instead(value: Any, annotation: Hashable) -> str | None:
     """Return what a field must be instead of a value that pydantic would take, or None."""
     kinds = _leaves_of(annotation)
     parts = value if isinstance(value, list | tuple) else [value]
-    if kinds <= {int, float} and any(map(_is_bool, parts)):  # for pydantic, True is 1
+    if kinds <= {int, float} and any(map(is_bool, parts)):  # for pydantic, True is 1
         return "a number"
     if str in kinds and any(isinstance(part, bytes | bytearray) for part in parts):
         return "text"
@@ -150,7 +150,7 @@ def _wanted_instead(value: Any, annotation: Hashable) -> str | None:
     return None
 
 
-def _is_bool(value: Any) -> bool:
+def is_bool(value: Any) -> bool:
     """Return True for a bool, also of numpy or torch."""
     return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
 

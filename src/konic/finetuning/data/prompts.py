@@ -15,7 +15,7 @@ from konic.finetuning.data.config import DatasetConfig, DatasetSource
 from konic.finetuning.data.loaders import read_bundled, read_hub, read_local, rows_of_dataset, stream_rows
 from konic.finetuning.data.rows import copy_columns, without_arrays
 from konic.finetuning.errors import DatasetError, did_you_mean, is_valid_text
-from konic.finetuning.settings import texts_in
+from konic.finetuning.settings import is_bool, short_repr, texts_in
 from konic.output import get_logger
 
 logger = get_logger(__name__)
@@ -186,7 +186,7 @@ def _weights(prompts: Sequence[Prompt], config: DatasetConfig) -> np.ndarray:
     numbers = [_weight(prompt.columns[name]) for prompt in prompts]
     bad = [prompt for prompt, number in zip(prompts, numbers, strict=True) if number is None]
     if bad:
-        shown = ", ".join(f"row {prompt.row} ({prompt.columns[name]!r})" for prompt in bad[:10])
+        shown = ", ".join(f"row {prompt.row} ({_shown(prompt.columns[name])})" for prompt in bad[:10])
         raise DatasetError(f"{where}: column {name!r} must hold a number of at least 0 in every row: {shown}.")
     weights = np.array(numbers, dtype=float)
     if not weights.sum() > 0:
@@ -197,10 +197,18 @@ def _weights(prompts: Sequence[Prompt], config: DatasetConfig) -> np.ndarray:
 def _weight(value: Any) -> float | None:
     """Return a number of at least 0 from a cell, which may be text; None if it is not one."""
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+        number = math.nan if is_bool(value) else float(value)
+    except Exception:  # a user's own class may raise anything
         return None
     return number if 0 <= number < math.inf else None
+
+
+def _shown(value: Any) -> str:
+    """Return a short text for a value; its type if it cannot be shown."""
+    try:
+        return short_repr(value)
+    except ValueError:  # a number of thousands of digits
+        return f"of the type {type(value).__name__}"
 
 
 def make_prompts(
@@ -318,15 +326,15 @@ def _fill_template(template: str, index: int, columns: Mapping[str, Any], where:
     blank = _Blank()
     try:
         return template.format_map({name: blank if _is_missing(cell) else cell for name, cell in columns.items()})
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
-        raise DatasetError(f"{where}: prompt_template={template!r} does not fit row {index}: {error}.") from None
     except KeyError as error:
         raise _missing_column(error.args[0], index, columns, where, "DatasetConfig(prompt_template=...)") from None
+    except Exception as error:  # a user's own class may raise anything
+        raise DatasetError(f"{where}: prompt_template={template!r} does not fit row {index}: {error}.") from None
 
 
 def _missing_column(name: str, index: int, columns: Mapping[str, Any], where: str, setting: str) -> DatasetError:
     hint = did_you_mean(name, map(str, columns))
-    if {"role", "content"} <= columns.keys():
+    if is_message(columns):
         hint = " This is one chat, not a list of chats: give [[{'role': ..., 'content': ...}]]."
     present = ", ".join(map(repr, columns)) or "none"
     return DatasetError(

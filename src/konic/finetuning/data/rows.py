@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from konic.finetuning.errors import safe_cause
@@ -82,7 +83,13 @@ def _read_polars(table: Any) -> list[Any]:
     read = getattr(table, "to_dicts", None) or getattr(table, "to_list", None)
     if read is None:
         raise _not_rows(table)
-    return list(read())
+    try:
+        return list(read())
+    except BaseException as error:  # a panic of Rust is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        columns = [(name, table[name].to_list) for name in getattr(table, "columns", ())]
+        raise ValueError(f"prompts{_unreadable_column(columns)} cannot be read: {describe_error(error)}") from error
 
 
 def read_cells(table: Any) -> list[Any]:
@@ -124,18 +131,21 @@ def read_dataset(table: Any, numbers: Sequence[int] | None = None) -> list[Any]:
     except Exception as error:
         at = len(rows)
         row = at if numbers is None else numbers[at]
-        column = _unreadable_column(plain, at)
+        has_cells = hasattr(plain, "num_rows") and plain.format["type"] is None  # no stream, transform or column
+        names = plain.column_names if has_cells else ()
+        columns = [(name, partial(plain.select_columns([name]).__getitem__, at)) for name in names]
+        column = _unreadable_column(columns)
         raise ValueError(f"row {row}{column} cannot be read: {describe_error(error)}") from safe_cause(error)
     return rows
 
 
-def _unreadable_column(table: Any, row: int) -> str:
-    """Return `, column 'x'` for the first cell of a row that cannot be read, where the table can say so."""
-    for name in getattr(table, "column_names", None) or ():
+def _unreadable_column(columns: Iterable[tuple[Any, Callable[[], Any]]]) -> str:
+    """Return `, column 'x'` for the first of the columns that cannot be read, or an empty text."""
+    for name, read in columns:
         try:
-            table.select_columns([name])[row]
-        except Exception:
-            return f", column {name!r}"
+            read()
+        except BaseException:
+            return f", column {name!r},"
     return ""
 
 
