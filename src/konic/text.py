@@ -21,6 +21,7 @@ _LOOKS_SECRET = re.compile(
     re.VERBOSE,
 )
 _NAME = r"(?:token|secret|passw(?:or)?d|signature|\bsig|authorization|(?:api|access|secret)[_-]?key)"
+_SECRET_NAME = re.compile(f"{_NAME}$", re.IGNORECASE)
 _NAMED_SECRETS = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -56,11 +57,14 @@ def redact(text: str) -> str:
 
 
 def redact_all(value: Any) -> Any:
-    """Return a value of dicts, lists and tuples with every text in it redacted."""
+    """Return a value with every text in its dicts, lists and tuples redacted, and every secret by its name."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
-        return {name: redact_all(part) for name, part in value.items()}
+        return {
+            name: "***" if isinstance(part, str) and _SECRET_NAME.search(str(name)) else redact_all(part)
+            for name, part in value.items()
+        }
     return type(value)(map(redact_all, value)) if type(value) in (list, tuple) else value
 
 

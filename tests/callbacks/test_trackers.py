@@ -8,7 +8,14 @@ import types
 
 import pytest
 
+from konic.finetuning import KonicFinetuningAgent, KonicLLMRewardComposer, llm_reward
 from konic.finetuning.callbacks.trackers import MLflowTracker
+
+
+class Brief(KonicLLMRewardComposer):
+    @llm_reward
+    def brief(self, prompt, response):
+        return -len(response)
 
 
 class Refused(Exception):
@@ -78,6 +85,21 @@ def test_no_reward_name_costs_an_iteration_its_metrics(mlflow, caplog):
     assert sorted(mlflow.metrics[1].values()) == sorted([1.0, *map(float, range(len(names)))])
     assert {"reward/acc_1": 0.0, "reward/acc_1_2": 1.0}.items() <= mlflow.metrics[1].items()
     assert not caplog.records
+
+
+def test_a_tracker_gets_no_secret(mlflow, caplog):
+    agent = KonicFinetuningAgent(
+        base_model="any",
+        reward_composer=Brief(),
+        dataset_config={"name": "a/b", "token": "plain7Token", "chat_template_kwargs": {"api_key": "plain8Key"}},
+        model_kwargs={"token": "plain7Token", "revision": "https://me:plain9@host?sig=plain9"},
+    )
+    tracker = MLflowTracker()
+    tracker.on_train_begin(agent.settings(uses_lora=True))
+    assert mlflow.params and not re.search("plain[789]", str(mlflow.params))
+    mlflow.log_metrics = lambda *_, **__: exec("raise ConnectionError('https://me:plain9@host?sig=plain9\\x1b[2J')")
+    tracker.on_iteration_end(result(1))
+    assert "MLflow: ConnectionError: https://***@host?***." in caplog.text
 
 
 def test_a_server_that_dies_costs_three_calls_and_two_lines(mlflow, caplog):

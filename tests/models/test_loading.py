@@ -63,7 +63,7 @@ def test_every_right_dtype_goes_on_to_loading(dtype):
 
 
 def test_a_missing_package_of_an_option_is_named(model_folders):
-    with pytest.raises(ModelError, match=r"needs a package .*[Ff]lash.*\n.*change model_kwargs"):
+    with pytest.raises(ModelError, match=r"needs a package .*[Ff]lash.*change model_kwargs"):
         load_model(model_folders["llama"], {"attn_implementation": "flash_attention_2"}, CPU)
 
 
@@ -162,20 +162,20 @@ def test_a_model_that_is_a_folder_has_no_revision(base, model_folders, tmp_path)
 def test_a_broken_model_folder_is_one_error(tmp_path, model_folders):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ModelError, match=r"could not be loaded: .*\n.*complete model of the right kind"):
+    with pytest.raises(ModelError, match=r"could not be loaded: .*complete model of the right kind"):
         load_model(str(tmp_path), {}, CPU)
 
 
 def test_a_broken_gguf_file_is_one_error_and_leaves_no_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("KONIC_CACHE", str(tmp_path / "cache"))
     (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
-    with pytest.raises(ModelError, match=r"could not be loaded: .*\n.*file is complete"):
+    with pytest.raises(ModelError, match=r"could not be loaded: .*file is complete"):
         locate_model(str(tmp_path / "broken.gguf"))
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_the_hub_out_of_reach_names_the_model_that_needs_none(monkeypatch):
-    with pytest.raises(ModelError, match=r"'some/model' is not a local folder.*from the Hub.*\n.*smollm2-135m"):
+    with pytest.raises(ModelError, match=r"'some/model' is not a local folder.*from the Hub.*smollm2-135m"):
         load_model("some/model", {}, CPU)
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
