@@ -264,14 +264,16 @@ def result(model_folders, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["<b>", "a|b", "`x`", "# h", "[a](http://b)", "\x1b[2J", "a\nb", "=1+1", "a: b", "***"]
+    "name", ["<b>", "a|b", "`x`", "# h", "[a](http://b)", "\x1b[2J", "\u202e", "a\nb", "=1+1", "a: b", "***"]
 )
 def test_the_card_of_a_run_shows_odd_names_as_text(name, result):
     last = replace(result.history[-1], reward_breakdown={name: 1.0})
     result = replace(result, model_name=name, history=[last])
     card = model_card(result, make_agent(name).settings(uses_lora=True), name, is_adapter=True)
     body = card.split("\n---\n", 1)[1].partition("```python")[0]
-    assert "\x1b" not in card and not any(part in body for part in ("<b>", "a|b", "`x`", "# h", "](", "\nb"))
+    assert not any(char in card for char in "\x1b\u202e") and not any(
+        part in body for part in ("<b>", "a|b", "`x`", "# h", "](", "\nb")
+    )
     assert len(re.findall("^#", body, flags=re.MULTILINE)) == 1
     settings = json.loads(card.split("```json\n")[1].split("\n```")[0])
     assert settings["model_name"] == name, "JSON keeps the text"
@@ -279,8 +281,11 @@ def test_the_card_of_a_run_shows_odd_names_as_text(name, result):
 
 def test_the_card_of_a_reward_model_shows_odd_labels_as_text(tmp_path):
     report = RewardModelReport(folder=tmp_path, num_examples=4, accuracy=Interval(1, 1, 1), num_held_out=2)
-    card = _card("pair", ["<img src=x>", "a\n# heading", "[a](http://b)", f"token={TOKEN}", "\x1b[2J"], "base", report)
+    card = _card(
+        "pair", ["<img src=x>", "a\n# heading", "[a](http://b)", f"token={TOKEN}", "\x1b[2J"], "base\u202e", report
+    )
     body = card.split("\n---\n", 1)[1]
+    assert "\u202e" not in card
     assert not any(part in body for part in ("<img", "\n# heading", "](", TOKEN, "\x1b"))
 
 

@@ -13,7 +13,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -64,6 +64,11 @@ def is_plain(text):
         f"[('token', '{SECRET}')]",
         f'[["hub_token", "{SECRET}"]]',
         f"token: b'{SECRET}'",
+        f"[(b'authorization', b'Bearer {SECRET}')]",
+        f"x-amz-security-token: {SECRET}",
+        f"set-cookie: session={SECRET}; path=/",
+        f"-----BEGIN RSA PRIVATE KEY-----\n{SECRET}\n{SECRET}\n-----END RSA PRIVATE KEY-----",
+        json.dumps({"private_key": f"-----BEGIN PRIVATE KEY-----\n{SECRET}\n-----END PRIVATE KEY-----"}),
         f"rejected {HF}.",
         f"rejected {HF}",
         "sk-proj-" + SECRET * 3,
@@ -116,7 +121,9 @@ def test_values_are_redacted_inside_of_dicts_lists_and_tuples():
     assert redact_all(value) == {"a": ["token=***", 1, None], "b": ({"c": "***"},), 3: 0.5}
 
 
-@pytest.mark.parametrize("unit", ["-", "token", "://", "?a", 'token="', "eyJ", "a b=", "[('", "hf_", "sk-a", "@"])
+@pytest.mark.parametrize(
+    "unit", ["-", "token", "://", "?a", 'token="', "eyJ", "a b=", "[('", "hf_", "sk-a", "@", "PRIVATE KEY-----"]
+)
 def test_hiding_takes_no_longer_than_the_text_is_long(unit):
     assert isinstance(redact(unit * 20_000), str)  # a quadratic pattern would take minutes
 
@@ -133,6 +140,7 @@ def test_printable_text_is_one_plain_line(text):
 
 @given(st.text(st.characters() | st.sampled_from("*_`[]()<>|#~!\\:-+=&;@./w "), max_size=40))
 @settings(deadline=None, max_examples=100)
+@example("__x__ ~~y~~ **z** _a_ a__b__")
 def test_a_page_shows_escaped_text_as_it_is(text):
     markdown = MarkdownIt("commonmark").enable("table").enable("strikethrough")
     shown = escape_markdown(text)

@@ -12,11 +12,12 @@ _SECRET_VARIABLES = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "API_KEY", "APIKEY
 _LOOKS_SECRET = re.compile(
     r"""
       (?<=://)[^\s/?\#]+(?=@)                    # the user and password of an address
-    | (?<=[?&])[\w.~%-]+=[^\s'"<>\\]*              # what follows an address, and may sign it
+    | (?<=[?&])[\w.~%-]+=[^\s'"<>\\]*           # what follows an address, and may sign it
     | (?<=\bBearer\ )[\w.~+/=-]{6,}
     | \bhf_[A-Za-z0-9]{16,}\b                    # no longer name, which has more underscores
     | \b(?:api_org_|sk-|gh[oprsu]_|github_pat_|glpat-|xox[a-z]-|AKIA|ASIA|AIza)[\w-]{16,}
     | \beyJ[\w-]{10,}\.[\w.-]{10,}               # a JSON Web Token
+    | (?<=PRIVATE\ KEY-----)(?s:.*?)(?=-----END|\Z)
     """,
     re.VERBOSE,
 )
@@ -26,9 +27,9 @@ _NAMED_SECRETS = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         rf"""({_NAME}\\*["']?\s*[=:]\s*b?\\*["'])[^\s"'\\<\[][^\n"'\\]{{3,}}""",  # token='...', and as JSON
-        rf"""([(\[]\s*["'][\w-]{{0,30}}{_NAME}["'],\s*b?["'])[^\n"'\\]+""",  # ('token', '...')
+        rf"""([(\[]\s*b?["'][\w-]{{0,30}}{_NAME}["'],\s*b?["'])[^\n"'\\]+""",  # ('token', '...')
         rf"""({_NAME}=)[^\s"'\\<\[.=][^\s"'\\,;&)}}]{{3,}}""",  # token=...
-        r"""((?:authorization|api-key): )[^\n"']+""",
+        r"""((?:authorization|cookie|-key|-token|-signature): )[^\n"']+""",
     )
 ]
 """A value by its name; the markup of a tokenizer, such as pad_token='<pad>', is no secret."""
@@ -46,7 +47,7 @@ def redact(text: str) -> str:
 
     Hidden are the tokens that settings were given, the secrets of the environment, and what looks like one.
     """
-    of_environment = (os.environ[name] for name in os.environ if name.upper().endswith(_SECRET_VARIABLES))
+    of_environment = (os.environ.get(name, "") for name in os.environ if name.upper().endswith(_SECRET_VARIABLES))
     for secret in sorted((*_given, *of_environment), key=len, reverse=True):
         if len(secret) >= _SHORTEST_SECRET:
             text = text.replace(secret, "***")
@@ -92,7 +93,7 @@ def indented(lines: Iterable[str]) -> list[str]:
 
 def escape_markdown(text: str) -> str:
     """Return text that a page in Markdown or HTML shows as it is, on one line, without secrets."""
-    markup = r"[^\w .,/+-]|\b_|_\b|(?<=www)\."
+    markup = r"[^\w .,/+-]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\."
     return re.sub(markup, lambda found: f"&#{ord(found[0])};", printable(text))
 
 

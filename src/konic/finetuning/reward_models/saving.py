@@ -12,7 +12,7 @@ from konic.finetuning.results.intervals import Interval
 from konic.finetuning.reward_models.texts import TextFormat
 from konic.finetuning.system.files import filling_folder, set_aside
 from konic.output import get_logger
-from konic.text import escape_markdown
+from konic.text import escape_markdown, printable
 
 logger = get_logger(__name__)
 
@@ -70,7 +70,7 @@ def save_reward_model(
 def _card(text_format: TextFormat, labels: Sequence[str] | None, base: str, report: RewardModelReport) -> str:
     learned = "preference pairs" if labels is None else f"texts labelled {', '.join(map(escape_markdown, labels))}"
     header = ModelCardData(
-        base_model=base,
+        base_model=printable(base),
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=["konic", "reward-model"],

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.run.environment import version_of
-from konic.text import escape_markdown
+from konic.text import escape_markdown, printable
 
 
 def model_card(result: FinetuningResult, settings: dict[str, Any], base_location: str, is_adapter: bool) -> str:
@@ -16,7 +16,7 @@ def model_card(result: FinetuningResult, settings: dict[str, Any], base_location
     algorithm = settings["algorithm"]
     first, last = (result.history[0], result.history[-1]) if result.history else (None, None)
     header = ModelCardData(
-        base_model=base_location,
+        base_model=printable(base_location),
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["konic", "reinforcement-learning", algorithm],
