@@ -1010,7 +1010,7 @@ def test_a_resume_from_an_earlier_checkpoint_drops_the_branch_it_leaves(model_fo
         make_engine(model_folders["llama"], tmp_path / "b").train(
             3, resume_from_checkpoint=tmp_path / "a" / "checkpoint-2"
         )
-    with pytest.raises(OutputError, match=r"typo/x: .*: there is no such folder\. Give another"):
+    with pytest.raises(OutputError, match=r"typo/x: there is no such folder\. Give another"):
         make_engine(model_folders["llama"], tmp_path / "c").train(3, resume_from_checkpoint=tmp_path / "typo" / "x")
     assert not (tmp_path / "c").exists()
     assert not (tmp_path / "typo").exists()

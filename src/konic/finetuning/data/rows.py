@@ -89,7 +89,9 @@ def _read_polars(table: Any) -> list[Any]:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         columns = [(name, table[name].to_list) for name in getattr(table, "columns", ())]
-        raise ValueError(f"prompts{_unreadable_column(columns)} cannot be read: {describe_error(error)}") from error
+        raise ValueError(
+            f"prompts{_unreadable_column(columns)} cannot be read: {describe_error(error)}"
+        ) from safe_cause(error)
 
 
 def read_cells(table: Any) -> list[Any]:

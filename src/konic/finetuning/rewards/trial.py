@@ -1,6 +1,5 @@
 """A composer and responses -> a trial without training: each reward's values, what moves the total, and warnings."""
 
-import logging
 import math
 import statistics
 import string
@@ -30,8 +29,9 @@ from konic.finetuning.rewards.totals import (
     weighted_parts,
 )
 from konic.finetuning.system.signals import raising_on_signals
+from konic.output import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PROBES = {
     "empty": "",

@@ -59,12 +59,14 @@ def checkpoint_to_resume(
         broken = find_corruption(named)
         if broken is None:
             return named
-        if not named.is_dir():
-            broken = "it is a file" if named.exists() else "there is no such folder"
-        elif checkpoints(named):
-            broken = "it is the folder of a run"
-        advice = _right_checkpoint(named, run_folder) or "Give another one."
-        raise OutputError(f"{named}: is not a whole checkpoint: {broken}. {advice}")
+        if not named.exists():
+            what = "there is no such folder"
+        else:
+            kind = (
+                "it is a file" if not named.is_dir() else "it is the folder of a run" if checkpoints(named) else broken
+            )
+            what = f"is not a whole checkpoint: {kind}"
+        raise OutputError(f"{named}: {what}. {_right_checkpoint(named, run_folder) or 'Give another one.'}")
     if run_folder is None:
         raise ConfigError("train(resume_from_checkpoint=True) needs checkpoint_dir, the run's folder.")
     return newest_checkpoint(as_path(run_folder, "checkpoint_dir", OutputError))
