@@ -19,7 +19,9 @@ ORDER = [
 INSIDE = {
     "system": ["memory", "signals", "user_code", "places", "files"],
     "results": ["metrics", "intervals", "iteration", "evaluation", "summary"],
-    "data": ["rows", "chats", "formats", "loaders", "config", "prompts", "samples", "tokenization"],
+    "data": [
+        "rows", "chats", "columns", "fingerprint", "formats", "loaders", "config", "prompts", "samples", "tokenization",
+    ],
     "models": [
         "positions", "distributions", "length_groups", "value_head", "prepacked", "language_model", "token_scores",
         "locations", "containment", "model_kwargs", "loading", "adapter_config", "adapters", "policy",

@@ -1,14 +1,22 @@
-"""A chat's text -> its messages: chats are often stored as JSON, or as Python prints them."""
+"""A cell -> a prompt, plain text or the messages of a chat, or why it can be neither.
+
+Chats are often stored as text: as JSON, or as Python prints them.
+"""
 
 import ast
 import json
+import math
 import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from konic.finetuning.data.rows import require_distinct
+from konic.finetuning.errors import is_valid_text
+from konic.finetuning.settings import texts_in
 
+SKIPPABLE = ("empty", "missing", "no messages", "the last message is empty")
+"""Problems of rows that are left out with a warning, as long as they are at most half of all."""
 _KEYS = ({"role", "content"}, {"from", "value"})
 """Keys of a message, and of a message of ShareGPT."""
 _OBJECT = re.compile(r"""b?["']*(?:[\[(\s]|array|list)*\{\s*\\*["'“]?\w+\\*["'”]?\s*:""")
@@ -45,7 +53,7 @@ def read_chat(text: str) -> Any:
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
         found = read_chat(found) if isinstance(found, str) else found
-        if holds_message(found):
+        if _holds_message(found):
             return found
     raise ValueError(
         "text that begins as a chat but cannot be read as one: write the list of messages as JSON, with each key once"
@@ -62,12 +70,57 @@ def is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and any(keys <= {str(key).lower() for key in value} for keys in _KEYS)
 
 
-def holds_message(value: Any, levels: int = 5) -> bool:
+def is_missing(cell: Any) -> bool:
+    """Return True for None, and for NaN, which tables have for a missing value."""
+    return cell is None or (isinstance(cell, float) and math.isnan(cell))
+
+
+def find_problem(content: Any) -> str | None:
+    """Return why a prompt cannot be used, or None if it can."""
+    if isinstance(content, str):
+        return _find_text_problem(content, "empty")
+    if is_missing(content):
+        return "missing"
+    if is_message(content):
+        return "one message, not a list of messages: put it in a list"
+    columns = content.items() if isinstance(content, Mapping) else ()
+    inside = next((name for name, part in columns if _holds_message(part)), None)
+    if inside is not None:
+        return f"a dict with a chat in {inside!r}: give the list of messages itself"
+    if not isinstance(content, list | tuple):
+        return f"{type(content).__name__}, not text"
+    if not content:
+        return "no messages"
+    if any(map(is_chat, content)):
+        return "a list with a chat inside: give the list of messages itself"
+    for message in content:
+        if isinstance(message, Mapping) and {"from", "value"} <= message.keys():
+            return (
+                "messages with 'from' and 'value': name these 'role' and 'content', with the roles user and assistant"
+            )
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            return "a message without role and content"
+        if not isinstance(message["content"], str) or not isinstance(message["role"], str):
+            return "a message whose role or content is not text"
+    if content[-1]["role"] != "user":
+        return "the last message is not the user's"
+    return next(filter(None, map(_find_text_problem, texts_in(content))), None) or _find_text_problem(
+        content[-1]["content"], "the last message is empty"
+    )
+
+
+def _find_text_problem(text: str, empty: str | None = None) -> str | None:
+    if not is_valid_text(text):
+        return "not valid text: it contains half a character (a lone surrogate)"
+    return None if text.strip() else empty
+
+
+def _holds_message(value: Any, levels: int = 5) -> bool:
     """Return True for a message, and for a list or a dict with a message inside, down to a number of levels."""
     if levels == 0:
         return False
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return is_message(value) or any(holds_message(part, levels - 1) for part in parts)
+    return is_message(value) or any(_holds_message(part, levels - 1) for part in parts)
 
 
 def _distinct_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """DatasetConfig -> PromptSet: loads prompts in an order fixed by a seed, each with its row index and other columns."""
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,18 +8,17 @@ from typing import Any, assert_never
 
 import numpy as np
 
-from konic.finetuning.data.chats import holds_message, is_chat, is_message, read_chat
+from konic.finetuning.data.chats import SKIPPABLE, find_problem, read_chat
+from konic.finetuning.data.columns import fill_template, missing_column
 from konic.finetuning.data.config import DatasetConfig, DatasetSource
+from konic.finetuning.data.fingerprint import fingerprint_rows
 from konic.finetuning.data.loaders import read_bundled, read_hub, read_local, rows_of_dataset, stream_rows
 from konic.finetuning.data.rows import copy_columns, without_arrays
-from konic.finetuning.errors import DatasetError, did_you_mean, is_valid_text
-from konic.finetuning.settings import is_bool, short_repr, texts_in
+from konic.finetuning.errors import DatasetError
+from konic.finetuning.settings import is_bool
 from konic.output import get_logger
 
 logger = get_logger(__name__)
-
-_SKIPPABLE = ("empty", "missing", "no messages", "the last message is empty")
-"""Problems of rows that are left out with a warning, as long as they are at most half of all."""
 
 
 @dataclass(frozen=True)
@@ -95,43 +92,14 @@ class PromptSet:
         """Return the SHA-256 of all rows, held-out rows too; None for a stream, whose rows are not known in advance."""
         if self.stream is not None:
             return None
-        digest = hashlib.sha256()
-        for prompt in (*self.rows, *self.held_out):
-            digest.update(_row_as_json(prompt).encode())
-        return digest.hexdigest()
+        prompts = (*self.rows, *self.held_out)
+        return fingerprint_rows((prompt.row, prompt.content, prompt.columns) for prompt in prompts)
 
     def _index(self, position: int) -> int:
         pass_number, offset = divmod(position, len(self.rows))
         if not self.shuffle or (self.stream is not None and pass_number == 0):
             return offset
         return int(_permutation(len(self.rows), self.shuffle_seed, pass_number + 1)[offset])
-
-
-def _row_as_json(prompt: Prompt) -> str:
-    """Return a row as JSON; a value that JSON cannot hold, such as a list that contains itself, counts by its type."""
-    columns = prompt.columns
-    if _to_json(columns) is None:
-        columns = {name: type(cell).__name__ if _to_json(cell) is None else cell for name, cell in columns.items()}
-    return _to_json([prompt.row, prompt.content, columns]) or ""
-
-
-def _to_json(value: Any) -> str | None:
-    try:
-        return json.dumps(value, default=_as_json, skipkeys=True)
-    except Exception:  # a user's own class may raise anything
-        return None
-
-
-def _as_json(value: Any) -> Any:
-    """Return what stands for a value that JSON does not have; of an object that does not show its value, its type."""
-    if hasattr(value, "tolist") and type(listed := value.tolist()) is not type(value):  # numpy, pandas
-        return listed
-    if isinstance(value, bytes | bytearray):
-        return value.hex()
-    if isinstance(value, set | frozenset):
-        return sorted(map(repr, value))
-    shown = repr(value)
-    return type(value).__name__ if " at 0x" in shown else shown
 
 
 def load_prompts(config: DatasetConfig) -> PromptSet:
@@ -182,7 +150,7 @@ def _weights(prompts: Sequence[Prompt], config: DatasetConfig) -> np.ndarray:
     name, where = str(config.weights_column), _where(config)
     missing = next((prompt for prompt in prompts if name not in prompt.columns), None)
     if missing is not None:
-        raise _missing_column(name, missing.row, missing.columns, where, "DatasetConfig(weights_column=...)")
+        raise missing_column(name, missing.row, missing.columns, where, "DatasetConfig(weights_column=...)")
     numbers = [_weight(prompt.columns[name]) for prompt in prompts]
     bad = [prompt for prompt, number in zip(prompts, numbers, strict=True) if number is None]
     if bad:
@@ -231,7 +199,7 @@ def _prompts(
         numbered = _with_all_columns(list(numbered))
     results = [_make_prompt(index, row, config, where) for index, row in numbered]
     bad = sorted((index, problem) for index, problem in results if isinstance(problem, str))
-    if leaves_out_empty and 2 * len(bad) <= len(results) and all(problem in _SKIPPABLE for _, problem in bad):
+    if leaves_out_empty and 2 * len(bad) <= len(results) and all(problem in SKIPPABLE for _, problem in bad):
         _warn_of_empty(bad, len(results), where)
     elif bad:
         named = ", ".join(f"row {index} ({problem})" for index, problem in bad[:10])
@@ -252,7 +220,7 @@ def _warn_of_empty(bad: Sequence[tuple[int, str]], count: int, where: str) -> No
 def _is_empty(numbered: tuple[int, Any], config: DatasetConfig, where: str) -> bool:
     """True, with a warning, for a row of a stream that has no prompt."""
     index, found = _make_prompt(*numbered, config, where)
-    if found not in _SKIPPABLE:
+    if found not in SKIPPABLE:
         return False
     logger.warning("%s: the prompt of row %d is %s and left out.", where, index, found)
     return True
@@ -281,18 +249,18 @@ def _make_prompt(index: int, row: Any, config: DatasetConfig, where: str) -> tup
     columns = copy_columns(row if isinstance(row, Mapping) else {config.prompt_column: row})
     content: Any
     if config.prompt_template is not None:
-        content = _fill_template(config.prompt_template, index, columns, where)
+        content = fill_template(config.prompt_template, index, columns, where)
     elif config.prompt_column in columns:
         content = columns.pop(config.prompt_column)
     else:
-        raise _missing_column(config.prompt_column, index, columns, where, "DatasetConfig(prompt_column=...)")
+        raise missing_column(config.prompt_column, index, columns, where, "DatasetConfig(prompt_column=...)")
     try:
         content = read_chat(content) if isinstance(content, str) else without_arrays(content)
     except ValueError as error:
         return index, str(error)
     except RecursionError:
         return index, "a list or dict that contains itself"
-    problem = _find_problem(content)
+    problem = find_problem(content)
     if problem:
         return index, problem
     if isinstance(content, str):
@@ -309,77 +277,6 @@ def with_system_prompt(prompt: Prompt, system_prompt: str | None) -> Prompt:
     if system_prompt is None or prompt.messages is None or prompt.messages[0]["role"] == "system":
         return prompt
     return replace(prompt, content=[{"role": "system", "content": system_prompt}, *prompt.messages])
-
-
-class _Blank(str):
-    """The text of a missing value, empty in every format."""
-
-    def __format__(self, spec: str) -> str:
-        return ""
-
-
-def _is_missing(cell: Any) -> bool:
-    return cell is None or (isinstance(cell, float) and math.isnan(cell))
-
-
-def _fill_template(template: str, index: int, columns: Mapping[str, Any], where: str) -> str:
-    blank = _Blank()
-    try:
-        return template.format_map({name: blank if _is_missing(cell) else cell for name, cell in columns.items()})
-    except KeyError as error:
-        raise _missing_column(error.args[0], index, columns, where, "DatasetConfig(prompt_template=...)") from None
-    except Exception as error:  # a user's own class may raise anything
-        raise DatasetError(f"{where}: prompt_template={template!r} does not fit row {index}: {error}.") from None
-
-
-def _missing_column(name: str, index: int, columns: Mapping[str, Any], where: str, setting: str) -> DatasetError:
-    hint = did_you_mean(name, map(str, columns))
-    if is_message(columns):
-        hint = " This is one chat, not a list of chats: give [[{'role': ..., 'content': ...}]]."
-    present = ", ".join(map(repr, columns)) or "none"
-    return DatasetError(
-        f"{where}: row {index} has no column {name!r}.{hint} Its columns: {present}. Name the right one in {setting}."
-    )
-
-
-def _find_problem(content: Any) -> str | None:
-    """Return why a prompt cannot be used, or None if it can."""
-    if isinstance(content, str):
-        return _find_text_problem(content, "empty")
-    if _is_missing(content):
-        return "missing"
-    if is_message(content):
-        return "one message, not a list of messages: put it in a list"
-    columns = content.items() if isinstance(content, Mapping) else ()
-    inside = next((name for name, part in columns if holds_message(part)), None)
-    if inside is not None:
-        return f"a dict with a chat in {inside!r}: give the list of messages itself"
-    if not isinstance(content, list | tuple):
-        return f"{type(content).__name__}, not text"
-    if not content:
-        return "no messages"
-    if any(map(is_chat, content)):
-        return "a list with a chat inside: give the list of messages itself"
-    for message in content:
-        if isinstance(message, Mapping) and {"from", "value"} <= message.keys():
-            return (
-                "messages with 'from' and 'value': name these 'role' and 'content', with the roles user and assistant"
-            )
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            return "a message without role and content"
-        if not isinstance(message["content"], str) or not isinstance(message["role"], str):
-            return "a message whose role or content is not text"
-    if content[-1]["role"] != "user":
-        return "the last message is not the user's"
-    return next(filter(None, map(_find_text_problem, texts_in(content))), None) or _find_text_problem(
-        content[-1]["content"], "the last message is empty"
-    )
-
-
-def _find_text_problem(text: str, empty: str | None = None) -> str | None:
-    if not is_valid_text(text):
-        return "not valid text: it contains half a character (a lone surrogate)"
-    return None if text.strip() else empty
 
 
 def _where(config: DatasetConfig) -> str:

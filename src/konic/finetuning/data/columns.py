@@ -1,0 +1,40 @@
+"""A row's columns -> the text that a template makes of them, and the error where a column is missing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from konic.finetuning.data.chats import is_message, is_missing
+from konic.finetuning.errors import DatasetError, did_you_mean
+
+
+class _Blank(str):
+    """The text of a missing value, empty in every format."""
+
+    def __format__(self, spec: str) -> str:
+        return ""
+
+
+def fill_template(template: str, index: int, columns: Mapping[str, Any], where: str) -> str:
+    """Return the text that a template makes of a row's columns; a missing cell is empty text.
+
+    Raises:
+        DatasetError: The row lacks a column of the template, or a cell does not fit it.
+    """
+    blank = _Blank()
+    try:
+        return template.format_map({name: blank if is_missing(cell) else cell for name, cell in columns.items()})
+    except KeyError as error:
+        raise missing_column(error.args[0], index, columns, where, "DatasetConfig(prompt_template=...)") from None
+    except Exception as error:  # a user's own class may raise anything
+        raise DatasetError(f"{where}: prompt_template={template!r} does not fit row {index}: {error}.") from None
+
+
+def missing_column(name: str, index: int, columns: Mapping[str, Any], where: str, setting: str) -> DatasetError:
+    """Return the error of a row without a column, with the nearest name, and the setting to change."""
+    hint = did_you_mean(name, map(str, columns))
+    if is_message(columns):
+        hint = " This is one chat, not a list of chats: give [[{'role': ..., 'content': ...}]]."
+    present = ", ".join(map(repr, columns)) or "none"
+    return DatasetError(
+        f"{where}: row {index} has no column {name!r}.{hint} Its columns: {present}. Name the right one in {setting}."
+    )
