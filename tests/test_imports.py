@@ -28,7 +28,7 @@ INSIDE = {
     ],
     "rewards": [
         "moments", "named_parts", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "validation",
-        "old_names", "composer", "overrides", "workers", "scoring", "trial",
+        "old_names", "listing", "composer", "overrides", "workers", "scoring", "responses", "trial",
     ],
     "rollout": [
         "sampler", "fused_transformer", "fused_decoder", "graphed_decoder", "decoding", "local_sampler", "rollout",

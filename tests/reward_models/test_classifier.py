@@ -42,7 +42,7 @@ from konic.finetuning.data.samples import make_samples
 from konic.finetuning.data.tokenization import shorten_chat
 from konic.finetuning.reward_models.classifier import HuggingFaceRewardModel, batches_by_length, reward_name
 from konic.finetuning.reward_models.texts import TEXT_FORMATS, encode_pair
-from konic.finetuning.rewards.composer import list_rewards
+from konic.finetuning.rewards.listing import list_rewards
 from konic.finetuning.rewards.scoring import Scorer
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")

@@ -10,7 +10,8 @@ from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.data.prompts import make_prompts
 from konic.finetuning.data.samples import Sample, make_samples
 from konic.finetuning.errors import ConfigError, RewardError
-from konic.finetuning.rewards.composer import KonicLLMRewardComposer, describe_weighting, list_rewards, without_models
+from konic.finetuning.rewards.composer import KonicLLMRewardComposer, describe_weighting, without_models
+from konic.finetuning.rewards.listing import list_rewards
 from konic.finetuning.rewards.marks import llm_reward
 from konic.finetuning.rewards.moments import RunningMoments
 from konic.finetuning.rewards.outcomes import Reward

@@ -19,7 +19,8 @@ from konic.finetuning.errors import RewardError
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.rewards import scoring
-from konic.finetuning.rewards.composer import KonicLLMRewardComposer, list_rewards
+from konic.finetuning.rewards.composer import KonicLLMRewardComposer
+from konic.finetuning.rewards.listing import list_rewards
 from konic.finetuning.rewards.marks import llm_reward
 from konic.finetuning.rewards.moments import RunningMoments
 from konic.finetuning.rewards.outcomes import Fault

@@ -31,7 +31,8 @@ from konic.finetuning.rewards import trial as reward_trial
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer
 from konic.finetuning.rewards.marks import llm_reward
 from konic.finetuning.rewards.reducers import MaxReducer
-from konic.finetuning.rewards.trial import PROBES, correlation, read_responses, try_rewards
+from konic.finetuning.rewards.responses import read_responses
+from konic.finetuning.rewards.trial import PROBES, correlation, try_rewards
 
 LENGTHS = (3, 5, 7, 7, 5, 3)
 RESPONSES = ["x" * length for length in LENGTHS]

@@ -45,7 +45,8 @@ def rewards(
     """
     write_line(f"Loading {script} ...", sys.stderr)
     from konic.cli.scripts import load_agent, load_composer_and_dataset
-    from konic.finetuning.rewards.trial import read_responses, try_rewards
+    from konic.finetuning.rewards.responses import read_responses
+    from konic.finetuning.rewards.trial import try_rewards
 
     if texts is not None:
         composer, dataset = load_composer_and_dataset(script)

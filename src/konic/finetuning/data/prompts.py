@@ -15,7 +15,7 @@ from konic.finetuning.data.fingerprint import fingerprint_rows
 from konic.finetuning.data.loaders import read_bundled, read_hub, read_local, rows_of_dataset, stream_rows
 from konic.finetuning.data.rows import copy_columns, without_arrays
 from konic.finetuning.errors import DatasetError
-from konic.finetuning.settings import is_bool
+from konic.finetuning.settings import is_bool, short_repr
 from konic.output import get_logger
 
 logger = get_logger(__name__)

@@ -1,7 +1,6 @@
 """The user's rewards: marked methods, functions and models, weighted and reduced to one number per response."""
 
 import hashlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, Self
@@ -9,17 +8,11 @@ from typing import Any, Literal, Protocol, Self
 from konic.finetuning.data.samples import samples_from_texts
 from konic.finetuning.errors import ConfigError, RewardError, did_you_mean
 from konic.finetuning.rewards.calls import call_reward
-from konic.finetuning.rewards.marks import Mark, checked_clip, find_mark
+from konic.finetuning.rewards.listing import check_marked_methods, list_rewards, reward_of_function, source_of
 from konic.finetuning.rewards.old_names import OldNames, with_the_places_of_0_1
 from konic.finetuning.rewards.outcomes import Reward
 from konic.finetuning.rewards.reducers import WeightedSumReducer
-from konic.finetuning.rewards.signatures import (
-    detect_shape,
-    requested_columns,
-    require_a_response,
-    reward_of_model,
-    shape_of_method,
-)
+from konic.finetuning.rewards.signatures import requested_columns, require_a_response, reward_of_model
 from konic.finetuning.rewards.totals import (
     AlreadyScored,
     Weighting,
@@ -78,22 +71,9 @@ class KonicLLMRewardComposer(OldNames):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse rewards whose name is one that a composer has a use for itself."""
         super().__init_subclass__(**kwargs)
-        own = {*vars(KonicLLMRewardComposer), *vars(OldNames), *KonicLLMRewardComposer.__annotations__}
-        for name, member in vars(cls).items():
-            computed = getattr(member, "fget", None) or getattr(member, "func", None)  # of a property, or a cached one
-            if computed is not None and find_mark(member) is None and find_mark(computed) is not None:
-                raise ConfigError(
-                    f"{cls.__name__}.{name} is a property. A reward is a method (self, prompt, response)."
-                )
-            first = next(iter(inspect.signature(member).parameters), "") if inspect.isfunction(member) else ""
-            if find_mark(member) is not None and first in ("prompt", "prompts", "response", "responses"):
-                raise ConfigError(
-                    f"{cls.__name__}.{name}: its first parameter is {first!r}. A reward is a method: "
-                    f"(self, {first}, ...)."
-                )
-            is_taken = name in own or (name.startswith("__") and name.endswith("__"))
-            if is_taken and find_mark(member) is not None:
-                raise ConfigError(f"{cls.__name__}.{name}: a composer has {name} itself. Give the reward another name.")
+        check_marked_methods(
+            cls, {*vars(KonicLLMRewardComposer), *vars(OldNames), *KonicLLMRewardComposer.__annotations__}
+        )
         cls._take_old_names()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -142,7 +122,7 @@ class KonicLLMRewardComposer(OldNames):
         """The settings that determine a reward: names, weights, reducer, SHA-256 of the rewards' own source lines."""
         kind = self.reducer if isinstance(self.reducer, type) else type(self.reducer)
         rewards = list_rewards(self)
-        sources = "\n".join(f"{reward.name}: {_source_of(reward)}" for reward in _list_all(self))
+        sources = "\n".join(f"{reward.name}: {source_of(reward)}" for reward in _list_all(self))
         return {
             "rewards": [reward.name for reward in rewards],
             "reward_weights": dict(self._reward_weights),
@@ -185,23 +165,13 @@ class KonicLLMRewardComposer(OldNames):
             ConfigError: The name is already in use, or the function has none.
             RewardError: The function has other parameters.
         """
-        if not callable(function) or isinstance(function, type):
-            raise ConfigError(f"A reward function must be a function, got {function!r}.")
-        name = name or getattr(function, "__name__", None)
-        if not name or name == "<lambda>":
-            raise ConfigError(
-                f"The reward function {function!r} has no name: call add_reward_function(..., name='...')."
-            )
-        mark = find_mark(function) or Mark(False, False, None)
-        clip = checked_clip(clip) or mark.clip
-        shape = "batch" if mark.batch and detect_shape(function) == "sample" else detect_shape(function)
-        reward = Reward(name, function, shape, normalize=normalize or mark.normalize, clip=clip)
-        self._require_new(name)
-        self._added[name] = reward
+        reward = reward_of_function(function, name, normalize, clip)
+        self._require_new(reward.name)
+        self._added[reward.name] = reward
         try:
-            return self._keep_weight(name, weight)
+            return self._keep_weight(reward.name, weight)
         except ConfigError:
-            del self._added[name]
+            del self._added[reward.name]
             raise
 
     def set_reward_weight(self, name: str, weight: float) -> Self:
@@ -317,29 +287,6 @@ class KonicLLMRewardComposer(OldNames):
         return self.set_reward_weight(name, self._reward_weights.get(name, weight))
 
 
-def list_rewards(composer: KonicLLMRewardComposer) -> list[Reward]:
-    """The marked methods in the order they were written, then functions, then models, in the order they were added."""
-    kinds = type(composer).__mro__
-    names = dict.fromkeys(name for kind in reversed(kinds) for name in vars(kind))
-    marks = {name: next((mark for kind in kinds if (mark := find_mark(vars(kind).get(name)))), None) for name in names}
-    calls = {
-        name: (getattr(composer, name), mark)
-        for name, mark in marks.items()
-        if mark is not None and callable(getattr(type(composer), name, None))
-    }
-    methods = [
-        Reward(name, call, shape_of_method(call, mark.batch), False, mark.normalize, mark.clip)
-        for name, (call, mark) in calls.items()
-    ]
-    hidden = next((reward.name for reward in methods if not callable(reward.call)), None)
-    if hidden is not None:
-        raise ConfigError(f"{type(composer).__name__}: an attribute {hidden!r} hides the reward. Rename one of them.")
-    models = composer._reward_models or ()
-    if not isinstance(models, Sequence):
-        raise ConfigError(f"{type(composer).__name__}._reward_models must be a list of reward models, got {models!r}.")
-    return [*methods, *composer._added.values(), *map(reward_of_model, models)]
-
-
 def find_override(composer: KonicLLMRewardComposer) -> Reward | None:
     """The composer's own `compose_batch` or `compose`, as a reward; None if it has only those of this class.
 
@@ -376,11 +323,3 @@ def without_models(composer: KonicLLMRewardComposer) -> KonicLLMRewardComposer:
     for name in ("reducer", *_SHAPE_OF_OVERRIDE):  # only the run's own process weights and reduces
         copied.__dict__.pop(name, None)
     return copied
-
-
-def _source_of(reward: Reward) -> str:
-    """A reward's source lines; empty if it has none or is a reward model, so that only its name is hashed."""
-    try:
-        return "" if reward.is_model else inspect.getsource(inspect.unwrap(reward.call))
-    except (OSError, TypeError, ValueError):  # typed into a notebook or interpreter, or not written in Python
-        return ""

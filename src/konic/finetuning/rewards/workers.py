@@ -27,7 +27,8 @@ import pebble
 from konic.finetuning.data.samples import Sample
 from konic.finetuning.errors import RewardError, safe_cause
 from konic.finetuning.rewards.calls import call_reward
-from konic.finetuning.rewards.composer import KonicLLMRewardComposer, list_rewards, without_models
+from konic.finetuning.rewards.composer import KonicLLMRewardComposer, without_models
+from konic.finetuning.rewards.listing import list_rewards
 from konic.finetuning.rewards.outcomes import Fault, Outcome, Reward, timeout_fault
 from konic.finetuning.rewards.signatures import requested_columns
 from konic.output import tolerate_broken_streams

@@ -18,7 +18,8 @@ from konic.finetuning.learning.learner import Learner, build_learner
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.summary import FinetuningResult, Selection
-from konic.finetuning.rewards.composer import KonicLLMRewardComposer, find_override, list_rewards
+from konic.finetuning.rewards.composer import KonicLLMRewardComposer, find_override
+from konic.finetuning.rewards.listing import list_rewards
 from konic.finetuning.rewards.moments import RunningMoments
 from konic.finetuning.rewards.reducers import WeightedSumReducer
 from konic.finetuning.rewards.scoring import Scorer
