@@ -20,7 +20,8 @@ INSIDE = {
     "system": ["memory", "signals", "user_code", "places", "files"],
     "results": ["metrics", "intervals", "iteration", "evaluation", "summary"],
     "data": [
-        "rows", "chats", "columns", "fingerprint", "formats", "loaders", "config", "prompts", "samples", "tokenization",
+        "rows", "chats", "columns", "fingerprint", "hub", "formats", "loaders", "config", "prompts", "samples",
+        "tokenization",
     ],
     "models": [
         "positions", "distributions", "length_groups", "value_head", "prepacked", "language_model", "token_scores",

@@ -31,7 +31,8 @@ from konic.finetuning import (
     ModelError,
     OutputError,
 )
-from konic.finetuning.data.loaders import is_local, read_hub, read_local
+from konic.finetuning.data.hub import read_hub
+from konic.finetuning.data.loaders import is_local, read_local
 from konic.finetuning.models import locations
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.locations import locate_model

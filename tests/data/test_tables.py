@@ -6,7 +6,8 @@ import pyarrow.parquet
 import pytest
 
 from konic.finetuning.data.config import DatasetConfig
-from konic.finetuning.data.loaders import rows_of_dataset, stream_rows
+from konic.finetuning.data.hub import stream_rows
+from konic.finetuning.data.loaders import rows_of_dataset
 from konic.finetuning.data.prompts import load_prompts
 from konic.finetuning.data.rows import rows_of
 from konic.finetuning.data.samples import collect_columns

@@ -1,10 +1,10 @@
-"""A source's name -> rows: reads files, the bundled prompts, and datasets from the Hugging Face Hub."""
+"""A source's name -> rows: reads files, folders, and the bundled prompts."""
 
 import contextlib
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,15 @@ from typing import Any
 import pyarrow
 
 from konic.finetuning.data.formats import READERS
-from konic.finetuning.data.rows import read_dataset, without_decoding
-from konic.finetuning.errors import ConfigError, DatasetError, did_you_mean, explain_hub_error, safe_cause
+from konic.finetuning.data.rows import read_dataset
+from konic.finetuning.errors import ConfigError, DatasetError, did_you_mean
 from konic.finetuning.system.files import as_path
-from konic.finetuning.system.places import find_stray, is_file_name, looks_like_path, read_regular
+from konic.finetuning.system.places import find_stray, looks_like_path, read_regular
 from konic.output import get_logger
 
 logger = get_logger(__name__)
 
 BUNDLED_SPLITS = {"train": "movie_reviews_train.txt", "held_out": "movie_reviews_held_out.txt"}
-STREAM_BUFFER = 10_000
-"""Buffer size, in rows, from which a shuffled stream draws its next row."""
-_ROW_NUMBER = "__konic_row_number"
 
 
 def read_bundled(split: str) -> list[Any]:
@@ -256,73 +253,6 @@ def _explain_encoding(error: UnicodeDecodeError) -> str:
     shown = data[max(0, at - 10) : at + 10].decode("latin-1")
     where = "" if is_marked else f" Line {line} holds the byte 0x{data[at]:02x} in {shown!r}."
     return f"it may be {guess}.{where} Save it as UTF-8."
-
-
-def read_hub(
-    name: str, subset: str | None, split: str, revision: str | None, token: str | None, streaming: bool
-) -> Any:
-    """Load a Hub dataset: a `datasets.Dataset`, or with `streaming` an `IterableDataset` that reads rows when needed.
-
-    Current versions of `datasets` require `namespace/name`. A bare name such as `imdb` is resolved to that form first.
-
-    Raises:
-        DatasetError: The Hub cannot be reached, the name is wrong, the dataset is gated and there is no token, the
-            subset or split does not exist, or the download was interrupted.
-    """
-    import datasets
-
-    if is_file_name(name) or Path(name).exists():  # `datasets` would read the folder
-        raise DatasetError(
-            f"Dataset {name!r} is a file or folder here, or is named like one, so the Hub is not asked for it. Use "
-            "DatasetSource.LOCAL, or the dataset's name on the Hub."
-        )
-    bars_were_on = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        identity = name if "/" in name else _canonical_id(name, token)
-        return datasets.load_dataset(identity, subset, split=split, revision=revision, token=token, streaming=streaming)
-    except Exception as error:
-        raise DatasetError(_hub_failed(name, subset, split, error)) from safe_cause(error)
-    finally:
-        if bars_were_on:
-            datasets.enable_progress_bars()
-
-
-def stream_rows(dataset: Any, shuffle_seed: int | None, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (number in the dataset, row) of a stream; with a seed, drawn at random from the next 10,000 rows."""
-    numbered = without_decoding(dataset).map(lambda row, index: {**row, _ROW_NUMBER: index}, with_indices=True)
-    if shuffle_seed is not None:
-        numbered = numbered.shuffle(seed=shuffle_seed, buffer_size=STREAM_BUFFER)
-    rows = iter(numbered)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:
-            what = explain_hub_error(error, "DatasetConfig(token=...)", "DatasetConfig(source=DatasetSource.BUNDLED)")
-            raise DatasetError(f"{where}, during streaming: {what}") from safe_cause(error)
-        yield row.pop(_ROW_NUMBER), row
-
-
-def _hub_failed(name: str, subset: str | None, split: str, error: BaseException) -> str:
-    what = explain_hub_error(error, "DatasetConfig(token=...)", "DatasetConfig(source=DatasetSource.BUNDLED)")
-    asked = f"split {split!r}" if subset is None else f"subset {subset!r}, split {split!r}"
-    return f"Dataset {name!r} on the Hub ({asked}): {what}"
-
-
-def _canonical_id(name: str, token: str | None) -> str:
-    """Return `namespace/name` for a name without a namespace, from the Hub, or when offline from the Hub cache."""
-    import huggingface_hub
-
-    if not huggingface_hub.constants.is_offline_mode():
-        return huggingface_hub.HfApi().dataset_info(name, token=token).id
-    with contextlib.suppress(huggingface_hub.errors.CacheNotFound):
-        repos = huggingface_hub.scan_cache_dir().repos
-        cached = [repo.repo_id for repo in repos if repo.repo_type == "dataset" and repo.repo_id.endswith(f"/{name}")]
-        if len(cached) == 1:
-            return cached[0]
-    return name
 
 
 _MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}

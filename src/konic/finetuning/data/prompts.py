@@ -12,7 +12,8 @@ from konic.finetuning.data.chats import SKIPPABLE, find_problem, read_chat
 from konic.finetuning.data.columns import fill_template, missing_column
 from konic.finetuning.data.config import DatasetConfig, DatasetSource
 from konic.finetuning.data.fingerprint import fingerprint_rows
-from konic.finetuning.data.loaders import read_bundled, read_hub, read_local, rows_of_dataset, stream_rows
+from konic.finetuning.data.hub import read_hub, stream_rows
+from konic.finetuning.data.loaders import read_bundled, read_local, rows_of_dataset
 from konic.finetuning.data.rows import copy_columns, without_arrays
 from konic.finetuning.errors import DatasetError
 from konic.finetuning.settings import is_bool, short_repr

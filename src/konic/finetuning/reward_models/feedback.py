@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from konic.finetuning.data.chats import read_chat
-from konic.finetuning.data.loaders import is_local, read_hub, read_local, rows_of_dataset
+from konic.finetuning.data.hub import read_hub
+from konic.finetuning.data.loaders import is_local, read_local, rows_of_dataset
 from konic.finetuning.errors import DatasetError, did_you_mean
 from konic.output import get_logger
 
