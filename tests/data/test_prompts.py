@@ -442,6 +442,9 @@ def test_a_value_that_cannot_be_written_counts_by_its_type_and_the_others_as_the
     assert fingerprint == memory(rows).fingerprint()
     assert fingerprint != memory([{**rows[0], "y": 2}]).fingerprint()
     assert fingerprint != memory([{**rows[0], "x": None}]).fingerprint()
+    chat = [{"role": "user", "content": "a", "x": 10**5000}]
+    first, second = (memory([{"prompt": chat, "y": number}]).fingerprint() for number in (1, 2))
+    assert first != second
 
 
 def test_a_split_word_counts_anywhere_in_a_name(tmp_path, caplog):

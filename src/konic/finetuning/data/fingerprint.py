@@ -16,16 +16,23 @@ def fingerprint_rows(rows: Iterable[tuple[int, Any, Mapping[str, Any]]]) -> str:
 
 def _row_as_json(row: int, content: Any, columns: Mapping[str, Any]) -> str:
     """Return a row as JSON; a value that JSON cannot hold, such as a list that contains itself, counts by its type."""
-    if _to_json(columns) is None:
-        columns = {name: type(cell).__name__ if _to_json(cell) is None else cell for name, cell in columns.items()}
-    return _to_json([row, content, columns]) or ""
-
-
-def _to_json(value: Any) -> str | None:
     try:
-        return json.dumps(value, default=_as_json, skipkeys=True)
+        return _to_json([row, content, columns])
     except Exception:  # a user's own class may raise anything
-        return None
+        return _to_json([row, _writable(content), {name: _writable(cell) for name, cell in columns.items()}])
+
+
+def _writable(value: Any) -> Any:
+    """Return a value that JSON can hold as it is, another one's type."""
+    try:
+        _to_json(value)
+    except Exception:
+        return type(value).__name__
+    return value
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, default=_as_json, skipkeys=True)
 
 
 def _as_json(value: Any) -> Any:
