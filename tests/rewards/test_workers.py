@@ -203,6 +203,21 @@ def test_what_cannot_be_sent_or_loaded_is_told_before_anything_is_scored():
         scored(WillNotLoad(), ["a"], 1)
 
 
+def test_workers_are_where_this_process_is_and_need_a_folder_that_exists(tmp_path, monkeypatch):
+    class Where(KonicLLMRewardComposer):
+        @llm_reward
+        def where(self, prompt, response):
+            return float(os.getcwd() == response)
+
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(RewardError, match="reward_workers: the current folder no longer exists: change to one"):
+        scored(Where(), [str(tmp_path)], 1)
+    os.chdir(tmp_path)
+    assert scored(Where(), [str(tmp_path)], 1).rewards == [1.0]
+
+
 def test_a_limit_needs_a_process_that_can_be_stopped():
     with pytest.raises(ConfigError, match="reward_timeout_seconds=2 needs reward_workers"):
         TrainingConfig(reward_timeout_seconds=2)

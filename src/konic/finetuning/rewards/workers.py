@@ -62,11 +62,17 @@ class RewardPool:
         """Start the workers, without waiting for them.
 
         Raises:
-            RewardError: The composer cannot be sent to a worker.
+            RewardError: The composer cannot be sent to a worker, or there is no current folder to start one in.
         """
         if self._pool is not None and not self._pool.active:  # its workers were killed between two calls
             self.close()
         if self._pool is None:
+            try:
+                os.getcwd()
+            except FileNotFoundError:
+                raise RewardError(
+                    "reward_workers: the current folder no longer exists: change to one that does."
+                ) from None
             self._pool = pebble.ProcessPool(
                 max_workers=self._workers,
                 max_tasks=CALLS_PER_WORKER,
@@ -207,7 +213,9 @@ _spawning = threading.Lock()
 
 @contextlib.contextmanager
 def _main_left_alone() -> Iterator[None]:
-    """Within the block, a process that this thread spawns does not get the path of the user's script."""
+    """Within the block, a process that this thread spawns gets neither the path of the user's script nor the folder in
+    which that was started: it works in the current one, as rewards in this process do.
+    """
     thread = threading.get_ident()
     with _spawning:
         original = spawn.get_preparation_data
@@ -215,7 +223,7 @@ def _main_left_alone() -> Iterator[None]:
         def without_main(name: str) -> dict[str, Any]:
             data = original(name)
             if threading.get_ident() == thread:
-                data = {key: value for key, value in data.items() if not key.startswith("init_main")}
+                data = {key: value for key, value in data.items() if not key.startswith("init_main") and key != "dir"}
             return data
 
         spawn.get_preparation_data = without_main
