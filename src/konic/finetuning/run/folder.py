@@ -62,7 +62,6 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._made: list[Path] = []
 
     @classmethod
     def named(cls, checkpoint_dir: str | os.PathLike[str] | None, model_name: str) -> "RunFolder":
@@ -113,13 +112,26 @@ class RunFolder:
         except OSError as error:
             raise unwritable(error.filename or self.path, error) from None
 
-    def prepare(self) -> None:
-        """Create the folder and check that it can be written.
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Within it the folder exists and is locked. Folders that were created for nothing are removed at the end.
 
         Raises:
-            OutputError: It cannot.
+            OutputError: The folder cannot be written, or another run is writing here.
         """
-        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        try:
+            self._create()
+            with self.locked():
+                yield
+        finally:
+            with suppress(OSError):
+                if made and not {path.name for path in self.path.iterdir()} - {_RUN_FILE}:
+                    (self.path / _RUN_FILE).unlink(missing_ok=True)
+                    for folder in made:
+                        folder.rmdir()
+
+    def _create(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
@@ -142,14 +154,6 @@ class RunFolder:
         stray = find_stray([metrics], self.path) if metrics.exists() else None
         if stray is not None:
             raise OutputError(f"{self.path}: {stray}. Remove it.")
-
-    def take_back_if_unused(self) -> None:
-        """Remove the folders that :meth:`prepare` created, if the run wrote nothing into them."""
-        with suppress(OSError):
-            if self._made and not {path.name for path in self.path.iterdir()} - {_RUN_FILE}:
-                (self.path / _RUN_FILE).unlink(missing_ok=True)
-                for folder in self._made:
-                    folder.rmdir()
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -198,10 +198,7 @@ class Session:
         """
         checkpoint = checkpoint_to_resume(resume, self.checkpoint_dir) if resume is not True else None
         self._folder = folder = self._choose_folder(checkpoint, resume is True)
-        with contextlib.ExitStack() as held:
-            held.callback(folder.take_back_if_unused)
-            folder.prepare()
-            held.enter_context(folder.locked())
+        with folder.opened():
             if checkpoint is None and not resume and not self.state.iteration:
                 self._set_earlier_run_aside()
             folder.require_own_files()
