@@ -89,9 +89,8 @@ def _read_polars(table: Any) -> list[Any]:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         columns = [(name, table[name].to_list) for name in getattr(table, "columns", ())]
-        raise ValueError(
-            f"prompts{_unreadable_column(columns)} cannot be read: {describe_error(error)}"
-        ) from safe_cause(error)
+        what = f"prompts{_unreadable_column(columns)} cannot be read: {describe_error(error)}"
+        raise ValueError(what) from safe_cause(error)
 
 
 def read_cells(table: Any) -> list[Any]:

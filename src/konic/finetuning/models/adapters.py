@@ -143,11 +143,6 @@ def _require_rank(weights: Mapping[str, Tensor], config: peft.LoraConfig, folder
             )
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + " …"
-
-
 def _without_base_weights(
     weights: dict[str, Tensor], config: peft.LoraConfig, causal_lm: PreTrainedModel, folder: Path
 ) -> dict[str, Tensor]:
