@@ -21,6 +21,7 @@ INSIDE = {
     "results": ["metrics", "intervals", "iteration", "evaluation", "summary"],
     "data": [
         "rows", "chats", "columns", "fingerprint", "hub", "formats", "loaders", "config", "prompts", "samples",
+        "template_process", "chat_templates",
         "tokenization",
     ],
     "models": [

@@ -15,9 +15,9 @@ from jinja2.meta import TrackingCodeGenerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from konic.finetuning.data.chat_templates import render_chat
 from konic.finetuning.data.prompts import Prompt
 from konic.finetuning.errors import ConfigError, DatasetError, ModelError, did_you_mean
-from konic.text import describe_error
 
 _HALF_A_CHARACTER = "\ufffd"
 """The replacement character, which decoding gives for a character that a cut split."""
@@ -268,7 +268,7 @@ def _render(
     """Return a chat as text.
 
     Raises:
-        ModelError: The template fails. It is a program of the model's makers, so it can fail in any way.
+        ModelError: The template fails, or none of several is named 'default'.
     """
     names = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {"default"}
     if "default" not in names and not ("tool_use" in names and template_kwargs.get("tools")):
@@ -276,11 +276,7 @@ def _render(
             f"The tokenizer has the chat templates {', '.join(names)} and none named 'default'. Set "
             "tokenizer.chat_template to one of them, and save the tokenizer with the model."
         )
-    try:
-        options = {"add_generation_prompt": add_generation_prompt, "tokenize": False, **template_kwargs}
-        return str(tokenizer.apply_chat_template(chat, **options))
-    except Exception as error:
-        raise ModelError(f"The tokenizer's chat template fails: {describe_error(error)}.") from None
+    return render_chat(chat, tokenizer, {"add_generation_prompt": add_generation_prompt, **template_kwargs})
 
 
 def _decode_from(start: int, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
