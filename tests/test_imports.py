@@ -26,7 +26,7 @@ INSIDE = {
     ],
     "models": [
         "positions", "distributions", "length_groups", "value_head", "prepacked", "language_model", "token_scores",
-        "locations", "containment", "model_kwargs", "loading", "adapter_config", "adapters", "policy",
+        "headers", "locations", "containment", "model_kwargs", "loading", "adapter_config", "adapters", "policy",
     ],
     "rewards": [
         "moments", "named_parts", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "validation",

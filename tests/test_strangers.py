@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import textwrap
@@ -40,6 +41,7 @@ from konic.finetuning.reward_models.feedback import read_preferences
 from konic.finetuning.reward_models.training import RewardTrainingConfig, train_reward_model
 from konic.finetuning.rewards.workers import _Context
 from konic.finetuning.run.checkpoint import read_record
+from konic.finetuning.system import places
 from konic.finetuning.system.files import SEAL_FILE, filling_folder, find_corruption, replacing_folder, write_text
 from test_engine import make_engine
 
@@ -153,6 +155,24 @@ def test_a_config_cannot_ask_for_native_code_of_the_hub(model, key):
         load_model(str(model), {}, CPU)
     with pytest.raises(ModelError, match="native code"):
         load_model(str(model), {"attn_implementation": "eager"}, CPU)
+
+
+def test_native_code_of_the_hub_needs_trust_also_where_kernels_is_installed(model, tmp_path, monkeypatch):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("raise SystemExit('it was imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("someone/kernel", "flash_attention_2", "flash_attention_3", {"": "flash_attention_2"}):
+        with pytest.raises(ModelError, match=r"attn_implementation=.* fetches native code from the Hub"):
+            load_model(str(model), {"attn_implementation": name}, CPU)
+        with pytest.raises(ModelError, match=r"attn_implementation=.* fetches native code from the Hub"):
+            HuggingFaceRewardModel(str(model), model_kwargs={"attn_implementation": name}, device="cpu")
+
+
+def test_a_record_of_a_run_has_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(places, "LARGEST_RECORD", 10)
+    (tmp_path / "trainer_state.json").write_text('{"iteration": 1}')
+    with pytest.raises(OutputError, match=r"trainer_state\.json has .* MB allowed"):
+        read_record(tmp_path)
 
 
 def test_an_adapter_imports_no_module_that_it_names(adapter, tmp_path, monkeypatch):
@@ -366,7 +386,7 @@ def gguf(tmp_path, monkeypatch):
     monkeypatch.setenv("KONIC_CACHE", str(tmp_path / "cache"))
     (tmp_path / "models").mkdir()
     file = tmp_path / "models" / "a.gguf"
-    file.write_bytes(b"GGUF")
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
     (tmp_path / "models" / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
     seen = []
 

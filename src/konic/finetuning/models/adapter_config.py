@@ -2,7 +2,10 @@
 
 import copy
 import difflib
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Collection, Iterable
 
 import peft
@@ -30,8 +33,10 @@ def peft_config(lora: LoraConfig | peft.LoraConfig, causal_lm: PreTrainedModel) 
         if isinstance(values["target_modules"], tuple):
             values["target_modules"] = list(values["target_modules"])
         lora = peft.LoraConfig(**{**values, "fan_in_fan_out": False})
+        require_quick_patterns(lora, causal_lm)
     else:
         lora = copy.deepcopy(lora)
+        require_quick_patterns(lora, causal_lm)
         lora.inference_mode = False  # True in every saved config
         _require_supported(lora)
         _require_matches(lora, causal_lm)
@@ -54,6 +59,54 @@ def peft_config(lora: LoraConfig | peft.LoraConfig, causal_lm: PreTrainedModel) 
     )
     lora.task_type = peft.TaskType.CAUSAL_LM
     return lora
+
+
+def require_quick_patterns(lora: peft.LoraConfig, causal_lm: PreTrainedModel) -> None:
+    """Try the regular expressions of an adapter on the names of the model's modules, in a process that can be stopped.
+
+    Raises:
+        ConfigError: An expression is too long, or it takes more than 5 seconds.
+    """
+    names = [name for name, _ in causal_lm.named_modules()]
+    single = {option: getattr(lora, option, None) for option in ("target_modules", "exclude_modules")}
+    patterns = [(option, pattern) for option, pattern in single.items() if isinstance(pattern, str)]
+    layers = lora.layers_pattern or ()
+    patterns += [("layers_pattern", pattern) for pattern in ([layers] if isinstance(layers, str) else layers)]
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns += [(option, rf"(.*\.)?({pattern})$") for pattern in getattr(lora, option, None) or ()]
+    for option, pattern in patterns:
+        shown = pattern if len(pattern) <= 100 else pattern[:100] + " …"
+        if len(pattern) > _LONGEST_PATTERN:
+            raise ConfigError(
+                f"lora_config: {option}: {shown!r} has more than {_LONGEST_PATTERN} characters. List names."
+            )
+        if sum(char in "*+?{" for char in pattern.removeprefix(r"(.*\.)?")) and not _is_quick(pattern, names):
+            raise ConfigError(
+                f"lora_config: {option}: the regular expression {shown!r} takes more than "
+                f"{_PATTERN_SECONDS:g} s on the names of the layers. Write a list of names instead."
+            )
+
+
+def _is_quick(pattern: str, names: list[str]) -> bool:
+    try:
+        subprocess.run(  # noqa: S603 - this Python, with the line above
+            [sys.executable, "-I", "-S", "-c", _TRY_PATTERN],
+            input=json.dumps([pattern, names]), text=True, capture_output=True, timeout=_PATTERN_SECONDS, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+_LONGEST_PATTERN = 10_000
+_PATTERN_SECONDS = 5.0
+_TRY_PATTERN = """
+import json, re, sys
+pattern, names = json.load(sys.stdin)
+for name in names:
+    re.fullmatch(pattern, name)
+    re.match(pattern, name)
+"""
 
 
 def _require_matching_pattern(pattern: str, causal_lm: PreTrainedModel, layers: dict[str, nn.Module]) -> None:

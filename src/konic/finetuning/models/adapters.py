@@ -19,8 +19,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from konic.finetuning.errors import ConfigError, ModelError, safe_cause
-from konic.finetuning.models.adapter_config import incomplete_start, last_names, require_adapted, unsupported_option
+from konic.finetuning.errors import ConfigError, KonicError, ModelError, safe_cause
+from konic.finetuning.models.adapter_config import (
+    incomplete_start,
+    last_names,
+    require_adapted,
+    require_quick_patterns,
+    unsupported_option,
+)
+from konic.finetuning.models.headers import safetensors_header, weights_within
 from konic.text import describe_error
 
 REFERENCE_ADAPTER = "start"
@@ -94,13 +101,15 @@ def load_adapter(causal_lm: PreTrainedModel, folder: Path, revision: str | None)
         ModelError: The adapter cannot be loaded or does not fit the model.
     """
     try:
+        header = safetensors_header([folder / "adapter_model.safetensors"])
         config = peft.PeftConfig.from_pretrained(str(folder))
+        require_quick_patterns(config, causal_lm)
         problem = unsupported_option(config) or incomplete_start(config)
         if problem is not None:
             raise ModelError(f"{folder}: {problem} {MERGE_FIRST}")
         weights = _without_base_weights(load_file(folder / "adapter_model.safetensors"), config, causal_lm, folder)
         _require_rank(weights, config, folder)
-        with _without_peft_advice():
+        with _without_peft_advice(), weights_within(header, "adapter_config.json"):
             adapted = peft.PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=True)
             # a second `load_adapter` would subtract the start of PiSSA or OLoRA from the base model once more
             reference = copy.deepcopy(adapted.peft_config["default"])
@@ -108,6 +117,8 @@ def load_adapter(causal_lm: PreTrainedModel, folder: Path, revision: str | None)
             adapted.add_adapter(REFERENCE_ADAPTER, reference)
             peft.set_peft_model_state_dict(adapted, weights, REFERENCE_ADAPTER)
         own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    except KonicError as error:
+        raise error if isinstance(error, ModelError) else ModelError(f"{folder}: {error}") from None
     except (*_PEFT_ERRORS, OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: the adapter cannot be loaded: {describe_error(error)}") from safe_cause(error)
     if weights.keys() != own.keys():

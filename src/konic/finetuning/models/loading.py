@@ -16,9 +16,11 @@ from transformers.utils import find_adapter_config_file
 
 from konic.finetuning.errors import ConfigError, ModelError, safe_cause
 from konic.finetuning.models.containment import require_contained, require_inside
+from konic.finetuning.models.headers import bounded_by_files
 from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
 from konic.finetuning.models.model_kwargs import check_model_kwargs, require_no_revision
 from konic.finetuning.system.files import as_path
+from konic.finetuning.system.places import read_regular
 from konic.output import get_logger
 from konic.text import describe_error
 
@@ -73,9 +75,10 @@ def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.d
     try:
         with quiet_transformers():
             require_contained(location, asked, model_kwargs)
-            model, loading_info = AutoModelForCausalLM.from_pretrained(
-                location, use_safetensors=True, output_loading_info=True, **kwargs
-            )
+            with bounded_by_files(location, asked, model_kwargs):
+                model, loading_info = AutoModelForCausalLM.from_pretrained(
+                    location, use_safetensors=True, output_loading_info=True, **kwargs
+                )
             tokenizer = AutoTokenizer.from_pretrained(adapter if reads_adapter else location, **tokenizer_kwargs)
             tokenizer("", verbose=False)  # a wrong model_max_length is noticed only in use
     except ModelError:
@@ -210,10 +213,10 @@ def _read_base(adapter: Path) -> tuple[str, str | None]:
         ModelError: The adapter is not a LoRA adapter, or one that training cannot continue from.
     """
     try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_regular(adapter / "adapter_config.json"))
         kind, base, bias = config["peft_type"], config["base_model_name_or_path"], config.get("bias", "none")
         revision = config.get("revision")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{adapter}: adapter_config.json cannot be read: {describe_error(error)}.") from None
     if kind != "LORA" or bias != "none":
         raise ModelError(

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.utils import logging as transformers_logging
 
 from konic.finetuning.errors import ModelError, OutputError, did_you_mean, explain_hub_error, safe_cause
+from konic.finetuning.models.headers import gguf_header, weights_within
 from konic.finetuning.system.files import as_path, creating_folder, unwritable
 from konic.finetuning.system.places import looks_like_path
 from konic.text import describe_error
@@ -175,10 +176,12 @@ def _require_own(*paths: Path) -> None:
 
 
 def _dequantise(gguf_file: Path, folder: Path) -> None:
+    header = gguf_header(gguf_file)
     kwargs: dict[str, Any] = {"gguf_file": gguf_file.name, "trust_remote_code": False}
     try:
         with (
             quiet_transformers(),
+            weights_within(header, str(gguf_file)),
             contextlib.redirect_stderr(io.StringIO()),  # this progress bar cannot be disabled
             tempfile.TemporaryDirectory() as source,  # what lies beside the file must not decide what is loaded
         ):
@@ -187,6 +190,8 @@ def _dequantise(gguf_file: Path, folder: Path) -> None:
                 source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **kwargs
             )
             tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(loading_failed(f"base_model={str(gguf_file)!r}", str(gguf_file), error)) from safe_cause(error)
     try:

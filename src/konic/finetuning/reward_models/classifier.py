@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from konic.finetuning.errors import ConfigError, ModelError, did_you_mean, no_attribute, safe_cause
 from konic.finetuning.models.containment import require_contained
+from konic.finetuning.models.headers import bounded_by_files
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
 from konic.finetuning.models.model_kwargs import check_model_kwargs, require_no_revision
@@ -224,9 +225,10 @@ def _load(model_id: str, device: torch.device, dtype: Any, model_kwargs: Mapping
     try:
         with quiet_transformers():
             require_contained(location, asked, model_kwargs)
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                location, output_loading_info=True, **kwargs
-            )
+            with bounded_by_files(location, asked, model_kwargs):
+                model, info = AutoModelForSequenceClassification.from_pretrained(
+                    location, output_loading_info=True, **kwargs
+                )
             tokenizer = AutoTokenizer.from_pretrained(location, **tokenizer_kwargs)
             tokenizer("", verbose=False)  # a wrong model_max_length is noticed only in use
     except ModelError:
