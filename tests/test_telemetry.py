@@ -11,6 +11,7 @@ OFF = {
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "USE_HUB_KERNELS": "NO",
     "VLLM_NO_USAGE_STATS": "1",
 }
 ON = {
@@ -18,6 +19,7 @@ ON = {
     "HF_UPDATE_DOWNLOAD_COUNTS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "false",
     "RAY_USAGE_STATS_ENABLED": "1",
+    "USE_HUB_KERNELS": "YES",
     "VLLM_NO_USAGE_STATS": "0",
 }
 STAND_INS = """
@@ -41,6 +43,7 @@ def set_telemetry_client():
 client = Client()
 mlflow = module("mlflow.telemetry", client=client, set_telemetry_client=set_telemetry_client)
 mlflow.get_telemetry_client = lambda: mlflow.client
+kernels = module("transformers.integrations.hub_kernels", _kernels_enabled=True)
 vllm = module("vllm.usage.usage_lib", _USAGE_STATS_ENABLED=True)
 """
 
@@ -69,8 +72,9 @@ print(huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY, datasets.config.HF_UPD
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [({}, "True False False"), (ON, "False True True")], ids=["unset", "asked for"]
+    ("given", "expected"), [({}, "True False False False"), (ON, "False True True True")], ids=["unset", "asked for"]
 )
 def test_the_reports_of_mlflow_and_vllm_are_off_when_they_were_imported_first(given, expected):
-    code = STAND_INS + "import konic; print(mlflow.client is None, client.is_running, vllm._USAGE_STATS_ENABLED)"
+    shown = "mlflow.client is None, client.is_running, vllm._USAGE_STATS_ENABLED, kernels._kernels_enabled"
+    code = STAND_INS + f"import konic; print({shown})"
     assert run(code, **given) == expected

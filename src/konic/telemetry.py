@@ -1,4 +1,7 @@
-"""Usage reports of other libraries: off unless the user set them, also where a library was imported before konic."""
+"""What other libraries do with the network by themselves: off unless the user set it, also if imported before konic.
+
+Those are reports of usage, and native code that `transformers` fetches from the Hub where `kernels` is installed.
+"""
 
 import os
 import sys
@@ -10,6 +13,7 @@ _VARIABLES = {
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "USE_HUB_KERNELS": "NO",
     "VLLM_NO_USAGE_STATS": "1",
 }
 
@@ -40,6 +44,10 @@ def _correct_mlflow(telemetry: Any) -> None:
     telemetry.set_telemetry_client()  # reads the variable again
 
 
+def _correct_kernels(hub_kernels: Any) -> None:
+    hub_kernels._kernels_enabled = False
+
+
 def _correct_vllm(usage_lib: Any) -> None:
     usage_lib._USAGE_STATS_ENABLED = False
 
@@ -48,6 +56,7 @@ _KEEPERS: dict[str, tuple[str, Callable[[Any], None]]] = {
     "HF_HUB_DISABLE_TELEMETRY": ("huggingface_hub.constants", _correct_hub),
     "HF_UPDATE_DOWNLOAD_COUNTS": ("datasets.config", _correct_datasets),
     "MLFLOW_DISABLE_TELEMETRY": ("mlflow.telemetry", _correct_mlflow),
+    "USE_HUB_KERNELS": ("transformers.integrations.hub_kernels", _correct_kernels),
     "VLLM_NO_USAGE_STATS": ("vllm.usage.usage_lib", _correct_vllm),
 }
 """The modules that read a variable once. Ray reads its own whenever it starts a cluster."""

@@ -1,5 +1,6 @@
 """A model's folder or repository -> ModelError, if loading it would read or run what lies elsewhere."""
 
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,9 @@ from konic.finetuning.system.places import find_stray, read_regular
 _TEMPLATES = "additional_chat_templates"
 _KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Where a config can name a kernel of the Hub, which is native code."""
+_FLASH_PACKAGES = {
+    "flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flash_attention_4": "flash_attn",
+}  # fmt: skip
 
 
 def require_contained(location: str, asked: str, model_kwargs: Mapping[str, Any]) -> None:
@@ -21,8 +25,14 @@ def require_contained(location: str, asked: str, model_kwargs: Mapping[str, Any]
 
     Raises:
         ModelError: It is an adapter, for which `transformers` would load another model; or a file of its folder is
-            elsewhere; or its config names a kernel.
+            elsewhere; or its config names a kernel, or `model_kwargs` asks for one without trust.
     """
+    fetched = _fetched_kernel(model_kwargs.get("attn_implementation"))
+    if fetched is not None and not model_kwargs.get("trust_remote_code"):
+        raise ModelError(
+            f"{asked}: model_kwargs: attn_implementation={fetched!r} fetches native code from the Hub. Install "
+            "flash-attn or use 'sdpa'; or, if you trust that code, set trust_remote_code=True."
+        )
     hub = {key: model_kwargs.get(key) for key in ("revision", "token")}
     if find_adapter_config_file(location, **hub) is not None:
         raise ModelError(
@@ -62,6 +72,19 @@ def find_outside(folder: Path) -> str | None:
         elsewhere = next((name for name in shards if Path(name).is_absolute() or ".." in Path(name).parts), None)
         if elsewhere is not None:
             return f"{index.name} names {elsewhere!r}, which is outside of the folder"
+    return None
+
+
+def _fetched_kernel(asked: Any) -> str | None:
+    """Return the implementation of attention that `transformers` would fetch from the Hub, or None.
+
+    It does so for the name of a repository and, where `kernels` is installed, for a package that is not.
+    """
+    for name in map(str, asked.values() if isinstance(asked, Mapping) else [asked]):
+        package = _FLASH_PACKAGES.get(name.partition("|")[2] or name)
+        is_missing = package is not None and importlib.util.find_spec(package) is None
+        if "/" in name or (is_missing and importlib.util.find_spec("kernels") is not None):
+            return name
     return None
 
 
