@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from konic.finetuning.errors import ModelError, printable
+from konic.finetuning.errors import ModelError
+from konic.text import printable
 
 SECONDS = 5.0
 """Seconds of a processor that one chat may take."""
