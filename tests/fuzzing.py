@@ -21,6 +21,7 @@ from typing import Any
 import gguf
 import numpy
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -176,6 +177,9 @@ def write_data(folder: Path) -> None:
     (folder / "rows.txt").write_text("ab\nü\n")
     pyarrow.parquet.write_table(table, folder / "rows.parquet")
     with pyarrow.ipc.new_file(folder / "rows.arrow", table.schema) as file:
+        file.write_table(table)
+    options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    with pyarrow.ipc.new_file(folder / "packed.arrow", table.schema, options=options) as file:
         file.write_table(table)
     with pyarrow.CompressedOutputStream(str(folder / "packed.csv.gz"), "gzip") as file:
         file.write((folder / "rows.csv").read_bytes())

@@ -20,8 +20,8 @@ INSIDE = {
     "system": ["memory", "signals", "user_code", "places", "files"],
     "results": ["metrics", "intervals", "iteration", "evaluation", "summary"],
     "data": [
-        "rows", "chats", "columns", "fingerprint", "hub", "formats", "loaders", "config", "prompts", "samples",
-        "template_process", "chat_templates",
+        "packed", "rows", "chats", "columns", "fingerprint", "hub", "formats", "loaders", "config", "prompts",
+        "samples", "template_process", "chat_templates",
         "tokenization",
     ],
     "models": [

@@ -1,21 +1,36 @@
-"""The bytes of a file -> its rows, for each format."""
+"""A file -> its rows, for each format: read one after the other, so that memory holds only those that are kept."""
 
+import contextlib
 import csv
 import io
 import json
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Container, Iterator
+from itertools import repeat
+from typing import Any, BinaryIO
 
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
 from konic.finetuning.data.chats import is_chat, read_json
+from konic.finetuning.data.packed import (
+    Content,
+    TooLargeError,
+    allowance,
+    require_honest_messages,
+    require_honest_metadata,
+)
 from konic.finetuning.data.rows import read_cells, require_distinct
 
+_ROWS_AT_ONCE = 64
+"""Of a table; fewer where each of them may be large."""
+_BYTES_UNREAD = 200
+"""What a row that is not kept counts, so that counting the rows has a bound too."""
 
-def _text(content: bytes) -> str:
+
+def decode_text(content: bytes) -> str:
+    """Return the text of a file's bytes; a zero is no text."""
     text = content.decode("utf-8-sig")
     zero_at = content.find(0)
     if zero_at >= 0:
@@ -23,36 +38,41 @@ def _text(content: bytes) -> str:
     return text
 
 
-def _read_table(content: bytes, delimiter: str) -> list[Any]:
-    text = _text(content)
+def _text(file: BinaryIO, newline: str | None = None) -> Iterator[str]:
+    for line in io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline):
+        if "\0" in line:
+            raise UnicodeDecodeError("utf-8", b"\0", 0, 1, "text holds no zeros")
+        yield line
+
+
+def _read_table(file: BinaryIO, delimiter: str) -> Iterator[Any]:
+    text = _text(file, newline="")
     limit = csv.field_size_limit(sys.maxsize)  # a cell may hold a whole document
     try:
-        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        lines = csv.reader(text, delimiter=delimiter, strict=True)
         header = next((line for line in lines if line), [])
         if not header:
             raise ValueError("the file is empty")
         require_distinct(header)
-        rows = []
         for line in lines:
             if len(line) != len(header) and line:
                 raise ValueError(f"line {lines.line_num}: it has {len(line)} cells, the header {len(header)}")
             if line or len(header) == 1:
-                rows.append(dict(zip(header, line or [""], strict=True)))
-        return rows
+                yield dict(zip(header, line or [""], strict=True))
     finally:
         csv.field_size_limit(limit)
 
 
-def _read_csv(content: bytes) -> list[Any]:
-    return _read_table(content, ",")
+def _read_csv(file: BinaryIO) -> Iterator[Any]:
+    return _read_table(file, ",")
 
 
-def _read_tsv(content: bytes) -> list[Any]:
-    return _read_table(content, "\t")
+def _read_tsv(file: BinaryIO) -> Iterator[Any]:
+    return _read_table(file, "\t")
 
 
-def _read_json(content: bytes) -> list[Any]:
-    text = _text(content)
+def _read_json(file: BinaryIO) -> Iterator[Any]:
+    text = decode_text(file.read())
     try:
         rows = read_json(text)
     except json.JSONDecodeError as error:
@@ -60,64 +80,141 @@ def _read_json(content: bytes) -> list[Any]:
         raise ValueError(f"{error}{hint}") from None
     if not isinstance(rows, list):
         raise ValueError(f"the top level is a {type(rows).__name__}, not a list of rows")
-    return rows
+    return iter(rows)
 
 
-def _read_jsonl(content: bytes) -> list[Any]:
-    rows: list[Any] = []
-    for number, line in enumerate(_lines(content), start=1):
+def _read_jsonl(file: BinaryIO) -> Iterator[Any]:
+    is_first = True
+    for number, line in enumerate(_lines(file), start=1):
         if line.strip():
             try:
                 row = read_json(line)
             except (ValueError, RecursionError) as error:
-                hint = _JSON_LIST if not rows and line.lstrip().startswith("[") else ""
+                hint = _JSON_LIST if is_first and line.lstrip().startswith("[") else ""
                 raise ValueError(f"line {number}: {error}{hint}") from None
-            if not rows and isinstance(row, list) and row and not is_chat(row):
+            if is_first and isinstance(row, list) and row and not is_chat(row):
                 raise ValueError(f"line {number} is a list of rows{_JSON_LIST}")
-            rows.append(row)
-    return rows
+            yield row
+            is_first = False
 
 
-def _read_parquet(content: bytes) -> list[Any]:
-    require_distinct(pyarrow.parquet.read_schema(pyarrow.BufferReader(content)).names)
-    return _rows(pyarrow.parquet.read_table(pyarrow.BufferReader(content)))
+def _read_parquet(file: BinaryIO, num_bytes: int, wanted: Container[int] | None) -> Iterator[Any]:
+    table = pyarrow.parquet.ParquetFile(_seekable(file), pre_buffer=False)
+    require_distinct(table.schema_arrow.names)
+    size, first = _rows_at_once(require_honest_metadata(table.metadata, num_bytes), num_bytes), 0
+    for index in range(table.num_row_groups):
+        num_rows = table.metadata.row_group(index).num_rows
+        if _is_any_wanted(range(first, first + num_rows), wanted):
+            for batch in table.iter_batches(size, row_groups=[index], use_threads=False):
+                yield from _rows(batch, first, wanted)
+                first += batch.num_rows
+        else:
+            yield from repeat(None, num_rows)
+            first += num_rows
 
 
-def _read_arrow(content: bytes) -> list[Any]:
-    try:
-        table = pyarrow.ipc.open_file(content).read_all()
-    except pyarrow.ArrowInvalid:
-        table = pyarrow.ipc.open_stream(content).read_all()
-    require_distinct(table.column_names)
-    return _rows(table)
+def _read_arrow(file: BinaryIO, num_bytes: int, wanted: Container[int] | None) -> Iterator[Any]:
+    file, start, claimed = _seekable(file), 0, None
+    with contextlib.suppress(pyarrow.ArrowInvalid):  # a stream has neither a mark at its start nor a list of batches
+        claimed, start = pyarrow.ipc.open_file(file).num_record_batches, len(b"ARROW1\0\0")
+    file.seek(start)
+    require_honest_messages(file, num_bytes)
+    file.seek(start)
+    num_batches = first = 0
+    stream = pyarrow.ipc.open_stream(file)
+    require_distinct(stream.schema.names)
+    for batch in stream:
+        num_batches += 1
+        size = _rows_at_once(batch.nbytes, num_bytes)
+        for begin in range(0, batch.num_rows, size):
+            part = batch.slice(begin, size)
+            yield from _rows(part, first, wanted)
+            first += part.num_rows
+    if claimed not in (None, num_batches):
+        raise ValueError(f"its list of contents names {claimed} batches of rows, and it holds {num_batches}")
 
 
-def _rows(table: pyarrow.Table) -> list[Any]:
-    """Return a table's rows; offsets that point outside its memory are an error, not a read of that memory."""
+def _seekable(file: BinaryIO) -> BinaryIO:
+    return file if file.seekable() else io.BytesIO(file.read())
+
+
+def _rows_at_once(largest: int, num_bytes: int) -> int:
+    """Return how many rows to read together, if each of them may be as large as the largest part of a file."""
+    return max(1, min(_ROWS_AT_ONCE, allowance(num_bytes) // max(1, largest)))
+
+
+def _is_any_wanted(numbers: range, wanted: Container[int] | None) -> bool:
+    return wanted is None or any(number in wanted for number in numbers)
+
+
+def _rows(batch: pyarrow.RecordBatch, first: int, wanted: Container[int] | None) -> list[Any]:
+    """Return the rows of a batch, of which the first has the number `first`; None for each if none is wanted.
+
+    Offsets that point outside the table's memory are an error, not a read of that memory.
+    """
+    if not _is_any_wanted(range(first, first + batch.num_rows), wanted):
+        return [None] * batch.num_rows
+    table = pyarrow.Table.from_batches([batch])
     table.validate(full=True)
-    return read_cells(table)
+    return read_cells(table, first)
 
 
-def _read_txt(content: bytes) -> list[Any]:
-    return [{"text": line, "prompt": line} for line in _lines(content)]
+def _read_txt(file: BinaryIO) -> Iterator[Any]:
+    return ({"text": line, "prompt": line} for line in _lines(file))
 
 
-def _lines(content: bytes) -> list[str]:
-    """Return the lines of a text file. Only a newline ends a line: text may hold the other Unicode line separators."""
-    text = _text(content).replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
-    return text.split("\n") if text else []
+def _lines(file: BinaryIO) -> Iterator[str]:
+    """Yield the lines of a text file. Only a newline ends a line: text may hold the other Unicode line separators."""
+    return (line.removesuffix("\n") for line in _text(file))
 
 
 _JSON_LIST = ". If the file is one JSON list, rename it to .json"
 
-READERS: dict[str, Callable[[bytes], list[Any]]] = {
+_TEXTS: dict[str, Callable[[BinaryIO], Iterator[Any]]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
     ".txt": _read_txt,
 }
-"""By the extension of the format."""
+_TABLES: dict[str, Callable[[BinaryIO, int, Container[int] | None], Iterator[Any]]] = {
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
+FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".txt")
+"""The extensions of the formats."""
+
+
+def read_rows(content: Content, kind: str, wanted: Container[int] | None) -> Iterator[Any]:
+    """Yield the rows of a file in a format; None in place of a row that is not wanted.
+
+    Args:
+        content: The file.
+        kind: One of :data:`FORMATS`.
+        wanted: Numbers of the rows to keep; None keeps all.
+
+    Raises:
+        TooLargeError: The rows take far more memory than the file's size lets expect.
+        ValueError: The file is damaged.
+    """
+    file, num_bytes = io.BufferedReader(content), content.num_bytes
+    rows = _TABLES[kind](file, num_bytes, wanted) if kind in _TABLES else _TEXTS[kind](file)
+    can_grow = content.is_packed or kind in _TABLES
+    taken = 0
+    for number, row in enumerate(rows):
+        is_wanted = wanted is None or number in wanted
+        if can_grow:
+            taken += _num_bytes(row) if is_wanted else _BYTES_UNREAD
+            if taken > allowance(num_bytes):
+                raise TooLargeError("takes, as rows,", num_bytes, "set max_samples, or save it as jsonl")
+        yield row if is_wanted else None
+
+
+def _num_bytes(value: Any) -> int:
+    """Return about how much memory a row takes."""
+    if isinstance(value, dict):
+        return 150 + sum(map(_num_bytes, value.values()))
+    if isinstance(value, list):
+        return 60 + sum(map(_num_bytes, value))
+    return 50 + len(value) if isinstance(value, str | bytes) else 8

@@ -2,16 +2,18 @@
 
 import contextlib
 import csv
+import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import pyarrow
+import numpy as np
 
-from konic.finetuning.data.formats import READERS
+from konic.finetuning.data.formats import FORMATS, decode_text, read_rows
+from konic.finetuning.data.packed import COMPRESSIONS, Content, TooLargeError
 from konic.finetuning.data.rows import read_dataset
 from konic.finetuning.errors import ConfigError, DatasetError, did_you_mean
 from konic.finetuning.system.files import as_path
@@ -34,19 +36,79 @@ def is_local(name: str) -> bool:
     return as_path(name, "name", ConfigError).exists() or looks_like_path(name)
 
 
-def read_local(name: str, split: str = "train") -> list[Any]:
-    """Return the rows of a file, of a folder of files of one kind, or of a folder written by `save_to_disk`.
+class LocalRows:
+    """The rows of a file, of a folder of files of one kind, or of a folder written by `save_to_disk`.
 
     Files are csv, tsv, json, jsonl, ndjson, parquet, arrow or txt, as they are or compressed with gz or zst. Text files
     must be UTF-8. A csv or tsv file does not declare types, so every cell is text as it was written, and an empty cell
     is empty text. In a folder whose files are named after splits (`train.csv`, `test-00.csv`), only those of `split`
     are read; documents such as README.md are left aside. A folder's files must be regular files inside it.
 
+    Files are read when they are needed, and only the rows that were picked are kept.
+
     Raises:
         DatasetError: The path does not exist, the folder holds several kinds of files, one file twice (plain and
-            compressed), a link to elsewhere or not the split, or a file cannot be read in the format of its extension.
+            compressed), a link to elsewhere or not the split; or, in reading, a file is not in the format of its
+            extension, or unpacks to far more than its size.
     """
-    path = as_path(name, "DatasetConfig(name)", DatasetError)
+
+    def __init__(self, name: str, split: str = "train") -> None:
+        self._name, self._split = name, split
+        self._path = as_path(name, "DatasetConfig(name)", DatasetError)
+        self._kind, self._files = _locate(self._path, name, split)
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self._files:
+            return iter(_read_saved(self._path, self._name, self._split))
+        return (row for file in self._files for row in self._read(file, None))
+
+    def pick(self, max_samples: int, order: Callable[[int], np.ndarray]) -> tuple[list[int], list[Any]]:
+        """Count the rows, and return the first `max_samples` of an order of them: their numbers, and the rows."""
+        if not self._files:
+            rows = list(self)
+            numbers = order(len(rows))[:max_samples].tolist()
+            return numbers, [rows[number] for number in numbers]
+        counts = [sum(1 for _ in self._read(file, ())) for file in self._files]
+        numbers, start = order(sum(counts))[:max_samples].tolist(), 0
+        found: dict[int, Any] = {}
+        for file, count in zip(self._files, counts, strict=True):
+            wanted = {number - start for number in numbers if start <= number < start + count}
+            rows_of_file = self._read(file, wanted) if wanted else ()
+            found |= {start + number: row for number, row in enumerate(rows_of_file) if number in wanted}
+            start += count
+        return numbers, [found[number] for number in numbers]
+
+    def _read(self, file: Path, wanted: Container[int] | None) -> Iterator[Any]:
+        """Yield the rows of a file; None for those that are not wanted."""
+        named = f"Dataset {self._name!r}" + (f", file {file.name!r}," if self._path.is_dir() else "")
+        try:
+            with Content(file) as content:
+                try:
+                    yield from read_rows(content, self._kind, wanted)
+                except UnicodeDecodeError as error:
+                    raise _in_whole(file, content.num_read, error) from None
+        except UnicodeDecodeError as error:
+            compressed = next((end for end, magic in _MAGIC.items() if error.object.startswith(magic)), None)
+            if compressed:
+                raise DatasetError(f"{named} is compressed: rename it to {file.name}{compressed}.") from None
+            raise DatasetError(f"{named} is not UTF-8 text: {_explain_encoding(error)}") from None
+        except TooLargeError as error:
+            raise DatasetError(f"{named} {error}") from None
+        except (OSError, ValueError, RecursionError, MemoryError, csv.Error) as error:
+            what = str(error).rstrip(".") or type(error).__name__
+            raise DatasetError(
+                f"{named} cannot be read as {self._kind[1:]}: {what}. Fix the file, or rename it with the extension of "
+                "its real format."
+            ) from None
+
+
+def read_local(name: str, split: str = "train") -> list[Any]:
+    """Return all rows of :class:`LocalRows`."""
+    return list(LocalRows(name, split))
+
+
+def _locate(path: Path, name: str, split: str) -> tuple[str, list[Path]]:
+    """Return the kind of a dataset's files, and the files; none for a folder of save_to_disk."""
     if not path.exists():
         beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, beside)
@@ -54,35 +116,28 @@ def read_local(name: str, split: str = "train") -> list[Any]:
     if path.is_file() and split != "train":
         raise DatasetError(f"Dataset {name!r}: is one file, so split={split!r} chooses nothing. Leave split out.")
     if path.is_dir() and any((path / marker).is_file() for marker in _SAVED_TO_DISK):
-        return _read_saved(path, name, split)
+        return "", []
     paths = _files_of(path, name, split) if path.is_dir() else [path]
     _require_inside(paths, path, name)
     kinds = {_kind(file) for file in paths}
-    if len(kinds) != 1 or not kinds <= READERS.keys():
+    if len(kinds) != 1 or not kinds <= set(FORMATS):
         raise DatasetError(
-            f"Dataset {name!r}: expected one kind of file ({', '.join(READERS)}; also with .gz or .zst), found "
+            f"Dataset {name!r}: expected one kind of file ({', '.join(FORMATS)}; also with .gz or .zst), found "
             f"{_shown_kinds(paths) or 'nothing'}."
             f"{_hint_at_subfolders(path, name)}"
         )
     _require_each_once(paths, name)
-    kind = kinds.pop()
-    rows = []
-    for file in paths:
+    return kinds.pop(), paths
+
+
+def _in_whole(file: Path, num_bytes: int, error: UnicodeDecodeError) -> UnicodeDecodeError:
+    """Return the error of a file's text with all bytes before it, of which a reader has only the last few."""
+    with Content(file) as content:
         try:
-            rows += READERS[kind](_content(file))
-        except UnicodeDecodeError as error:
-            compressed = next((end for end, magic in _MAGIC.items() if error.object.startswith(magic)), None)
-            if compressed:
-                raise DatasetError(
-                    f"{_named(name, path, file)} is compressed: rename it to {file.name}{compressed}."
-                ) from None
-            raise DatasetError(f"{_named(name, path, file)} is not UTF-8 text: {_explain_encoding(error)}") from None
-        except (OSError, ValueError, RecursionError, csv.Error) as error:
-            raise DatasetError(
-                f"{_named(name, path, file)} cannot be read as {kind[1:]}: {str(error).rstrip('.')}. Fix the file, or "
-                "rename it with the extension of its real format."
-            ) from None
-    return rows
+            decode_text(io.BufferedReader(content).read(num_bytes))
+        except UnicodeDecodeError as whole:
+            return whole
+    return error
 
 
 def _shown_kinds(paths: list[Path]) -> str:
@@ -91,23 +146,10 @@ def _shown_kinds(paths: list[Path]) -> str:
     return ", ".join(f"{kind or 'no extension'} ({by_kind[kind]})" for kind in sorted(by_kind))
 
 
-def _named(name: str, path: Path, file: Path) -> str:
-    return f"Dataset {name!r}, file {file.name!r}," if path.is_dir() else f"Dataset {name!r}"
-
-
 def _kind(file: Path) -> str:
     """Return the extension of a file's format: `.csv` for `a.csv` and for `a.csv.gz`."""
-    inner = file.with_suffix("") if file.suffix.lower() in _COMPRESSIONS else file
+    inner = file.with_suffix("") if file.suffix.lower() in COMPRESSIONS else file
     return inner.suffix.lower()
-
-
-def _content(file: Path) -> bytes:
-    """Return the bytes of a file, decompressed."""
-    compression = _COMPRESSIONS.get(file.suffix.lower())
-    if compression is None:
-        return read_regular(file)
-    with pyarrow.input_stream(pyarrow.py_buffer(read_regular(file)), compression=compression) as stream:
-        return bytes(stream.read())
 
 
 def _require_inside(paths: Iterable[Path], path: Path, name: str) -> None:
@@ -169,7 +211,7 @@ def _require_each_once(paths: list[Path], name: str) -> None:
     """Raise DatasetError if files are the same but for the compression: their rows would be read twice."""
     by_name: dict[str, Path] = {}
     for file in paths:
-        plain = (file.stem if file.suffix.lower() in _COMPRESSIONS else file.name).lower()
+        plain = (file.stem if file.suffix.lower() in COMPRESSIONS else file.name).lower()
         if plain in by_name:
             raise DatasetError(
                 f"Dataset {name!r}: {by_name[plain].name} and {file.name} are one file, plain and compressed, or "
@@ -198,7 +240,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    return [file for file in _files(folder) if _kind(file) in READERS]
+    return [file for file in _files(folder) if _kind(file) in FORMATS]
 
 
 def _read_saved(folder: Path, name: str, split: str) -> list[Any]:
@@ -257,7 +299,6 @@ def _explain_encoding(error: UnicodeDecodeError) -> str:
 
 _MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 """The first bytes of a compressed file."""
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _NO_DATA = (".", "README", "LICENSE", "dataset_info", "_SUCCESS")
 """How the names of hidden files and of documents begin."""
 _SHOWN = 5

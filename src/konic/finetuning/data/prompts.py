@@ -13,7 +13,7 @@ from konic.finetuning.data.columns import fill_template, missing_column
 from konic.finetuning.data.config import DatasetConfig, DatasetSource
 from konic.finetuning.data.fingerprint import fingerprint_rows
 from konic.finetuning.data.hub import read_hub, stream_rows
-from konic.finetuning.data.loaders import read_bundled, read_local, rows_of_dataset
+from konic.finetuning.data.loaders import LocalRows, read_bundled, read_local, rows_of_dataset
 from konic.finetuning.data.rows import copy_columns, without_arrays
 from konic.finetuning.errors import DatasetError
 from konic.finetuning.settings import is_bool, short_repr
@@ -112,13 +112,9 @@ def load_prompts(config: DatasetConfig) -> PromptSet:
     """
     if config.streaming:
         return _open_stream(config)
-    rows = _read(config)
-    if not len(rows):
+    kept, picked = _pick(config)
+    if not kept:
         raise DatasetError(f"{_where(config)}: there are no rows to train on.")
-    order = _permutation(len(rows), config.shuffle_seed, 0) if config.shuffle else np.arange(len(rows))
-    kept = order[: config.max_samples].tolist()
-    is_table = hasattr(rows, "select")
-    picked = rows_of_dataset(rows.select(kept), _where(config), kept) if is_table else [rows[index] for index in kept]
     prompts = _prompts(zip(kept, picked, strict=True), config, _where(config), leaves_out_empty=True)
     if config.source is DatasetSource.BUNDLED:
         candidates = make_prompts(read_bundled("held_out"), config, "The bundled prompts")
@@ -140,6 +136,20 @@ def load_prompts(config: DatasetConfig) -> PromptSet:
         weights=_weights(prompts, config) if config.weights_column is not None else None,
         prefers_undecided=config.prefer_undecided,
     )
+
+
+def _pick(config: DatasetConfig) -> tuple[list[int], Any]:
+    """Return the numbers of the rows to keep, in the order of the run before its first pass, and the rows."""
+
+    def order(num_rows: int) -> np.ndarray:
+        return _permutation(num_rows, config.shuffle_seed, 0) if config.shuffle else np.arange(num_rows)
+
+    if config.source is DatasetSource.LOCAL and config.max_samples is not None:
+        return LocalRows(str(config.name), config.split).pick(config.max_samples, order)
+    rows = _read(config)
+    kept = order(len(rows))[: config.max_samples].tolist()
+    is_table = hasattr(rows, "select")
+    return kept, rows_of_dataset(rows.select(kept), _where(config), kept) if is_table else [rows[n] for n in kept]
 
 
 def _weights(prompts: Sequence[Prompt], config: DatasetConfig) -> np.ndarray:

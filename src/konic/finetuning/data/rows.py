@@ -93,7 +93,7 @@ def _read_polars(table: Any) -> list[Any]:
         raise ValueError(what) from safe_cause(error)
 
 
-def read_cells(table: Any) -> list[Any]:
+def read_cells(table: Any, first: int = 0) -> list[Any]:
     """Return the rows of a pyarrow table, or the values of a pyarrow array.
 
     Raises:
@@ -105,7 +105,7 @@ def read_cells(table: Any) -> list[Any]:
         is_table = hasattr(table, "column_names")
         columns = zip(table.column_names, table.columns, strict=True) if is_table else [("values", table)]
         for name, column in columns:
-            for row, cell in enumerate(column):
+            for row, cell in enumerate(column, first):
                 try:
                     cell.as_py()
                 except Exception as error:

@@ -5,6 +5,7 @@ import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 _FILE_SUFFIXES = frozenset(
     f".{suffix}"
@@ -60,14 +61,31 @@ def find_stray(paths: Iterable[Path], folder: Path) -> str | None:
     return None
 
 
+LARGEST_RECORD = 200 * 10**6
+"""Bytes of a file of settings or records, which is read as a whole."""
+
+
 def read_regular(path: Path) -> bytes:
-    """Return the bytes of a regular file. A pipe or a device, which may never end, is not opened for reading.
+    """Return the bytes of a regular file of settings or records.
+
+    Raises:
+        OSError: The file cannot be read, is not a regular file, or is larger than any such file.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > LARGEST_RECORD:
+            raise OSError(f"{path.name} has {size / 1e6:.0f} MB, more than the {LARGEST_RECORD / 1e6:.0f} MB allowed")
+        return file.read()
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Return an open regular file. A pipe or a device, which may never end, is not opened for reading.
 
     Raises:
         OSError: The file cannot be read, or is not a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(f"{path.name} is not a regular file")
-        return file.read()
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path.name} is not a regular file")
+    return os.fdopen(descriptor, "rb")

@@ -1,0 +1,167 @@
+"""Small files that unpack to gigabytes are one error, soon and in little memory; large files are read as needed."""
+
+import os
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+
+from konic.finetuning.data import formats, packed
+from konic.finetuning.data.config import DatasetConfig
+from konic.finetuning.data.loaders import read_local
+from konic.finetuning.data.prompts import load_prompts
+from konic.finetuning.errors import DatasetError
+
+BIG = "a" * 10**6
+
+
+def write_parquet(path, table):
+    pa.parquet.write_table(table, path, compression="zstd")
+
+
+def write_arrow(path, table, compression="zstd"):
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_file(str(path), table.schema, options=options) as file:
+        file.write_table(table)
+
+
+def write_packed(path, *pieces):
+    with pa.output_stream(str(path), compression={".gz": "gzip", ".zst": "zstd"}[path.suffix]) as file:
+        for piece in pieces:
+            file.write(piece)
+
+
+def long_cell(name):
+    return pa.table({"prompt": ["hi", "there"], "other": ["a" * 50_000_000, "b"]})
+
+
+BOMBS = {
+    "long_cell.parquet": lambda path: write_parquet(path, long_cell("other")),
+    "many_nulls.parquet": lambda path: write_parquet(
+        path, pa.table({"prompt": ["hi"], "other": pa.array([[None] * 7_000_000], pa.list_(pa.null()))})
+    ),
+    "long_rows.parquet": lambda path: write_parquet(path, pa.table({"prompt": [BIG] * 100})),
+    "many_rows.parquet": lambda path: write_parquet(
+        path, pa.table({"prompt": pa.array(["a"]).dictionary_encode().take(pa.array([0] * 400_000))})
+    ),
+    "one_batch.arrow": lambda path: write_arrow(path, pa.table({"prompt": [BIG] * 50})),
+    "dictionary.arrow": lambda path: write_arrow(
+        path, pa.table({"prompt": pa.array([BIG]).dictionary_encode().take(pa.array([0] * 100))})
+    ),
+    "rows.csv.gz": lambda path: write_packed(path, b"prompt\n", b"a\n" * 400_000),
+    "cell.csv.zst": lambda path: write_packed(path, b"prompt\n", *[BIG.encode()] * 50),
+    "line.jsonl.zst": lambda path: write_packed(path, b'{"prompt": "', *[BIG.encode()] * 50),
+    "list.json.gz": lambda path: write_packed(path, b"[", *[b'"a",' * 10**6] * 13),
+    "lines.txt.zst": lambda path: write_packed(path, b"a\n" * 400_000),
+    "table.parquet.zst": lambda path: write_packed(path, *[b"PAR1" * 10**6] * 13),
+}
+CLAIMS = {
+    "long_cell.parquet": "unpacks, in column 'other'",
+    "many_nulls.parquet": "unpacks, in column 'other.list.element'",
+    "one_batch.arrow": "unpacks, in one batch of rows",
+}
+FEW_CAN_BE_READ = ("long_rows.parquet", "dictionary.arrow")
+READ = """
+import resource, sys
+from konic.finetuning.data import packed
+from konic.finetuning.data.config import DatasetConfig
+from konic.finetuning.data.prompts import load_prompts
+from konic.finetuning.errors import DatasetError
+packed._ALWAYS = 48_000_000  # a quarter, which takes a quarter of the time
+start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for name in sys.argv[1:]:
+    for max_samples in (None, 2):
+        try:
+            load_prompts(DatasetConfig(name=name, max_samples=max_samples))
+            print("read")
+        except DatasetError as error:
+            print(error)
+used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) // 1024
+print(used if sys.platform == "linux" else used // 1024)
+"""
+
+
+def test_a_small_file_that_unpacks_to_gigabytes_is_one_error_in_little_memory(tmp_path):
+    paths = [tmp_path / name for name in BOMBS]
+    for path in paths:
+        BOMBS[path.name](path)
+        assert path.stat().st_size < 1_500_000, path
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", READ, *map(str, paths)]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=True)
+    *told, megabytes = child.stdout.splitlines()
+    for path, every_row, two_rows in zip(paths, told[::2], told[1::2], strict=True):
+        assert f"Dataset '{path}' " in every_row
+        assert "far more than its" in every_row
+        assert path.name not in CLAIMS or CLAIMS[path.name] in every_row  # before it is unpacked
+        assert "far more than its" in two_rows or (path.name in FEW_CAN_BE_READ and two_rows == "read")
+    assert int(megabytes) < 125
+
+
+@pytest.fixture
+def small_allowance(monkeypatch):
+    monkeypatch.setattr(packed, "_ALWAYS", 20_000)
+
+
+TABLE = pa.table({"prompt": [f"number {i}" for i in range(1000)], "label": list(range(1000))})
+
+
+def write_files(folder):
+    pa.parquet.write_table(TABLE, folder / "a.parquet", row_group_size=100)
+    for name, new in (("file", pa.ipc.new_file), ("stream", pa.ipc.new_stream)):
+        with new(str(folder / f"{name}.arrow"), TABLE.schema) as file:
+            file.write_table(TABLE, max_chunksize=100)
+    lines = [f"number {i}" for i in range(1000)]
+    (folder / "a.csv").write_text("prompt\n" + "\n".join(lines) + "\n")
+    (folder / "a.txt").write_text("\r\n".join(lines))
+    (folder / "a.jsonl").write_text("\n".join(f'{{"prompt": "{line}"}}' for line in lines))
+    (folder / "a.json").write_text("[" + ",".join(f'"{line}"' for line in lines) + "]")
+    write_packed(folder / "b.csv.gz", b"prompt\n", *[line.encode() + b"\n" for line in lines])
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_rows_that_are_picked_are_those_of_the_whole_file(shuffle, tmp_path):
+    for path in write_files(tmp_path):
+        settings = {"name": str(path), "shuffle": shuffle, "shuffle_seed": 7}
+        whole = load_prompts(DatasetConfig(**settings)).rows
+        assert load_prompts(DatasetConfig(**settings, max_samples=30)).rows == whole[:30], path
+        assert load_prompts(DatasetConfig(**settings, max_samples=5000)).rows == whole, path
+    rows = load_prompts(DatasetConfig(name=str(path), max_samples=5)).rows
+    assert [row.row for row in rows] == [3, 884, 354, 865, 142]  # as they always were for the default seed
+
+
+def test_rows_are_picked_from_several_files(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name}{i}\n" for i in range(50)))
+    whole = load_prompts(DatasetConfig(name=str(tmp_path))).rows
+    assert load_prompts(DatasetConfig(name=str(tmp_path), max_samples=40)).rows == whole[:40]
+
+
+def test_large_files_are_read_with_max_samples_and_plain_text_always(tmp_path, small_allowance):
+    for path in write_files(tmp_path):
+        assert len(load_prompts(DatasetConfig(name=str(path), max_samples=2)).rows) == 2, path
+        if "." not in path.stem and path.suffix not in (".parquet", ".arrow"):
+            assert len(read_local(str(path))) == 1000
+
+
+def test_row_groups_without_a_row_that_is_wanted_are_not_read(tmp_path, monkeypatch):
+    pa.parquet.write_table(TABLE, tmp_path / "a.parquet", row_group_size=100)
+    read, rows = [], formats._rows
+    monkeypatch.setattr(formats, "_rows", lambda batch, *rest: read.append(batch.num_rows) or rows(batch, *rest))
+    load_prompts(DatasetConfig(name=str(tmp_path / "a.parquet"), max_samples=1))
+    assert sum(read) == 100
+
+
+def test_an_arrow_file_whose_list_of_batches_is_wrong_is_refused(tmp_path):
+    write_arrow(tmp_path / "a.arrow", TABLE)
+    with pa.ipc.new_file(str(tmp_path / "b.arrow"), TABLE.schema) as file:
+        file.write_table(TABLE, max_chunksize=500)
+    whole = (tmp_path / "b.arrow").read_bytes()
+    for end in (len(whole) // 2, len(whole) - 1):
+        (tmp_path / "c.arrow").write_bytes(whole[:end])
+        with pytest.raises(DatasetError, match=r"c\.arrow.*cannot be read as arrow"):
+            read_local(str(tmp_path / "c.arrow"))
