@@ -1,16 +1,18 @@
-"""Held-out reward over the KL paid for it, on the demo's task: every algorithm here, and TRL's GRPO, for the same time.
+"""Held-out reward over the KL paid for it, on the demo's task: every algorithm here, and TRL's GRPO.
 
-python benchmarks/curves.py run [--peer PYTHON] [--seconds 300] [--seeds 0 1 2] [--only NAME ...]
+python benchmarks/curves.py run [--peer PYTHON] [--seeds 0 1 2] [--only NAME ...]
 python benchmarks/curves.py show
 
 `run` adds a line per evaluation to benchmarks/results/curves.jsonl and leaves out what stands there already, so it can
-be stopped and started again. PYTHON is that of an environment with TRL. Run it on a machine that does nothing else: the
-time is part of the result. `show` writes the tables and the picture that the docs show.
+be stopped and started again. PYTHON is that of an environment with TRL. `show` writes the tables and the picture that
+the docs show.
 
-Seconds are those of training alone; every minute of them the policy is tried on the 64 held-out prompts.
+A run ends after as many responses as 300 seconds of training gave on two cores of an AMD EPYC, the machine of the first
+rows, and is therefore the same on any machine. At every fifth of them the policy is tried on the 64 held-out prompts.
 """
 
 import argparse
+import copy
 import csv
 import gc
 import json
@@ -45,7 +47,9 @@ from konic.finetuning.rollout.evaluation import evaluate
 HERE = Path(__file__).parent
 OPINIONS = HERE.parent / "examples" / "data" / "film_opinions.csv"
 RESULTS = HERE / "results" / "curves.jsonl"
-ROUND_SECONDS = 60
+EVALUATIONS = 5
+RESPONSES, PEER_RESPONSES = 480, {1: 272, 4: 136}
+"""What 300 seconds gave: to every algorithm here, and to TRL by the number of passes."""
 
 OURS = {
     "konic ppo": {},
@@ -68,16 +72,17 @@ PEER = {
 """The loss as peer_trl.py names it, the learning rate, and the passes over each batch."""
 
 
-class StopEveryMinute(KonicFinetuningCallback):
-    """Ends `train` after each minute of training, so that the policy is evaluated, and counts the seconds."""
+class Pause(KonicFinetuningCallback):
+    """Ends `train` after `until` responses, so that the policy is evaluated, and counts the seconds."""
 
     def __init__(self):
         super().__init__(verbose=False)
-        self.seconds, self.until = 0.0, ROUND_SECONDS
+        self.seconds, self.responses, self.until = 0.0, 0, 0
 
     def should_stop_early(self, result):
         self.seconds += result.total_time_sec
-        return self.seconds >= self.until
+        self.responses += result.num_samples
+        return self.responses >= self.until
 
 
 def agent_of(settings, seed=0, full=False):
@@ -110,7 +115,10 @@ class TextJudge:
         loaded = load_model(build_agent().get_base_model(), {}, torch.device("cpu"))
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         with OPINIONS.open(encoding="utf-8") as file:
-            self.context = "".join(f"{row['text']}\n\n" for row in islice(csv.DictReader(file), 4))
+            context = "".join(f"{row['text']}\n\n" for row in islice(csv.DictReader(file), 4))
+        ids = self.tokenizer(context, return_tensors="pt").input_ids
+        with torch.no_grad():
+            self.context = self.model(ids, use_cache=True).past_key_values
 
     def judge(self, evaluation):
         """Means over the responses: nats per token under the base model, alone and after four opinions; and the
@@ -119,22 +127,25 @@ class TextJudge:
         pairs = [pair for pair in zip(evaluation.prompts, evaluation.responses, strict=True) if pair[1].strip()]
         return {
             "base_loss": mean([self._loss(prompt, response) for prompt, response in pairs]),
-            "context_loss": mean([self._loss(self.context + prompt, response) for prompt, response in pairs]),
+            "context_loss": mean([self._loss(prompt, response, self.context) for prompt, response in pairs]),
             "opinion": mean(self.opinion.score([p for p, _ in pairs], [r for _, r in pairs])),
         }
 
     @torch.no_grad()
-    def _loss(self, prompt, response):
+    def _loss(self, prompt, response, context=None):
         start = len(self.tokenizer(prompt).input_ids)
         ids = torch.tensor([self.tokenizer(prompt + response).input_ids])
-        log_probs = self.model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+        cache = copy.deepcopy(context)  # the model adds to it
+        logits = self.model(ids, past_key_values=cache).logits
+        log_probs = logits[0, start - 1 : -1].log_softmax(-1)
         return -log_probs.gather(-1, ids[0, start:, None]).mean().item()
 
 
-def point(evaluation, judge, **where):
+def point(evaluation, judge, *, seconds, samples, is_end):
+    """A row of the results; the judge, which is slow, reads the first and the last."""
     return (
-        where
-        | judge.judge(evaluation)
+        {"seconds": seconds, "samples": samples}
+        | (judge.judge(evaluation) if is_end else {})
         | {
             "reward": evaluation.reward_mean,
             "parts": evaluation.reward_breakdown_mean,
@@ -146,28 +157,29 @@ def point(evaluation, judge, **where):
     )
 
 
-def run_ours(judge, settings, seed, seconds):
+def run_ours(judge, settings, seed):
     """Points of one run of ours, the first before training."""
-    clock = StopEveryMinute()
+    clock = Pause()
     with tempfile.TemporaryDirectory() as folder:
         engine = KonicFinetuningEngine.from_agent(
             agent_of(settings, seed), checkpoint_dir=f"{folder}/run", callback=clock
         )
-        while clock.seconds < seconds:
+        for part in range(1, EVALUATIONS + 1):
+            clock.until = RESPONSES * part // EVALUATIONS
             result = engine.train(1000)
-            if clock.until == ROUND_SECONDS:
-                yield point(result.before, judge, seconds=0.0, samples=0)
-            yield point(result.after, judge, seconds=clock.seconds, samples=result.total_samples)
-            clock.until += ROUND_SECONDS
+            if part == 1:
+                yield point(result.before, judge, seconds=0.0, samples=0, is_end=True)
+            is_end = part == EVALUATIONS
+            yield point(result.after, judge, seconds=clock.seconds, samples=clock.responses, is_end=is_end)
 
 
-def run_peer(judge, python, loss, rate, passes, seed, seconds):
+def run_peer(judge, python, loss, rate, passes, seed):
     """Points of one run of TRL's, evaluated by our code on the same prompts with the same random numbers."""
     agent = agent_of({}, seed)
     with tempfile.TemporaryDirectory() as folder:
         command = [python, HERE / "peer_trl.py", folder, "--loss", loss, "--learning-rate", rate]
-        command += ["--num-iterations", passes]
-        command += ["--seed", seed, "--seconds", seconds]
+        command += ["--num-iterations", passes, "--seed", seed]
+        command += ["--responses", PEER_RESPONSES[passes], "--saves", EVALUATIONS]
         source = {"PYTHONPATH": str(HERE.parent / "src"), "HF_HUB_OFFLINE": "1"}
         subprocess.run([str(part) for part in command], check=True, capture_output=True, env=os.environ | source)
         yield from peer_points(judge, Path(folder), agent, seed)
@@ -186,13 +198,14 @@ def peer_points(judge, folder, agent, seed):
             evaluation = evaluate(
                 learner.policy, learner.sampler, scorer, prompts, generation, learner.special_tokens, seed, moments={}
             )
-        used = 0.0 if path is None else float(path.name)
-        before, done = 0.0, 0
-        while path is not None and done < len(steps["steps"]) and before < used - 0.5:
-            before, done = before + steps["steps"][done], done + 1
-        # a batch is sampled once for every `num_iterations` steps
-        passes, size = steps["settings"]["num_iterations"], steps["settings"]["batch_size"]
-        yield point(evaluation, judge, seconds=used, samples=-(-done // passes) * size)
+        responses = 0 if path is None else int(path.name)
+        yield point(
+            evaluation,
+            judge,
+            seconds=steps["seconds"][str(responses)],
+            samples=responses,
+            is_end=path in (None, saved[-1]),
+        )
 
 
 def machine():
@@ -201,7 +214,9 @@ def machine():
         platform.processor(),
     )
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    return f"{os.cpu_count()} cores of {cpu}; Python {platform.python_version()}, {packages}, TRL 1.16.0"
+    count = len(os.sched_getaffinity(0))
+    cores = "1 core" if count == 1 else f"{count} cores"
+    return f"{cores} of {cpu}; Python {platform.python_version()}, {packages}, TRL 1.16.0"
 
 
 def run(options):
@@ -209,13 +224,10 @@ def run(options):
     done = {(row["system"], row["seed"]) for row in rows()}
     with tempfile.TemporaryDirectory() as folder:
         judge = TextJudge(Path(folder) / "judge")
-    systems = {
-        name: lambda seed, s=settings: run_ours(judge, s, seed, options.seconds) for name, settings in OURS.items()
-    }
+    systems = {name: lambda seed, s=settings: run_ours(judge, s, seed) for name, settings in OURS.items()}
     if options.peer:
         systems |= {
-            name: lambda seed, p=setting: run_peer(judge, options.peer, *p, seed, options.seconds)
-            for name, setting in PEER.items()
+            name: lambda seed, p=setting: run_peer(judge, options.peer, *p, seed) for name, setting in PEER.items()
         }
     for seed in options.seeds:
         for name, points in systems.items():
@@ -240,7 +252,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "show"])
     parser.add_argument("--peer", help="the python of an environment with TRL 1.16")
-    parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", help="names of systems, such as 'konic ppo'")
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""TRL's GRPO on the demo's task for some seconds of training; run in an environment that has TRL (see curves.py).
+"""TRL's GRPO on the demo's task for some responses; run in an environment that has TRL (see curves.py).
 
-python benchmarks/peer_trl.py OUTPUT --loss grpo --learning-rate 1e-3 --num-iterations 4 --seed 0 --seconds 300
+python benchmarks/peer_trl.py OUTPUT --loss grpo --learning-rate 1e-3 --num-iterations 4 --seed 0 --responses 136
 
-Same model, adapter, prompts, rewards and sampling as `konic demo`, same price of KL. Leaves an adapter for every minute
-of training in OUTPUT/{seconds}/, the last when time is up, and OUTPUT/steps.json with the seconds of every step.
+Same model, adapter, prompts, rewards and sampling as `konic demo`, same price of KL. Leaves an adapter at every fifth
+of the responses in OUTPUT/{responses}/, and OUTPUT/steps.json with the seconds of training until then.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from konic.demo import build_agent
 from konic.finetuning.data.prompts import load_prompts
 from konic.finetuning.models.loading import load_model
 
-SAVE_EVERY_SECONDS = 60
 LOSSES = {
     "grpo": {},
     "dapo": {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28, "beta": 0.0},
@@ -34,22 +33,26 @@ LOSSES = {
 
 
 class Clock(TrainerCallback):
-    """Counts the seconds of steps alone, saves the adapter every minute of them and stops when they are used up."""
+    """Counts the seconds of steps alone, saves the adapter at each part of the responses and stops after the last."""
 
-    def __init__(self, seconds, output):
-        self.seconds, self.output, self.steps, self.next_save = seconds, output, [], SAVE_EVERY_SECONDS
+    def __init__(self, options):
+        self.output, self.seconds, self.used, self.steps = options.output, {0: 0.0}, 0.0, 0
+        self.passes, self.batch_size = options.num_iterations, options.batch_size
+        self.saves = [options.responses * part / options.saves for part in range(1, options.saves + 1)]
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.steps.append(time.perf_counter() - self.started)
-        used = sum(self.steps)
-        is_over = used >= self.seconds
-        if is_over or used >= self.next_save:
-            model.save_pretrained(self.output / f"{used:.0f}")
-            self.next_save += SAVE_EVERY_SECONDS
-        control.should_training_stop = control.should_training_stop or is_over
+        self.used += time.perf_counter() - self.started
+        self.steps += 1
+        batches, unfinished = divmod(self.steps, self.passes)  # a batch is sampled once for all its passes
+        responses = batches * self.batch_size
+        if not unfinished and responses >= self.saves[0]:
+            model.save_pretrained(self.output / str(responses))
+            self.seconds[responses] = self.used
+            self.saves = [limit for limit in self.saves if limit > responses]
+        control.should_training_stop = control.should_training_stop or not self.saves
 
 
 def main():
@@ -60,13 +63,14 @@ def main():
     parser.add_argument("--num-iterations", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--responses", type=int, default=272)
+    parser.add_argument("--saves", type=int, default=5)
     options = parser.parse_args()
 
     demo = build_agent()
     composer, generation, lora = demo.get_reward_composer(), demo.get_generation_config(), demo.get_lora_config()
     prompts = [prompt.text for prompt in load_prompts(demo.get_dataset_config()).rows]
-    clock = Clock(options.seconds, options.output)
+    clock = Clock(options)
     trainer = GRPOTrainer(
         model=load_model(demo.get_base_model(), {}, torch.device("cpu")).location,
         args=GRPOConfig(
@@ -86,7 +90,7 @@ def main():
     )  # fmt: skip
     trainer.train()
     (options.output / "steps.json").write_text(
-        json.dumps({"settings": vars(options), "steps": clock.steps}, default=str)
+        json.dumps({"settings": vars(options), "seconds": clock.seconds}, default=str)
     )
 
 
