@@ -528,7 +528,7 @@ def test_counts_that_cannot_be_are_refused(model_folders, arguments, tmp_path):
 
 def test_engine_options_are_checked(model_folders, tmp_path):
     agent = make_agent(model_folders["llama"])
-    with pytest.raises(ConfigError, match=r"no option 'chekpoint_dir'.*Did you mean 'checkpoint_dir'"):
+    with pytest.raises(ConfigError, match=r"no argument 'chekpoint_dir'.*Did you mean 'checkpoint_dir'"):
         KonicFinetuningEngine.from_agent(agent, chekpoint_dir=tmp_path)
     with pytest.raises(ConfigError, match="device='cuda:99' is not available"):
         KonicFinetuningEngine.from_agent(agent, device="cuda:99")

@@ -7,11 +7,11 @@ import statistics
 import time
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet
 import pytest
 import torch
 
+from conftest import children_of
 from konic.finetuning import (
     ConfigError,
     DatasetConfig,
@@ -105,7 +105,7 @@ def test_a_run_with_workers_is_the_run_without(model_folders, tmp_path):
         make_engine(model_folders["llama"], tmp_path / name, reward_workers=workers).train(2)
     same_tensors(weights(tmp_path / "serial" / "final"), weights(tmp_path / "pool" / "final"))
     assert metrics(tmp_path / "serial") == metrics(tmp_path / "pool")
-    assert not [child for child in psutil.Process().children() if "resource_tracker" not in str(child.cmdline())]
+    assert not children_of()
 
 
 def disturb():
@@ -200,7 +200,7 @@ def test_what_is_no_exception_is_an_error_of_the_reward_too(model_folders, tmp_p
 def test_no_worker_outlives_a_run_that_fails(model_folders, tmp_path):
     with pytest.raises(RewardError, match="not today"):
         engine_of(model_folders["llama"], tmp_path, Sometimes({0}), reward_workers=2).train(1)
-    assert not [child for child in psutil.Process().children() if "resource_tracker" not in str(child.cmdline())]
+    assert not children_of()
 
 
 class Normalised(LetterRewards):
@@ -264,7 +264,7 @@ def test_a_model_scores_beside_methods_in_a_run(model_folders, tmp_path):
 def test_evaluate_and_generate_leave_no_worker(model_folders, tmp_path):
     engine = make_engine(model_folders["llama"], tmp_path, reward_workers=1)
     assert engine.evaluate(["ab", "cd"])["rewards"] == engine.evaluate(["ab", "cd"])["rewards"]
-    assert not [child for child in psutil.Process().children() if "resource_tracker" not in str(child.cmdline())]
+    assert not children_of()
 
 
 def test_the_settings_for_rewards_may_change_on_resume(model_folders, tmp_path, caplog):

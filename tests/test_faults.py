@@ -783,9 +783,9 @@ def tiny_classifier():
         case("pickled, malicious", pickled("malicious"), "safetensors"),
         case("pickled, bare", pickled("bare"), "safetensors"),
         case("a missing shard", sharded(None), "model-00002-of-00002.safetensors"),
-        case("index not json", sharded("{"), "could not be loaded"),
-        case("index without a map", sharded("{}"), "could not be loaded"),
-        case("index a list", sharded("[]"), "could not be loaded"),
+        case("index not json", sharded("{"), "model.safetensors.index.json is damaged"),
+        case("index without a map", sharded("{}"), "has no 'weight_map'"),
+        case("index a list", sharded("[]"), "has no 'weight_map'"),
         case("own code of an unknown type", own_code(
             CONFIG, model_type="mine", auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}
         ), "trust_remote_code"),

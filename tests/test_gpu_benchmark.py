@@ -16,7 +16,7 @@ def test_the_gpu_benchmark_runs_small_and_its_checks_hold(tmp_path):
     lines = report.read_text().splitlines()
     verdicts = [line.split("|")[4].strip() for line in lines if re.match(r"\| .*[0-9] \| [0-9.e-]+ \| [\w*]+ \|", line)]
     assert verdicts == ["holds"] * 13
-    assert any(line.startswith("| sampling, 135M, batch 8 | transformers generate | 0") for line in lines)
+    assert any(re.match(r"\| sampling, 135M, batch 8 \| transformers generate \| [0-9.]+ ", line) for line in lines)
 
 
 def test_a_check_that_fails_and_a_peer_that_does_not_start_fail_the_benchmark():

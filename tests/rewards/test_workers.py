@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 
+from conftest import children_of
 from konic.finetuning.config import TrainingConfig
 from konic.finetuning.data.prompts import Prompt
 from konic.finetuning.data.samples import make_samples
@@ -80,9 +81,7 @@ def scored(composer, responses, workers, **settings):
 
 
 def workers_alive():
-    return [
-        child for child in psutil.Process().children(recursive=True) if "resource_tracker" not in str(child.cmdline())
-    ]
+    return children_of(recursive=True)
 
 
 @pytest.fixture(autouse=True)
@@ -268,7 +267,7 @@ def test_workers_end_when_the_run_is_killed(tmp_path):
     run.stdin.write(code)
     run.stdin.close()
     assert [run.stdout.readline() for _ in range(2)][1] == "[3.0, 6.0]\n"
-    workers = [child for child in psutil.Process(run.pid).children() if "resource_tracker" not in str(child.cmdline())]
+    workers = children_of(psutil.Process(run.pid))
     assert len(workers) == 2
     run.kill()
     run.wait()

@@ -20,6 +20,7 @@ from torch.nn.modules import module as torch_modules
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from konic.finetuning.errors import ModelError
+from konic.text import describe_error
 
 _LARGEST_COUNT = 100_000
 """Of layers, heads, experts or labels in a config."""
@@ -88,10 +89,11 @@ def _weight_files(named: str | None, location: str, kwargs: Mapping[str, Any]) -
     found = _find(first, location, kwargs) or (others and _find(others[0], location, kwargs))
     if not found or found.suffix != ".json":
         return [found] if found else []
-    try:
-        names = sorted(set(map(str, _read_json(found)["weight_map"].values())))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{found.name} cannot be read: {type(error).__name__}: {error}.") from None
+    index = _read_json(found)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict):
+        raise ModelError(f"{found.name} has no 'weight_map', which says where each weight is. Copy the model again.")
+    names = sorted(set(map(str, files.values())))
     shards = [_find(name, location, kwargs) for name in names]
     return [path for path in shards if path is not None]
 
@@ -102,7 +104,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path.name} cannot be read: {type(error).__name__}: {error}.") from None
+        raise ModelError(f"{path.name} is damaged: {describe_error(error)}. Copy the model again.") from None
 
 
 def _check_counts(value: Any, where: str) -> None:
