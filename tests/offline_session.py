@@ -67,6 +67,8 @@ def run_commands(folder, model):
         ["--version"],
         ["train", job, "--max-iterations", 1, "--save-every", 1, *run],
         ["train", job, "--max-iterations", 2, "--resume", *run],
+        ["report", folder / "run"],
+        ["generate", folder / "run", "ab", "--device", "cpu"],
         ["rewards", job, "--samples", 2, "--device", "cpu"],
         ["rewards", job, "--texts", responses],
         ["reward-model", "train", pairs, "--base", model, "--epochs", 1, *judge],

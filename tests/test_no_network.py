@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 SESSION = Path(__file__).parent / "offline_session.py"
-COMMANDS = ["--version", "train", "train", "rewards", "rewards", "reward-model", "demo", "library"]
+COMMANDS = [
+    "--version",
+    "train",
+    "train",
+    "report",
+    "generate",
+    "rewards",
+    "rewards",
+    "reward-model",
+    "demo",
+    "library",
+]
 
 
 @functools.cache

@@ -7,6 +7,8 @@ import typer
 
 from konic import __version__
 from konic.cli.demo import demo
+from konic.cli.generate import generate
+from konic.cli.report import report
 from konic.cli.reward_model import reward_model
 from konic.cli.rewards import rewards
 from konic.cli.train import train
@@ -22,6 +24,8 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(train)
+app.command()(report)
+app.command()(generate)
 app.command()(rewards)
 app.add_typer(reward_model, name="reward-model")
 

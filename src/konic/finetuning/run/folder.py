@@ -7,8 +7,10 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,7 +40,7 @@ from konic.finetuning.system.files import (
 )
 from konic.finetuning.system.places import find_stray, read_regular
 from konic.output import get_logger
-from konic.text import describe_error
+from konic.text import describe_error, redact
 
 logger = get_logger(__name__)
 
@@ -181,8 +183,9 @@ class RunFolder:
             lock.release()
 
     def write_run(self, settings: dict[str, Any], environment: dict[str, Any], composer: Any) -> None:
-        """Write `run.json`: settings, versions, machine, and the file of the rewards' source with its hash."""
+        """Write `run.json`: settings, command, versions, machine, and the file of the rewards' source with its hash."""
         record = {
+            "command": redact(shlex.join(sys.argv)),
             "settings": settings,
             "rewards": _source_of(type(composer)),
             "environment": environment,

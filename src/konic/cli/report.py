@@ -1,0 +1,41 @@
+"""`konic report RUN`: one page that shows what came of a run, or of several beside each other."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from konic.cli.paths import read_path
+from konic.output import write_line
+
+
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of runs, finished or going on.", parser=read_path, metavar="RUN...")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="The page. Default: report.html in the run's folder; for several runs, here.",
+            parser=read_path,
+            metavar="<path>",
+        ),
+    ] = None,
+) -> None:
+    """Write one HTML page that shows what came of a run: outcome, curves, samples, settings.
+
+    The page needs no network and no server. Several runs are compared.
+
+    Example: konic report runs/kind
+    """
+    write_line(f"Reading {', '.join(map(str, runs))} ...", sys.stderr)
+    from konic.report import Run, write_report
+    from konic.report.words import outcome
+
+    read = [Run.read(run) for run in runs]
+    path = output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    write_report(read, path)
+    for run in read:
+        write_line(f"{run.name}: {outcome(run).sentence()}", sys.stdout)
+    write_line(f"Open {path.absolute()} in a browser.", sys.stdout)

@@ -1,0 +1,191 @@
+"""Metrics -> pictures: a chart is a Vega-Lite specification, which vl-convert draws as SVG without a browser.
+
+Colours are variables of the page's style, so that a picture follows its light or dark theme.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import vl_convert
+
+from konic.finetuning.results.intervals import nanmean
+from konic.report.words import thinned
+
+MOST_POINTS = 250
+"""Points of a line; beyond that, neighbouring iterations are averaged."""
+WIDTH, HEIGHT = 420, 190
+COLOURS = [f"var(--line-{number})" for number in range(1, 9)]
+_STYLE = {
+    "background": "transparent",
+    "font": "system-ui, sans-serif",
+    "view": {"stroke": None},
+    "axis": {
+        "labelColor": "var(--soft)", "titleColor": "var(--soft)",
+        "gridColor": "var(--rule)", "domainColor": "var(--rule)",
+        "tickColor": "var(--rule)", "tickCount": 6,
+        "titleFontWeight": "normal", "labelFontSize": 11, "titleFontSize": 11,
+    },
+    "legend": {"labelColor": "var(--text)", "title": None, "orient": "top", "labelFontSize": 11, "labelLimit": 400},
+}  # fmt: skip
+
+_ITERATIONS = {
+    "field": "iteration", "type": "quantitative", "title": "iteration", "axis": {"format": "d", "tickMinStep": 1},
+}  # fmt: skip
+_LINKS_FROM = "https://vega.github.io/vega-datasets/"
+"""What Vega puts before a relative link; such a link is one from the page."""
+
+Series = Mapping[str, Sequence[float]]
+"""Lines by their names: a number for each iteration, NaN where there is none."""
+
+
+def lines(
+    series: Series,
+    title: str,
+    spread: Sequence[float] | None = None,
+    points: Mapping[int, float] | None = None,
+    limit: float | None = None,
+) -> str:
+    """Draw numbers over the iterations.
+
+    Args:
+        series: One or several lines.
+        title: What the numbers are, with their unit.
+        spread: Half the height of a band around the only line.
+        points: Marks by iteration, such as an evaluation.
+        limit: A level that is drawn as a dashed line.
+    """
+    rows = [row for name, values in series.items() for row in _rows(name, values, spread)]
+    names = list(series)
+    y = {"field": "value", "type": "quantitative", "title": title, "scale": {"zero": False}}
+    colour: dict[str, Any] = {"field": "name", "type": "nominal", "scale": {"domain": names, "range": COLOURS}}
+    colour["legend"] = {"symbolType": "stroke"} if len(names) > 1 else None
+    said = {"field": "said", "type": "nominal"}
+    layers: list[dict[str, Any]] = []
+    if spread is not None:
+        band = {"y": {**y, "field": "low"}, "y2": {"field": "high"}}
+        layers.append({"mark": {"type": "area", "opacity": 0.18, "color": COLOURS[0]}, "encoding": band})
+    line = {"type": "line", "strokeWidth": 1.8, "interpolate": "linear"}
+    layers.append({"mark": line, "encoding": {"y": y, "color": colour}})
+    hit = {"type": "point", "filled": True, "size": 80, "opacity": 0}
+    layers.append({"mark": hit, "encoding": {"y": y, "description": said}})
+    if points:
+        marked = [
+            {"iteration": at, "value": value, "said": f"held-out prompts after {at} iterations: {_short(value)}"}
+            for at, value in points.items()
+        ]
+        mark = {"type": "point", "filled": True, "size": 70, "color": "var(--mark)"}
+        layers.append({"data": {"values": marked}, "mark": mark, "encoding": {"y": y, "description": said}})
+    if limit is not None:
+        rule = {"type": "rule", "strokeDash": [4, 4], "color": "var(--mark)"}
+        layers.append({"data": {"values": [{"value": limit}]}, "mark": rule, "encoding": {"y": y, "x": None}})
+    return _draw({"data": {"values": rows}, "encoding": {"x": _ITERATIONS}, "layer": layers}, _described(series, title))
+
+
+def stacked(series: Series, title: str) -> str:
+    """Draw numbers over the iterations on top of each other, such as the times of an iteration's stages."""
+    rows = [row for name, values in series.items() for row in _rows(name, values)]
+    scale = {"domain": list(series), "range": COLOURS}
+    encoding = {
+        "x": _ITERATIONS,
+        "y": {"field": "value", "type": "quantitative", "title": title, "stack": "zero"},
+        "color": {"field": "name", "type": "nominal", "scale": scale},
+    }  # fmt: skip
+    return _draw({"data": {"values": rows}, "mark": {"type": "area", "opacity": 0.85}, "encoding": encoding},
+                 _described(series, title))  # fmt: skip
+
+
+def frontier(runs: Mapping[str, tuple[Sequence[float], Sequence[float], Mapping[int, str]]]) -> str:
+    """Draw the reward over the KL that was paid for it: a line per run, a point per iteration.
+
+    Args:
+        runs: By name, the KL and the reward of each iteration, and links to the checkpoints by iteration.
+    """
+    rows, saved = [], []
+    for name, (kl, reward, links) in runs.items():
+        for group in thinned(len(kl), MOST_POINTS):
+            paid, earned = _mean(kl, group), _mean(reward, group)
+            if paid is not None and earned is not None:
+                said = f"{_label(group)}: {_short(earned)} at {paid:.2f} nats"
+                rows.append({"name": name, "order": group[0], "kl": paid, "reward": earned, "said": said})
+        for iteration, link in links.items():
+            # the weights after iteration k are those that sampled iteration k + 1
+            place = min(iteration, len(kl) - 1)
+            if kl and not math.isnan(kl[place] + reward[place]):
+                said = f"{link}: {_short(reward[place])} at {kl[place]:.2f} nats"
+                saved.append({"name": name, "kl": kl[place], "reward": reward[place], "said": said, "link": link})
+    position: dict[str, Any] = {
+        "x": {"field": "kl", "type": "quantitative", "title": "KL paid (nats per response)"},
+        "y": {"field": "reward", "type": "quantitative", "title": "mean reward", "scale": {"zero": False}},
+    }
+    legend = None if len(runs) == 1 else {"symbolType": "circle"}
+    scale = {"domain": list(runs), "range": COLOURS}
+    position["color"] = {"field": "name", "type": "nominal", "scale": scale, "legend": legend}
+    spoken = position | {"description": {"field": "said", "type": "nominal"}}
+    path = {"type": "line", "strokeWidth": 1, "opacity": 0.35}
+    layers = [
+        {"mark": path, "encoding": position | {"order": {"field": "order"}}},
+        {"mark": {"type": "point", "filled": True, "size": 28, "opacity": 0.7}, "encoding": spoken},
+        {
+            "data": {"values": saved},
+            "mark": {"type": "point", "shape": "diamond", "size": 130, "strokeWidth": 2, "filled": False},
+            "encoding": spoken | {"href": {"field": "link"}},
+        },
+    ]
+    about = "Mean reward over the KL paid, a point for each iteration"
+    return _draw({"data": {"values": rows}, "layer": layers, "width": 640, "height": 300}, about)
+
+
+def _rows(name: str, values: Sequence[float], spread: Sequence[float] | None = None) -> list[dict[str, Any]]:
+    rows = []
+    for group in thinned(len(values), MOST_POINTS):
+        value = _mean(values, group)
+        if value is None:
+            continue
+        said = f"{_label(group)}, {name}: {_short(value)}"
+        row: dict[str, Any] = {"iteration": group[-1] + 1, "value": value, "name": name, "said": said}
+        if spread is not None:
+            half = _mean(spread, group) or 0.0
+            row |= {"low": value - half, "high": value + half}
+        rows.append(row)
+    return rows
+
+
+def _label(group: range) -> str:
+    first, last = group[0] + 1, group[-1] + 1
+    return f"iteration {last}" if first == last else f"iterations {first} to {last}"
+
+
+def _mean(values: Sequence[float], group: range) -> float | None:
+    value = nanmean([values[index] for index in group])
+    return None if math.isnan(value) else value
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _described(series: Series, title: str) -> str:
+    ends = []
+    for name, values in series.items():
+        known = [value for value in values if not math.isnan(value)]
+        if known:
+            ends.append(f"{name} from {_short(known[0])} to {_short(known[-1])}")
+    return f"{title}: {'; '.join(ends) or 'no values'}"
+
+
+def _draw(spec: dict[str, Any], about: str) -> str:
+    """Draw a chart. What a mark says becomes its `<title>`, which a browser shows where the pointer rests."""
+    whole = {"$schema": "https://vega.github.io/schema/vega-lite/v5.json", "config": _STYLE, "width": WIDTH}
+    svg = vl_convert.vegalite_to_svg({"height": HEIGHT, **whole, **spec})
+    labelled = r'<path ([^>]*?)aria-label="([^"]*)"([^>]*?)/>'
+    svg = re.sub(labelled, r"<path \1\3><title>\2</title></path>", svg)
+    svg = re.sub(r' (?:aria-[a-z]+|role)="[^"]*"', "", svg)
+    svg = svg.replace(f' xlink:href="{_LINKS_FROM}', ' href="')
+    label = about.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    size = re.search(r'width="([0-9.]+)" height="([0-9.]+)"', svg)
+    shown = f' style="max-width:{size[1]}px"' if size else ""
+    return re.sub(
+        r"<svg [^>]*?(viewBox=\"[^\"]*\")>", rf'<svg role="img" aria-label="{label}" \1{shown}>', svg, count=1
+    )

@@ -1,0 +1,179 @@
+"""The files of a run -> its settings, metrics, evaluations and samples. Whatever is missing or broken is named."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from konic.finetuning.errors import OutputError
+from konic.finetuning.results.evaluation import Evaluation
+from konic.finetuning.system.places import find_stray, read_regular
+
+PART = "reward/"
+"""Begins the name of a column that holds one part of the reward."""
+_MAX_SAMPLES = 100_000
+"""Rows that are read from one file of responses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What the folder of a run holds, read once."""
+
+    path: Path
+    record: dict[str, Any]
+    """`run.json`: settings, rewards, environment, machine."""
+    history: list[dict[str, Any]]
+    """The metrics of each iteration; a number that is not there is NaN."""
+    evaluations: dict[int, Evaluation]
+    """The first and the last evaluation on held-out prompts, by the iterations that the policy had learned from."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be read, a sentence each."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Run":
+        """Read the folder of a run, also of one that is going on or was cut off.
+
+        Raises:
+            OutputError: It is not the folder of a run, or the run has not done an iteration.
+        """
+        if not path.is_dir():
+            raise OutputError(f"{path}: there is no such folder. Name the folder of a run, such as runs/my-run.")
+        if not (path / "run.json").exists():
+            runs = sorted(file.parent for file in (*path.glob("*/run.json"), path.parent / "run.json") if file.exists())
+            hint = f" Did you mean {runs[-1]}?" if runs else ""
+            raise OutputError(f"{path} is not the folder of a run: it has no run.json.{hint}")
+        notes: list[str] = []
+        history = list(_read_metrics(path, notes))
+        if not history:
+            raise OutputError(f"{path}: its run has not finished an iteration yet, so there is nothing to show.")
+        return cls(
+            path=path,
+            record=_read_record(path, notes),
+            history=history,
+            evaluations=_read_evaluations(path, notes),
+            notes=notes,
+        )
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.path.resolve().name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of `run.json`."""
+        settings = self.record.get("settings")
+        return settings if isinstance(settings, dict) else {}
+
+    @property
+    def checkpoints(self) -> dict[int, str]:
+        """The folders that hold weights, by the iterations that these had learned from."""
+        folders = {int(name[11:]): name for name in self._folders() if re.fullmatch(r"checkpoint-[0-9]{1,9}", name)}
+        if "final" in self._folders():
+            folders[len(self.history)] = "final"
+        return dict(sorted(folders.items()))
+
+    def _folders(self) -> list[str]:
+        return sorted(path.name for path in self.path.iterdir() if path.is_dir())
+
+    def values(self, name: str) -> list[float]:
+        """A metric of every iteration, NaN where it is not there; `reward/NAME` is a part of the reward."""
+        if name.startswith(PART):
+            parts = (row.get("reward_breakdown") for row in self.history)
+            return [_number(part.get(name.removeprefix(PART)) if isinstance(part, dict) else None) for part in parts]
+        return [_number(row.get(name)) for row in self.history]
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of the rewards."""
+        names = self.history[-1].get("reward_breakdown")
+        return list(names) if isinstance(names, dict) else []
+
+    def samples(self, iteration: int) -> list[dict[str, Any]]:
+        """The responses of an iteration, as `completions/` holds them; empty, with a note, if they cannot be read."""
+        path = self.path / "completions" / f"{iteration:06d}.parquet"
+        table = _read_table(path, self.path, self.notes)
+        return [] if table is None else table.to_pylist()
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+
+
+def _read_record(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        record = json.loads(read_regular(path / "run.json"))
+    except (OSError, ValueError, RecursionError) as error:
+        notes.append(f"run.json cannot be read ({error}), so the settings are not known.")
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _read_metrics(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Every whole line of `metrics.jsonl`; what a run that was cut off, or another tool, left is noted."""
+    try:
+        lines = read_regular(path / "metrics.jsonl").splitlines()
+    except OSError:
+        return
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row["iteration"], int):
+                raise ValueError("it is not the metrics of an iteration")
+        except (ValueError, KeyError, RecursionError) as error:
+            notes.append(f"metrics.jsonl, line {number} is left out: {error}")
+        else:
+            yield row
+
+
+def _read_evaluations(path: Path, notes: list[str]) -> dict[int, Evaluation]:
+    files = {int(file.stem): file for file in (path / "evaluations").glob("*.parquet") if _is_number(file.stem)}
+    found = {}
+    for number in sorted({min(files), max(files)}) if files else ():
+        table = _read_table(files[number], path, notes)
+        if table is None:
+            continue
+        columns = table.to_pydict()
+        try:
+            found[number] = Evaluation(
+                prompts=[str(prompt) for prompt in columns["prompt"]],
+                responses=[str(response) for response in columns["response"]],
+                rewards=[_number(value) for value in columns["reward"]],
+                breakdown={
+                    name.removeprefix(PART): [_number(value) for value in values]
+                    for name, values in columns.items()
+                    if name.startswith(PART)
+                },
+                kl_per_response=[_number(value) for value in columns["kl"]],
+                response_lengths=[int(value or 0) for value in columns["length"]],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            notes.append(f"evaluations/{files[number].name} is left out: {error!r}")
+    return found
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
+
+
+def _read_table(path: Path, run: Path, notes: list[str]) -> Any:
+    name = f"{path.parent.name}/{path.name}"
+    if not path.exists():
+        return None
+    stray = find_stray([path], run)
+    if stray is not None:
+        notes.append(f"{name} is left out: {stray}.")
+        return None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        batch = next(file.iter_batches(batch_size=_MAX_SAMPLES), None)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        notes.append(f"{name} is left out, because it cannot be read: {error}")
+        return None
+    return None if batch is None else pyarrow.Table.from_batches([batch])

@@ -1,0 +1,161 @@
+"""Metrics, evaluations -> what came of a run, in sentences. Numbers alone do not say whether to trust a model."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from konic.finetuning.results.evaluation import Evaluation
+from konic.finetuning.results.intervals import Interval, distinct_n, nanmean, paired_bootstrap
+from konic.report.run import PART, Run
+
+DOMINATES = 0.8
+"""Share of the gain that one of several rewards earns alone."""
+CHANGED_LENGTH = 1.5
+"""Factor between the lengths before and after."""
+FEWER_PAIRS = 0.7
+"""Share of the first distinct-2 below which responses have become repetitive."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run changed: the mean reward before and after, and the KL that was paid."""
+
+    where: str
+    """What the rewards were measured on."""
+    before: float
+    after: float
+    gain: Interval | None
+    """On held-out prompts, with a 95 % interval; None without them."""
+    kl: float
+    """Nats per response, after."""
+    tokens: tuple[float, float]
+    """Mean length of the responses, before and after."""
+
+    @property
+    def rose(self) -> bool:
+        """True if the reward rose by more than chance, as far as that is known."""
+        return self.gain.low > 0 if self.gain else self.after > self.before
+
+    def sentence(self) -> str:
+        """The outcome in a sentence."""
+        paid = "" if math.isnan(self.kl) else f", for a KL of {self.kl:.2f} nats per response"
+        change = f"from {self.before:.3f} to {self.after:.3f}"
+        if math.isnan(self.before) or math.isnan(self.after):
+            return f"There is no reward to compare {self.where}."
+        if self.gain is None:
+            verb = "rose" if self.after > self.before else "fell" if self.after < self.before else "stayed"
+            return f"{self.where}, the mean reward {verb} {change}{paid}."
+        interval = f"{self.gain.mean:+.3f} (95 % interval {self.gain.low:+.3f} to {self.gain.high:+.3f})"
+        if self.gain.low > 0 or self.gain.high < 0:
+            verb = "rose" if self.gain.low > 0 else "fell"
+            return f"{self.where}, the mean reward {verb} {change}: {interval}{paid}."
+        return f"{self.where}, the mean reward went {change}, which may be chance: {interval}{paid}."
+
+
+def outcome(run: Run) -> Outcome:
+    """Compare the held-out prompts before and after; without them the first and the last tenth of the iterations."""
+    if len(run.evaluations) == 2:
+        before, after = run.evaluations.values()
+        if before.prompts == after.prompts:
+            return Outcome(
+                where=f"On {len(before.prompts)} held-out prompts",
+                before=before.reward_mean,
+                after=after.reward_mean,
+                gain=paired_bootstrap(before.rewards, after.rewards),
+                kl=nanmean(after.kl_per_response),
+                tokens=(
+                    nanmean([*map(float, before.response_lengths)]),
+                    nanmean([*map(float, after.response_lengths)]),
+                ),
+            )
+    count = max(1, len(run.history) // 10)
+    rewards, lengths = run.values("reward_mean"), run.values("response_length_mean")
+    between = f"the first and the last {count} iterations" if count > 1 else "the first and the last iteration"
+    return Outcome(
+        where=f"Between {between}",
+        before=nanmean(rewards[:count]),
+        after=nanmean(rewards[-count:]),
+        gain=None,
+        kl=nanmean(run.values("kl_per_response")[-count:]),
+        tokens=(nanmean(lengths[:count]), nanmean(lengths[-count:])),
+    )
+
+
+def suspicions(run: Run) -> list[str]:
+    """What a reward that rose may hide, a sentence each. Empty where the reward did not rise."""
+    result = outcome(run)
+    if not result.rose:
+        return []
+    found = [_length(result), _repetition(run), _dominance(run)]
+    return [sentence for sentence in found if sentence]
+
+
+def _length(result: Outcome) -> str | None:
+    before, after = result.tokens
+    if not before or not after or math.isnan(before + after) or 1 / CHANGED_LENGTH < after / before < CHANGED_LENGTH:
+        return None
+    verb = "grew" if after > before else "shrank"
+    return (
+        f"Responses {verb} from {before:.0f} to {after:.0f} tokens while the reward rose. If your rewards do not ask "
+        "for that, the policy may have found that length pays."
+    )
+
+
+def _repetition(run: Run) -> str | None:
+    if len(run.evaluations) == 2:
+        before, after = (distinct_n(evaluation.responses) for evaluation in run.evaluations.values())
+    else:
+        values = run.values("distinct_2")
+        count = max(1, len(values) // 10)
+        before, after = nanmean(values[:count]), nanmean(values[-count:])
+    if math.isnan(before + after) or after >= FEWER_PAIRS * before:
+        return None
+    return (
+        f"Responses repeat themselves more: {after:.0%} of their pairs of words are different, {before:.0%} before. "
+        "Read the samples below."
+    )
+
+
+def _dominance(run: Run) -> str | None:
+    weights = run.settings.get("reward_weights")
+    weights = weights if isinstance(weights, dict) else {}
+    gains = {name: _gain(run, name) * float(weights.get(name, 1.0)) for name in run.parts}
+    total = sum(gain for gain in gains.values() if gain > 0)
+    if len(gains) < 2 or total <= 0:
+        return None
+    name = max(gains, key=lambda part: gains[part])
+    if gains[name] < DOMINATES * total:
+        return None
+    return (
+        f"Of all that the rewards gained, {gains[name] / total:.0%} came from {name}: the others hardly rose, or fell."
+    )
+
+
+def _gain(run: Run, part: str) -> float:
+    if len(run.evaluations) == 2:
+        before, after = (_mean_of(evaluation, part) for evaluation in run.evaluations.values())
+    else:
+        values = run.values(f"{PART}{part}")
+        count = max(1, len(values) // 10)
+        before, after = nanmean(values[:count]), nanmean(values[-count:])
+    return 0.0 if math.isnan(after - before) else after - before
+
+
+def _mean_of(evaluation: Evaluation, part: str) -> float:
+    return nanmean(evaluation.breakdown.get(part, []))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `42 s`, `5 min 3 s`, `2 h 5 min`."""
+    if math.isnan(seconds):
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def thinned(count: int, most: int) -> Sequence[range]:
+    """`count` iterations as at most `most` groups of neighbours, as equal as possible."""
+    groups = min(count, most)
+    return [range(count * group // groups, count * (group + 1) // groups) for group in range(groups)]

@@ -1,0 +1,325 @@
+"""A run's folder -> one page: what it says, what it escapes, and what it does with broken runs."""
+
+import base64
+import hashlib
+import html.parser
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from command import konic_here
+from konic.finetuning.errors import OutputError
+from konic.report import Run, write_report
+from konic.report.words import duration, outcome, suspicions, thinned
+
+HOSTILE = "<script>alert(1)</script> <b>bold</b> & \x1b[2J \u202e\u0645\u0631\u062d\u0628\u0627"
+
+
+def table(path, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def evaluation(folder, number, rewards, responses=None, kl=0.0, length=10, prompts=None, **parts):
+    count = len(rewards)
+    table(
+        folder / "evaluations" / f"{number:06d}.parquet",
+        prompt=prompts or [f"prompt {index}" for index in range(count)],
+        response=responses or [f"the answer number {index} is long" for index in range(count)],
+        reward=rewards, kl=[kl] * count, length=[length] * count,
+        error=pyarrow.array([None] * count, pyarrow.string()),
+        **{f"reward/{name}": values for name, values in parts.items()},
+    )  # fmt: skip
+
+
+def metrics(iteration, reward, **others):
+    values = {
+        "iteration": iteration, "reward_mean": reward, "reward_std": 0.5, "kl_per_response": 0.1 * iteration,
+        "objective": reward, "response_length_mean": 10.0, "entropy": 2.0, "policy_loss": 0.0, "value_loss": 0.1,
+        "kl_loss": 0.0, "clip_fraction": 0.0, "generation_time_sec": 1.0, "reward_compute_time_sec": 0.5,
+        "update_time_sec": 2.0, "total_time_sec": 4.0, "num_samples": 8, "distinct_2": 0.9, "checks": [],
+        "reward_breakdown": {"kind": reward},
+    }  # fmt: skip
+    return values | others
+
+
+def make_run(folder, rewards=(0.1, 0.2, 0.3), settings=None, **others):
+    """The files of a run with these mean rewards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"model_name": "tiny", "algorithm": "ppo", "learning_rate": 0.001, "reward_weights": {}} | (
+        settings or {}
+    )
+    record = {"settings": settings, "environment": {"torch": "2.13.0"}, "machine": {"platform": "Linux"}, "rewards": {}}
+    (folder / "run.json").write_text(json.dumps(record | {"command": "konic train job.py"}))
+    lines = [json.dumps(metrics(at, reward, **others)) for at, reward in enumerate(rewards, 1)]
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    return folder
+
+
+class Page(html.parser.HTMLParser):
+    """The tags, the attributes and the visible text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self.inside = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.inside.append(tag)
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside[: len(self.inside) - 1 - self.inside[::-1].index(tag)] if tag in self.inside else []
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self.inside[-1:]):
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def page_of(*folders, output):
+    write_report([Run.read(folder) for folder in folders], output)
+    text = output.read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+# --- what it says ---
+
+
+def test_the_outcome_is_that_of_the_held_out_prompts(tmp_path):
+    run = make_run(tmp_path / "run")
+    evaluation(run, 0, [0.0, 0.0, 1.0, 1.0], kind=[0.0, 0.0, 1.0, 1.0])
+    evaluation(run, 3, [1.0, 1.0, 2.0, 2.0], kl=2.5, kind=[1.0, 1.0, 2.0, 2.0])
+    _, page = page_of(run, output=tmp_path / "report.html")
+    said = "On 4 held-out prompts, the mean reward rose from 0.500 to 1.500: +1.000 (95 % interval +1.000 to +1.000)"
+    assert f"{said}, for a KL of 2.50 nats per response." in page.text
+    assert "konic train job.py" in page.text
+    assert "2.13.0" in page.text
+    assert "prompt 3" in page.text
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ([1.0, 1.0, 1.0], [0.0, 0.0, 0.0], "fell from 1.000 to 0.000"),
+        ([0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 1.0, 0.2], "which may be chance"),
+        ([None, None], [None, None], "no reward to compare"),
+    ],
+)
+def test_an_outcome_that_is_no_gain_is_called_so(tmp_path, before, after, said):
+    run = make_run(tmp_path / "run")
+    evaluation(run, 0, pyarrow.array(before, pyarrow.float64()))
+    evaluation(run, 3, pyarrow.array(after, pyarrow.float64()))
+    result = outcome(Run.read(run))
+    assert said in result.sentence()
+    assert not result.rose
+    assert suspicions(Run.read(run)) == []
+
+
+def test_without_held_out_prompts_the_ends_of_the_run_are_compared(tmp_path):
+    run = Run.read(make_run(tmp_path / "run", [0.0] * 2 + [0.5] * 16 + [1.0] * 2))
+    result = outcome(run)
+    assert (result.before, result.after, result.gain) == (0.0, 1.0, None)
+    assert "first and the last 2 iterations" in result.sentence()
+
+
+def test_a_rise_is_questioned_where_length_words_or_one_reward_explain_it(tmp_path):
+    run = make_run(tmp_path / "run", settings={"reward_weights": {"kind": 2.0, "short": 1.0}},
+                   reward_breakdown={"kind": 0.0, "short": 0.0})  # fmt: skip
+    evaluation(run, 0, [0.0] * 4, length=10, kind=[0.0] * 4, short=[0.5] * 4)
+    evaluation(run, 3, [1.0] * 4, ["yes yes yes yes yes"] * 4, length=20, kind=[0.5] * 4, short=[0.5] * 4)
+    found = suspicions(Run.read(run))
+    assert len(found) == 3
+    assert "from 10 to 20 tokens" in found[0]
+    assert "6% of their pairs of words" in found[1]  # one of sixteen
+    assert "100% came from kind" in found[2]
+
+
+def test_self_checks_and_what_a_run_was_made_with_are_shown(tmp_path):
+    run = make_run(tmp_path / "run", checks=["kl_runaway"])
+    _, page = page_of(run, output=tmp_path / "report.html")
+    assert "kl_runaway reported in iteration 1" in page.text
+
+
+def test_runs_are_compared_by_what_differs(tmp_path):
+    first = make_run(tmp_path / "a", settings={"algorithm": "grpo"})
+    second = make_run(tmp_path / "b", [0.3, 0.6], settings={"learning_rate": 0.01})
+    _, page = page_of(first, second, output=tmp_path / "report.html")
+    settings = page.text[page.text.index("Settings that differ") :]
+    assert "algorithm grpo ppo" in settings
+    assert "learning_rate 0.001 0.01" in settings
+    assert "model_name" not in settings
+
+
+def test_saved_weights_are_linked_from_where_the_page_is(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "checkpoint-2").mkdir()
+    (run / "final").mkdir()
+    for output, start in ((run / "report.html", ""), (tmp_path / "report.html", "run/")):
+        _, page = page_of(run, output=output)
+        links = [value for tag, name, value in page.attributes if tag == "a" and name in ("href", "xlink:href")]
+        assert {f"{start}checkpoint-2/", f"{start}final/"} <= set(links)
+
+
+# --- what it escapes ---
+
+
+def test_text_of_others_is_only_text(tmp_path):
+    name = "<i>kind</i>"
+    run = make_run(tmp_path / "run", settings={"model_name": HOSTILE}, reward_breakdown={name: 0.5, "a": 0.1})
+    evaluation(run, 0, [0.0] * 2, [HOSTILE] * 2, prompts=[HOSTILE] * 2, **{name: [0.0] * 2})
+    evaluation(run, 3, [1.0] * 2, ["\ud83d</script>".encode("utf-8", "replace").decode()] * 2, prompts=[HOSTILE] * 2)
+    table(run / "completions" / "000003.parquet", prompt=[HOSTILE], response=[HOSTILE], reward=[1.0], kl=[0.1],
+          ended=[True], **{f"reward/{name}": [0.5]})  # fmt: skip
+    text, page = page_of(run, output=tmp_path / "report.html")
+    assert page.tags.count("script") == 2  # the data and the program
+    assert "b" not in page.tags and "i" not in page.tags
+    assert page.text.count("<script>alert(1)</script>") == 12  # model 2, prompts 2, before 2, samples 3 x 2
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert "alert(1)</script>" not in text
+
+
+def test_the_page_loads_nothing_and_runs_only_its_own_program(tmp_path):
+    text, page = page_of(make_run(tmp_path / "run"), output=tmp_path / "report.html")
+    policy = next(value for tag, name, value in page.attributes if name == "content" and "default-src" in value)
+    program = re.search(r"<script>(.*?)</script>", text, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(program.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+    assert not [name for _, name, _ in page.attributes if name in ("src", "srcset", "action")]
+    addresses = [value for _, name, value in page.attributes if "://" in value]
+    assert set(addresses) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+    assert data["run"]["reward_mean"] == [0.1, 0.2, 0.3]
+
+
+# --- broken and unusual runs ---
+
+
+def test_what_is_no_run_is_one_error(tmp_path):
+    with pytest.raises(OutputError, match="there is no such folder"):
+        Run.read(tmp_path / "nowhere")
+    make_run(tmp_path / "runs" / "mine")
+    with pytest.raises(OutputError, match=r"it has no run.json. Did you mean .*runs/mine\?"):
+        Run.read(tmp_path / "runs")
+    (tmp_path / "runs" / "mine" / "final").mkdir()
+    with pytest.raises(OutputError, match=r"Did you mean .*runs/mine\?"):
+        Run.read(tmp_path / "runs" / "mine" / "final")
+    (tmp_path / "runs" / "mine" / "metrics.jsonl").unlink()
+    with pytest.raises(OutputError, match="has not finished an iteration"):
+        Run.read(tmp_path / "runs" / "mine")
+
+
+def test_a_run_that_was_cut_off_or_is_of_another_version_still_has_a_page(tmp_path):
+    run = make_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "reward_mean": 0.4}\n[1]\n{"iteration": 5, "rew')
+    (run / "run.json").write_text('{"settings": ')
+    evaluation(run, 0, [0.0])
+    evaluation(run, 3, [1.0])
+    whole = (run / "evaluations" / "000003.parquet").read_bytes()
+    (run / "evaluations" / "000003.parquet").write_bytes(whole[: len(whole) // 2])
+    _, page = page_of(run, output=tmp_path / "report.html")
+    notes = page.text[page.text.index("Not read") :]
+    for what in (
+        "metrics.jsonl, line 5",
+        "metrics.jsonl, line 6",
+        "run.json cannot be read",
+        "evaluations/000003.parquet",
+    ):
+        assert what in notes
+    assert "model not known" in page.text and "4 iterations" in page.text
+
+
+def test_what_leads_out_of_the_run_is_not_read(tmp_path):
+    run = make_run(tmp_path / "run")
+    table(tmp_path / "elsewhere" / "000003.parquet", prompt=["private"], response=["private"], reward=[1.0], kl=[0.0],
+          ended=[True])  # fmt: skip
+    (run / "completions").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(tmp_path / "pipe")
+    text, page = page_of(run, output=tmp_path / "report.html")
+    assert "private" not in text
+    assert "completions/000003.parquet is left out" in page.text
+
+
+def test_a_link_in_place_of_the_page_is_replaced_and_not_followed(tmp_path):
+    run, other = make_run(tmp_path / "run"), tmp_path / "other.txt"
+    other.write_text("mine")
+    (run / "report.html").symlink_to(other)
+    page_of(run, output=run / "report.html")
+    assert other.read_text() == "mine" and not (run / "report.html").is_symlink()
+
+
+def test_a_long_run_has_a_small_page(tmp_path):
+    run = make_run(tmp_path / "run", [0.1 + 0.001 * (at % 7) for at in range(5000)])
+    text, page = page_of(run, output=tmp_path / "report.html")
+    assert len(text) < 1_000_000
+    assert "5000 iterations" in page.text
+
+
+def test_values_that_are_missing_break_nothing(tmp_path):
+    run = make_run(tmp_path / "run", [0.1, 0.2], reward_mean=None, kl_per_response=None, entropy="high",
+                   reward_breakdown=None, num_samples=None)  # fmt: skip
+    _, page = page_of(run, output=tmp_path / "report.html")
+    assert "There is no reward to compare" in page.text
+
+
+def test_a_duration_is_said_as_people_do():
+    assert [duration(seconds) for seconds in (0.4, 59.6, 125, 3 * 3600 + 62, math.nan)] == [
+        "0 s", "1 min 0 s", "2 min 5 s", "3 h 1 min", "–",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "most"), [(0, 5), (1, 5), (5, 5), (6, 5), (1003, 250)])
+def test_every_iteration_is_in_one_group(count, most):
+    groups = thinned(count, most)
+    assert [index for group in groups for index in group] == list(range(count))
+    assert len(groups) == min(count, most)
+    assert not groups or max(map(len, groups)) - min(map(len, groups)) <= 1
+
+
+# --- the command ---
+
+
+def test_the_command_writes_the_page_into_the_run_and_says_the_outcome(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    done = konic_here("report", run)
+    assert done.returncode == 0, done.stderr
+    assert "run: Between the first and the last iteration, the mean reward rose from 0.100 to 0.300" in done.stdout
+    assert f"Open {run / 'report.html'} in a browser." in done.stdout
+    assert (run / "report.html").is_file()
+    monkeypatch.chdir(tmp_path)
+    assert konic_here("report", run, make_run(tmp_path / "other")).returncode == 0
+    assert (tmp_path / "report.html").is_file()
+    (tmp_path / "file").write_text("")
+    for where in (tmp_path / "file" / "report.html", tmp_path / "run"):
+        failed = konic_here("report", run, "--output", where)
+        assert failed.returncode == 1 and "cannot be written" in failed.stderr, failed.stderr
+
+
+def test_a_real_run_has_a_page(tmp_path, model_folders):
+    from test_engine import make_engine
+
+    make_engine(model_folders["llama"], tmp_path / "run").train(2)
+    text, page = page_of(tmp_path / "run", output=tmp_path / "run" / "report.html")
+    assert "2 iterations" in page.text
+    assert "Samples of the last iteration" in page.text
+    assert "final/" in text
+    assert "Not read" not in page.text
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["command"] in html.unescape(text)
+
+
+def test_a_page_is_made_without_torch():
+    code = "import konic.report, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
