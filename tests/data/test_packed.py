@@ -55,6 +55,8 @@ BOMBS = {
     "cell.csv.zst": lambda path: write_packed(path, b"prompt\n", *[BIG.encode()] * 50),
     "line.jsonl.zst": lambda path: write_packed(path, b'{"prompt": "', *[BIG.encode()] * 50),
     "list.json.gz": lambda path: write_packed(path, b"[", *[b'"a",' * 10**6] * 13),
+    "lists.json.gz": lambda path: write_packed(path, b"[", *[b"[]," * 10**6] * 8, b"1]"),
+    "objects.jsonl.gz": lambda path: write_packed(path, b'{"prompt": [', *[b"{}," * 10**6] * 8, b"1]}"),
     "lines.txt.zst": lambda path: write_packed(path, b"a\n" * 400_000),
     "table.parquet.zst": lambda path: write_packed(path, *[b"PAR1" * 10**6] * 13),
 }
@@ -71,7 +73,12 @@ from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.data.prompts import load_prompts
 from konic.finetuning.errors import DatasetError
 packed._ALWAYS = 48_000_000  # a quarter, which takes a quarter of the time
-start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def megabytes():
+    if sys.platform == "linux":  # where ru_maxrss begins at that of the parent
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) // 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024**2
+start = megabytes()
 for name in sys.argv[1:]:
     for max_samples in (None, 2):
         try:
@@ -79,8 +86,7 @@ for name in sys.argv[1:]:
             print("read")
         except DatasetError as error:
             print(error)
-used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) // 1024
-print(used if sys.platform == "linux" else used // 1024)
+print(megabytes() - start)
 """
 
 
@@ -98,7 +104,7 @@ def test_a_small_file_that_unpacks_to_gigabytes_is_one_error_in_little_memory(tm
         assert "far more than its" in every_row
         assert path.name not in CLAIMS or CLAIMS[path.name] in every_row  # before it is unpacked
         assert "far more than its" in two_rows or (path.name in FEW_CAN_BE_READ and two_rows == "read")
-    assert int(megabytes) < 125
+    assert int(megabytes) < 320
 
 
 @pytest.fixture

@@ -106,7 +106,10 @@ def test_a_config_cannot_claim_a_larger_model_than_the_weights(architecture, cla
 
 @pytest.mark.parametrize(
     ("index", "problem"),
-    [("[]", "has no .weight_map.|is damaged"), ('{"weight_map": {"w": "../outside.safetensors"}}', "outside of the folder")],
+    [
+        ("[]", "has no .weight_map.|is damaged"),
+        ('{"weight_map": {"w": "../outside.safetensors"}}', "outside of the folder"),
+    ],
 )
 def test_an_index_names_files_beside_it(index, problem, tmp_path):
     folder = changed_model(tmp_path / "model", "llama")

@@ -18,6 +18,7 @@ from konic.finetuning.data.packed import (
     Content,
     TooLargeError,
     allowance,
+    require_few_values,
     require_honest_messages,
     require_honest_metadata,
 )
@@ -38,15 +39,15 @@ def decode_text(content: bytes) -> str:
     return text
 
 
-def _text(file: BinaryIO, newline: str | None = None) -> Iterator[str]:
-    for line in io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline):
+def _text(content: Content, newline: str | None = None) -> Iterator[str]:
+    for line in io.TextIOWrapper(io.BufferedReader(content), encoding="utf-8-sig", newline=newline):
         if "\0" in line:
             raise UnicodeDecodeError("utf-8", b"\0", 0, 1, "text holds no zeros")
         yield line
 
 
-def _read_table(file: BinaryIO, delimiter: str) -> Iterator[Any]:
-    text = _text(file, newline="")
+def _read_table(content: Content, delimiter: str) -> Iterator[Any]:
+    text = _text(content, newline="")
     limit = csv.field_size_limit(sys.maxsize)  # a cell may hold a whole document
     try:
         lines = csv.reader(text, delimiter=delimiter, strict=True)
@@ -63,16 +64,17 @@ def _read_table(file: BinaryIO, delimiter: str) -> Iterator[Any]:
         csv.field_size_limit(limit)
 
 
-def _read_csv(file: BinaryIO) -> Iterator[Any]:
-    return _read_table(file, ",")
+def _read_csv(content: Content) -> Iterator[Any]:
+    return _read_table(content, ",")
 
 
-def _read_tsv(file: BinaryIO) -> Iterator[Any]:
-    return _read_table(file, "\t")
+def _read_tsv(content: Content) -> Iterator[Any]:
+    return _read_table(content, "\t")
 
 
-def _read_json(file: BinaryIO) -> Iterator[Any]:
-    text = decode_text(file.read())
+def _read_json(content: Content) -> Iterator[Any]:
+    text = decode_text(io.BufferedReader(content).read())
+    require_few_values(text, content)
     try:
         rows = read_json(text)
     except json.JSONDecodeError as error:
@@ -83,10 +85,11 @@ def _read_json(file: BinaryIO) -> Iterator[Any]:
     return iter(rows)
 
 
-def _read_jsonl(file: BinaryIO) -> Iterator[Any]:
+def _read_jsonl(content: Content) -> Iterator[Any]:
     is_first = True
-    for number, line in enumerate(_lines(file), start=1):
+    for number, line in enumerate(_lines(content), start=1):
         if line.strip():
+            require_few_values(line, content)
             try:
                 row = read_json(line)
             except (ValueError, RecursionError) as error:
@@ -159,18 +162,18 @@ def _rows(batch: pyarrow.RecordBatch, first: int, wanted: Container[int] | None)
     return read_cells(table, first)
 
 
-def _read_txt(file: BinaryIO) -> Iterator[Any]:
-    return ({"text": line, "prompt": line} for line in _lines(file))
+def _read_txt(content: Content) -> Iterator[Any]:
+    return ({"text": line, "prompt": line} for line in _lines(content))
 
 
-def _lines(file: BinaryIO) -> Iterator[str]:
+def _lines(content: Content) -> Iterator[str]:
     """Yield the lines of a text file. Only a newline ends a line: text may hold the other Unicode line separators."""
-    return (line.removesuffix("\n") for line in _text(file))
+    return (line.removesuffix("\n") for line in _text(content))
 
 
 _JSON_LIST = ". If the file is one JSON list, rename it to .json"
 
-_TEXTS: dict[str, Callable[[BinaryIO], Iterator[Any]]] = {
+_TEXTS: dict[str, Callable[[Content], Iterator[Any]]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".json": _read_json,
@@ -198,9 +201,10 @@ def read_rows(content: Content, kind: str, wanted: Container[int] | None) -> Ite
         TooLargeError: The rows take far more memory than the file's size lets expect.
         ValueError: The file is damaged.
     """
-    file, num_bytes = io.BufferedReader(content), content.num_bytes
-    rows = _TABLES[kind](file, num_bytes, wanted) if kind in _TABLES else _TEXTS[kind](file)
-    can_grow = content.is_packed or kind in _TABLES
+    num_bytes = content.num_bytes
+    is_table = kind in _TABLES
+    rows = _TABLES[kind](io.BufferedReader(content), num_bytes, wanted) if is_table else _TEXTS[kind](content)
+    can_grow = content.is_packed or is_table
     taken = 0
     for number, row in enumerate(rows):
         is_wanted = wanted is None or number in wanted

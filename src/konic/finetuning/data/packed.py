@@ -76,6 +76,17 @@ class Content(io.RawIOBase):
         super().close()
 
 
+def require_few_values(text: str, content: Content) -> None:
+    """Check about how much memory the values of JSON take: an empty list has three characters, and takes 60 bytes.
+
+    Raises:
+        TooLargeError: That is more than a compressed file of this size may take.
+    """
+    values = 150 * text.count("{") + 60 * text.count("[") + 50 * text.count(",")
+    if content.is_packed and len(text) + values > allowance(content.num_bytes):
+        raise TooLargeError("takes, as rows,", content.num_bytes, "unpack it first")
+
+
 def require_honest_metadata(metadata: Any, num_bytes: int) -> int:
     """Return the size of the largest column of a row group of a parquet file, by its metadata, at least 1.
 
