@@ -155,6 +155,10 @@ BACKTRACKS = "(([a-z_.0-9]+)+)+!"
         ({"target_modules": BACKTRACKS}, "target_modules: the regular expression .* takes more than"),
         ({"exclude_modules": BACKTRACKS}, "exclude_modules: the regular expression"),
         ({"rank_pattern": {BACKTRACKS: 4}}, "rank_pattern: the regular expression"),
+        (
+            {"layers_to_transform": [0], "layers_pattern": f"layers{BACKTRACKS}"},
+            "layers_pattern: the regular expression",
+        ),
         ({"target_modules": "a" * 10_001}, "more than 10000 characters"),
     ],
     ids=str,
@@ -171,6 +175,20 @@ def test_an_adapter_cannot_claim_more_than_its_weights_or_backtrack(changes, pro
         Policy(loaded, None)
     assert time.monotonic() - start < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300_000  # kB
+
+
+def test_all_expressions_of_an_adapter_share_one_process_and_its_time(monkeypatch):
+    calls, run = [], adapter_config.subprocess.run
+    monkeypatch.setattr(
+        adapter_config.subprocess, "run", lambda *args, **kwargs: calls.append(1) or run(*args, **kwargs)
+    )
+    monkeypatch.setattr(adapter_config, "_PATTERN_SECONDS", 0.5)
+    patterns = {f"{i}+": 4 for i in range(300)}
+    model = loaded_model("llama").model
+    adapter_config.require_quick_patterns(peft.LoraConfig(rank_pattern=patterns), model)
+    with pytest.raises(ConfigError, match=r"rank_pattern: the regular expression '\(\(\["):
+        adapter_config.require_quick_patterns(peft.LoraConfig(rank_pattern=patterns | {BACKTRACKS: 4, "z+": 4}), model)
+    assert len(calls) == 2
 
 
 def test_an_expression_of_ones_own_is_tried_too(monkeypatch):

@@ -69,43 +69,57 @@ def require_quick_patterns(lora: peft.LoraConfig, causal_lm: PreTrainedModel) ->
     """
     names = [name for name, _ in causal_lm.named_modules()]
     single = {option: getattr(lora, option, None) for option in ("target_modules", "exclude_modules")}
-    patterns = [(option, pattern) for option, pattern in single.items() if isinstance(pattern, str)]
+    patterns = [(option, pattern, pattern) for option, pattern in single.items() if isinstance(pattern, str)]
     layers = lora.layers_pattern or ()
-    patterns += [("layers_pattern", pattern) for pattern in ([layers] if isinstance(layers, str) else layers)]
+    for pattern in [layers] if isinstance(layers, str) else layers:
+        patterns.append(("layers_pattern", pattern, rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."))
     for option in ("rank_pattern", "alpha_pattern"):
-        patterns += [(option, rf"(.*\.)?({pattern})$") for pattern in getattr(lora, option, None) or ()]
-    for option, pattern in patterns:
-        shown = pattern if len(pattern) <= 100 else pattern[:100] + " …"
+        patterns += [(option, pattern, rf"(.*\.)?({pattern})$") for pattern in getattr(lora, option, None) or ()]
+    for option, pattern, _ in patterns:
         if len(pattern) > _LONGEST_PATTERN:
             raise ConfigError(
-                f"lora_config: {option}: {shown!r} has more than {_LONGEST_PATTERN} characters. List names."
+                f"lora_config: {option}: {_shown(pattern)} has more than {_LONGEST_PATTERN} characters. List names."
             )
-        if sum(char in "*+?{" for char in pattern.removeprefix(r"(.*\.)?")) and not _is_quick(pattern, names):
-            raise ConfigError(
-                f"lora_config: {option}: the regular expression {shown!r} takes more than "
-                f"{_PATTERN_SECONDS:g} s on the names of the layers. Write a list of names instead."
-            )
+    to_try = [part for part in patterns if any(char in "*+?{" for char in part[1]) or part[0] == "layers_pattern"]
+    slow = _find_slow([whole for *_, whole in to_try], names) if to_try else None
+    if slow is not None:
+        option, pattern, _ = to_try[slow]
+        raise ConfigError(
+            f"lora_config: {option}: the regular expression {_shown(pattern)} takes more than "
+            f"{_PATTERN_SECONDS:g} s on the names of the layers, with those before it. Write a list of names instead."
+        )
 
 
-def _is_quick(pattern: str, names: list[str]) -> bool:
+def _shown(pattern: str) -> str:
+    return repr(pattern if len(pattern) <= 100 else pattern[:100] + " …")
+
+
+def _find_slow(patterns: list[str], names: list[str]) -> int | None:
+    """Return which pattern is tried when the time for all of them ends; None if it suffices."""
     try:
         subprocess.run(  # noqa: S603 - this Python, with the line above
-            [sys.executable, "-I", "-S", "-c", _TRY_PATTERN],
-            input=json.dumps([pattern, names]), text=True, capture_output=True, timeout=_PATTERN_SECONDS, check=False,
+            [sys.executable, "-I", "-S", "-c", _TRY_PATTERNS],
+            input=json.dumps([patterns, names]), text=True, capture_output=True, timeout=_PATTERN_SECONDS, check=False,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return False
-    return True
+    except subprocess.TimeoutExpired as expired:
+        return max(0, len(expired.stdout or b"") - 1)  # it has written a dot for each
+    return None
 
 
 _LONGEST_PATTERN = 10_000
 _PATTERN_SECONDS = 5.0
-_TRY_PATTERN = """
+_TRY_PATTERNS = """
 import json, re, sys
-pattern, names = json.load(sys.stdin)
-for name in names:
-    re.fullmatch(pattern, name)
-    re.match(pattern, name)
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    print(end=".", flush=True)
+    try:
+        tried = re.compile(pattern)
+    except re.error:
+        continue
+    for name in names:
+        tried.fullmatch(name)
+        tried.match(name)
 """
 
 
