@@ -38,7 +38,20 @@ def long_cell(name):
     return pa.table({"prompt": ["hi", "there"], "other": ["a" * 50_000_000, "b"]})
 
 
+def repeated(text, num_times):
+    return pa.DictionaryArray.from_arrays(pa.array([0] * num_times, pa.int32()), pa.array([text]))
+
+
+def list_of(items):
+    return pa.table({"prompt": ["hi"], "other": pa.ListArray.from_arrays([0, len(items)], items)})
+
+
 BOMBS = {
+    "list_of_texts.parquet": lambda path: write_parquet(path, list_of(repeated(BIG, 500))),
+    "list_of_texts.arrow": lambda path: write_arrow(path, list_of(repeated(BIG, 500))),
+    "list_of_numbers.parquet": lambda path: write_parquet(path, list_of(pa.array([1000] * 3_000_000))),
+    "columns.parquet": lambda path: write_parquet(path, pa.table({f"c{i}": repeated(BIG * 9, 5) for i in range(9)})),
+    "lists.jsonl.gz": lambda path: write_packed(path, b'{"x":[', b"[]," * 4_000_000, b"[]]}"),
     "long_cell.parquet": lambda path: write_parquet(path, long_cell("other")),
     "many_nulls.parquet": lambda path: write_parquet(
         path, pa.table({"prompt": ["hi"], "other": pa.array([[None] * 7_000_000], pa.list_(pa.null()))})
@@ -61,8 +74,14 @@ BOMBS = {
     "table.parquet.zst": lambda path: write_packed(path, *[b"PAR1" * 10**6] * 13),
 }
 CLAIMS = {
-    "long_cell.parquet": "unpacks, in column 'other'",
-    "many_nulls.parquet": "unpacks, in column 'other.list.element'",
+    "list_of_texts.parquet": "unpacks, in column 'other'",
+    "list_of_texts.arrow": "unpacks, in column 'other'",
+    "list_of_numbers.parquet": "unpacks, up to column 'other.list.element'",
+    "columns.parquet": "unpacks, up to column 'c",
+    "lists.json.gz": "takes, as rows,",
+    "lists.jsonl.gz": "takes, as rows,",
+    "long_cell.parquet": "unpacks, up to column 'other'",
+    "many_nulls.parquet": "unpacks, up to column 'other.list.element'",
     "one_batch.arrow": "unpacks, in one batch of rows",
 }
 FEW_CAN_BE_READ = ("long_rows.parquet", "dictionary.arrow")
@@ -171,3 +190,13 @@ def test_an_arrow_file_whose_list_of_batches_is_wrong_is_refused(tmp_path):
         (tmp_path / "c.arrow").write_bytes(whole[:end])
         with pytest.raises(DatasetError, match=r"c\.arrow.*cannot be read as arrow"):
             read_local(str(tmp_path / "c.arrow"))
+
+
+def test_lists_of_texts_are_read_as_they_are(tmp_path):
+    rows = [{"tags": ["ab", None, "ab"], "turns": [{"role": "user", "n": 1}]}, {"tags": [], "turns": None}]
+    table = pa.Table.from_pylist([row | {"prompt": str(i)} for i, row in enumerate(rows * 50)])
+    for compression in ("zstd", "none"):
+        for with_dictionary in (True, False):
+            file = tmp_path / f"{compression}{with_dictionary}.parquet"
+            pa.parquet.write_table(table, file, compression=compression, use_dictionary=with_dictionary)
+            assert read_local(str(file)) == table.to_pylist()

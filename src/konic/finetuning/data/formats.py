@@ -21,6 +21,8 @@ from konic.finetuning.data.packed import (
     require_few_values,
     require_honest_messages,
     require_honest_metadata,
+    require_room_for_texts,
+    texts_in_lists,
 )
 from konic.finetuning.data.rows import read_cells, require_distinct
 
@@ -102,14 +104,16 @@ def _read_jsonl(content: Content) -> Iterator[Any]:
 
 
 def _read_parquet(file: BinaryIO, num_bytes: int, wanted: Container[int] | None) -> Iterator[Any]:
-    table = pyarrow.parquet.ParquetFile(_seekable(file), pre_buffer=False)
+    file = _seekable(file)
+    lists = texts_in_lists(pyarrow.parquet.ParquetFile(file, pre_buffer=False).schema)
+    table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, read_dictionary=lists)
     require_distinct(table.schema_arrow.names)
     size, first = _rows_at_once(require_honest_metadata(table.metadata, num_bytes), num_bytes), 0
     for index in range(table.num_row_groups):
         num_rows = table.metadata.row_group(index).num_rows
         if _is_any_wanted(range(first, first + num_rows), wanted):
             for batch in table.iter_batches(size, row_groups=[index], use_threads=False):
-                yield from _rows(batch, first, wanted)
+                yield from _rows(batch, first, wanted, num_bytes)
                 first += batch.num_rows
         else:
             yield from repeat(None, num_rows)
@@ -131,7 +135,7 @@ def _read_arrow(file: BinaryIO, num_bytes: int, wanted: Container[int] | None) -
         size = _rows_at_once(batch.nbytes, num_bytes)
         for begin in range(0, batch.num_rows, size):
             part = batch.slice(begin, size)
-            yield from _rows(part, first, wanted)
+            yield from _rows(part, first, wanted, num_bytes)
             first += part.num_rows
     if claimed not in (None, num_batches):
         raise ValueError(f"its list of contents names {claimed} batches of rows, and it holds {num_batches}")
@@ -150,7 +154,7 @@ def _is_any_wanted(numbers: range, wanted: Container[int] | None) -> bool:
     return wanted is None or any(number in wanted for number in numbers)
 
 
-def _rows(batch: pyarrow.RecordBatch, first: int, wanted: Container[int] | None) -> list[Any]:
+def _rows(batch: pyarrow.RecordBatch, first: int, wanted: Container[int] | None, num_bytes: int) -> list[Any]:
     """Return the rows of a batch, of which the first has the number `first`; None for each if none is wanted.
 
     Offsets that point outside the table's memory are an error, not a read of that memory.
@@ -159,6 +163,7 @@ def _rows(batch: pyarrow.RecordBatch, first: int, wanted: Container[int] | None)
         return [None] * batch.num_rows
     table = pyarrow.Table.from_batches([batch])
     table.validate(full=True)
+    require_room_for_texts(batch, num_bytes)
     return read_cells(table, first)
 
 

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow
+import pyarrow.compute
 import pyarrow.ipc
 
 from konic.finetuning.system.places import open_regular
 
 _ALWAYS = 192 * 10**6
 _TIMES = 100
+_BYTES_OF_VALUE = 40
+"""What a number in a list takes in Python."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -88,18 +91,58 @@ def require_few_values(text: str, content: Content) -> None:
 
 
 def require_honest_metadata(metadata: Any, num_bytes: int) -> int:
-    """Return the size of the largest column of a row group of a parquet file, by its metadata, at least 1.
+    """Return the size of the largest row group of a parquet file, by its metadata, at least 1.
+
+    One row may hold all values of a column of lists, so each of them counts as the object that it becomes.
 
     Raises:
-        TooLargeError: A column takes more than a file of this size may.
+        TooLargeError: A row group takes more than a file of this size may.
     """
     largest = 1
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            largest = max(largest, column.total_uncompressed_size, 8 * column.num_values)
-            if largest > allowance(num_bytes):
-                raise TooLargeError(f"unpacks, in column {column.path_in_schema!r}, to", num_bytes, "save it as jsonl")
+        total = 0
+        for index, column in enumerate(map(group.column, range(group.num_columns))):
+            is_list = metadata.schema.column(index).max_repetition_level > 0
+            total += max(column.total_uncompressed_size, _BYTES_OF_VALUE * column.num_values if is_list else 0)
+            if max(total, 8 * column.num_values) > allowance(num_bytes):
+                what = f"unpacks, up to column {column.path_in_schema!r}, to"
+                raise TooLargeError(what, num_bytes, "save it as jsonl")
+            largest = max(largest, total, 8 * column.num_values)
     return largest
+
+
+def texts_in_lists(schema: Any) -> list[str]:
+    """Return the columns of a parquet file with lists of texts, to be read so that an equal text is held once."""
+    columns = map(schema.column, range(len(schema)))
+    return [
+        column.path
+        for column in columns
+        if column.max_repetition_level and column.physical_type == "BYTE_ARRAY" and column.logical_type.type == "STRING"
+    ]
+
+
+def require_room_for_texts(batch: pyarrow.RecordBatch, num_bytes: int) -> None:
+    """Check what the texts of a batch take when each place of a dictionary's text holds its own copy.
+
+    Raises:
+        TooLargeError: That is more than a file of this size may take.
+    """
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if _written_out_bytes(column) > allowance(num_bytes):
+            raise TooLargeError(f"unpacks, in column {name!r}, to", num_bytes, "save it as jsonl")
+
+
+def _written_out_bytes(array: Any) -> int:
+    kind, types = array.type, pyarrow.types
+    if types.is_dictionary(kind):
+        values = array.dictionary
+        if not (types.is_string(values.type) or types.is_large_string(values.type)):
+            return int(len(array) * values.nbytes / max(1, len(values)))
+        lengths = pyarrow.compute.binary_length(values).take(array.indices)
+        return pyarrow.compute.sum(lengths).as_py() or 0
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_map(kind):
+        return _written_out_bytes(array.flatten())
+    return sum(map(_written_out_bytes, array.flatten())) if types.is_struct(kind) else 0
 
 
 def require_honest_messages(file: BinaryIO, num_bytes: int) -> None:
