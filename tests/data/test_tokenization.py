@@ -117,6 +117,18 @@ def test_the_text_of_a_cut_message_is_what_a_trimming_template_shows(trimming):
         assert tokenizer.decode(ids) == f"[{shown}]"
 
 
+def test_a_chat_template_that_leaves_the_system_message_out_is_refused():
+    tokenizer = byte_tokenizer("llama")
+    prompt = Prompt(4, [{"role": "system", "content": " Be kind. "}, {"role": "user", "content": "Hi"}])
+    others = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = others
+    with pytest.raises(ModelError, match="Row 4: The tokenizer's chat template does not show the system message"):
+        encode_prompt(prompt, tokenizer, 100)
+    for shown in ("{{ messages[0].content | trim }}", "{{ messages[0].content | tojson }}"):
+        tokenizer.chat_template = shown + others
+        assert "Be kind." in tokenizer.decode(encode_prompt(prompt, tokenizer, 100)[0])
+
+
 @pytest.mark.parametrize("template", ["always", "{{ messages[0]['content'] }}", "{{ messages[-1]['role'] }}"])
 def test_a_chat_template_that_leaves_the_last_message_out_is_refused(template):
     tokenizer = byte_tokenizer("llama")
@@ -124,7 +136,7 @@ def test_a_chat_template_that_leaves_the_last_message_out_is_refused(template):
     with pytest.raises(ModelError, match="Row 4: The tokenizer's chat template does not show the last message"):
         encode_prompt(Prompt(4, CHAT), tokenizer, 100)
     tokenizer.chat_template = "{{ messages[-1]['content'] or raise_exception('empty') }}"
-    assert encode_prompt(Prompt(4, CHAT), tokenizer, 100)[1] == CHAT[-1]["content"]
+    assert encode_prompt(Prompt(4, CHAT[1:]), tokenizer, 100)[1] == CHAT[-1]["content"]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +242,7 @@ def test_named_chat_templates_need_a_default():
     tokenizer.chat_template = {"rag": tokenizer.chat_template, "tool_use": with_tools}
     with pytest.raises(ModelError, match=r"Row 4: .*chat templates rag, tool_use and none named 'default'"):
         encode_prompt(Prompt(4, CHAT), tokenizer, 100)
-    prompt = Prompt(4, CHAT, chat_template_kwargs={"tools": [{"name": "f"}]})
+    prompt = Prompt(4, CHAT[1:], chat_template_kwargs={"tools": [{"name": "f"}]})
     assert tokenizer.decode(encode_prompt(prompt, tokenizer, 100)[0]) == f"f{CHAT[-1]['content']}"
 
 

@@ -83,7 +83,7 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length
     Raises:
         DatasetError: The prompt has no tokens, or too many even if nothing is left of the text or last message.
         ModelError: The prompt is a chat, and the tokenizer has no chat template, or its template fails or leaves the
-            last message out.
+            system message or the last one out.
     """
     if isinstance(prompt.content, str):
         ids, text = _encode_text(prompt.content, tokenizer, max_length)
@@ -137,6 +137,7 @@ def _encode_chat(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length:
     _check_template_kwargs(prompt.chat_template_kwargs, tokenizer)
     try:
         ids, text = shorten_chat(messages, [], tokenizer, max_length, prompt.chat_template_kwargs)
+        _require_system_message_shown(messages, tokenizer, prompt.chat_template_kwargs)
     except ModelError as error:
         raise ModelError(f"Row {prompt.row}: {error}") from None
     if len(ids) > max_length or not text.strip():
@@ -146,6 +147,22 @@ def _encode_chat(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length:
             "max_prompt_length."
         )
     return ids, text
+
+
+def _require_system_message_shown(
+    messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]
+) -> None:
+    """Raise a ModelError if the chat template leaves the system message out: some do so without an error."""
+    first, *others = messages
+    content = first["content"].strip()
+    if first["role"] != "system" or not content:
+        return
+    rendered = _render(messages, tokenizer, True, kwargs)
+    if content not in rendered and rendered == _render([{**first, "content": ""}, *others], tokenizer, True, kwargs):
+        raise ModelError(
+            "The tokenizer's chat template does not show the system message. Put its text into the first message of "
+            "the user, or use another chat model."
+        )
 
 
 def _check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -260,7 +277,7 @@ def shorten_chat(
 
 
 def _render(
-    chat: list[dict[str, Any]],
+    chat: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     add_generation_prompt: bool,
     template_kwargs: Mapping[str, Any],
