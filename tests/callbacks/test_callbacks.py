@@ -399,6 +399,20 @@ def test_a_callback_that_fails_on_an_error_hides_neither_the_error_nor_the_other
     assert "Callback 'Breaks' failed in on_train_error" in caplog.text
 
 
+def test_a_misspelt_hook_is_a_warning(caplog):
+    class Typo(BaseKonicFinetuningCallback):
+        def on_iteration_ended(self, result):
+            pass
+
+        def on_slack(self):
+            pass
+
+    Callbacks(Typo())
+    assert "Callback Typo.on_iteration_ended is not a hook" in caplog.text
+    assert "Did you mean 'on_iteration_end'?" in caplog.text
+    assert "on_slack" not in caplog.text
+
+
 def test_hooks_that_would_never_run_are_refused_when_the_callback_is_given():
     class Waits(BaseKonicFinetuningCallback):
         async def should_stop_early(self, result):

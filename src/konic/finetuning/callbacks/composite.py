@@ -9,7 +9,7 @@ from typing import Any
 from konic.finetuning.callbacks.console import KonicFinetuningCallback
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
 from konic.finetuning.callbacks.trackers import MLflowTracker
-from konic.finetuning.errors import ConfigError
+from konic.finetuning.errors import ConfigError, did_you_mean
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.system.user_code import preserved_state
@@ -137,8 +137,14 @@ def _is_true(callback: BaseKonicFinetuningCallback, answer: Any) -> bool:
 
 
 def _check(callback: BaseKonicFinetuningCallback) -> None:
-    """Raise ConfigError if a callback's hooks would not run, or if it was not set up."""
+    """Raise ConfigError if a callback's hooks would not run, or if it was not set up; warn about names close to hooks.
+
+    A method whose name is only close may be a helper of the user's own.
+    """
     kind = type(callback).__name__
+    for name in dir(type(callback)):
+        if name not in _HOOKS and name.startswith(("on_", "should_")) and (hint := did_you_mean(name, _HOOKS)):
+            logger.warning("Callback %s.%s is not a hook, so training does not call it.%s", kind, name, hint)
     for name in _HOOKS:
         hook = getattr(callback, name)
         if inspect.iscoroutinefunction(hook) or inspect.isasyncgenfunction(hook) or inspect.isgeneratorfunction(hook):
