@@ -115,6 +115,14 @@ def test_reward_rises_and_kl_with_it(model_folders, architecture, lora, tmp_path
     assert kl[-1] > kl[1] >= 0
 
 
+def test_prompts_that_are_cut_are_a_warning_once(model_folders, tmp_path, caplog):
+    prompts = DatasetConfig(prompts=["short", "a long prompt " * 9], shuffle=False)
+    make_engine(model_folders["llama"], tmp_path, dataset=prompts, batch_size=4).train(2)
+    cuts = [record.getMessage() for record in caplog.records if "cut off" in record.getMessage()]
+    assert len(cuts) == 1
+    assert "1 of 2 prompts of this batch, such as row 1, is cut off at max_prompt_length=48 tokens" in cuts[0]
+
+
 def test_the_kl_penalty_holds_the_policy_back(model_folders, tmp_path):
     paid = {}
     for weight in (0.0, 1.0):

@@ -54,6 +54,7 @@ class Trainer:
     ) -> None:
         self._session, self._callbacks, self._saver = session, callbacks, saver
         self._last_iteration = last_iteration
+        self._has_warned_of_cuts = False
 
     def run(self) -> str | None:
         """Run the remaining iterations. Returns why it stopped before the last one, or None."""
@@ -148,7 +149,21 @@ class Trainer:
         prompts = self._session.prompts.batch(start, count, state.group_spreads)
         chosen = [prompt for prompt in prompts for _ in range(repeats)]
         length, pad = self._session.generation.max_prompt_length, learner.special_tokens.pad
-        return make_prompt_batch(chosen, learner.policy.tokenizer, length, pad, learner.policy.device, earlier)
+        batch = make_prompt_batch(chosen, learner.policy.tokenizer, length, pad, learner.policy.device, earlier)
+        self._warn_of_cuts(batch)
+        return batch
+
+    def _warn_of_cuts(self, batch: PromptBatch) -> None:
+        """Warn once in a run that prompts are longer than the model gets to read."""
+        cut = {prompt.row for prompt, text in zip(batch.prompts, batch.texts, strict=True) if text != prompt.text}
+        if cut and not self._has_warned_of_cuts:
+            self._has_warned_of_cuts = True
+            logger.warning(
+                "The start of %d of %d prompts of this batch, such as row %d, is cut off at max_prompt_length=%d "
+                "tokens. Raise it if the model should read all of a prompt.",
+                len(cut), len({prompt.row for prompt in batch.prompts}), min(cut),
+                self._session.generation.max_prompt_length,
+            )  # fmt: skip
 
     def _group_spreads(self, rollout: Rollout, scores: Scores) -> dict[str, float]:
         """By dataset row, how much the scores of its group differ; empty unless the prompts are chosen by that."""
