@@ -581,7 +581,7 @@ def test_a_column_missing_from_a_later_row_is_told_with_its_number():
         (["text"], "without role and content"),
         ([{"role": "user"}], "without role and content"),
         ([{"role": "user", "content": None}], "content is not text"),
-        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "not the user's"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "its role is 'assistant'"),
         ([{"role": "user", "content": "  "}], "the last message is empty"),
         ({"role": "user", "content": "a"}, "one message, not a list of messages: put it in a list"),
         ([[{"role": "user", "content": "a"}]], "a list with a chat inside: give the list of messages itself"),

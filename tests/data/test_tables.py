@@ -183,7 +183,7 @@ def test_a_chat_whose_text_is_damaged_is_refused(text):
         (json.dumps({"prompt": CHAT}), "a dict with a chat in 'prompt'"),
         (json.dumps(FROM_HUMAN[0]), "one message, not a list of messages"),
         (json.dumps([{"Role": "user", "Content": "x"}]), "a message without role and content"),
-        (json.dumps([{"role": "user", "content": [{"type": "text", "text": "x"}]}]), "role or content is not text"),
+        (json.dumps([{"role": "user", "content": [{"type": "text", "text": "x"}]}]), "a list of parts: give"),
     ],
 )
 def test_the_text_of_a_chat_of_another_form_is_no_plain_text(text, problem):

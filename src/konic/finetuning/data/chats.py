@@ -13,7 +13,7 @@ from typing import Any
 
 from konic.finetuning.data.rows import require_distinct
 from konic.finetuning.errors import is_valid_text
-from konic.finetuning.settings import texts_in
+from konic.finetuning.settings import short_repr, texts_in
 
 SKIPPABLE = ("empty", "missing", "no messages", "the last message is empty")
 """Problems of rows that are left out with a warning, as long as they are at most half of all."""
@@ -100,10 +100,13 @@ def find_problem(content: Any) -> str | None:
             )
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             return "a message without role and content"
+        if isinstance(message["content"], list | tuple):
+            return "a message whose content is a list of parts: give their text as one string"
         if not isinstance(message["content"], str) or not isinstance(message["role"], str):
             return "a message whose role or content is not text"
     if content[-1]["role"] != "user":
-        return "the last message is not the user's"
+        role = short_repr(content[-1]["role"])
+        return f"the last message is not the user's: its role is {role}. End the chat before the answer"
     return next(filter(None, map(_find_text_problem, texts_in(content))), None) or _find_text_problem(
         content[-1]["content"], "the last message is empty"
     )

@@ -193,7 +193,7 @@ def _no_rewards(history: History, config: TrainingConfig, generation: Generation
         return None
     return (
         f"Every reward abstained from every response of the last {PATIENCE} iterations: nothing was learned. A reward "
-        "abstains by returning None: does it expect a format that the responses do not have?"
+        "abstains by returning None: is a `return` missing, or does it expect a format that the responses do not have?"
     )
 
 
