@@ -165,3 +165,9 @@ def test_the_process_belongs_to_one_process_and_ends_with_it(tmp_path):
     pids = {int(line.split()[-1]) for line in (pid, forked, again)}
     assert len(pids) == 3
     assert all(map(has_ended, pids))
+
+
+def test_a_variable_of_the_template_may_have_any_name():
+    tokenizer = byte_tokenizer("llama")
+    tokenizer.chat_template = "{{ seconds }} {{ messages[0].content }}"
+    assert render_chat(CHAT, tokenizer, {"seconds": 1000.0}) == "1000.0 hi"

@@ -42,8 +42,8 @@ def render_chat(
             return str(tokenizer.apply_chat_template(chat, tokenize=False, **template_kwargs))
         present = [{name: value for name, value in message.items() if value is not None} for message in chat]
         template = tokenizer.get_chat_template(None, tools=template_kwargs.get("tools"))
-        options = {**tokenizer.special_tokens_map, **template_kwargs}
-        reply = _child.ask({"conversations": [present], "chat_template": template, "seconds": SECONDS, **options})
+        variables = {**tokenizer.special_tokens_map, **template_kwargs}
+        reply = _child.ask({"conversations": [present], "chat_template": template, **variables})
     except Exception as error:
         reply = {"error": f"{type(error).__name__}: {error}"}
     if "error" in reply:
@@ -81,7 +81,7 @@ class _Child:
 
     def ask(self, options: Mapping[str, Any]) -> dict[str, str]:
         """Send the arguments of a rendering; return the text, or the error."""
-        request = marshal.dumps(_plain(options))
+        request = marshal.dumps((SECONDS, _plain(options)))
         with self._lock:
             try:
                 process = self._started()

@@ -35,8 +35,8 @@ def _bound_time(seconds: float) -> None:
 
 
 def _reply(request: bytes, render: Callable[..., Any]) -> dict[str, str]:
-    options = marshal.loads(request)  # noqa: S302 - by konic itself
-    _bound_time(options.pop("seconds"))
+    seconds, options = marshal.loads(request)  # noqa: S302 - by konic itself
+    _bound_time(seconds)
     try:
         (text,), _ = render(**options)
         if len(text) > max(_LONGEST, 100 * len(request)):
