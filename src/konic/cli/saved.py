@@ -49,20 +49,25 @@ def agents_of_run(
         raise OutputError(f"{folder} has no weights {chosen or 'yet'!r}.{hint} It has: {', '.join(saved) or 'none'}.")
     kwargs = {name: value for name, value in _dict(settings, "model_kwargs").items() if name in _SAFE_MODEL_KWARGS}
     revision = _dict(settings, "model_kwargs").get("revision")
-    lora = _dict(settings, "lora_config")
     named = {"base": str(settings.get("model_name"))} if with_base else {}
     named[chosen] = str(folder / chosen)
     return {
         name: KonicFinetuningAgent(
             base_model=model,
             reward_composer=_Unscored(),
-            lora_config=LoraConfig(**lora) if lora and name == "base" else None,  # it needs no frozen copy then
+            lora_config=_smallest_adapter(settings) if name == "base" else None,
             training_config=TrainingConfig(seed=seed),
             generation_config=GenerationConfig(**_dict(settings, "generation_config") | dict(generation)),
             model_kwargs=kwargs | ({"revision": revision} if revision and name == "base" else {}),
         )
         for name, model in named.items()
     }
+
+
+def _smallest_adapter(settings: Mapping[str, Any]) -> LoraConfig | None:
+    """Return an adapter that changes nothing while it is untrained, so that the base needs no frozen copy of itself."""
+    targets = _dict(settings, "lora_config").get("target_modules")
+    return LoraConfig(r=1, target_modules=targets) if targets else None
 
 
 def _dict(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
