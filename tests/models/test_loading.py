@@ -13,9 +13,11 @@ from transformers import (
     OpenAIGPTLMHeadModel,
     RwkvConfig,
     RwkvForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
-from conftest import tiny_model
+from conftest import byte_tokenizer, tiny_model
 from konic.finetuning.errors import ConfigError, ModelError
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.loading import load_model
@@ -244,3 +246,13 @@ def test_the_packaged_model_is_dequantised_once_and_opens_anywhere(tmp_path):
 def test_a_model_without_a_cache_is_refused_by_name(model):
     with pytest.raises(ModelError, match="keeps no cache of the tokens it has read"):
         LanguageModel(model().eval()).check_logits()
+
+
+def test_a_model_of_another_kind_is_one_line(tmp_path):
+    config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    byte_tokenizer("llama").save_pretrained(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        load_model(str(tmp_path), {}, CPU)
+    told = "is of the kind T5, which AutoModelForCausalLM does not load. Name a causal language model that it loads."
+    assert str(caught.value) == f"base_model={str(tmp_path)!r} {told}"

@@ -217,6 +217,10 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+_UNFIT = re.compile(r"Unrecognized configuration class <class '[\w.]*\.(\w+)Config'>.*this kind of AutoModel: (\w+)")
+"""How transformers begins the list of all models that a loader takes, where it is given another."""
+
+
 def loading_failed(
     asked: str, location: str, error: Exception, own_code: str = "set model_kwargs={'trust_remote_code': True}"
 ) -> str:
@@ -233,6 +237,11 @@ def loading_failed(
         return f"{asked} needs a package that cannot be imported: {what}. Install it, or change model_kwargs."
     if "trust_remote_code" in str(error):
         return f"{asked} contains its own code. If you trust it, {own_code}."
+    unfit = _UNFIT.search(str(error))
+    if unfit is not None:
+        kind, loader = unfit.groups()
+        wanted = "a causal language model" if loader == "AutoModelForCausalLM" else "a model"
+        return f"{asked} is of the kind {kind}, which {loader} does not load. Name {wanted} that it loads."
     if not Path(location).exists():
         packaged = "base_model='smollm2-135m'" if asked.startswith("base_model") else "A folder"
         of_hub = explain_hub_error(error, "model_kwargs={'token': ...}", packaged)
