@@ -529,7 +529,12 @@ CHAT = {"role": "user", "content": "a"}
         case("message without role", [[{"content": "a"}]], {}, "without role and content"),
         case("message of other keys", [[{"from": "human", "value": "a"}]], {}, "name these 'role' and 'content'"),
         case("content None", [[{"role": "user", "content": None}]], {}, "content is not text"),
-        case("content list", [[{"role": "user", "content": [{"type": "text"}]}]], {}, "content is not text"),
+        case(
+            "content list",
+            [[{"role": "user", "content": [{"type": "text"}]}]],
+            {},
+            "a list of parts: give their text as one string",
+        ),
         case("content number", [[CHAT, {"role": "user", "content": 3}]], {}, "content is not text"),
         case("last is the assistant's", [[CHAT, {"role": "assistant", "content": "b"}]], {}, "not the user's"),
         case("last is the system's", [[{"role": "system", "content": "b"}]], {}, "not the user's"),

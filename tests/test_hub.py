@@ -117,8 +117,9 @@ def test_the_example_runs_unchanged(hub, tmp_path):
     """`python sentiment_rlhf.py` with nothing but HF_ENDPOINT set: every line of it, and no complaint."""
     environment = hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
     child = run_child([sys.executable, str(EXAMPLE)], environment, cwd=tmp_path)
-    # a random model need not end by itself, which a self-check tells
-    assert all("ended by itself" in line for line in child.stderr.splitlines())
+    # a random model need not end by itself, which a self-check tells; and long reviews are cut
+    told = [line for line in child.stderr.splitlines() if "ended by itself" not in line]
+    assert len(told) <= 1 and all("cut off at max_prompt_length" in line for line in told), told
     lines = child.stdout.splitlines()
     assert lines[3:8] == ["Model: gpt2", "LoRA: True", "Learning Rate: 0.001", "Batch Size: 4", "Max Iterations: 50"]
     iterations = [line for line in lines if line.startswith("[Iter")]
