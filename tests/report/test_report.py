@@ -132,6 +132,9 @@ def test_without_held_out_prompts_the_ends_of_the_run_are_compared(tmp_path):
     result = outcome(run)
     assert (result.before, result.after, result.gain) == (0.0, 1.0, None)
     assert "first and the last 2 iterations" in result.sentence()
+    _, page = page_of(make_run(tmp_path / "run", [0.0, 0.2, *[0.5] * 16, 0.8, 1.0]), output=tmp_path / "report.html")
+    assert "rose from 0.100 to 0.900" in page.text
+    assert "kind 1.0 0.100 0.900 +0.800" in page.text, "each reward is compared where the whole is"
 
 
 def test_a_rise_is_questioned_where_length_words_or_one_reward_explain_it(tmp_path):

@@ -19,7 +19,7 @@ from konic.finetuning.results.intervals import nanmean
 from konic.finetuning.system.files import unwritable, write_text
 from konic.report import charts
 from konic.report.run import PART, Run
-from konic.report.words import duration, outcome, suspicions, thinned
+from konic.report.words import duration, outcome, part_means, suspicions, thinned
 
 MOST_PAIRS = 200
 """Held-out prompts that are shown with their responses before and after."""
@@ -157,11 +157,7 @@ def _parts(run: Run) -> list[dict[str, Any]]:
     weights = weights if isinstance(weights, dict) else {}
     rows = []
     for name in run.parts:
-        if len(run.evaluations) == 2:
-            before, after = (nanmean(each.breakdown.get(name, [])) for each in run.evaluations.values())
-        else:
-            values = run.values(f"{PART}{name}")
-            before, after = values[0], values[-1]
+        before, after = part_means(run, name)
         rows.append({"name": name, "weight": weights.get(name, 1.0), "before": before, "after": after})
     return rows
 

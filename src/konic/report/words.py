@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.intervals import Interval, distinct_n, nanmean, paired_bootstrap
 from konic.report.run import PART, Run
 
@@ -68,16 +67,16 @@ def outcome(run: Run) -> Outcome:
                     nanmean([*map(float, after.response_lengths)]),
                 ),
             )
-    count = max(1, len(run.history) // 10)
-    rewards, lengths = run.values("reward_mean"), run.values("response_length_mean")
+    count = _tenth(run.history)
     between = f"the first and the last {count} iterations" if count > 1 else "the first and the last iteration"
+    rewards = _at_ends(run.values("reward_mean"))
     return Outcome(
         where=f"Between {between}",
-        before=nanmean(rewards[:count]),
-        after=nanmean(rewards[-count:]),
+        before=rewards[0],
+        after=rewards[1],
         gain=None,
-        kl=nanmean(run.values("kl_per_response")[-count:]),
-        tokens=(nanmean(lengths[:count]), nanmean(lengths[-count:])),
+        kl=_at_ends(run.values("kl_per_response"))[1],
+        tokens=_at_ends(run.values("response_length_mean")),
     )
 
 
@@ -105,9 +104,7 @@ def _repetition(run: Run) -> str | None:
     if len(run.evaluations) == 2:
         before, after = (distinct_n(evaluation.responses) for evaluation in run.evaluations.values())
     else:
-        values = run.values("distinct_2")
-        count = max(1, len(values) // 10)
-        before, after = nanmean(values[:count]), nanmean(values[-count:])
+        before, after = _at_ends(run.values("distinct_2"))
     if math.isnan(before + after) or after >= FEWER_PAIRS * before:
         return None
     return (
@@ -131,18 +128,27 @@ def _dominance(run: Run) -> str | None:
     )
 
 
-def _gain(run: Run, part: str) -> float:
+def part_means(run: Run, part: str) -> tuple[float, float]:
+    """The mean of a reward before its weight, before and after training, where :func:`outcome` looks too."""
     if len(run.evaluations) == 2:
-        before, after = (_mean_of(evaluation, part) for evaluation in run.evaluations.values())
-    else:
-        values = run.values(f"{PART}{part}")
-        count = max(1, len(values) // 10)
-        before, after = nanmean(values[:count]), nanmean(values[-count:])
+        before, after = (nanmean(evaluation.breakdown.get(part, [])) for evaluation in run.evaluations.values())
+        return before, after
+    return _at_ends(run.values(f"{PART}{part}"))
+
+
+def _gain(run: Run, part: str) -> float:
+    before, after = part_means(run, part)
     return 0.0 if math.isnan(after - before) else after - before
 
 
-def _mean_of(evaluation: Evaluation, part: str) -> float:
-    return nanmean(evaluation.breakdown.get(part, []))
+def _at_ends(values: Sequence[float]) -> tuple[float, float]:
+    """The means over the first and the last tenth of the iterations."""
+    count = _tenth(values)
+    return nanmean(values[:count]), nanmean(values[-count:])
+
+
+def _tenth(values: Sequence[object]) -> int:
+    return max(1, len(values) // 10)
 
 
 def duration(seconds: float) -> str:
