@@ -129,6 +129,28 @@ def test_a_chat_template_that_leaves_the_system_message_out_is_refused():
         assert "Be kind." in tokenizer.decode(encode_prompt(prompt, tokenizer, 100)[0])
 
 
+@pytest.mark.parametrize(
+    ("template", "shown"),
+    [
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", False),
+        ("{{ messages[-1].content }}", False),
+        ("{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}", True),
+        ("{% for m in messages %}{{ m.content if loop.last else m.content | upper or boom() }}{% endfor %}", True),
+    ],
+)
+def test_a_chat_template_that_leaves_an_earlier_message_out_is_refused(template, shown):
+    tokenizer = byte_tokenizer("llama")
+    tokenizer.chat_template = template
+    answer = {"role": "assistant", "content": "<think>who?</think>I am Ann."}
+    prompt = Prompt(4, [{"role": "user", "content": "Hi"}, answer, {"role": "user", "content": "Who?"}])
+    if shown:
+        assert "ann" in tokenizer.decode(encode_prompt(prompt, tokenizer, 100)[0]).lower()
+        return
+    which = "1 of the chat .role: user" if "user" not in template else "2 of the chat .role: assistant"
+    with pytest.raises(ModelError, match=f"Row 4: .* does not show the message {which}"):
+        encode_prompt(prompt, tokenizer, 100)
+
+
 @pytest.mark.parametrize("template", ["always", "{{ messages[0]['content'] }}", "{{ messages[-1]['role'] }}"])
 def test_a_chat_template_that_leaves_the_last_message_out_is_refused(template):
     tokenizer = byte_tokenizer("llama")

@@ -736,6 +736,7 @@ def test_in_a_run_responses_are_read_by_the_classifiers_own_tokenizer(classifier
         ("text_format", "joint", r"text_format='joint'\) is not one of auto, chat, pair, joined, response"),
         ("text_format", "pairs", r"Did you mean 'pair'\?"),
         ("batch_size", 0, r"batch_size=0\) must be a whole number of at least 1"),
+        ("max_length", True, r"max_length=True\) must be a whole number of at least 1"),
         ("batch_size", -4, r"batch_size=-4\) must be"),
         ("batch_size", 1.5, r"batch_size=1\.5\) must be"),
         ("batch_size", "16", r"batch_size='16'\) must be"),

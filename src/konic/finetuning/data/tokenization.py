@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from konic.finetuning.data.chat_templates import render_chat
 from konic.finetuning.data.prompts import Prompt
 from konic.finetuning.errors import ConfigError, DatasetError, ModelError, did_you_mean
+from konic.text import printable
 
 _HALF_A_CHARACTER = "\ufffd"
 """The replacement character, which decoding gives for a character that a cut split."""
@@ -82,8 +83,8 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length
 
     Raises:
         DatasetError: The prompt has no tokens, or too many even if nothing is left of the text or last message.
-        ModelError: The prompt is a chat, and the tokenizer has no chat template, or its template fails or leaves the
-            system message or the last one out.
+        ModelError: The prompt is a chat, and the tokenizer has no chat template, or its template fails or leaves a
+            message out.
     """
     if isinstance(prompt.content, str):
         ids, text = _encode_text(prompt.content, tokenizer, max_length)
@@ -137,7 +138,7 @@ def _encode_chat(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length:
     _check_template_kwargs(prompt.chat_template_kwargs, tokenizer)
     try:
         ids, text = shorten_chat(messages, [], tokenizer, max_length, prompt.chat_template_kwargs)
-        _require_system_message_shown(messages, tokenizer, prompt.chat_template_kwargs)
+        _require_messages_shown(messages, tokenizer, prompt.chat_template_kwargs)
     except ModelError as error:
         raise ModelError(f"Row {prompt.row}: {error}") from None
     if len(ids) > max_length or not text.strip():
@@ -149,20 +150,26 @@ def _encode_chat(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length:
     return ids, text
 
 
-def _require_system_message_shown(
+def _require_messages_shown(
     messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]
 ) -> None:
-    """Raise a ModelError if the chat template leaves the system message out: some do so without an error."""
-    first, *others = messages
-    content = first["content"].strip()
-    if first["role"] != "system" or not content:
-        return
-    rendered = _render(messages, tokenizer, True, kwargs)
-    if content not in rendered and rendered == _render([{**first, "content": ""}, *others], tokenizer, True, kwargs):
-        raise ModelError(
-            "The tokenizer's chat template does not show the system message. Put its text into the first message of "
-            "the user, or use another chat model."
-        )
+    """Raise a ModelError if the chat template leaves a message before the last one out: some do without an error."""
+    rendered = _render(messages, tokenizer, True, kwargs) if len(messages) > 1 else ""
+    for number, message in enumerate(messages[:-1]):
+        content = message["content"].strip()
+        if not content or content in rendered:
+            continue
+        without = [*messages[:number], {**message, "content": ""}, *messages[number + 1 :]]
+        try:
+            is_shown = rendered != _render(without, tokenizer, True, kwargs)
+        except ModelError:  # the template refuses an empty message, so it reads it
+            is_shown = True
+        if not is_shown:
+            which = "system message" if message["role"] == "system" else f"message {number + 1} of the chat"
+            raise ModelError(
+                f"The tokenizer's chat template does not show the {which} (role: {printable(message['role'])}). Put "
+                "its text into a message of the user that is shown, leave it out, or use another chat model."
+            )
 
 
 def _check_template_kwargs(kwargs: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:

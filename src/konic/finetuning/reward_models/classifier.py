@@ -76,7 +76,7 @@ class HuggingFaceRewardModel(BaseRewardModel):
             raise ConfigError(f"HuggingFaceRewardModel has no argument {option!r}.{hint}")
         _check(output=(output, _OUTPUTS), text_format=(text_format, ("auto", *TEXT_FORMATS)))
         for option, number in (("max_length", max_length), ("batch_size", batch_size)):
-            if not isinstance(number, int) or number < 1:
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
                 raise ConfigError(f"HuggingFaceRewardModel({option}={number!r}) must be a whole number of at least 1.")
         self.model_id = str(model_id)
         self.name = name or reward_name(model_id)
