@@ -86,7 +86,11 @@ def metrics(run):
 
 
 def completions(run):
-    return [pyarrow.parquet.read_table(file).to_pylist() for file in sorted((run / "completions").glob("*.parquet"))]
+    """The rows of each iteration, without the times of the rewards, which no two runs share."""
+    tables = [pyarrow.parquet.read_table(file) for file in sorted((run / "completions").glob("*.parquet"))]
+    return [
+        table.select([name for name in table.column_names if name[:8] != "seconds/"]).to_pylist() for table in tables
+    ]
 
 
 def weights(folder):

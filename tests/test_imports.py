@@ -41,7 +41,8 @@ INSIDE = {
     "callbacks": ["hooks", "trackers", "console", "composite"],
     "konic_0_1": ["callback", "reward", "dataset", "environment", "module", "backends"],
     "run": [
-        "environment", "card", "state", "checkpoint", "resume", "checks", "measures", "folder", "saving", "session",
+        "environment", "card", "state", "checkpoint", "resume", "checks", "measures", "tables", "folder", "saving",
+        "session",
     ],
 }  # fmt: skip
 """Modules of each package; each imports only from those before it."""

@@ -96,7 +96,7 @@ class Trainer:
                     reward_moments=scores.moments,
                     best_weights=best_weights,
                 )
-                session.folder.write_iteration(result, rollout, scores, left_out)
+                session.folder.write_iteration(result, rollout, scores, left_out, advantages, rows)
                 require_not_all_dropped(state.history)
                 callbacks.on_iteration_end(result)
                 self._saver.after_iteration()

@@ -7,6 +7,7 @@ import asyncio
 import concurrent.futures
 import inspect
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -32,11 +33,15 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional arguments and keyword arguments."""
 
 
-def call_reward(reward: Reward, samples: Sequence[Sample], timeout: float | None = None) -> Iterator[Outcome]:
+def call_reward(
+    reward: Reward, samples: Sequence[Sample], timeout: float | None = None, seconds: list[float] | None = None
+) -> Iterator[Outcome]:
     """Yield one outcome per sample, in the samples' order.
 
     A sync reward of single samples yields each outcome as soon as it is computed. An async reward of single samples is
     awaited on all samples concurrently, each for at most `timeout` seconds.
+
+    `seconds` gets the time of each sample: that of its call, or its share of a call with the whole batch.
 
     Raises:
         RewardError: The reward asks for a column that the samples do not have.
@@ -45,19 +50,26 @@ def call_reward(reward: Reward, samples: Sequence[Sample], timeout: float | None
         return
     samples = [replace(sample, columns=copy_columns(sample.columns)) for sample in samples]  # a reward may change them
     columns = samples[0].columns
+    seconds = [] if seconds is None else seconds
     wanted, names = requested_columns(reward, columns), text_parameters(reward, columns)
     if reward.shape != "sample":
-        yield from _call_with_batch(reward, samples, wanted, names)
+        start = time.perf_counter()
+        outcomes = _call_with_batch(reward, samples, wanted, names)
+        seconds += [(time.perf_counter() - start) / len(samples)] * len(samples)
+        yield from outcomes
         return
     calls = [
         _arguments(names, sample.prompt, sample.response, {name: sample.columns[name] for name in wanted})
         for sample in samples
     ]
     if reward.is_async:
-        yield from _call_together(reward, calls, timeout)
+        yield from _call_together(reward, calls, timeout, seconds)
         return
     for places, named in calls:
-        yield _outcome(reward, lambda places=places, named=named: _called(reward, places, named))  # type: ignore[misc]
+        start = time.perf_counter()
+        outcome = _outcome(reward, lambda places=places, named=named: _called(reward, places, named))  # type: ignore[misc]
+        seconds.append(time.perf_counter() - start)
+        yield outcome
 
 
 def _arguments(names: TextParameters, prompt: Any, response: Any, columns: dict[str, Any]) -> Arguments:
@@ -67,8 +79,13 @@ def _arguments(names: TextParameters, prompt: Any, response: Any, columns: dict[
     return (), {name: text for name, text in zip(names, (prompt, response), strict=True) if name} | columns
 
 
-def _call_together(reward: Reward, calls: list[Arguments], timeout: float | None) -> Iterator[Outcome]:
-    async def one(places: tuple[Any, ...], named: dict[str, Any]) -> Any:
+def _call_together(
+    reward: Reward, calls: list[Arguments], timeout: float | None, seconds: list[float]
+) -> Iterator[Outcome]:
+    times = [0.0] * len(calls)
+
+    async def one(index: int, places: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        start = time.perf_counter()
         try:
             async with asyncio.timeout(timeout) as bound:
                 return await reward.call(*places, **named)
@@ -76,11 +93,15 @@ def _call_together(reward: Reward, calls: list[Arguments], timeout: float | None
             return timeout_fault(reward, timeout) if bound.expired() else _fault(reward, error)
         except (SystemExit, KeyboardInterrupt) as error:  # these would stop the event loop
             return _fault(reward, error)
+        finally:
+            times[index] = time.perf_counter() - start
 
     async def all_of_them() -> list[Any]:
-        return await asyncio.gather(*(one(*call) for call in calls), return_exceptions=True)
+        return await asyncio.gather(*(one(i, *call) for i, call in enumerate(calls)), return_exceptions=True)
 
-    for value in _run(reward.who, all_of_them()):
+    values = _run(reward.who, all_of_them())
+    seconds += times
+    for value in values:
         if isinstance(value, Fault):
             yield value
         elif isinstance(value, BaseException):

@@ -57,6 +57,8 @@ class Scores:
     """Each part's values [B] after normalising and clipping, before weights; NaN if it abstained or failed."""
     weights: dict[str, float] = field(default_factory=dict)
     """The weight of each part."""
+    seconds: dict[str, list[float]] = field(default_factory=dict, compare=False, repr=False)
+    """[B] the time of each reward, its share of a call with the whole batch; NaN if it is not known."""
     is_dropped: bool = False
     """True if a number of the batch is not finite, so that the policy must not learn from the batch."""
 
@@ -90,6 +92,7 @@ class Scores:
             rewards=[self.rewards[row] for row in rows],
             breakdown={name: [values[row] for row in rows] for name, values in self.breakdown.items()},
             parts={name: [values[row] for row in rows] for name, values in self.parts.items()},
+            seconds={name: [values[row] for row in rows] for name, values in self.seconds.items()},
             faults=[self.faults[row] for row in rows] if self.faults else [],
         )
 
@@ -107,6 +110,7 @@ def join_scores(rounds: Sequence[Scores]) -> Scores:
         rewards=[reward for scores in rounds for reward in scores.rewards],
         breakdown=chained("breakdown"),
         parts=chained("parts"),
+        seconds=chained("seconds"),
         faults=[fault for scores in rounds for fault in scores.faults or [None] * len(scores.rewards)],
         is_dropped=any(scores.is_dropped for scores in rounds),
     )
@@ -155,7 +159,8 @@ class Scorer:
         """
         weighting = describe_weighting(self._composer)
         rewards = weighting.rewards
-        outcomes = self._outcomes(rewards, samples)
+        seconds: dict[str, list[float]] = {reward.name: [] for reward in rewards}
+        outcomes = self._outcomes(rewards, samples, seconds)
         parts, faults = collect_parts(outcomes, len(samples)), first_faults(outcomes, len(samples))
         given = dict(moments or {})
         counted = [own for own, fault in zip(parts, faults, strict=True) if not fault]
@@ -168,15 +173,18 @@ class Scorer:
             breakdown=named_by_part(rewards, composed.breakdown),
             parts=collect_breakdown([prepared_parts(weighting, own, known) for own in parts]),
             weights=part_weights(weighting, composed.breakdown),
+            seconds=seconds,
             faults=composed.faults,
             moments=known if update_moments else given,
         )
 
-    def _outcomes(self, rewards: Sequence[Reward], samples: Sequence[Sample]) -> list[list[Outcome]]:
+    def _outcomes(
+        self, rewards: Sequence[Reward], samples: Sequence[Sample], seconds: Mapping[str, list[float]]
+    ) -> list[list[Outcome]]:
         """The outcomes per reward and per sample; with on_reward_error="raise" none of them is a fault."""
         isolated = [reward for reward in rewards if self._config.reward_workers and not reward.is_model]
-        coming = self._pool.submit(isolated, samples) if isolated else {}
-        coming |= {r.name: call_reward(r, samples) for r in rewards if r.name not in coming}
+        coming = self._pool.submit(isolated, samples, seconds) if isolated else {}
+        coming |= {r.name: call_reward(r, samples, seconds=seconds[r.name]) for r in rewards if r.name not in coming}
         by_name, found = {reward.name: reward for reward in rewards}, {}
         for name, outcomes in coming.items():
             with contextlib.closing(outcomes), warn_if_slow(by_name[name], len(samples)) as done:  # type: ignore[type-var]

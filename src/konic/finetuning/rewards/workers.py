@@ -7,13 +7,14 @@ in which torch has threads.
 
 import contextlib
 import ctypes
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, spawn
@@ -34,6 +35,8 @@ from konic.finetuning.rewards.signatures import requested_columns
 from konic.output import tolerate_broken_streams
 from konic.text import describe_error
 
+Timed = tuple[list[Outcome], list[float]]
+"""Outcomes, and the seconds that each took."""
 RESTARTS = 3
 """How many times a broken pool is restarted for one call."""
 CALLS_PER_WORKER = 10_000
@@ -82,8 +85,10 @@ class RewardPool:
             )
             self._loaded = self._pool.schedule(_load_error, timeout=START_SECONDS)
 
-    def submit(self, rewards: Sequence[Reward], samples: Sequence[Sample]) -> dict[str, Iterator[Outcome]]:
-        """Start calling rewards on a batch.
+    def submit(
+        self, rewards: Sequence[Reward], samples: Sequence[Sample], seconds: Mapping[str, list[float]]
+    ) -> dict[str, Iterator[Outcome]]:
+        """Start calling rewards on a batch. `seconds` gets each reward's times, as :func:`call_reward` measures them.
 
         Returns:
             By reward name, an iterator over the outcomes. It yields them in the samples' order, as they arrive.
@@ -99,7 +104,7 @@ class RewardPool:
         if problem:
             raise RewardError(f"reward_workers: the rewards cannot be loaded in a worker process: {problem}")
         calls = {reward.name: self._start_calls(reward, samples) for reward in rewards}
-        return {name: (outcome for call in parts for outcome in call.outcomes()) for name, parts in calls.items()}
+        return {name: _timed(parts, seconds[name]) for name, parts in calls.items()}
 
     def close(self) -> None:
         """End all workers, even in the middle of a call."""
@@ -110,8 +115,8 @@ class RewardPool:
 
     def schedule(
         self, reward: Reward, samples: Sequence[Sample]
-    ) -> tuple[pebble.ProcessPool, pebble.ProcessFuture[list[Outcome]]]:
-        """Queue a call; return the pool that runs it, and the future of its outcomes."""
+    ) -> tuple[pebble.ProcessPool, pebble.ProcessFuture[Timed]]:
+        """Queue a call; return the pool that runs it, and the future of its outcomes and their times."""
         limit = self.timeout + _GRACE_SECONDS if self.timeout and reward.is_async else self.timeout
         for _ in range(RESTARTS):
             self.start()
@@ -160,8 +165,8 @@ class _Call:
         """Put the call into the workers' queue."""
         self._pool, self._future = self._owner.schedule(self._reward, self._samples)
 
-    def outcomes(self) -> list[Outcome]:
-        """Wait for the call; return one outcome per sample, a fault if the worker hung or died."""
+    def outcomes(self) -> Timed:
+        """Wait for the call; return one outcome per sample, a fault if the worker hung or died, and their times."""
         for _ in range(RESTARTS):
             try:
                 while not wait([self._future], timeout=1.0).done:
@@ -180,11 +185,20 @@ class _Call:
                 return self._failed(Fault(self._reward.who, message))
         return self._failed(Fault(self._reward.who, f"lost its worker process {RESTARTS} times."))
 
-    def _failed(self, fault: Fault) -> list[Outcome]:
-        """Return the fault for every sample. If single samples shared the call, call each again on its own instead."""
+    def _failed(self, fault: Fault) -> Timed:
+        """Return the fault for every sample, without a time. If single samples shared the call, call each again."""
         if self._reward.shape == "sample" and len(self._samples) > 1:
-            return [outcome for call in self.split(1) for outcome in call.outcomes()]
-        return [fault] * len(self._samples)
+            seconds: list[float] = []
+            return [*_timed(self.split(1), seconds)], seconds
+        return [fault] * len(self._samples), [math.nan] * len(self._samples)
+
+
+def _timed(calls: Sequence[_Call], seconds: list[float]) -> Iterator[Outcome]:
+    """Yield the outcomes of calls as they arrive; add their times to `seconds`."""
+    for call in calls:
+        outcomes, times = call.outcomes()
+        seconds += times
+        yield from outcomes
 
 
 class _Process(SpawnProcess):
@@ -303,5 +317,6 @@ def _load_error() -> str | None:
     return _find_problem
 
 
-def _call(name: str, samples: Sequence[Sample], timeout: float | None) -> list[Outcome]:
-    return list(call_reward(_rewards[name], samples, timeout))
+def _call(name: str, samples: Sequence[Sample], timeout: float | None) -> Timed:
+    seconds: list[float] = []
+    return list(call_reward(_rewards[name], samples, timeout, seconds)), seconds

@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import json
-import math
 import os
 import platform
 import re
@@ -23,11 +22,13 @@ import pyarrow.parquet
 from filelock import FileLock, Timeout
 
 from konic.finetuning.errors import OutputError
+from konic.finetuning.learning.estimators import Advantages
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.rewards.scoring import Scores
 from konic.finetuning.rollout.rollout import Rollout
 from konic.finetuning.run.checkpoint import checkpoints, iteration_number
+from konic.finetuning.run.tables import completion_columns, evaluation_columns, evaluation_of
 from konic.finetuning.system.files import (
     as_path,
     find_corruption,
@@ -47,7 +48,6 @@ logger = get_logger(__name__)
 _METRICS_FILE = "metrics.jsonl"
 _RUN_FILE = "run.json"
 _LOCK_FILE = ".lock"
-_PART = "reward/"
 _WRITTEN = (
     _METRICS_FILE, _RUN_FILE, "completions", "evaluations", "checkpoint-*", "broken-checkpoint-*", "best", "final",
 )  # fmt: skip
@@ -195,13 +195,20 @@ class RunFolder:
         write_text(self.path / _RUN_FILE, json.dumps(record, indent=1, default=str))
 
     def write_iteration(
-        self, result: FinetuningIterationResult, rollout: Rollout, scores: Scores, left_out: list[str | None]
+        self,
+        result: FinetuningIterationResult,
+        rollout: Rollout,
+        scores: Scores,
+        left_out: list[str | None],
+        advantages: Advantages,
+        learned_rows: list[int],
     ) -> None:
         """Write the completions of an iteration, then its line of metrics: a line means that its file is whole.
 
-        `left_out` [B] says why responses are left out of the loss.
+        `left_out` [B] says why responses are left out of the loss; `advantages` are those of the rows `learned_rows`.
         """
-        self._write_completions(result.iteration, rollout, scores, left_out)
+        columns = completion_columns(result.iteration, rollout, scores, left_out, advantages, learned_rows)
+        self._write_table("completions", result.iteration, columns)
         self.require_own_files()
         try:
             with (self.path / _METRICS_FILE).open("a", encoding="utf-8") as file:
@@ -213,16 +220,7 @@ class RunFolder:
 
     def write_evaluation(self, iterations_done: int, evaluation: Evaluation) -> None:
         """Write an evaluation on the held-out prompts, named by the iterations that the policy had learned from."""
-        columns: dict[str, Any] = {
-            "prompt": evaluation.prompts,
-            "response": evaluation.responses,
-            "reward": _nulls(evaluation.rewards),
-            "kl": evaluation.kl_per_response,
-            "length": evaluation.response_lengths,
-            "error": pyarrow.array(evaluation.errors or [None] * len(evaluation.prompts), pyarrow.string()),
-        }
-        columns |= {f"{_PART}{name}": _nulls(values) for name, values in evaluation.breakdown.items()}
-        self._write_table("evaluations", iterations_done, columns)
+        self._write_table("evaluations", iterations_done, evaluation_columns(evaluation))
 
     def read_evaluation(self, iterations_done: int) -> Evaluation | None:
         """The evaluation that :meth:`write_evaluation` wrote. None, with a warning, if the file cannot be read."""
@@ -233,17 +231,7 @@ class RunFolder:
             stray = find_stray([path], path.parent)
             if stray is not None:
                 raise ValueError(stray)
-            table = pyarrow.parquet.read_table(path).to_pydict()
-            breakdown = {name.removeprefix(_PART): _nans(table[name]) for name in table if name.startswith(_PART)}
-            return Evaluation(
-                prompts=table["prompt"],
-                responses=table["response"],
-                rewards=_nans(table["reward"]),
-                breakdown=breakdown,
-                kl_per_response=table["kl"],
-                response_lengths=table["length"],
-                errors=table["error"],
-            )
+            return evaluation_of(pyarrow.parquet.read_table(path).to_pydict())
         except (OSError, KeyError, ValueError, TypeError, pyarrow.ArrowException) as error:
             logger.warning("%s cannot be read, so its prompts are evaluated again: %s", path, describe_error(error))
             return None
@@ -287,23 +275,6 @@ class RunFolder:
             file.unlink(missing_ok=True)
         return earlier
 
-    def _write_completions(self, iteration: int, rollout: Rollout, scores: Scores, left_out: list[str | None]) -> None:
-        records = rollout.records
-        columns: dict[str, Any] = {
-            "iteration": [iteration] * len(records),
-            "row": [record.row for record in records],
-            "prompt": [record.prompt for record in records],
-            "response": [record.response for record in records],
-            "reward": _nulls(scores.rewards),
-            "kl": rollout.kl.sum(dim=1).tolist(),
-            "ended": rollout.samples.ended.tolist(),
-            "error": pyarrow.array(scores.errors, pyarrow.string()),
-            "left_out": pyarrow.array(left_out, pyarrow.string()),
-            "token_ids": [list(record.token_ids) for record in records],
-        }
-        columns |= {f"{_PART}{name}": _nulls(values) for name, values in scores.breakdown.items()}
-        self._write_table("completions", iteration, columns)
-
     def _write_table(self, folder_name: str, number: int, columns: dict[str, Any]) -> None:
         folder = self.path / folder_name
         try:
@@ -336,14 +307,6 @@ def _owner(run_file: Path) -> str:
         return f"process {process['id']} on {process['host']}, since {process['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "its process is not known"
-
-
-def _nulls(values: list[float]) -> list[float | None]:
-    return [None if math.isnan(value) else value for value in values]
-
-
-def _nans(values: list[float | None]) -> list[float]:
-    return [math.nan if value is None else value for value in values]
 
 
 def _source_of(kind: type) -> dict[str, str | None]:
