@@ -8,6 +8,7 @@ import typer
 from konic import __version__
 from konic.cli.demo import demo
 from konic.cli.generate import generate
+from konic.cli.inspect import inspect
 from konic.cli.report import report
 from konic.cli.reward_model import reward_model
 from konic.cli.rewards import rewards
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(train)
 app.command()(report)
+app.command()(inspect)
 app.command()(generate)
 app.command()(rewards)
 app.add_typer(reward_model, name="reward-model")

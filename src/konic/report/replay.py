@@ -1,0 +1,228 @@
+"""The responses of an iteration -> why each got its advantage, token by token. No model is loaded, only its tokenizer.
+
+Files of a run come from anyone: a number that is missing or of another type is NaN.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from konic.finetuning.algorithms import ALGORITHMS
+from konic.finetuning.errors import OutputError
+from konic.finetuning.results.intervals import nanmean
+from konic.finetuning.system.places import find_stray, read_regular
+from konic.report.run import PART, Run
+from konic.text import redact
+
+SECONDS = "seconds/"
+"""Begins the name of a column that holds the time of a reward."""
+NUMBERS = {
+    "advantage": "advantages", "kl": "token_kl", "value": "values", "log_prob": "log_probs", "entropy": "entropy",
+}  # fmt: skip
+"""The columns with a number for each token, by the names that are shown."""
+OLDER = "This run was made before konic recorded the numbers of each token."
+MOST_BYTES = 4
+"""Tokens that one character of UTF-8 can have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """One response with all that was recorded about it."""
+
+    sample: int
+    """Its number in the iteration, from 1."""
+    prompt: str
+    response: str
+    reward: float
+    """NaN if it has none."""
+    parts: dict[str, float]
+    """Each part of the reward before its weight; NaN where it abstained or failed."""
+    seconds: dict[str, float]
+    """The time of each reward."""
+    kl: float
+    """Nats, of the whole response."""
+    ended: bool
+    left_out: str | None
+    """Why it is left out of the loss."""
+    error: str | None
+    """What failed on it."""
+    tokens: list[str]
+    """The text of each token; empty for all but the last token of a character."""
+    numbers: dict[str, list[float]]
+    """By a name of NUMBERS, a number for each token; without the names that were not recorded."""
+    why: str
+    """Why it got its advantage, in a sentence."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it with null where there is no number."""
+        return {name: _without_nan(value) for name, value in vars(self).items()}
+
+
+def replays(run: Run, iteration: int) -> list[Replay]:
+    """Return every response of an iteration.
+
+    Raises:
+        OutputError: The iteration has no responses that can be read.
+    """
+    rows = run.samples(iteration)
+    if not rows:
+        names = [file.stem for file in (run.path / "completions").glob("*.parquet")]
+        done = sorted(int(name) for name in names if name.isascii() and name.isdigit() and len(name) < 10)
+        has = f"It has iterations {done[0]} to {done[-1]}." if done else "It has none."
+        note = next((f" {note}." for note in run.notes if f"{iteration:06d}.parquet" in note), "")
+        raise OutputError(f"{run.path} has no responses of iteration {iteration} that can be read.{note} {has}")
+    decode = _decoder(run)
+    return [_replay(run, rows, index, decode) for index in range(len(rows))]
+
+
+def choose(samples: Sequence[Replay]) -> dict[str, Replay]:
+    """Return the best, the worst and the most moved response; the first two only if one has a reward."""
+    scored = [sample for sample in samples if not math.isnan(sample.reward)]
+    moved = [sample for sample in samples if not math.isnan(sample.kl)]
+    found = {}
+    if scored:
+        found["best"] = max(scored, key=lambda sample: sample.reward)
+        found["worst"] = min(scored, key=lambda sample: sample.reward)
+    if moved:
+        found["most moved"] = max(moved, key=lambda sample: sample.kl)
+    return found
+
+
+def _replay(run: Run, rows: Sequence[dict[str, Any]], index: int, decode: Callable[[list[int]], str] | None) -> Replay:
+    row = rows[index]
+    ids = [one for one in row.get("token_ids") or [] if isinstance(one, int) and one >= 0]
+    response = str(row.get("response") or "")
+    tokens = _token_texts(ids, decode if redact(response) == response else None)
+    numbers = {
+        name: [_number(value) for value in row[column]]
+        for name, column in NUMBERS.items()
+        if isinstance(row.get(column), list) and len(row[column]) == len(ids)
+    }
+    return Replay(
+        sample=index + 1,
+        prompt=str(row.get("prompt") or ""),
+        response=response,
+        reward=_number(row.get("reward")),
+        parts={name.removeprefix(PART): _number(row[name]) for name in row if name.startswith(PART)},
+        seconds={name.removeprefix(SECONDS): _number(row[name]) for name in row if name.startswith(SECONDS)},
+        kl=_number(row.get("kl")),
+        ended=bool(row.get("ended")),
+        left_out=_text(row.get("left_out")),
+        error=_text(row.get("error")),
+        tokens=tokens,
+        numbers=numbers,
+        why=_why(run, rows, index, numbers),
+    )
+
+
+def _why(run: Run, rows: Sequence[dict[str, Any]], index: int, numbers: dict[str, list[float]]) -> str:
+    """Why a response got its advantage, with the numbers that decided it."""
+    row = rows[index]
+    reward, signal = _number(row.get("reward")), numbers.get("advantage", [])
+    if "advantages" not in row:
+        return OLDER
+    if row.get("left_out"):
+        return f"It was left out of the loss: {row['left_out']}."
+    if math.isnan(reward):
+        what = "a reward failed on it" if row.get("error") else "every reward abstained"
+        return f"It has no reward, because {what}: nothing was learned from it."
+    if not signal:
+        return "The update did not use it: its batch was dropped, or it has no tokens."
+    if not any(signal):
+        return "All its advantages are 0: the rewards did not say which response is better."
+    rule, size = _rule(run)
+    mean = nanmean(signal)
+    if rule in ("gae", "reward_to_go"):
+        others = nanmean([_number(other.get("reward")) for other in rows])
+        expected = numbers.get("value", [math.nan])[0]
+        against = (
+            f"the value head expected {expected:.3f} before the first token"
+            if rule == "gae"
+            else (f"the mean of the batch is {others:.3f}")
+        )
+        return (
+            f"Its reward is {reward:.3f}, and {against}. Whitened over the batch, to mean 0 and standard deviation 1, "
+            f"its advantages go from {min(signal):+.3f} to {max(signal):+.3f}, with mean {mean:+.3f}."
+        )
+    start = index // size * size
+    group = [_number(other.get("reward")) for other in rows[start : start + size]]
+    group = [value for value in group if not math.isnan(value)]
+    settings = [run.settings.get(name) for name in ("missing_eos_penalty", "overlong_penalty")]
+    penalised = any(settings) or run.settings.get("kl_placement") == "reward"
+    also = " Penalties for KL or length are in it too." if penalised else ""
+    return f"{_in_group(rule, reward, group)} Its advantage is {mean:+.3f}{_same(signal)}.{also}"
+
+
+def _rule(run: Run) -> tuple[str, int]:
+    """The rule of the run's algorithm, and how many responses each prompt got."""
+    algorithm = ALGORITHMS.get(str(run.settings.get("algorithm")), ALGORITHMS["ppo"])
+    size = run.settings.get("num_generations")
+    return algorithm.advantages, size if isinstance(size, int) and size > 0 else algorithm.group_size
+
+
+def _in_group(rule: str, reward: float, group: Sequence[float]) -> str:
+    centre = nanmean(group)
+    start = f"Its reward is {reward:.3f}"
+    if rule == "leave_one_out":
+        others = (sum(group) - reward) / max(1, len(group) - 1)
+        return f"{start}, and the other {len(group) - 1} responses to its prompt have the mean {others:.3f}."
+    if rule == "parts_normalised":
+        return f"{start}: each part of it is compared with the {len(group)} responses to its prompt, then weighted."
+    said = f"{start}, {reward - centre:+.3f} from the mean {centre:.3f} of the {len(group)} responses to its prompt"
+    if rule == "group_normalised":
+        spread = math.sqrt(sum((value - centre) ** 2 for value in group) / max(1, len(group) - 1))
+        return f"{said}, whose standard deviation is {spread:.3f}: the difference is divided by it."
+    return f"{said}; the difference is divided by that mean." if rule == "group_mean_normalised" else f"{said}."
+
+
+def _same(signal: Sequence[float]) -> str:
+    low, high = min(signal), max(signal)
+    return " for every token" if high - low < 1e-6 else f" on average, from {low:+.3f} to {high:+.3f}"
+
+
+def _decoder(run: Run) -> Callable[[list[int]], str] | None:
+    """What turns ids into text: the tokenizer that the run saved. None if there is none that can be read."""
+    from tokenizers import Tokenizer
+
+    for folder in reversed(run.checkpoints.values()):
+        path = run.path / folder / "tokenizer.json"
+        if path.exists() and not find_stray([path], run.path):
+            try:
+                tokenizer = Tokenizer.from_str(read_regular(path).decode())
+            except Exception as error:  # the library raises no narrower one
+                run.notes.append(f"{folder}/tokenizer.json cannot be read ({error}), so tokens are shown as their ids.")
+                return None
+            return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
+    return None
+
+
+def _token_texts(ids: list[int], decode: Callable[[list[int]], str] | None) -> list[str]:
+    """The text of each token: what it adds to the tokens before it. Ids in brackets without a tokenizer."""
+    if decode is None:
+        return [f"[{one}]" for one in ids]
+    texts, start, done = [], 0, 0
+    for end in range(1, len(ids) + 1):
+        now = decode(ids[start:end])
+        if now.endswith("\ufffd") and end - done < MOST_BYTES and end < len(ids):
+            texts.append("")  # the character ends in a later token
+            continue
+        texts.append(now[len(decode(ids[start:done])) :])
+        start, done = done, end
+    return texts
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
