@@ -124,7 +124,7 @@ def test_an_outcome_that_is_no_gain_is_called_so(tmp_path, before, after, said):
     result = outcome(Run.read(run))
     assert said in result.sentence()
     assert not result.rose
-    assert suspicions(Run.read(run)) == []
+    assert suspicions(Run.read(run), result) == []
 
 
 def test_without_held_out_prompts_the_ends_of_the_run_are_compared(tmp_path):
@@ -142,7 +142,7 @@ def test_a_rise_is_questioned_where_length_words_or_one_reward_explain_it(tmp_pa
                    reward_breakdown={"kind": 0.0, "short": 0.0})  # fmt: skip
     evaluation(run, 0, [0.0] * 4, length=10, kind=[0.0] * 4, short=[0.5] * 4)
     evaluation(run, 3, [1.0] * 4, ["yes yes yes yes yes"] * 4, length=20, kind=[0.5] * 4, short=[0.5] * 4)
-    found = suspicions(Run.read(run))
+    found = suspicions(Run.read(run), outcome(Run.read(run)))
     assert len(found) == 3
     assert "from 10 to 20 tokens" in found[0]
     assert "6% of their pairs of words" in found[1]  # one of sixteen

@@ -62,6 +62,7 @@ def render(runs: Sequence[Run], folder: Path) -> str:
     template = environment.from_string((page / "page.html").read_text(encoding="utf-8"))
     run = runs[0] if len(runs) == 1 else None
     names = _names(runs)
+    outcomes = dict(zip(names, map(outcome, runs), strict=True))
     return template.render(
         title=f"{names[0]} – konic report" if run else f"{len(runs)} runs – konic report",
         style=Markup(style),  # noqa: S704
@@ -69,8 +70,8 @@ def render(runs: Sequence[Run], folder: Path) -> str:
         digest=digest,
         run=run,
         runs=dict(zip(names, runs, strict=True)),
-        outcomes=dict(zip(names, map(outcome, runs), strict=True)),
-        suspicions=suspicions(run) if run else [],
+        outcomes=outcomes,
+        suspicions=suspicions(run, outcomes[names[0]]) if run else [],
         findings=_findings(run) if run else [],
         parts=_parts(run) if run else [],
         frontier=Markup(charts.frontier(_frontiers(names, runs, folder))),  # noqa: S704

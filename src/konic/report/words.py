@@ -80,9 +80,8 @@ def outcome(run: Run) -> Outcome:
     )
 
 
-def suspicions(run: Run) -> list[str]:
+def suspicions(run: Run, result: Outcome) -> list[str]:
     """What a reward that rose may hide, a sentence each. Empty where the reward did not rise."""
-    result = outcome(run)
     if not result.rose:
         return []
     found = [_length(result), _repetition(run), _dominance(run)]
