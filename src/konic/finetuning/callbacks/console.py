@@ -1,22 +1,22 @@
-"""The callback that prints a run's lines, draws its progress and stops it early."""
+"""The callback that prints a run's lines, shows it live on a terminal and stops it early."""
 
 import sys
+import time
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from konic.finetuning.callbacks.display import Display, open_display, peak_memory_bytes
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
+from konic.finetuning.callbacks.live import LiveState
 from konic.finetuning.callbacks.trackers import MLflowTracker
 from konic.finetuning.errors import ConfigError
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
-from konic.output import is_terminal, write_line
+from konic.output import write_line
 from konic.text import printable
 
 
 class KonicFinetuningCallback(BaseKonicFinetuningCallback):
-    """Prints a run's lines, draws progress on a terminal, logs to MLflow if asked, and stops when KL gets too high.
+    """Prints a run's lines, shows it live on a terminal, logs to MLflow if asked, and stops when KL gets too high.
 
     Args:
         log_interval: Print the first iteration, and every iteration whose number is a multiple of this.
@@ -59,12 +59,12 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         self.use_mlflow = use_mlflow
         self._tracker = MLflowTracker() if use_mlflow else BaseKonicFinetuningCallback()
         self._iterations_above = 0
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
+        self._live: LiveState | None = None
+        self._display: Display | None = None
         self._samples: list[tuple[str, str]] = []
 
     def on_train_begin(self, config: dict[str, Any]) -> None:
-        """Print the banner, start the progress bar and the MLflow run."""
+        """Print the banner, start the live view and the MLflow run."""
         self._iterations_above = 0
         self._tracker.on_train_begin(config)
         if not self.verbose:
@@ -74,24 +74,14 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         lines += [f"LoRA: {config['use_lora']}", f"Learning Rate: {config['learning_rate']:g}"]
         lines += [f"Batch Size: {config['batch_size']}", f"Max Iterations: {config['max_iterations']}", rule, ""]
         _print("\n".join(lines))
-        if is_terminal(sys.stderr):
-            self._progress = Progress(
-                TextColumn("{task.description:<10}"),
-                BarColumn(),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                redirect_stdout=is_terminal(sys.stdout),
-                transient=True,
-            )
-            done = config.get("iterations_done", 0)
-            self._task = self._progress.add_task("starting", total=config["max_iterations"], completed=done)
-            self._progress.start()
+        state = LiveState(config, time.monotonic())
+        self._display = open_display(state)
+        self._live = state if self._display is not None else None
 
     def on_iteration_begin(self, iteration: int) -> None:
         """Show the phase: an iteration that evaluates does so first."""
+        if self._live is not None:
+            self._live.begin_iteration(time.monotonic())
         self._phase("evaluating")
 
     def on_generation_begin(self, prompts: list[str]) -> None:
@@ -101,20 +91,23 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
     def on_generation_end(self, prompts: list[str], responses: list[str]) -> None:
         """Show the phase; keep samples to log."""
         self._phase("rewarding")
-        self._samples = list(zip(prompts, responses, strict=True))[: self.max_samples_to_log]
+        self._samples = list(zip(prompts, responses, strict=True))
 
     def on_reward_computed(self, rewards: list[float], reward_breakdown: dict[str, list[float]]) -> None:
         """Show the phase; log samples with their rewards."""
+        if self._live is not None and self._samples and rewards:
+            self._live.set_sample(*self._samples[0], rewards[0])
         self._phase("updating")
         if self.verbose and self.log_samples:
-            for (prompt, response), reward in zip(self._samples, rewards, strict=False):
+            for (prompt, response), reward in zip(self._samples[: self.max_samples_to_log], rewards, strict=False):
                 write_line(f"  {reward:+.3f}  {printable(prompt)} → {printable(response)}", sys.stderr)
 
     def on_iteration_end(self, result: FinetuningIterationResult) -> None:
         """Print the iteration's line and log its metrics."""
         self._tracker.on_iteration_end(result)
-        if self._progress is not None:
-            self._progress.update(self._task, completed=result.iteration)
+        if self._live is not None:
+            self._live.memory_bytes = peak_memory_bytes()
+            self._live.add(result, time.monotonic())
         if self.verbose and (result.iteration % self.log_interval == 0 or result.iteration == 1):
             _print(iteration_line(result))
 
@@ -123,32 +116,35 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         self._phase("saving")
 
     def on_train_end(self, result: FinetuningResult) -> None:
-        """Print the summary; end the progress bar, and the MLflow run if this callback started it."""
-        self._end_progress()
+        """Print the summary; end the live view, and the MLflow run if this callback started it."""
+        self._end_display()
         self._tracker.on_train_end(result)
         if self.verbose:
             _print(result.summary())
 
     def on_train_error(self, error: BaseException) -> None:
-        """End the progress bar, and the MLflow run if this callback started it."""
-        self._end_progress()
+        """End the live view, and the MLflow run if this callback started it."""
+        self._end_display()
         self._tracker.on_train_error(error)
 
     def should_stop_early(self, result: FinetuningIterationResult) -> bool:
         """True once KL has been above the threshold for `early_stop_patience` iterations in a row."""
+        if self._live is not None:
+            self._live.add(result)  # of an earlier process: a resume asks about each of its iterations
         threshold = self.early_stop_kl_threshold
         above = threshold is not None and result.kl_divergence > threshold
         self._iterations_above = self._iterations_above + 1 if above else 0
         return self._iterations_above >= self.early_stop_patience
 
     def _phase(self, name: str) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, description=name)
+        if self._live is not None and self._display is not None:
+            self._live.phase = name
+            self._display.show()
 
-    def _end_progress(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+    def _end_display(self) -> None:
+        if self._display is not None:
+            self._display.stop()
+            self._display = None
 
 
 def iteration_line(result: FinetuningIterationResult) -> str:
