@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from numbers import Number
-from typing import Any
+from typing import Any, TextIO
 
 from konic.text import printable, printable_lines
 
@@ -86,6 +86,28 @@ def tolerant_streams() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+@contextlib.contextmanager
+def reserved_output() -> Iterator[TextIO]:
+    """Yield standard output; within it, whatever else is printed, also by other processes, goes to standard error."""
+    reserved = sys.stdout
+    try:
+        reserved.flush()
+        copy = os.dup(1) if reserved.fileno() == 1 else None
+    except (OSError, ValueError, AttributeError):
+        copy = None  # an object stands in its place
+    with contextlib.redirect_stdout(sys.stderr):
+        if copy is None:
+            yield reserved
+            return
+        with open(copy, "w", encoding="utf-8") as stream:
+            with contextlib.suppress(OSError):  # standard error may be closed
+                os.dup2(2, 1)
+            try:
+                yield stream
+            finally:
+                os.dup2(copy, 1)
 
 
 def tolerate_broken_streams() -> None:

@@ -207,3 +207,33 @@ def test_a_scripts_own_konic_error_stays_itself(tmp_path):
     text = "from konic.finetuning import TrainingConfig\nTrainingConfig(batch_sise=4)"
     with pytest.raises(ConfigError, match="Did you mean 'batch_size'"):
         load_agent(script(tmp_path, text))
+
+
+def test_json_gives_one_object_per_event_and_nothing_else_on_standard_output(model_folders, tmp_path):
+    text = SCRIPT.format(name="build_agent", model=model_folders["llama"])
+    noise = "print('from a reward'); import os, warnings; os.system('echo from a shell'); warnings.warn('w')"
+    text = text.replace("return -len(response) / 80", f"{noise}; return None if prompt == 'a' else 1.0")
+    path = script(tmp_path, "print('from a script')\n" + text)
+    changes = ("--set", "training_config.kl_limit=null", "--set", "training_config.eval_every=null")
+    run = konic("train", path, "--json", "--max-iterations", 2, "--device", "cpu", "--output", tmp_path / "o", *changes)
+    assert run.returncode == 0, run.stderr
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    events = [json.loads(line, parse_constant=refuse) for line in run.stdout.splitlines()]
+    kinds = [event["event"] for event in events if event["event"] != "warning"]
+    assert kinds == ["begin", "iteration", "iteration", "checkpoint", "end"]
+    assert events[0]["settings"]["max_iterations"] == 2
+    metrics = [json.loads(line) for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
+    assert [event for event in events if event["event"] == "iteration"] == [{"event": "iteration"} | m for m in metrics]
+    assert events[-1]["model_path"] == str(tmp_path / "o" / "final") and "history" not in events[-1]
+    for words in ("from a script", "from a reward", "from a shell"):
+        assert words in run.stderr
+
+
+def test_json_of_an_error_is_an_event_too(model_folders, tmp_path):
+    text = SCRIPT.format(name="build_agent", model=model_folders["llama"]).replace("-len(response) / 80", "1 / 0")
+    run = konic_here("train", script(tmp_path, text), "--json", "--max-iterations", 1, "--output", tmp_path / "o")
+    last = json.loads(run.stdout.splitlines()[-1])
+    assert run.returncode == 1 and last["event"] == "error" and "brief" in last["message"]

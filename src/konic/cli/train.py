@@ -1,13 +1,14 @@
 """`konic train SCRIPT`: trains the agent that a script defines."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from konic.cli.paths import read_path
-from konic.output import write_line
+from konic.output import reserved_output, write_line
 
 
 def train(
@@ -40,6 +41,9 @@ def train(
         bool,
         typer.Option("--allow-changes", help="Resume although settings differ; the result is then a different run."),
     ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per event and nothing else on standard output.")
+    ] = False,
 ) -> None:
     """Train the agent that SCRIPT defines.
 
@@ -47,18 +51,21 @@ def train(
     """
     if resume and output is None:
         raise typer.BadParameter("give --output, the folder of the run to resume", param_hint="--resume")
-    write_line(f"Loading {script} ...", sys.stderr)
-    from konic.cli.scripts import load_agent
-    from konic.cli.settings import set_settings
-    from konic.finetuning import KonicFinetuningEngine
-    from konic.finetuning.run.session import INTERRUPTED
+    with reserved_output() if as_json else nullcontext() as events:
+        write_line(f"Loading {script} ...", sys.stderr)
+        from konic.cli.scripts import load_agent
+        from konic.cli.settings import set_settings
+        from konic.finetuning import KonicFinetuningCallback, KonicFinetuningEngine
+        from konic.finetuning.callbacks.json_lines import JsonLinesCallback
+        from konic.finetuning.run.session import INTERRUPTED
 
-    agent, changes = set_settings(load_agent(script), settings or [])
-    for line in changes:
-        write_line(line, sys.stderr)
-    engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=output, device=device)
-    result = engine.train(
-        max_iterations, save_every, resume, save_total_limit=save_total_limit, allow_changes=allow_changes
-    )
+        printer = JsonLinesCallback(events) if as_json else KonicFinetuningCallback()
+        agent, changes = set_settings(load_agent(script), settings or [])
+        for line in changes:
+            write_line(line, sys.stderr)
+        engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=output, device=device, callback=[printer])
+        result = engine.train(
+            max_iterations, save_every, resume, save_total_limit=save_total_limit, allow_changes=allow_changes
+        )
     if result.stopped_because == INTERRUPTED:
         raise typer.Exit(130)  # as a shell says that Ctrl-C ended a command
