@@ -38,7 +38,9 @@ INSIDE = {
     ],
     "learning": ["advantages", "losses", "schedule", "kl_controller", "estimators", "update", "learner"],
     "reward_models": ["texts", "classifier", "feedback", "saving", "training"],
-    "callbacks": ["hooks", "trackers", "live", "display", "console", "json_lines", "composite"],
+    "callbacks": [
+        "hooks", "trackers", "mlflow", "tensorboard", "trackio", "wandb", "live", "display", "console", "json_lines", "composite",
+    ],
     "konic_0_1": ["callback", "reward", "dataset", "environment", "module", "backends"],
     "run": [
         "environment", "card", "state", "checkpoint", "resume", "checks", "measures", "tables", "folder", "saving",

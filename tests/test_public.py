@@ -10,8 +10,8 @@ BaseKonicFinetuningAgent BaseKonicFinetuningCallback BaseKonicLLMRewardComposer 
 CompositeCallback ConfigError DatasetConfig DatasetError DatasetSource FinetuningIterationResult
 FinetuningResult GenerationConfig HuggingFaceRewardModel KonicError KonicFinetuningAgent KonicFinetuningCallback
 KonicFinetuningEngine KonicFinetuningMethodType KonicLLMRewardComposer LoraConfig
-MaxReducer MeanReducer ModelError OutputError RewardError
-TrainingConfig TrainingError WeightedSumReducer llm_reward
+MLflowCallback MaxReducer MeanReducer ModelError OutputError RewardError
+TensorBoardCallback TrackioCallback TrainingConfig TrainingError WandbCallback WeightedSumReducer llm_reward
 """.split()
 
 RESULT_FIELDS = """

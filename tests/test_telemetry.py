@@ -13,6 +13,7 @@ OFF = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "USE_HUB_KERNELS": "NO",
     "VLLM_NO_USAGE_STATS": "1",
+    "WANDB_ERROR_REPORTING": "false",
 }
 ON = {
     "HF_HUB_DISABLE_TELEMETRY": "0",
@@ -21,6 +22,7 @@ ON = {
     "RAY_USAGE_STATS_ENABLED": "1",
     "USE_HUB_KERNELS": "YES",
     "VLLM_NO_USAGE_STATS": "0",
+    "WANDB_ERROR_REPORTING": "true",
 }
 STAND_INS = """
 import os, sys, types

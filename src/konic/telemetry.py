@@ -15,6 +15,7 @@ _VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "USE_HUB_KERNELS": "NO",
     "VLLM_NO_USAGE_STATS": "1",
+    "WANDB_ERROR_REPORTING": "false",
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from konic.finetuning.callbacks.composite import Callbacks, CompositeCallback
 from konic.finetuning.callbacks.console import KonicFinetuningCallback, iteration_line
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
-from konic.finetuning.callbacks.trackers import MLflowTracker
+from konic.finetuning.callbacks.mlflow import MLflowCallback
 from konic.finetuning.errors import ConfigError
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
@@ -318,8 +318,8 @@ def test_a_callback_that_handles_iterations_replaces_the_printer(capsys, given):
 def test_a_tracker_or_a_silent_printer_changes_nothing_about_who_prints(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", ModuleType("mlflow"))
     for given, printers in (
-        (MLflowTracker(), 1),
-        (CompositeCallback([MLflowTracker()]), 1),
+        (MLflowCallback(), 1),
+        (CompositeCallback([MLflowCallback()]), 1),
         (KonicFinetuningCallback(verbose=False), 0),
         (CompositeCallback([KonicFinetuningCallback()]), 0),
     ):

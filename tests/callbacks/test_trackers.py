@@ -8,8 +8,16 @@ import types
 
 import pytest
 
-from konic.finetuning import KonicFinetuningAgent, KonicLLMRewardComposer, llm_reward
-from konic.finetuning.callbacks.trackers import MLflowTracker
+from konic.finetuning import (
+    ConfigError,
+    KonicFinetuningAgent,
+    KonicLLMRewardComposer,
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+    llm_reward,
+)
+from konic.finetuning.callbacks.mlflow import MLflowCallback
 
 
 class Brief(KonicLLMRewardComposer):
@@ -79,7 +87,7 @@ def result(iteration, **breakdown):
 
 def test_no_reward_name_costs_an_iteration_its_metrics(mlflow, caplog):
     names = ["acc@1", "acc#1", "a b", "é", "x" * 300, "x" * 301, "../up", "a//b", "/", ""]
-    tracker = MLflowTracker()
+    tracker = MLflowCallback()
     tracker.on_train_begin({"lr": 0.1})
     tracker.on_iteration_end(result(1, **{name: float(place) for place, name in enumerate(names)}))
     assert sorted(mlflow.metrics[1].values()) == sorted([1.0, *map(float, range(len(names)))])
@@ -94,7 +102,7 @@ def test_a_tracker_gets_no_secret(mlflow, caplog):
         dataset_config={"name": "a/b", "token": "plain7Token", "chat_template_kwargs": {"api_key": "plain8Key"}},
         model_kwargs={"token": "plain7Token", "revision": "https://me:plain9@host?sig=plain9"},
     )
-    tracker = MLflowTracker()
+    tracker = MLflowCallback()
     tracker.on_train_begin(agent.settings(uses_lora=True))
     assert mlflow.params and not re.search("plain[789]", str(mlflow.params))
     mlflow.log_metrics = lambda *_, **__: exec("raise ConnectionError('https://me:plain9@host?sig=plain9\\x1b[2J')")
@@ -103,7 +111,7 @@ def test_a_tracker_gets_no_secret(mlflow, caplog):
 
 
 def test_a_server_that_dies_costs_three_calls_and_two_lines(mlflow, caplog):
-    tracker = MLflowTracker()
+    tracker = MLflowCallback()
     tracker.on_train_begin({"lr": 0.1})
     tracker.on_iteration_end(result(1))
     mlflow.is_gone, before = True, mlflow.calls
@@ -115,7 +123,7 @@ def test_a_server_that_dies_costs_three_calls_and_two_lines(mlflow, caplog):
 
 
 def test_a_server_that_comes_back_gets_the_next_iterations(mlflow):
-    tracker = MLflowTracker()
+    tracker = MLflowCallback()
     tracker.on_train_begin({"lr": 0.1})
     for iteration in range(1, 9):
         mlflow.is_gone = iteration in (2, 3, 5, 6)
@@ -128,6 +136,15 @@ def test_mlflow_is_told_to_be_brief_unless_the_user_said_otherwise(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "99")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "")  # so that it is put back
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
-    MLflowTracker()
+    MLflowCallback()
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "99"
+
+
+@pytest.mark.parametrize("module", ["mlflow", "tensorboard", "trackio", "wandb"])
+def test_a_tracker_that_is_not_installed_is_an_error_that_names_the_extra(module, monkeypatch):
+    kinds = {"mlflow": MLflowCallback, "tensorboard": TensorBoardCallback, "trackio": TrackioCallback}
+    kind = kinds.get(module, WandbCallback)
+    monkeypatch.setitem(sys.modules, kind.module, None)
+    with pytest.raises(ConfigError, match=rf"{kind.__name__} needs .*konic\[{module}\]"):
+        kind()

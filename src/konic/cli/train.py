@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import nullcontext
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,15 @@ import typer
 
 from konic.cli.paths import read_path
 from konic.output import reserved_output, write_line
+
+
+class TrackerName(StrEnum):
+    """The experiment trackers."""
+
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+    MLFLOW = "mlflow"
+    TRACKIO = "trackio"
 
 
 def train(
@@ -44,6 +54,9 @@ def train(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per event and nothing else on standard output.")
     ] = False,
+    track: Annotated[
+        list[TrackerName] | None, typer.Option(help="Also log to this experiment tracker. Repeatable.")
+    ] = None,
 ) -> None:
     """Train the agent that SCRIPT defines.
 
@@ -55,15 +68,26 @@ def train(
         write_line(f"Loading {script} ...", sys.stderr)
         from konic.cli.scripts import load_agent
         from konic.cli.settings import set_settings
-        from konic.finetuning import KonicFinetuningCallback, KonicFinetuningEngine
+        from konic.finetuning import (
+            KonicFinetuningCallback,
+            KonicFinetuningEngine,
+            MLflowCallback,
+            TensorBoardCallback,
+            TrackioCallback,
+            WandbCallback,
+        )
         from konic.finetuning.callbacks.json_lines import JsonLinesCallback
         from konic.finetuning.run.session import INTERRUPTED
 
         printer = JsonLinesCallback(events) if as_json else KonicFinetuningCallback()
+        kinds = (TensorBoardCallback, WandbCallback, MLflowCallback, TrackioCallback)
+        trackers = [dict(zip(TrackerName, kinds, strict=True))[name]() for name in dict.fromkeys(track or [])]
         agent, changes = set_settings(load_agent(script), settings or [])
         for line in changes:
             write_line(line, sys.stderr)
-        engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=output, device=device, callback=[printer])
+        engine = KonicFinetuningEngine.from_agent(
+            agent, checkpoint_dir=output, device=device, callback=[printer, *trackers]
+        )
         result = engine.train(
             max_iterations, save_every, resume, save_total_limit=save_total_limit, allow_changes=allow_changes
         )

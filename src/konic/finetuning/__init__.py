@@ -15,6 +15,10 @@ from konic.finetuning.algorithms import KonicFinetuningMethodType
 from konic.finetuning.callbacks.composite import CompositeCallback
 from konic.finetuning.callbacks.console import KonicFinetuningCallback
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
+from konic.finetuning.callbacks.mlflow import MLflowCallback
+from konic.finetuning.callbacks.tensorboard import TensorBoardCallback
+from konic.finetuning.callbacks.trackio import TrackioCallback
+from konic.finetuning.callbacks.wandb import WandbCallback
 from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
 from konic.finetuning.data.config import DatasetConfig, DatasetSource
 from konic.finetuning.errors import (
@@ -62,13 +66,17 @@ __all__ = [
     "KonicFinetuningMethodType",
     "KonicLLMRewardComposer",
     "LoraConfig",
+    "MLflowCallback",
     "MaxReducer",
     "MeanReducer",
     "ModelError",
     "OutputError",
     "RewardError",
+    "TensorBoardCallback",
+    "TrackioCallback",
     "TrainingConfig",
     "TrainingError",
+    "WandbCallback",
     "WeightedSumReducer",
     "llm_reward",
 ]

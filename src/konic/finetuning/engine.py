@@ -246,7 +246,8 @@ class KonicFinetuningEngine:
             with session.opened(max_iterations, resume_from_checkpoint, allow_changes) as last_iteration:
                 saver = session.saver(callbacks, last_iteration, save_every, save_total_limit)
                 with callbacks.reporting_errors():
-                    callbacks.on_train_begin(session.settings(last_iteration) | {"backend": self.backend_name})
+                    more = {"backend": self.backend_name, "run_folder": str(session.folder.path)}
+                    callbacks.on_train_begin(session.settings(last_iteration) | more)
                     for result in session.state.history if resume_from_checkpoint else ():
                         callbacks.should_stop_early(result)
                     try:

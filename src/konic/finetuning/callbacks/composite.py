@@ -8,7 +8,7 @@ from typing import Any
 
 from konic.finetuning.callbacks.console import KonicFinetuningCallback
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
-from konic.finetuning.callbacks.trackers import MLflowTracker
+from konic.finetuning.callbacks.trackers import Tracker
 from konic.finetuning.errors import ConfigError, did_you_mean
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
@@ -162,4 +162,4 @@ def _reports_iterations(callback: BaseKonicFinetuningCallback) -> bool:
     if isinstance(callback, CompositeCallback):
         return callback.reports_iterations
     is_own = getattr(callback.on_iteration_end, "__func__", None) is not BaseKonicFinetuningCallback.on_iteration_end
-    return is_own and not isinstance(callback, MLflowTracker)
+    return is_own and not isinstance(callback, Tracker)

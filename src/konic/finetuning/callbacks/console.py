@@ -7,7 +7,7 @@ from typing import Any
 from konic.finetuning.callbacks.display import Display, open_display, peak_memory_bytes
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
 from konic.finetuning.callbacks.live import LiveState
-from konic.finetuning.callbacks.trackers import MLflowTracker
+from konic.finetuning.callbacks.mlflow import MLflowCallback
 from konic.finetuning.errors import ConfigError
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
@@ -57,7 +57,7 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         self.early_stop_patience = early_stop_patience
         self.verbose = verbose
         self.use_mlflow = use_mlflow
-        self._tracker = MLflowTracker() if use_mlflow else BaseKonicFinetuningCallback()
+        self._tracker = MLflowCallback() if use_mlflow else BaseKonicFinetuningCallback()
         self._iterations_above = 0
         self._live: LiveState | None = None
         self._display: Display | None = None
@@ -82,6 +82,7 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         """Show the phase: an iteration that evaluates does so first."""
         if self._live is not None:
             self._live.begin_iteration(time.monotonic())
+        self._tracker.on_iteration_begin(iteration)
         self._phase("evaluating")
 
     def on_generation_begin(self, prompts: list[str]) -> None:
@@ -92,11 +93,13 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         """Show the phase; keep samples to log."""
         self._phase("rewarding")
         self._samples = list(zip(prompts, responses, strict=True))
+        self._tracker.on_generation_end(prompts, responses)
 
     def on_reward_computed(self, rewards: list[float], reward_breakdown: dict[str, list[float]]) -> None:
         """Show the phase; log samples with their rewards."""
         if self._live is not None and self._samples and rewards:
             self._live.set_sample(*self._samples[0], rewards[0])
+        self._tracker.on_reward_computed(rewards, reward_breakdown)
         self._phase("updating")
         if self.verbose and self.log_samples:
             for (prompt, response), reward in zip(self._samples[: self.max_samples_to_log], rewards, strict=False):

@@ -50,6 +50,7 @@ _RUN_FILE = "run.json"
 _LOCK_FILE = ".lock"
 _WRITTEN = (
     _METRICS_FILE, _RUN_FILE, "completions", "evaluations", "checkpoint-*", "broken-checkpoint-*", "best", "final",
+    "trackers",
 )  # fmt: skip
 """What a run writes into its folder."""
 _UNFINISHED = (

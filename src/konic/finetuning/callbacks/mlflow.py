@@ -1,0 +1,45 @@
+"""A run -> MLflow: params, metrics, and tables of samples as artifacts."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from konic.finetuning.callbacks.trackers import Tracker
+
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+"""MLflow's own settings, where the user has not set them: by default it retries a single call for two minutes."""
+
+
+class MLflowCallback(Tracker):
+    """Logs to the active MLflow run, or to a new one that ends with the training and that a resume continues."""
+
+    label, extra, module = "MLflow", "mlflow", "mlflow"
+
+    def __init__(self, samples_every: int = 10, max_samples: int = 4) -> None:
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
+        super().__init__(samples_every, max_samples)
+        self._owns_run = False
+
+    def _start(self, settings: dict[str, Any], run_id: str | None, folder: Path | None) -> str | None:
+        if not self._owns_run and self._package.active_run() is None:
+            self._package.start_run(**({"run_id": run_id} if run_id else {}))
+            self._owns_run = True
+        run = self._package.active_run()
+        known = self._package.get_run(run.info.run_id).data.params  # it refuses another value for the same name
+        self._package.log_params({name: value for name, value in settings.items() if name not in known})
+        return str(run.info.run_id) if self._owns_run else None
+
+    def _log(self, values: dict[str, float], samples: list[dict[str, Any]], step: int) -> None:
+        self._package.log_metrics(values, step=step)
+        if samples:
+            table = {name: [sample[name] for sample in samples] for name in samples[0]}
+            self._package.log_table(table, artifact_file=f"samples/{step:06d}.json")
+
+    def _finish(self, has_failed: bool) -> None:
+        if self._owns_run:
+            self._owns_run = False
+            self._package.end_run("FAILED" if has_failed else "FINISHED")
