@@ -39,7 +39,8 @@ INSIDE = {
     "learning": ["advantages", "losses", "schedule", "kl_controller", "estimators", "update", "learner"],
     "reward_models": ["texts", "classifier", "feedback", "saving", "training"],
     "callbacks": [
-        "hooks", "trackers", "mlflow", "tensorboard", "trackio", "wandb", "live", "display", "console", "json_lines", "composite",
+        "hooks", "trackers", "mlflow", "tensorboard", "trackio", "wandb", "live", "display", "console",
+        "json_lines", "composite",
     ],
     "konic_0_1": ["callback", "reward", "dataset", "environment", "module", "backends"],
     "run": [

@@ -28,10 +28,9 @@ class TrackioCallback(Tracker):
 
     def _start(self, settings: dict[str, Any], run_id: str | None, folder: Path | None) -> str | None:
         name = run_id or self._name or f"konic-{secrets.token_hex(4)}"
+        resume = "allow" if run_id else "never"
         off = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
-        self._run = self._package.init(
-            self._project, name, config=settings, resume="allow" if run_id else "never", **off
-        )
+        self._run = self._package.init(self._project, name, config=settings, resume=resume, **off)
         return name
 
     def _log(self, values: dict[str, float], samples: list[dict[str, Any]], step: int) -> None:
