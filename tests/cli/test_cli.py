@@ -51,11 +51,11 @@ def test_settings_are_changed_from_the_command_line_and_what_follows_is_printed(
     assert run.returncode == 0, run.stderr
     assert "Batch Size: 4\n" in run.stdout
     lines = run.stderr.splitlines()
-    assert "training_config.algorithm = 'dapo' (the script: 'ppo')" in lines
-    assert "training_config.kl_penalty_weight = 0.0 (the script: 0.05)" in lines  # DAPO's own
-    assert "training_config.filter_equal_groups = True (the script: False)" in lines
-    assert "generation_config.stop = ('x',) (the script: None)" in lines
-    assert sum("(the script:" in line for line in lines) == 6
+    assert "training_config.algorithm = 'dapo' (the file: 'ppo')" in lines
+    assert "training_config.kl_penalty_weight = 0.0 (the file: 0.05)" in lines  # DAPO's own
+    assert "training_config.filter_equal_groups = True (the file: False)" in lines
+    assert "generation_config.stop = ('x',) (the file: None)" in lines
+    assert sum("(the file:" in line for line in lines) == 6
     settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
     assert (settings["algorithm"], settings["generation_config"]["stop"]) == ("dapo", ["x"])
 
@@ -66,10 +66,13 @@ def test_settings_are_changed_from_the_command_line_and_what_follows_is_printed(
         ("algorithm=dapo", "--set 'algorithm=dapo': give config.field=value"),
         ("training_config.algorithm", "give config.field=value"),
         ("training.algorithm=dapo", "no 'training'. Did you mean 'training_config'?"),
-        ("training_config.algoritm=dapo", "TrainingConfig has no field 'algoritm'. Did you mean 'algorithm'?"),
-        ("training_config.algorithm=dappo", "TrainingConfig.algorithm"),
-        ("training_config.batch_size=many", "TrainingConfig.batch_size"),
-        ("training_config.eval_every=2", "eval_every=2) needs prompts to evaluate on"),
+        ("training_config.algoritm=dapo", "--set training_config has no field 'algoritm'. Did you mean 'algorithm'?"),
+        ("training_config.algorithm=dappo", "--set training_config.algorithm: it must be"),
+        ("training_config.batch_size=many", "--set training_config.batch_size: it must be a whole number"),
+        (
+            "training_config.eval_every=2",
+            "--set training_config.eval_every=2 needs prompts to evaluate on",
+        ),
         ("lora_config.target_modules=nowhere", "nowhere"),
     ],
 )
@@ -88,8 +91,8 @@ def test_an_access_token_is_not_printed(tmp_path):
     load.write_text(text.replace('prompts=["a", "b", "c"]', 'name="some/data"'))
     agent = load_agent(load)
     changed, lines = set_settings(agent, ["dataset_config.token=SECRET"])
-    assert lines == ["dataset_config.token = *** (the script: None)"]
-    assert set_settings(changed, ["dataset_config.token=OTHER"])[1] == ["dataset_config.token = *** (the script: ***)"]
+    assert lines == ["dataset_config.token = *** (the file: None)"]
+    assert set_settings(changed, ["dataset_config.token=OTHER"])[1] == ["dataset_config.token = *** (the file: ***)"]
     with pytest.raises(ConfigError, match="--set 'token=\\*\\*\\*'"):
         set_settings(agent, ["token=SECRET"])
 

@@ -19,3 +19,8 @@ def read_name(value: str) -> str:
 def read_path(value: str) -> Path:
     """Return the path given, which may not be empty."""
     return Path(read_name(value))
+
+
+def is_yaml(file: Path) -> bool:
+    """Return True for a file whose name ends as those of YAML do."""
+    return file.suffix.lower() in (".yaml", ".yml")

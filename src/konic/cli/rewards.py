@@ -1,4 +1,4 @@
-"""`konic rewards SCRIPT`: tries a script's rewards on responses, without training."""
+"""`konic rewards SCRIPT_OR_YAML`: tries a job's rewards on responses, without training."""
 
 import math
 import sys
@@ -21,7 +21,9 @@ def rewards(
     script: Annotated[
         Path,
         typer.Argument(
-            help="A Python file with an `agent`, a `build_agent()` or a composer.", parser=read_path, metavar="script"
+            help="A Python file with an `agent`, a `build_agent()` or a composer, or a YAML file.",
+            parser=read_path,
+            metavar="SCRIPT_OR_YAML",
         ),
     ],
     texts: Annotated[
@@ -35,24 +37,24 @@ def rewards(
     samples: Annotated[int, typer.Option(help="Without --texts: number of responses to sample.", min=1)] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """Try the rewards that SCRIPT defines, on given texts or on new samples of its base model.
+    """Try the rewards that SCRIPT_OR_YAML defines, on given texts or on new samples of its base model.
 
     Shows what each reward does, what moves the total, and what could go wrong, before you spend time on training.
-    With --texts, SCRIPT needs only a composer. Without it, SCRIPT needs an agent, which names the base model.
+    With --texts, a script needs only a composer. Without it, a script needs an agent, which names the base model.
 
     Examples: konic rewards my_rewards.py
               konic rewards my_rewards.py --texts responses.jsonl
     """
     write_line(f"Loading {script} ...", sys.stderr)
-    from konic.cli.scripts import load_agent, load_composer_and_dataset
+    from konic.cli.jobs import load_job, load_rewards
     from konic.finetuning.rewards.responses import read_responses
     from konic.finetuning.rewards.trial import try_rewards
 
     if texts is not None:
-        composer, dataset = load_composer_and_dataset(script)
+        composer, dataset = load_rewards(script)
         tried = read_responses(texts, dataset.prompt_column, dataset.prompt_template, dataset.system_prompt)
     else:
-        agent = load_agent(script)
+        agent = load_job(script).agent
         write_line(f"Sampling {samples} responses from {agent.get_base_model()} ...", sys.stderr)
         composer, tried = agent.get_reward_composer(), sample_responses(agent, samples, device)
     show(try_rewards(composer, tried))

@@ -22,7 +22,7 @@ def load_agent(script: Path) -> KonicFinetuningAgent:
     """
     if not script.is_file():
         raise ConfigError(f"{script}: there is no such file.")
-    return _find_agent(script, _import(script))
+    return _find_agent(script, import_script(script))
 
 
 def _find_agent(script: Path, module: Any) -> KonicFinetuningAgent:
@@ -36,7 +36,7 @@ def _find_agent(script: Path, module: Any) -> KonicFinetuningAgent:
             )
             hint = f" It defines {near[0]!r}: rename it." if near else ""
             raise ConfigError(f"{script}: defines neither a module-level `agent` nor a function `build_agent()`.{hint}")
-        agent = _call(script, build)
+        agent = run_user_code(script, build)
     if not hasattr(agent, "get_base_model"):
         raise ConfigError(f"{script}: its agent is a {type(agent).__name__}, not a KonicFinetuningAgent.")
     return agent if isinstance(agent, KonicFinetuningAgent) else read_agent(agent)
@@ -51,7 +51,7 @@ def load_composer_and_dataset(script: Path) -> tuple[KonicLLMRewardComposer, Dat
     """Load a script's composer, and the dataset config of its agent, which says what a prompt is."""
     if not script.is_file():
         raise ConfigError(f"{script}: there is no such file.")
-    module = _import(script)
+    module = import_script(script)
     if get_registered_agent()[0] or hasattr(module, "agent") or hasattr(module, "build_agent"):
         agent = _find_agent(script, module)
         return agent.get_reward_composer(), agent.get_dataset_config()
@@ -59,7 +59,7 @@ def load_composer_and_dataset(script: Path) -> tuple[KonicLLMRewardComposer, Dat
     found = [value for value in own if isinstance(value, KonicLLMRewardComposer)]
     kinds = [kind for kind in own if isinstance(kind, type) and kind.__module__ == module.__name__]
     if not found:
-        found = [_call(script, kind) for kind in kinds if issubclass(kind, KonicLLMRewardComposer)]
+        found = [run_user_code(script, kind) for kind in kinds if issubclass(kind, KonicLLMRewardComposer)]
     if len(found) != 1:
         raise ConfigError(
             f"{script}: defines {len(found) or 'no'} composers and no agent. Define one composer, or an `agent` that "
@@ -69,11 +69,12 @@ def load_composer_and_dataset(script: Path) -> tuple[KonicLLMRewardComposer, Dat
     return found[0], DatasetConfig()
 
 
-def _import(script: Path) -> Any:
+def import_script(script: Path) -> Any:
+    """Import a script, and return it as a module."""
     package = _package_of(script)
     if package:
         sys.path.insert(0, str(script.absolute().parents[len(package)]))
-        return _call(script, importlib.import_module, ".".join([*package, script.stem]))
+        return run_user_code(script, importlib.import_module, ".".join([*package, script.stem]))
     name = (
         script.stem if script.stem.isidentifier() and script.stem not in sys.modules else f"konic_script_{script.stem}"
     )
@@ -84,7 +85,7 @@ def _import(script: Path) -> Any:
     sys.modules[name] = module
     forget_registered_agent()
     sys.path.insert(0, str(script.absolute().parent))
-    _call(script, spec.loader.exec_module, module)
+    run_user_code(script, spec.loader.exec_module, module)
     return module
 
 
@@ -98,7 +99,7 @@ def _package_of(script: Path) -> list[str]:
     return names if script.stem.isidentifier() else []
 
 
-def _call(script: Path, function: Any, *values: Any) -> Any:
+def run_user_code(script: Path, function: Any, *values: Any) -> Any:
     """Call the user's code; an error becomes a ConfigError that shows the user's part of the traceback."""
     try:
         with raising_on_signals():

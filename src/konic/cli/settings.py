@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from konic.cli.wording import as_of_set
 from konic.finetuning import ConfigError, KonicFinetuningAgent
 
 _WORDS = {"None": None, "True": True, "False": False}
@@ -27,7 +28,11 @@ def set_settings(agent: KonicFinetuningAgent, assignments: Sequence[str]) -> tup
             shown = f"{target}=***" if equals and "token" in target else assignment
             raise ConfigError(f"--set {shown!r}: give config.field=value, such as training_config.algorithm=dapo.")
         changes.setdefault(config, {})[field] = _parse(value.strip())
-    changed = agent.with_settings(changes)
+    try:
+        changed = agent.with_settings(changes)
+    except ConfigError as error:
+        fields = [f"{config}.{field}" for config, given in changes.items() for field in given]
+        raise ConfigError(*(as_of_set(line, fields) for line in error.args)) from None
     return changed, [line for config in changes for line in _differences(config, agent, changed)]
 
 
@@ -41,7 +46,7 @@ def _parse(value: str) -> Any:
 def _differences(config: str, before: KonicFinetuningAgent, after: KonicFinetuningAgent) -> list[str]:
     old, new = getattr(before, f"get_{config}")(), getattr(after, f"get_{config}")()
     return [
-        f"{config}.{name} = {_show(name, getattr(new, name))} (the script: {_show(name, getattr(old, name, None))})"
+        f"{config}.{name} = {_show(name, getattr(new, name))} (the file: {_show(name, getattr(old, name, None))})"
         for name in type(new).model_fields
         if getattr(old, name, None) != getattr(new, name)
     ]

@@ -1,4 +1,4 @@
-"""`konic train SCRIPT`: trains the agent that a script defines."""
+"""`konic train SCRIPT_OR_YAML`: trains the agent that a script or a YAML file defines."""
 
 import sys
 from contextlib import nullcontext
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from konic.cli.paths import read_path
+from konic.cli.paths import is_yaml, read_path
 from konic.output import reserved_output, write_line
 
 
@@ -25,18 +25,28 @@ def train(
     script: Annotated[
         Path,
         typer.Argument(
-            help="A Python file with a module-level `agent` or a `build_agent()`.", parser=read_path, metavar="script"
+            help="A Python file with an `agent` or a `build_agent()`, or a YAML file.",
+            parser=read_path,
+            metavar="SCRIPT_OR_YAML",
         ),
     ],
-    max_iterations: Annotated[int, typer.Option(help="Number of iterations.", min=0)] = 100,
+    max_iterations: Annotated[
+        int | None, typer.Option(help="Number of iterations. Default: the YAML file's, or 100.", min=0)
+    ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A setting other than the script's: training_config.algorithm=dapo. Repeatable."),
+        typer.Option("--set", help="A setting other than the file's: training_config.algorithm=dapo. Repeatable."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... Default: the YAML file's, or auto.")
+    ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="The run's folder. Default: a new one under runs/.", parser=read_path, metavar="<path>"),
+        typer.Option(
+            help="The run's folder. Default: the YAML file's, or a new one under runs/.",
+            parser=read_path,
+            metavar="<path>",
+        ),
     ] = None,
     save_every: Annotated[
         int | None, typer.Option(help="Iterations between checkpoints. Default: a checkpoint every ten minutes.", min=0)
@@ -58,15 +68,15 @@ def train(
         list[TrackerName] | None, typer.Option(help="Also log to this experiment tracker. Repeatable.")
     ] = None,
 ) -> None:
-    """Train the agent that SCRIPT defines.
+    """Train the agent that SCRIPT_OR_YAML defines.
 
     Example: konic train my_rewards.py --max-iterations 50 --output runs/kind --save-every 10
     """
-    if resume and output is None:
+    if resume and output is None and not is_yaml(script):
         raise typer.BadParameter("give --output, the folder of the run to resume", param_hint="--resume")
     with reserved_output() if as_json else nullcontext() as events:
         write_line(f"Loading {script} ...", sys.stderr)
-        from konic.cli.scripts import load_agent
+        from konic.cli.jobs import load_job
         from konic.cli.settings import set_settings
         from konic.finetuning import (
             KonicFinetuningCallback,
@@ -82,14 +92,31 @@ def train(
         printer = JsonLinesCallback(events) if as_json else KonicFinetuningCallback()
         kinds = (TensorBoardCallback, WandbCallback, MLflowCallback, TrackioCallback)
         trackers = [dict(zip(TrackerName, kinds, strict=True))[name]() for name in dict.fromkeys(track or [])]
-        agent, changes = set_settings(load_agent(script), settings or [])
+        job = load_job(script)
+        if resume and output is None and job.options.output is None:
+            raise typer.BadParameter("give --output, the folder of the run to resume", param_hint="--resume")
+        agent, changes = set_settings(job.agent, settings or [])
         for line in changes:
             write_line(line, sys.stderr)
+        given = {
+            "max_iterations": max_iterations,
+            "output": output and str(output),
+            "device": device,
+            "save_every": save_every,
+        }
+        given["save_total_limit"] = save_total_limit
+        options = job.options.with_fields({name: value for name, value in given.items() if value is not None})
+        callbacks = [printer, *trackers]
         engine = KonicFinetuningEngine.from_agent(
-            agent, checkpoint_dir=output, device=device, callback=[printer, *trackers]
+            agent, checkpoint_dir=options.output, device=options.device, callback=callbacks
         )
+        engine.job_file = script
         result = engine.train(
-            max_iterations, save_every, resume, save_total_limit=save_total_limit, allow_changes=allow_changes
+            100 if options.max_iterations is None else options.max_iterations,
+            options.save_every,
+            resume,
+            save_total_limit=options.save_total_limit,
+            allow_changes=allow_changes,
         )
     if result.stopped_because == INTERRUPTED:
         raise typer.Exit(130)  # as a shell says that Ctrl-C ended a command

@@ -5,6 +5,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ParamSpec, Self, TypeVar
 
 from konic.finetuning.agent import KonicFinetuningAgent, read_agent, with_own_configs
@@ -117,6 +118,8 @@ class KonicFinetuningEngine:
     lora_config = _of_agent("lora_config")
     training_config = _of_agent("training_config")
     generation_config = _of_agent("generation_config")
+    job_file: Path | None = None
+    """The script or YAML file that the agent is from, for `run.json`; set by `konic train`."""
 
     def __init__(
         self,
@@ -312,6 +315,7 @@ class KonicFinetuningEngine:
     def _current_session(self) -> Session:
         """The session, with the attributes of the engine as they are set now."""
         self._session.device, self._session.checkpoint_dir = self.device, self.checkpoint_dir
+        self._session.job_file = self.job_file
         return self._session
 
     def _make_prompts(self, prompts: Sequence[Any], where: str) -> list[Prompt]:

@@ -183,11 +183,14 @@ class RunFolder:
                 path.unlink(missing_ok=True)  # a process that has it open sees that it is gone and makes another
             lock.release()
 
-    def write_run(self, settings: dict[str, Any], environment: dict[str, Any], composer: Any) -> None:
-        """Write `run.json`: settings, command, versions, machine, and the file of the rewards' source with its hash."""
+    def write_run(
+        self, settings: dict[str, Any], environment: dict[str, Any], composer: Any, job_file: Path | None
+    ) -> None:
+        """Write `run.json`: settings, command, versions, machine, and the files of the job and of its rewards."""
         record = {
             "command": redact(shlex.join(sys.argv)),
             "settings": settings,
+            "job": None if job_file is None else _file_and_hash(job_file),
             "rewards": _source_of(type(composer)),
             "environment": environment,
             "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
@@ -316,10 +319,10 @@ def _source_of(kind: type) -> dict[str, str | None]:
         path = inspect.getsourcefile(kind)
     except (TypeError, OSError):  # a class of a notebook or an interactive session
         path = None
-    readable = path is not None and Path(path).is_file()
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and readable else None
-    return {
-        "class": kind.__qualname__,
-        "file": str(Path(path).absolute()) if path and readable else None,
-        "sha256": digest,
-    }
+    return {"class": kind.__qualname__, **_file_and_hash(Path(path) if path else None)}
+
+
+def _file_and_hash(path: Path | None) -> dict[str, str | None]:
+    if path is None or not path.is_file():
+        return {"file": None, "sha256": None}
+    return {"file": str(path.absolute()), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

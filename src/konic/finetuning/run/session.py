@@ -50,6 +50,7 @@ class Session:
         """False where an error left the weights between two iterations."""
         self.device = "auto"
         self.checkpoint_dir: str | os.PathLike[str] | None = None
+        self.job_file: Path | None = None
         self._learner: Learner | None = None
         self._prompts: PromptSet | None = None
         self._prompts_sha256: str | None = None
@@ -214,7 +215,7 @@ class Session:
                     self.state.iteration, last,
                 )  # fmt: skip
             device, composer = self.learner.policy.device, self.agent.get_reward_composer()
-            folder.write_run(self.settings(last), environment(device), composer)
+            folder.write_run(self.settings(last), environment(device), composer, self.job_file)
             yield last
 
     def saver(
