@@ -67,6 +67,7 @@ def run_commands(folder, model):
         ["--version"],
         ["train", job, "--max-iterations", 1, "--save-every", 1, *run],
         ["train", job, "--max-iterations", 2, "--resume", *run],
+        ["init", folder / "started"],
         ["report", folder / "run"],
         ["inspect", folder / "run", "--best"],
         ["generate", folder / "run", "ab", "--device", "cpu"],

@@ -8,6 +8,7 @@ import typer
 from konic import __version__
 from konic.cli.demo import demo
 from konic.cli.generate import generate
+from konic.cli.init import init
 from konic.cli.inspect import inspect
 from konic.cli.report import report
 from konic.cli.reward_model import reward_model
@@ -24,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(demo)
+app.command()(init)
 app.command()(train)
 app.command()(report)
 app.command()(inspect)
