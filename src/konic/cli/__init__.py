@@ -20,18 +20,17 @@ app = typer.Typer(
     name="konic",
     help="Finetune language models by reinforcement learning with your own Python rewards.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(demo)
-app.command()(init)
-app.command()(train)
-app.command()(report)
-app.command()(inspect)
-app.command()(generate)
-app.command()(rewards)
-app.add_typer(reward_model, name="reward-model")
+for panel, commands in {
+    "Start": (demo, init),
+    "Train": (rewards, train),
+    "See what came of it": (report, inspect, generate),
+}.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+app.add_typer(reward_model, name="reward-model", rich_help_panel="Train")
 
 
 @app.callback(invoke_without_command=True)
@@ -42,7 +41,7 @@ def _options(version: bool = typer.Option(False, "--version", help="Print the ve
 
 
 def main() -> None:
-    """Run the command line. A user's mistake prints one message and exits with code 1, without a traceback.
+    """Run the command line; docs/commands.md has its exit codes. A user's mistake is one message without a traceback.
 
     Another error, a fault of konic, prints its traceback, without secrets.
     """
@@ -52,10 +51,12 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        from konic.cli.wording import with_options
         from konic.finetuning.errors import KonicError
 
         is_mistake = isinstance(error, KonicError)
-        write_line(f"Error: {error}" if is_mistake else traceback.format_exc().rstrip(), sys.stderr, RED)
+        shown = f"Error: {with_options(str(error))}" if is_mistake else traceback.format_exc().rstrip()
+        write_line(shown, sys.stderr, RED)
         sys.exit(1)
     finally:
         end_streams()

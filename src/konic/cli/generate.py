@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from konic.cli.completion import complete_run, complete_weights
 from konic.cli.paths import read_name, read_path
 from konic.output import write_line
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.", parser=read_path, metavar="RUN")],
+    run: Annotated[
+        Path, typer.Argument(help="The folder of a run.", parser=read_path, metavar="RUN", autocompletion=complete_run)
+    ],
     prompts: Annotated[list[str], typer.Argument(help="Prompts.", metavar="PROMPT...")],
     weights: Annotated[
         str | None,
@@ -20,6 +23,7 @@ def generate(
             help="A folder in RUN: final, best, checkpoint-20. Default: the last one.",
             parser=read_name,
             metavar="<str>",
+            autocompletion=complete_weights,
         ),
     ] = None,
     base: Annotated[bool, typer.Option(help="Also the responses of the model before training.")] = True,

@@ -6,13 +6,20 @@ from typing import Annotated
 
 import typer
 
+from konic.cli.completion import complete_run
 from konic.cli.paths import read_path
 from konic.output import write_line
 
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(help="Folders of runs, finished or going on.", parser=read_path, metavar="RUN...")
+        list[Path],
+        typer.Argument(
+            help="Folders of runs, finished or going on.",
+            parser=read_path,
+            metavar="RUN...",
+            autocompletion=complete_run,
+        ),
     ],
     output: Annotated[
         Path | None,

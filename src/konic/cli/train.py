@@ -20,6 +20,8 @@ class TrackerName(StrEnum):
     MLFLOW = "mlflow"
     TRACKIO = "trackio"
 
+_FOLDER = "The run's folder"
+
 
 def train(
     script: Annotated[
@@ -46,20 +48,34 @@ def train(
             help="The run's folder. Default: the YAML file's, or a new one under runs/.",
             parser=read_path,
             metavar="<path>",
+            rich_help_panel=_FOLDER,
         ),
     ] = None,
     save_every: Annotated[
-        int | None, typer.Option(help="Iterations between checkpoints. Default: a checkpoint every ten minutes.", min=0)
+        int | None,
+        typer.Option(
+            help="Iterations between checkpoints. Default: a checkpoint every ten minutes.",
+            min=0,
+            rich_help_panel=_FOLDER,
+        ),
     ] = None,
     save_total_limit: Annotated[
-        int | None, typer.Option(help="Number of newest checkpoints to keep. Default: all.", min=1)
+        int | None,
+        typer.Option(help="Number of newest checkpoints to keep. Default: all.", min=1, rich_help_panel=_FOLDER),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume from the newest complete checkpoint in --output.")
+        bool,
+        typer.Option(
+            "--resume", help="Resume from the newest complete checkpoint in --output.", rich_help_panel=_FOLDER
+        ),
     ] = False,
     allow_changes: Annotated[
         bool,
-        typer.Option("--allow-changes", help="Resume although settings differ; the result is then a different run."),
+        typer.Option(
+            "--allow-changes",
+            help="Resume although settings differ; the result is then a different run.",
+            rich_help_panel=_FOLDER,
+        ),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per event and nothing else on standard output.")
