@@ -68,6 +68,7 @@ def run_commands(folder, model):
         ["train", job, "--max-iterations", 1, "--save-every", 1, *run],
         ["train", job, "--max-iterations", 2, "--resume", *run],
         ["init", folder / "started"],
+        ["doctor", job, "--device", "cpu"],
         ["report", folder / "run"],
         ["inspect", folder / "run", "--best"],
         ["generate", folder / "run", "ab", "--device", "cpu"],

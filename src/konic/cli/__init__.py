@@ -7,6 +7,7 @@ import typer
 
 from konic import __version__
 from konic.cli.demo import demo
+from konic.cli.doctor import doctor
 from konic.cli.generate import generate
 from konic.cli.init import init
 from konic.cli.inspect import inspect
@@ -24,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for panel, commands in {
-    "Start": (demo, init),
+    "Start": (demo, init, doctor),
     "Train": (rewards, train),
     "See what came of it": (report, inspect, generate),
 }.items():

@@ -1,0 +1,84 @@
+"""`konic doctor`: each finding has a status and, where it is not well, what to do. Times are not tested."""
+
+import json
+import os
+
+import pytest
+
+from command import konic_here, script
+
+SCRIPT = """
+import random
+from konic.finetuning import *
+
+class Rewards(KonicLLMRewardComposer):
+    @llm_reward
+    def brief(self, prompt, response):
+        return {value}
+
+agent = KonicFinetuningAgent(
+    base_model={model!r}, reward_composer=Rewards(), lora_config=LoraConfig(r=2),
+    dataset_config=DatasetConfig(prompts=["a", "b", {prompt!r}, "d"], held_out={held_out}),
+    training_config=TrainingConfig(batch_size=4, algorithm={algorithm!r}),
+    generation_config=GenerationConfig(max_new_tokens=4, max_prompt_length=8),
+)
+"""
+WELL = {"value": "-len(response) / 80", "prompt": "c", "held_out": 0, "algorithm": "ppo"}
+
+
+def examine(tmp_path, model, *options, **changes):
+    job = script(tmp_path, SCRIPT.format(model=model, **WELL | changes))
+    run = konic_here("doctor", job, "--device", "cpu", "--json", *options)
+    assert "Traceback" not in run.stderr
+    return run, {finding["name"]: finding for finding in json.loads(run.stdout)}
+
+
+def test_the_machine_is_examined_without_a_job():
+    run = konic_here("doctor")
+    assert run.returncode == 0, run.stdout
+    for name in ("Python", "packages", "device", "threads", "memory", "disk", "extras"):
+        assert f"  {name}: " in run.stdout
+    assert "Hub" not in run.stdout  # it is asked only where that is wanted
+    asked = konic_here("doctor", "--hub")
+    assert "Hub: not asked: HF_HUB_OFFLINE is set" in asked.stdout
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_a_job_that_is_well_is_tried_and_estimated(algorithm, model_folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, found = examine(tmp_path, model_folders["llama"], algorithm=algorithm, held_out=1)
+    assert run.returncode == 0, run.stdout
+    for name in ("model", "prompts", "rollout", "reward brief", "before the first step", "time", "peak memory"):
+        assert found[name]["status"] == "ok" or name == "peak memory", found[name]
+    assert found["prompts"]["numbers"] == {"count": 4, "examined": 4, "cut": 0, "longest": 2}
+    assert found["before the first step"]["numbers"]["kl"] < 1e-6
+    numbers = found["time"]["numbers"]
+    assert numbers["seconds"] > 100 * numbers["iteration_seconds"] > 0
+    assert found["peak memory"]["numbers"]["peak_bytes"] > 100e6
+    assert set(os.listdir(tmp_path)) <= {"job.py", "__pycache__"}
+
+
+def test_what_is_not_well_has_a_fix(model_folders, tmp_path):
+    run, found = examine(tmp_path, model_folders["llama"], value="random.random()", prompt="a long prompt" * 3)
+    assert run.returncode == 0
+    assert found["reward brief"]["status"] == found["prompts"]["status"] == "warn"
+    assert "learns partly from noise" in found["reward brief"]["fix"]
+    assert found["prompts"]["numbers"]["cut"] == 1
+    assert "generation_config.max_prompt_length (8)" in found["prompts"]["fix"]
+    run, found = examine(tmp_path, model_folders["llama"], value="1 / 0")
+    assert run.returncode == 1
+    assert found["reward brief"]["status"] == "fail"
+    assert "ZeroDivisionError" in found["reward brief"]["what"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--set", "training_config.batch_sise=4"], "--set training_config has no field 'batch_sise'"),
+        (["--set", "generation_config.max_new_tokens=400"], "is over the 128 positions"),
+    ],
+)
+def test_a_job_that_cannot_run_is_a_finding(options, told, model_folders, tmp_path):
+    run, found = examine(tmp_path, model_folders["llama"], *options)
+    assert (run.returncode, found["job"]["status"]) == (1, "fail")
+    assert told in found["job"]["what"]
