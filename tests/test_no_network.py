@@ -14,6 +14,8 @@ COMMANDS = [
     "--version",
     "train",
     "train",
+    "init",
+    "doctor",
     "report",
     "generate",
     "rewards",

@@ -189,10 +189,10 @@ def test_mistakes_on_the_command_line_speak_of_its_options(arguments, told):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["train", ""], "script"),
+        (["train", ""], "SCRIPT_OR_YAML"),
         (["train", "job.py", "--output", ""], "--output"),
         (["demo", "--output", " "], "--output"),
-        (["rewards", ""], "script"),
+        (["rewards", ""], "SCRIPT_OR_YAML"),
         (["rewards", "job.py", "--texts", ""], "--texts"),
         (["reward-model", "train", "", "--base", "any"], "data"),
         (["reward-model", "train", "rows.csv", "--base", ""], "--base"),
