@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo reward-model test check format clean parity curves defaults mutation bench gpu chaos fuzz audit lock golden families compat versions
+.PHONY: setup demo reward-model test check docs format clean parity curves defaults mutation bench gpu chaos fuzz audit lock golden families compat versions
 
 setup: $(READY)
 
@@ -40,10 +40,14 @@ JOBS ?= 2
 test: $(READY)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-check: $(READY)
+check: $(READY) docs
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+# The documentation as a site, in site/. A broken link or anchor is an error. Nothing is loaded from a network.
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # Long ones, outside CI; their results are committed. Peers get environments of their own.
 PEERS := .peers
@@ -160,4 +164,4 @@ format: $(READY)
 	@$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

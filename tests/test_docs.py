@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import konic.finetuning
 from konic.cli.scripts import load_agent
 from konic.finetuning import (
     DatasetConfig,
@@ -58,6 +59,19 @@ def test_every_setting_is_documented():
                 default = kind.model_fields[name].get_default(call_default_factory=True, validated_data={})
                 told = shown.partition(";")[0].strip("`").strip('"')
                 assert told in (str(default), getattr(default, "name", None)), f"{kind.__name__}.{name}"
+
+
+def test_every_public_name_has_its_place_in_the_reference():
+    shown = set(re.findall(r"^::: konic\.finetuning\.(\w+)$", (ROOT / "docs/api.md").read_text(), flags=re.MULTILINE))
+    assert shown | {"BaseKonicLLMRewardComposer"} == set(konic.finetuning.__all__)  # the other name of a class
+
+
+def test_the_site_builds_strictly_from_its_own_files_alone():
+    settings = (ROOT / "mkdocs.yml").read_text()
+    assert "strict: true" in settings
+    assert "font: false" in settings  # the theme's fonts would come from Google
+    assert "docs: $(READY)" in (ROOT / "Makefile").read_text()
+    assert "check: $(READY) docs" in (ROOT / "Makefile").read_text()
 
 
 def test_the_readme_shows_the_example_as_it_is():
