@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import konic.finetuning
 from konic.cli.scripts import load_agent
 from konic.finetuning import (
+    ConfigError,
     DatasetConfig,
     FinetuningIterationResult,
     GenerationConfig,
@@ -51,7 +53,7 @@ def test_every_setting_is_documented():
         missing = [name for name in kind.model_fields if f"`{name}`" not in text]
         assert not missing, kind.__name__
     sections = text.split("## ")
-    for kind in (TrainingConfig, GenerationConfig, DatasetConfig):
+    for kind in (TrainingConfig, GenerationConfig, DatasetConfig, LoraConfig):
         (section,) = [part for part in sections if part.startswith(kind.__name__)]
         names = re.findall(r"^\| (`.*?) \| (.*?) \|", section, flags=re.MULTILINE)
         for cell, defaults in names:
@@ -74,9 +76,28 @@ def test_the_site_builds_strictly_from_its_own_files_alone():
     assert "check: $(READY) docs" in (ROOT / "Makefile").read_text()
 
 
+def test_the_names_of_trl_lead_to_fields_that_exist_and_the_errors_say_the_same():
+    text = (ROOT / "docs/coming-from-trl.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)\.?(\w*)(?:\((\w+)=\))?`", text, flags=re.MULTILINE)
+    assert len(rows) > 40
+    for theirs, owner, member, argument in rows:
+        place = getattr(konic.finetuning, owner)
+        fields = getattr(place, "model_fields", None)
+        if fields is not None:
+            assert member in fields, theirs
+        else:
+            called = getattr(place, member or "__init__")
+            assert argument in inspect.signature(called).parameters, theirs
+        ours = argument or member
+        if theirs not in TrainingConfig.model_fields:
+            with pytest.raises(ConfigError, match=rf"\b{ours}\b"):
+                TrainingConfig(**{theirs: 1})
+
+
 def test_the_readme_shows_the_example_as_it_is():
     example = (ROOT / "examples/first_reward.py").read_text()
-    assert f"```python\n{example}```" in (ROOT / "README.md").read_text()
+    for page in ("README.md", "docs/quickstart.md"):
+        assert f"```python\n{example}```" in (ROOT / page).read_text(), page
 
 
 def test_the_readmes_tree_names_every_module():
