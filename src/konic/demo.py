@@ -5,6 +5,7 @@ This file is also an example script: `konic train` accepts it.
 
 import re
 import sys
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from konic.finetuning import (
 )
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.intervals import distinct_n, mean, paired_bootstrap
-from konic.output import is_terminal
+from konic.output import is_terminal, write_line
+from konic.report import Run, write_report
 from konic.text import printable
 
 KIND_WORDS = frozenset(
@@ -84,13 +86,13 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[a-z']+", text.lower())
 
 
-def build_agent(max_minutes: float | None = None) -> KonicFinetuningAgent:
+def build_agent(max_minutes: float | None = None, held_out: int = 64) -> KonicFinetuningAgent:
     """The agent that `konic demo` trains."""
     return KonicFinetuningAgent(
         base_model="smollm2-135m",
         reward_composer=MovieReviewRewards(reward_weights={"positivity": 2.0}),
         lora_config=LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj")),
-        dataset_config=DatasetConfig(source=DatasetSource.BUNDLED, held_out=64),
+        dataset_config=DatasetConfig(source=DatasetSource.BUNDLED, held_out=held_out),
         training_config=TrainingConfig(
             batch_size=16,
             ppo_epochs=1,
@@ -102,14 +104,44 @@ def build_agent(max_minutes: float | None = None) -> KonicFinetuningAgent:
     )
 
 
-def run_demo(max_iterations: int, max_minutes: float, output: Path | None) -> FinetuningResult:
-    """Train, evaluate on the held-out prompts before and after, and show what changed."""
-    engine = KonicFinetuningEngine.from_agent(build_agent(max_minutes), checkpoint_dir=output)
-    result = engine.train(max_iterations)
+@dataclass(frozen=True)
+class Length:
+    """How long a demo is."""
+
+    iterations: int
+    minutes: float
+    held_out: int
+
+
+FULL = Length(iterations=22, minutes=4.75, held_out=64)
+QUICK = Length(iterations=5, minutes=0.75, held_out=16)
+TOO_SHORT = """\
+This was the quick demo: every step of a run, but {iterations} iterations instead of 22. It is too short to show
+  - a gain in reward: 16 prompts leave an interval that is wider than what so few iterations can gain;
+  - what a longer run trades: reward for KL, until the penalty and the limit of the KL hold the policy;
+  - whether a reward is gamed, which responses show late.
+`konic demo` shows these in about six minutes."""
+
+
+def run_demo(length: Length, output: Path | None) -> FinetuningResult:
+    """Train, evaluate on the held-out prompts before and after, show what changed, and write the page of the run."""
+    agent = build_agent(length.minutes, length.held_out)
+    engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=output)
+    result = engine.train(length.iterations)
     if result.before is not None and result.after is not None:
         print_comparison(result.before, result.after)
     if result.model_path is not None:
-        print(f"\nThe model is in {result.model_path}; every response it gave is in completions/ next to it.")  # noqa: T201
+        run = Path(result.model_path).parent
+        write_report([Run.read(run)], run / "report.html")
+        lines = [
+            "",
+            f"The model is in {result.model_path}; every response it gave is in completions/ next to it.",
+            f"The page of this run: {(run / 'report.html').absolute()}",
+            f'Talk to it: konic generate {run} "The film was"',
+        ]
+        write_line("\n".join(lines), sys.stdout)
+        if length.held_out == QUICK.held_out:
+            write_line("\n" + TOO_SHORT.format(iterations=result.total_iterations), sys.stdout)
     return result
 
 
