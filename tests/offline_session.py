@@ -71,6 +71,8 @@ def run_commands(folder, model):
         ["doctor", job, "--device", "cpu"],
         ["report", folder / "run"],
         ["inspect", folder / "run", "--best"],
+        ["eval", folder / "run", "--rewards", job, "--samples", 2, "--device", "cpu"],
+        ["eval", folder / "run", "--recorded-rewards", "--prompts", data, "--json", "--device", "cpu"],
         ["generate", folder / "run", "ab", "--device", "cpu"],
         ["rewards", job, "--samples", 2, "--device", "cpu"],
         ["rewards", job, "--texts", responses],

@@ -18,7 +18,7 @@ ORDER = [
 """Modules and packages of konic.finetuning; each imports only from those before it."""
 INSIDE = {
     "system": ["memory", "signals", "user_code", "places", "files"],
-    "results": ["metrics", "intervals", "iteration", "evaluation", "summary"],
+    "results": ["metrics", "intervals", "at_k", "iteration", "evaluation", "summary"],
     "data": [
         "packed", "rows", "chats", "columns", "fingerprint", "hub", "formats", "loaders", "config", "prompts",
         "samples", "template_process", "chat_templates",
@@ -33,8 +33,8 @@ INSIDE = {
         "old_names", "listing", "composer", "overrides", "workers", "scoring", "responses", "trial",
     ],
     "rollout": [
-        "sampler", "fused_transformer", "fused_decoder", "graphed_decoder", "decoding", "local_sampler", "rollout",
-        "rows", "evaluation",
+        "sampler", "streaming", "fused_transformer", "fused_decoder", "graphed_decoder", "decoding", "local_sampler",
+        "rollout", "rows", "evaluation",
     ],
     "learning": ["advantages", "losses", "schedule", "kl_controller", "estimators", "update", "learner"],
     "reward_models": ["texts", "classifier", "feedback", "saving", "training"],

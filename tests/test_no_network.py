@@ -17,6 +17,8 @@ COMMANDS = [
     "init",
     "doctor",
     "report",
+    "eval",
+    "eval",
     "generate",
     "rewards",
     "rewards",

@@ -74,7 +74,7 @@ def test_what_cannot_be_generated_is_one_error(run, tmp_path):
 
 def test_a_run_of_a_stranger_is_not_trusted(run, tmp_path):
     """What its settings say about remote code, tokens and sizes reaches no model."""
-    from konic.cli.saved import agents_of_run
+    from konic.saved.agents import SavedRun
 
     record = json.loads((run / "run.json").read_text())
     record["settings"]["model_kwargs"] = {"trust_remote_code": True, "token": "x" * 9, "dtype": "float32"}
@@ -82,6 +82,7 @@ def test_a_run_of_a_stranger_is_not_trusted(run, tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
     (tmp_path / "final").mkdir()
     (tmp_path / "run.json").write_text(json.dumps(record))
-    agents = agents_of_run(tmp_path, None, True, {}, 0)
+    saved = SavedRun.read(tmp_path)
+    agents = {name: saved.agent(name) for name in ("base", saved.name_of(None))}
     assert [agent.get_model_kwargs() for agent in agents.values()] == [{"dtype": "float32"}] * 2
     assert agents["base"].get_lora_config().r == 1

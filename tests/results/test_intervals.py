@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from konic.finetuning.results.intervals import distinct_n, mean, paired_bootstrap, spread
+from konic.finetuning.results import intervals
+from konic.finetuning.results.intervals import bootstrap, distinct_n, mean, paired_bootstrap, spread
 
 
 def test_the_mean_is_exactly_rounded_and_nan_of_none():
@@ -136,3 +137,17 @@ def test_spread_is_that_of_all_pairs_in_any_order(values, random):
     variance = math.fsum((a - b) ** 2 for a, b in pairs) / (2 * len(pairs)) if pairs else 0.0
     assert spread(values) == pytest.approx(math.sqrt(variance), rel=1e-12)
     assert spread(random.sample(values, len(values))) == spread(values)
+
+
+def test_many_values_are_drawn_in_parts_with_the_same_interval(monkeypatch):
+    before, after = [0.0] * 9, [float(n * n % 7) for n in range(9)]
+    whole = paired_bootstrap(before, after, resamples=100)
+    for size in (1, 20, 9 * 33):
+        monkeypatch.setattr(intervals, "_DRAWN_AT_ONCE", size)
+        assert paired_bootstrap(before, after, resamples=100) == whole
+
+
+def test_the_interval_of_values_is_that_of_their_gains_over_nothing():
+    values = [1.0, 4.0, math.nan, 2.0]
+    assert bootstrap(values) == paired_bootstrap([0.0] * 4, values)
+    assert bootstrap(values).mean == pytest.approx(7 / 3)

@@ -8,6 +8,7 @@ import typer
 from konic import __version__
 from konic.cli.demo import demo
 from konic.cli.doctor import doctor
+from konic.cli.eval import evaluate
 from konic.cli.generate import generate
 from konic.cli.init import init
 from konic.cli.inspect import inspect
@@ -25,12 +26,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for panel, commands in {
-    "Start": (demo, init, doctor),
-    "Train": (rewards, train),
-    "See what came of it": (report, inspect, generate),
+    "Start": {"demo": demo, "init": init, "doctor": doctor},
+    "Train": {"rewards": rewards, "train": train},
+    "See what came of it": {"report": report, "inspect": inspect, "eval": evaluate, "generate": generate},
 }.items():
-    for command in commands:
-        app.command(rich_help_panel=panel)(command)
+    for name, command in commands.items():
+        app.command(name, rich_help_panel=panel)(command)
 app.add_typer(reward_model, name="reward-model", rich_help_panel="Train")
 
 

@@ -39,15 +39,16 @@ def generate(
     Example: konic generate runs/kind "The film was" --max-new-tokens 32
     """
     write_line(f"Loading {run} ...", sys.stderr)
-    from konic.cli.saved import agents_of_run
-    from konic.finetuning import KonicFinetuningEngine
+    from konic.saved.agents import BASE, SavedRun
+    from konic.saved.prompts import given_prompts
+    from konic.saved.weights import Weights
 
-    changes = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    changed = {name: value for name, value in changes.items() if value is not None}
-    agents = agents_of_run(run, weights, base, changed, seed)
-    given = [[{"role": "user", "content": prompt}] if chat else prompt for prompt in prompts]
+    saved = SavedRun.read(run, {"max_new_tokens": max_new_tokens, "temperature": temperature}, seed)
+    names = dict.fromkeys([*([BASE] if base else []), saved.name_of(weights)])
+    given = given_prompts(prompts, saved.run, chat)
     responses = {
-        name: KonicFinetuningEngine.from_agent(agent, device=device).generate(given) for name, agent in agents.items()
+        name: [sample.response for sample in Weights.load(name, saved.agent(name), device).respond(given, seed)]
+        for name in names
     }
     rows = [
         {"prompt": prompt} | {name: texts[number] for name, texts in responses.items()}

@@ -8,7 +8,7 @@ Other rows of the batch change a draw only where they change the rounding of its
 Shapes: B sequences, P prompt tokens, R response tokens, V vocabulary. A mask is True where a token counts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,11 +54,13 @@ class LocalSampler:
     policy: Policy
     special: SpecialTokens
     from_reference: bool = False
+    on_tokens: Callable[[Mapping[int, int]], None] | None = None
+    """Called after each step with the new token of every row of the batch that still runs, for those who read along."""
 
     def __call__(self, batch: PromptBatch, generation: GenerationConfig, rng_key: RandomKey) -> Samples:
         """Return a response to every prompt; see :class:`Sampler`."""
         with self.policy.merged_adapter(self.from_reference) as model:
-            return sample(model, self.policy.tokenizer, batch, generation, self.special, rng_key)
+            return sample(model, self.policy.tokenizer, batch, generation, self.special, rng_key, self.on_tokens)
 
 
 @torch.no_grad()
@@ -69,6 +71,7 @@ def sample(
     generation: GenerationConfig,
     special: SpecialTokens,
     rng_key: RandomKey,
+    on_tokens: Callable[[Mapping[int, int]], None] | None = None,
 ) -> Samples:
     """Return a response to every prompt of a batch.
 
@@ -79,6 +82,7 @@ def sample(
         generation: Lengths, temperature and filters.
         special: End and padding tokens.
         rng_key: Determines the random numbers, together with each prompt's row and sample index.
+        on_tokens: See :class:`LocalSampler`.
     """
     num_rows, device = len(batch), batch.ids.device
     numbers = [
@@ -105,6 +109,8 @@ def sample(
             if generation.stop:
                 done = done | responses.hit_stop(step, rows, tokenizer, generation)
             responses.ended[rows] |= running & done
+            if on_tokens is not None:
+                on_tokens(dict(zip(rows[running].tolist(), chosen[running].tolist(), strict=True)))
             running = running & ~done
             if step + 1 == generation.max_new_tokens:
                 break

@@ -133,12 +133,49 @@ def score_under_reference(
     policy: Policy, batch: PromptBatch, samples: Samples, temperature: float, micro_batch_size: int | None = None
 ) -> TokenNumbers:
     """Score responses, sampled from the policy's current weights, under policy and reference."""
-    hidden = samples.hidden if _is_full_precision(policy) else None
-    if hidden is None:
-        hidden = _response_hidden(policy.language_model, batch, samples, micro_batch_size)
+    hidden = _policy_hidden(policy, batch, samples, micro_batch_size)
     with policy.reference() as reference:
         ref_hidden = _response_hidden(reference, batch, samples, micro_batch_size)
     return _score(policy, samples, hidden, ref_hidden, temperature)
+
+
+@torch.no_grad()
+def kl_between(
+    policy: Policy,
+    other: Policy,
+    batch: PromptBatch,
+    samples: Samples,
+    temperature: float,
+    micro_batch_size: int | None = None,
+) -> Tensor:
+    """Return the exact KL(π ‖ π_other) [B, R] of each token's distribution, in nats, 0 outside the response mask.
+
+    Args:
+        policy: The policy that sampled the responses.
+        other: A policy with the same tokens, such as the model before training, and not the reference of `policy`: a
+            policy that was loaded from an adapter has that adapter as its reference.
+        batch: The prompts.
+        samples: The responses.
+        temperature: Divides the logits of both.
+        micro_batch_size: Sequences read at once; None means all.
+    """
+
+    def divergence(hidden: Tensor, other_hidden: Tensor) -> tuple[Tensor, ...]:
+        logits = policy.language_model.logits(hidden), other.language_model.logits(other_hidden)
+        return (entropy_and_kl_(*(log_softmax_(each, temperature) for each in logits))[1],)
+
+    hidden = _policy_hidden(policy, batch, samples, micro_batch_size)
+    other_hidden = _response_hidden(other.language_model, batch, samples, micro_batch_size)
+    size = policy.language_model.vocabulary_size
+    (kl,) = map_tokens(divergence, samples.response_mask, size, hidden, other_hidden)
+    return kl
+
+
+def _policy_hidden(policy: Policy, batch: PromptBatch, samples: Samples, micro_batch_size: int | None) -> Tensor:
+    """Return the policy's hidden states [B, R, H] before every response token: the sampler's own, if they are exact."""
+    if samples.hidden is not None and _is_full_precision(policy):
+        return samples.hidden
+    return _response_hidden(policy.language_model, batch, samples, micro_batch_size)
 
 
 def _is_full_precision(policy: Policy) -> bool:

@@ -114,13 +114,14 @@ def decode_responses(
     samples: Samples, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, generation: GenerationConfig
 ) -> list[str]:
     """Return the text of each response [B] as it was sampled, without its end token and cut before a stop string."""
-    return [_decode_response(ids, tokenizer, special.eos, generation) for ids in samples.token_ids()]
+    return [decode_response(ids, tokenizer, special, generation) for ids in samples.token_ids()]
 
 
-def _decode_response(
-    ids: list[int], tokenizer: PreTrainedTokenizerBase, eos: tuple[int, ...], generation: GenerationConfig
+def decode_response(
+    ids: list[int], tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, generation: GenerationConfig
 ) -> str:
-    if ids and ids[-1] in eos:
+    """Return the text of the tokens of one response, without its end token and cut before a stop string."""
+    if ids and ids[-1] in special.eos:
         ids = ids[:-1]
     text = read_text(ids, tokenizer, generation.skip_special_tokens)
     ends = [text.find(string) for string in generation.stop or () if string in text]

@@ -1,0 +1,135 @@
+"""`konic eval RUN`: weights of a run compared with its base model, or with others of its weights, on prompts."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from konic.cli.paths import read_name, read_path
+from konic.output import is_terminal, write_line
+from konic.text import printable
+
+if TYPE_CHECKING:
+    from konic.finetuning.results.intervals import Interval
+    from konic.saved.evaluation import Comparison
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.", parser=read_path, metavar="RUN")],
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="A txt, csv, json, jsonl or parquet file. Default: the prompts that the run held out.",
+            parser=read_name,
+            metavar="<file>",
+        ),
+    ] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option(help="The column of the prompts. Default: the run's; in a txt file, its lines.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="For a folder with a file for each split. Default: train.")] = None,
+    max_prompts: Annotated[int | None, typer.Option(help="Only so many prompts, the first ones.", min=1)] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Give each plain prompt as a chat with one message.")] = False,
+    rewards: Annotated[
+        Path | None,
+        typer.Option(help="The script of the rewards. It is imported.", parser=read_path, metavar="<script>"),
+    ] = None,
+    recorded_rewards: Annotated[
+        bool,
+        typer.Option(
+            "--recorded-rewards", help="Import the script that RUN names, if it is yours and unchanged since the run."
+        ),
+    ] = False,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="final, best, checkpoint-20, base. Default: the last.", parser=read_name, metavar="<str>"),
+    ] = None,
+    against: Annotated[
+        str, typer.Option(help="What to compare with, named as in --weights.", parser=read_name, metavar="<str>")
+    ] = "base",
+    samples: Annotated[int, typer.Option(help="Responses to each prompt.", min=1)] = 1,
+    k: Annotated[
+        list[int] | None,
+        typer.Option("--k", help="The best of k responses, and with rewards of 0 and 1 pass@k. Repeatable.", min=1),
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Default: the run's.", min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default: the run's.", min=0.01)] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same responses.", min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="A file for the numbers and all responses, as JSON.", parser=read_path, metavar="<file>"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Compare weights of a run with its base model on the same prompts and random numbers, with 95 % intervals.
+
+    Example: konic eval runs/kind --prompts prompts.txt --rewards my_rewards.py --samples 4
+    """
+    write_line(f"Loading {run} ...", sys.stderr)
+    from konic.cli.run_rewards import load_rewards
+    from konic.finetuning.errors import OutputError
+    from konic.finetuning.system.files import unwritable, write_text
+    from konic.saved.agents import SavedRun
+    from konic.saved.evaluation import compare
+    from konic.saved.prompts import held_out_prompts, read_prompts
+    from konic.saved.rewards import require_rewards_given
+
+    if prompts is None and (prompt_column or split):
+        raise typer.BadParameter("give --prompts, the file that it is about", param_hint="--prompt-column, --split")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise OutputError(f"--output {output}: there is no folder {output.absolute().parent}.")
+    saved = SavedRun.read(run, {"max_new_tokens": max_new_tokens, "temperature": temperature}, seed)
+    names = saved.name_of(weights), saved.name_of(against)
+    if prompts is None:
+        chosen = held_out_prompts(saved.run, max_prompts)
+    else:
+        chosen = read_prompts(prompts, saved.run, prompt_column, split, max_prompts, chat)
+    say = partial(write_line, stream=sys.stderr)
+    composer = load_rewards(saved.run, rewards, recorded_rewards, say)
+    if composer is None:
+        require_rewards_given(saved.run)
+    ks = sorted(set(k or ([samples] if samples > 1 else [])))
+    comparison = compare(saved, *names, chosen, composer, samples, ks, device, say)
+    found = {"run": str(run), "seed": seed, "generation": saved.generation.to_dict()} | comparison.to_dict()
+    if output is not None:
+        try:
+            write_text(output, json.dumps(found | {"responses": comparison.responses()}, indent=1) + "\n")
+        except OSError as error:
+            raise unwritable(output, error) from None
+    if as_json:
+        write_line(json.dumps(found, indent=1), sys.stdout)
+    else:
+        show(comparison)
+
+
+def show(comparison: "Comparison") -> None:
+    """Print the table of a comparison."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, width=None if is_terminal(sys.stdout) else 100)
+    count = f", {comparison.num_samples} responses to each" if comparison.num_samples > 1 else ""
+    title = f"{comparison.weights[0]} against {comparison.against[0]} on {comparison.num_prompts} prompts{count}"
+    table: Any = Table(title=title, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
+    table.add_column("", overflow="fold")
+    for heading in (comparison.against[0], comparison.weights[0], "difference"):
+        table.add_column(heading, justify="right")
+    for measure in comparison.measures():
+        cells = _cell(measure.against), _cell(measure.weights), _cell(measure.difference, "+")
+        style = "bold" if measure.name == "mean reward" else None
+        table.add_row(Text(printable(measure.name)), *cells, style=style)
+    console.print(table)
+    console.print("In brackets: 95 % intervals, by the bootstrap over prompts; of the difference, over pairs.")
+
+
+def _cell(interval: "Interval", sign: str = "") -> str:
+    if interval.mean != interval.mean:
+        return "–"
+    has_interval = interval.low == interval.low
+    return f"{interval.mean:{sign}.3f}" + (f" [{interval.low:.2f}, {interval.high:.2f}]" if has_interval else "")

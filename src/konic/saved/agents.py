@@ -1,0 +1,92 @@
+"""A run's folder -> agents for its base model and for the weights that it saved. Its script is not imported."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from konic.finetuning import (
+    GenerationConfig,
+    KonicFinetuningAgent,
+    KonicLLMRewardComposer,
+    LoraConfig,
+    TrainingConfig,
+    llm_reward,
+)
+from konic.finetuning.errors import OutputError, did_you_mean
+from konic.report.run import Run
+
+BASE = "base"
+"""The name of the model that a run started from."""
+_SAFE_MODEL_KWARGS = ("dtype", "attn_implementation")
+"""What is taken from the run of a stranger; trust_remote_code is not."""
+
+
+class _Unscored(KonicLLMRewardComposer):
+    @llm_reward
+    def nothing(self, prompt: str, response: str) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """The weights that a run saved, and the settings with which they respond."""
+
+    run: Run
+    generation: GenerationConfig
+    seed: int
+    """Of the random numbers of the sampler."""
+
+    @classmethod
+    def read(cls, folder: Path, changes: Mapping[str, Any] | None = None, seed: int = 0) -> "SavedRun":
+        """Read the folder of a run. `changes` are settings other than those of its `generation_config`, None left out.
+
+        Raises:
+            OutputError: It is not the folder of a run, or its record does not name the base model.
+            ConfigError: A setting of generation is invalid.
+        """
+        run = Run.read(folder)
+        if not isinstance(run.settings.get("model_name"), str):
+            raise OutputError(f"{folder}/run.json does not name the model that the run started from.", *run.notes)
+        given = {name: value for name, value in (changes or {}).items() if value is not None}
+        return cls(run, GenerationConfig(**recorded(run, "generation_config") | given), seed)
+
+    def name_of(self, weights: str | None) -> str:
+        """Return the name of weights that the run has; None takes `final`, or else the newest checkpoint.
+
+        Raises:
+            OutputError: It does not have these weights.
+        """
+        saved = [*self.run.checkpoints.values(), *(["best"] if (self.run.path / "best").is_dir() else [])]
+        chosen = weights or next(reversed(self.run.checkpoints.values()), None)
+        if chosen not in (*saved, BASE):
+            hint = did_you_mean(chosen, [*saved, BASE]) if chosen else ""
+            has = ", ".join(saved) or "none"
+            raise OutputError(f"{self.run.path} has no weights {chosen or 'yet'!r}.{hint} It has: {has}.")
+        return str(chosen)
+
+    def agent(self, name: str) -> KonicFinetuningAgent:
+        """Return an agent for weights of the run, by a name that :meth:`name_of` returned."""
+        settings, kwargs = self.run.settings, recorded(self.run, "model_kwargs")
+        is_base = name == BASE
+        model = str(settings["model_name"]) if is_base else str(self.run.path / name)
+        own = {key: value for key, value in kwargs.items() if key in _SAFE_MODEL_KWARGS}
+        revision = {"revision": kwargs["revision"]} if is_base and kwargs.get("revision") else {}
+        return KonicFinetuningAgent(
+            base_model=model,
+            reward_composer=_Unscored(),
+            lora_config=None if (Path(model) / "adapter_config.json").exists() else self._smallest_adapter(),
+            training_config=TrainingConfig(seed=self.seed),
+            generation_config=self.generation,
+            model_kwargs=own | revision,
+        )
+
+    def _smallest_adapter(self) -> LoraConfig:
+        """Return an adapter that changes nothing while it is untrained, so that a model needs no frozen copy."""
+        return LoraConfig(r=1, target_modules=recorded(self.run, "lora_config").get("target_modules"))
+
+
+def recorded(run: Run, name: str) -> dict[str, Any]:
+    """Return a config as the run recorded it; empty if it did not."""
+    value = run.settings.get(name)
+    return value if isinstance(value, dict) else {}

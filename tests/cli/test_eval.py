@@ -1,0 +1,204 @@
+"""`konic eval`: the numbers of a run's weights, as the run itself found them; and what it refuses."""
+
+import json
+import os
+import shutil
+import statistics
+
+import pyarrow.parquet
+import pytest
+
+from command import konic_here, script
+from konic.finetuning import DatasetConfig
+from test_engine import make_engine
+
+REWARDS = """
+from konic.finetuning import KonicLLMRewardComposer, llm_reward
+
+class Rewards(KonicLLMRewardComposer):
+    @llm_reward
+    def letters(self, prompt, response):
+        return sum(char.isalpha() for char in response) / 8
+
+    @llm_reward
+    def brief(self, prompt, response):
+        return -len(response) / 80
+"""
+PASSES = """
+from konic.finetuning import KonicLLMRewardComposer, llm_reward
+
+class Rewards(KonicLLMRewardComposer):
+    @llm_reward
+    def even(self, prompt, response):
+        return len(response) % 2 == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("eval")
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "id": n}) + "\n" for n, text in enumerate("abcdefgh")))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(folder, data, model_folders):
+    dataset = DatasetConfig(name=str(data), held_out=3)
+    make_engine(model_folders["llama"], folder / "run", dataset=dataset).train(2, save_every=1)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def rewards(folder):
+    return script(folder, REWARDS)
+
+
+def evaluated(run, *options):
+    done = konic_here("eval", run, "--json", "--device", "cpu", *options)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def refused(*arguments):
+    done = konic_here("eval", *arguments)
+    assert done.returncode in (1, 2) and "\nTraceback" not in done.stderr, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_on_the_held_out_prompts_it_finds_what_the_run_found(model_folders, data, rewards, tmp_path, lora):
+    """The KL too: the run computes it with its adapter off or from a frozen copy, and eval from another model."""
+    dataset = DatasetConfig(name=str(data), held_out=3)
+    make_engine(model_folders["llama"], tmp_path / "run", dataset=dataset, lora=lora).train(2)
+    found = evaluated(tmp_path / "run", "--rewards", rewards, "--output", tmp_path / "all.json")
+    assert (found["against"], found["weights"], found["num_prompts"]) == ("base", "final", 3)
+    pairs = json.loads((tmp_path / "all.json").read_text())["responses"]
+    for side, iteration in (("against", 0), ("weights", 2)):
+        table = pyarrow.parquet.read_table(tmp_path / "run" / "evaluations" / f"{iteration:06d}.parquet").to_pydict()
+        assert [pair[side]["response"] for pair in pairs] == table["response"]
+        assert [pair[side]["reward"] for pair in pairs] == pytest.approx(table["reward"])
+        assert [pair[side]["kl"] for pair in pairs] == pytest.approx(table["kl"], rel=1e-3, abs=1e-5)
+        assert found["measures"]["mean reward"][side]["mean"] == pytest.approx(statistics.fmean(table["reward"]))
+        letters = found["measures"]["letters"][side]["mean"]
+        assert letters == pytest.approx(statistics.fmean(table["reward/letters"]))
+    gain = found["measures"]["mean reward"]["difference"]
+    assert gain["low"] <= gain["mean"] <= gain["high"]
+    assert found["measures"]["KL (nats/response)"]["weights"]["mean"] > 0
+
+
+def test_any_weights_against_any_on_a_file_with_several_responses(run, folder, tmp_path):
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("question\none\ntwo\nthree\n")
+    passes = script(folder, PASSES, "passes.py")
+    options = "--prompts", prompts, "--prompt-column", "question", "--rewards", passes, "--samples", 4
+    found = evaluated(
+        run, *options, "--weights", "checkpoint-1", "--against", "final", "--k", 1, "--k", 3, "--max-prompts", 2,
+        "--output", tmp_path / "all.json",
+    )  # fmt: skip
+    assert (found["against"], found["weights"], found["num_prompts"], found["k"]) == (
+        "final",
+        "checkpoint-1",
+        2,
+        [1, 3],
+    )
+    pairs = json.loads((tmp_path / "all.json").read_text())["responses"]
+    assert [(pair["prompt"], pair["sample"]) for pair in pairs] == [
+        (text, n) for text in ("one", "two") for n in range(4)
+    ]
+    assert len({pair["weights"]["response"] for pair in pairs[:4]}) > 1  # each has random numbers of its own
+    scores = [pair["weights"]["reward"] for pair in pairs]
+    mean = found["measures"]["mean reward"]["weights"]["mean"]
+    assert mean == pytest.approx(statistics.fmean(scores))
+    for name in ("best@1", "pass@1 reward", "pass@1 even"):
+        assert found["measures"][name]["weights"]["mean"] == pytest.approx(mean)
+    assert found["measures"]["best@3"]["weights"]["mean"] == found["measures"]["pass@3 even"]["weights"]["mean"]
+
+
+def test_the_table_shows_both_sides_and_progress_goes_to_standard_error(run, rewards):
+    done = konic_here("eval", run, "--rewards", rewards, "--samples", 2, "--device", "cpu")
+    assert done.stdout.startswith("final against base on 3 prompts, 2 responses to each"), done.stderr
+    names = [
+        line.split("  ")[1].strip() for line in done.stdout.splitlines() if line.startswith("  ") and line[2] != " "
+    ]
+    assert names == ["mean reward", "letters", "brief", "best@2", "KL (nats/response)", "length (tokens)", "distinct-2"]
+    assert "final: 6 of 6 responses" in done.stderr
+
+
+def test_a_chat_gets_the_models_template_and_text_files_are_read_by_lines(run, rewards, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hello\nyou\n")
+    options = "--prompts", prompts, "--rewards", rewards, "--output", tmp_path / "all.json"
+    plain = evaluated(run, *options)
+    assert evaluated(run, *options, "--chat")["measures"] != plain["measures"]
+    assert [pair["prompt"] for pair in json.loads((tmp_path / "all.json").read_text())["responses"]] == ["hello", "you"]
+
+
+def test_what_cannot_be_evaluated_is_one_error(run, rewards, data, folder, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    fails = script(folder, REWARDS.replace("/ 80", "/ 0"), "fails.py")
+    needs = script(folder, REWARDS.replace("(self, prompt, response)", "(self, prompt, response, answer)"), "needs.py")
+    scored = run, "--rewards", rewards, "--device", "cpu"
+    assert "there is no such folder" in refused(tmp_path / "nowhere", "--rewards", rewards)
+    assert "is not the folder of a run" in refused(folder, "--rewards", rewards)
+    assert "no weights 'bets'. Did you mean 'best'?" in refused(*scored, "--weights", "bets")
+    assert "no weights '../run/final'" in refused(*scored, "--against", "../run/final")
+    assert "both 'final'" in refused(*scored, "--against", "final")
+    assert "there is no such file" in refused(*scored, "--prompts", tmp_path / "no.csv")
+    assert "empty.txt" in refused(*scored, "--prompts", empty)
+    assert "no column 'text'" in refused(*scored, "--prompts", data, "--prompt-column", "text")
+    assert "give --prompts" in refused(*scored, "--prompt-column", "text")
+    assert "--k 3 is more than --samples 2" in refused(*scored, "--samples", 2, "--k", 3)
+    assert "--output" in refused(*scored, "--output", tmp_path / "no" / "all.json")
+    assert "ZeroDivisionError" in refused(run, "--rewards", fails, "--device", "cpu")
+    assert "answer" in refused(run, "--rewards", needs, "--device", "cpu")
+    assert "not both" in refused(*scored, "--recorded-rewards")
+
+
+def test_prompts_that_are_not_kept_must_be_named(model_folders, rewards, tmp_path):
+    make_engine(model_folders["llama"], tmp_path / "run").train(1)
+    assert "came from 'memory'" in refused(tmp_path / "run", "--rewards", rewards)
+    edit(tmp_path / "run", lambda record: record["settings"]["dataset_config"].update(source="bundled", held_out=0))
+    assert "held out no prompts" in refused(tmp_path / "run", "--rewards", rewards)
+
+
+def edit(run, change):
+    record = json.loads((run / "run.json").read_text())
+    change(record)
+    (run / "run.json").write_text(json.dumps(record))
+
+
+def test_the_recorded_script_is_imported_only_if_asked_for_unchanged_ones_own_and_elsewhere(
+    run, folder, tmp_path, monkeypatch
+):
+    """A stranger's folder names a script and its hash: a hash that fits proves nothing."""
+    shutil.copytree(run, tmp_path / "run")
+    run = tmp_path / "run"
+    own = script(tmp_path, REWARDS, "own_rewards.py")
+    known = __import__("hashlib").sha256(own.read_bytes()).hexdigest()
+    edit(run, lambda record: record.update(rewards={"class": "Rewards", "file": str(own), "sha256": known}))
+    assert f"or --recorded-rewards, which imports {own}" in refused(run)
+    done = konic_here("eval", run, "--recorded-rewards", "--json", "--device", "cpu")
+    assert done.returncode == 0 and f"Importing {own}" in done.stderr, done.stderr
+    assert "not those of the run" not in done.stderr
+
+    monkeypatch.setattr(os, "getuid", lambda: own.stat().st_uid + 1)
+    assert "is not your file" in refused(run, "--recorded-rewards")
+    monkeypatch.undo()
+    own.write_text(REWARDS + "\n")
+    assert "has changed since the run" in refused(run, "--recorded-rewards")
+    inside, link = script(run, REWARDS, "planted.py"), tmp_path / "link.py"
+    link.symlink_to(inside)
+    for file in (inside, link):
+        edit(run, lambda record, file=file: record["rewards"].update(file=str(file)))
+        assert "lies in the run's own folder" in refused(run, "--recorded-rewards")
+    edit(run, lambda record: record["rewards"].update(file="/dev/zero"))
+    assert "cannot be read" in refused(run, "--recorded-rewards")
+    edit(run, lambda record: record.update(rewards=5))
+    assert refused(run).endswith("Give the rewards: --rewards SCRIPT.\n")
+    assert "names no script" in refused(run, "--recorded-rewards")
