@@ -68,12 +68,12 @@ class Tolerant:
             os.close(nothing)
 
 
-def write_line(text: str, stream: Any, colour: str = "") -> None:
+def write_line(text: str, stream: Any, colour: str = "", end: str = "\n") -> None:
     """Write lines as :class:`Tolerant` does, in a colour on a terminal; nothing where there is no stream."""
     if stream is not None:
         tolerant = Tolerant(stream)
         text = printable_lines(text)
-        tolerant.write(f"{colour}{text}\x1b[0m\n" if colour and is_terminal(stream) else f"{text}\n")
+        tolerant.write((f"{colour}{text}\x1b[0m" if colour and is_terminal(stream) else text) + end)
         tolerant.flush()
 
 

@@ -1,10 +1,14 @@
 """`konic generate`: responses of a run's weights and of its base model, as the engine gives them."""
 
+import io
 import json
+import sys
 
 import pytest
 
-from command import konic_here
+from command import konic_here, script
+from konic import output
+from konic.cli import typewriter
 from konic.finetuning import GenerationConfig, KonicFinetuningAgent, KonicFinetuningEngine, KonicLLMRewardComposer
 from konic.finetuning import llm_reward as reward
 from test_engine import make_engine
@@ -86,3 +90,73 @@ def test_a_run_of_a_stranger_is_not_trusted(run, tmp_path):
     agents = {name: saved.agent(name) for name in ("base", saved.name_of(None))}
     assert [agent.get_model_kwargs() for agent in agents.values()] == [{"dtype": "float32"}] * 2
     assert agents["base"].get_lora_config().r == 1
+
+
+REWARDS = """
+from konic.finetuning import KonicLLMRewardComposer, llm_reward
+
+class Rewards(KonicLLMRewardComposer):
+    @llm_reward
+    def length(self, prompt, response):
+        return len(response)
+"""
+
+
+def test_prompts_come_from_a_file_or_from_standard_input(run, tmp_path, monkeypatch):
+    file = tmp_path / "prompts.csv"
+    file.write_text("question\na b\nc\n")
+    options = run, "--json", "--max-new-tokens", 6, "--temperature", 0.9, "--device", "cpu"
+    rows = generated(run)
+    done = konic_here("generate", *options, "--prompts", file, "--prompt-column", "question")
+    assert json.loads(done.stdout) == rows, done.stderr
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a b\n\nc\n"))
+    assert json.loads(konic_here("generate", *options, "-").stdout) == rows
+
+
+def test_rewards_are_shown_under_each_response(run, tmp_path):
+    path = script(tmp_path, REWARDS, "rewards.py")
+    rows = generated(run, "--rewards", path)
+    for row in rows:
+        assert row["rewards"] == {
+            name: dict.fromkeys(("reward", "length"), float(len(row[name]))) for name in ("base", "final")
+        }
+    done = konic_here("generate", run, "a b", "--max-new-tokens", 3, "--device", "cpu", "--rewards", path)
+    assert len([line for line in done.stdout.splitlines() if line.startswith("  reward ")]) == 2, done.stderr
+
+
+def test_a_terminal_gets_one_prompt_token_by_token_and_the_same_text(run, tmp_path, monkeypatch):
+    piped = konic_here("generate", run, "a b", "--max-new-tokens", 8, "--device", "cpu")
+    written = []
+    monkeypatch.setattr(sys.modules["konic.cli.generate"], "is_terminal", lambda stream: True)
+    plain = output.write_line
+
+    def write(text, *rest, **end):
+        written.append(text)
+        plain(text, *rest, **end)
+
+    monkeypatch.setattr(typewriter, "write_line", write)
+    done = konic_here("generate", run, "a b", "--max-new-tokens", 8, "--device", "cpu")
+    assert done.stdout.rstrip() == piped.stdout.rstrip(), done.stderr
+    assert len([text for text in written if text]) > 4
+
+
+def test_a_text_that_turns_into_another_is_written_again():
+    stream = io.StringIO()
+    write = typewriter.Typewriter(stream)
+    for text in (" a\x1b", " a\x1b b", "other"):
+        write(text)
+    write.end("other")
+    assert stream.getvalue() == "a\\x1b b\nother\n"
+
+
+def test_prompts_that_are_missing_are_one_error(run, tmp_path, monkeypatch):
+    for arguments, said in (
+        ((run,), "give prompts"),
+        ((run, "x", "--prompts", tmp_path / "x.txt"), "give prompts"),
+        ((run, "x", "--prompt-column", "x"), "give --prompts"),
+        ((run, "--prompts", tmp_path / "x.txt"), "there is no such file"),
+        ((run, "-"), "holds no prompt"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
+        done = konic_here("generate", *arguments)
+        assert done.returncode in (1, 2) and said in done.stderr, done.stderr

@@ -87,7 +87,7 @@ class Comparison:
         """Everything but the responses, as JSON takes it; a number that is not there is None."""
         measures = {
             measure.name: {
-                side: _plain(asdict(getattr(measure, side))) for side in ("against", "weights", "difference")
+                side: plain_numbers(asdict(getattr(measure, side))) for side in ("against", "weights", "difference")
             }
             for measure in self.measures()
         }
@@ -108,8 +108,8 @@ class Comparison:
                 pair[side] = {
                     "response": evaluation.responses[index],
                     "length": evaluation.response_lengths[index],
-                    **_plain(numbers),
-                    "parts": _plain({name: values[index] for name, values in evaluation.breakdown.items()}),
+                    **plain_numbers(numbers),
+                    "parts": plain_numbers({name: values[index] for name, values in evaluation.breakdown.items()}),
                 }
         return pairs
 
@@ -136,8 +136,7 @@ def compare(
         raise ConfigError(f"--weights and --against are both {weights!r}: name two different ones.")
     if any(k > num_samples for k in ks):
         raise ConfigError(f"--k {max(ks)} is more than --samples {num_samples}: raise --samples.")
-    names = dict.fromkeys(name for columns in collect_columns(prompts) for name in columns)
-    KonicLLMRewardComposer.check_columns(composer, names)
+    require_columns(composer, prompts)
     with raising_on_signals(), standard_torch_modes(), Scorer(composer, TrainingConfig()) as scorer:
         say(f"Loading {BASE} ...")
         base = Weights.load(BASE, saved.agent(BASE), device)
@@ -153,6 +152,22 @@ def compare(
             moments = moments or evaluation_moments(list_rewards(composer), evaluation)
             sides.append((name, evaluation))
     return Comparison(against=sides[0], weights=sides[1], num_samples=num_samples, ks=ks)
+
+
+def require_columns(composer: KonicLLMRewardComposer, prompts: Sequence[Prompt]) -> None:
+    """Raise RewardError if a reward asks for a column that the prompts do not have."""
+    names = dict.fromkeys(name for columns in collect_columns(prompts) for name in columns)
+    KonicLLMRewardComposer.check_columns(composer, names)
+
+
+def score_responses(composer: KonicLLMRewardComposer, records: Sequence[Sample]) -> list[dict[str, float]]:
+    """Return the reward of each response, under `reward`, and each part's own value; NaN where there is none."""
+    with raising_on_signals(), Scorer(composer, TrainingConfig()) as scorer:
+        scores = scorer.score(records)
+    return [
+        {"reward": reward} | {name: values[row] for name, values in scores.breakdown.items()}
+        for row, reward in enumerate(scores.rewards)
+    ]
 
 
 def _sample(
@@ -205,5 +220,6 @@ def _only_0_and_1(sides: Sequence[Sequence[float]]) -> bool:
     return bool(values) and values <= {0.0, 1.0}
 
 
-def _plain(numbers: Mapping[str, float]) -> dict[str, float | None]:
+def plain_numbers(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    """Return numbers as JSON takes them: None for one that is not there."""
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
