@@ -4,6 +4,7 @@ Prints each address that Python was asked for, and at the end what the kernel co
 name look-up that found no route, whoever tried it.
 """
 
+import io
 import os
 import socket
 import subprocess
@@ -74,11 +75,14 @@ def run_commands(folder, model):
         ["eval", folder / "run", "--rewards", job, "--samples", 2, "--device", "cpu"],
         ["eval", folder / "run", "--recorded-rewards", "--prompts", data, "--json", "--device", "cpu"],
         ["generate", folder / "run", "ab", "--device", "cpu"],
+        ["generate", folder / "run", "--prompts", data, "--rewards", job, "--json", "--device", "cpu"],
+        ["chat", folder / "run", "--device", "cpu"],
         ["rewards", job, "--samples", 2, "--device", "cpu"],
         ["rewards", job, "--texts", responses],
         ["reward-model", "train", pairs, "--base", model, "--epochs", 1, *judge],
         ["demo", "--max-iterations", 0, "--output", folder / "demo"],
     ):
+        sys.stdin = io.StringIO("hello\n")
         done = konic_here(*command)
         print("RAN", command[0], done.returncode, *([done.stderr[-500:]] if done.returncode else []), flush=True)
 

@@ -20,6 +20,8 @@ COMMANDS = [
     "eval",
     "eval",
     "generate",
+    "generate",
+    "chat",
     "rewards",
     "rewards",
     "reward-model",

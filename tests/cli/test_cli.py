@@ -28,7 +28,7 @@ assert __name__ != "__main__"
 def test_help_shows_every_command_and_an_example():
     run = konic("--help")
     assert run.returncode == 0
-    for command in ("demo", "train", "report", "eval", "generate"):
+    for command in ("demo", "train", "report", "eval", "generate", "chat"):
         assert command in run.stdout
         assert f"Example: konic {command}" in konic_here(command, "--help").stdout
     assert konic_here("--version").stdout.startswith("konic 0.")

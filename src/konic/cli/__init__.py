@@ -6,6 +6,7 @@ import traceback
 import typer
 
 from konic import __version__
+from konic.cli.chat import chat
 from konic.cli.demo import demo
 from konic.cli.doctor import doctor
 from konic.cli.eval import evaluate
@@ -28,7 +29,9 @@ app = typer.Typer(
 for panel, commands in {
     "Start": {"demo": demo, "init": init, "doctor": doctor},
     "Train": {"rewards": rewards, "train": train},
-    "See what came of it": {"report": report, "inspect": inspect, "eval": evaluate, "generate": generate},
+    "See what came of it": {
+        "report": report, "inspect": inspect, "eval": evaluate, "generate": generate, "chat": chat,
+    },  # fmt: skip
 }.items():
     for name, command in commands.items():
         app.command(name, rich_help_panel=panel)(command)
