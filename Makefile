@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo reward-model test check docs format clean parity curves defaults mutation bench gpu chaos fuzz audit lock golden families compat versions
+.PHONY: setup demo reward-model test check docs format clean parity curves defaults mutation bench gpu chaos fuzz audit lock golden families compat versions export-check
 
 setup: $(READY)
 
@@ -152,6 +152,17 @@ golden: $(READY)
 	@PYTHONPATH=$(abspath $(BEFORE))/src $(BIN)/python benchmarks/golden.py record $(PEERS)/golden-before.json
 	@$(BIN)/python benchmarks/golden.py record $(PEERS)/golden-after.json
 	@$(BIN)/python benchmarks/golden.py compare $(PEERS)/golden-before.json $(PEERS)/golden-after.json
+
+# A run exported as GGUF, opened by llama.cpp, which xllamacpp brings compiled. RUN=... takes a run of your own.
+LLAMA := $(PEERS)/llama
+$(LLAMA)/.ready:
+	@$(PYTHON) -m venv $(dir $@)
+	@$(PEER_PIP) install --only-binary :all: xllamacpp==2026.10.11549
+	@touch $@
+
+export-check: $(READY) $(LLAMA)/.ready
+	@test -n "$(RUN)" || $(BIN)/konic demo --max-iterations 1 --output $(LLAMA)/run
+	@$(BIN)/python benchmarks/export_check.py $(or $(RUN),$(LLAMA)/run) $(LLAMA)/bin/python benchmarks/results/export.md
 
 mutation: $(READY)
 	@$(PIP) install --upgrade --target $(PEERS)/mutmut mutmut==3.8.1

@@ -77,6 +77,7 @@ def run_commands(folder, model):
         ["generate", folder / "run", "ab", "--device", "cpu"],
         ["generate", folder / "run", "--prompts", data, "--rewards", job, "--json", "--device", "cpu"],
         ["chat", folder / "run", "--device", "cpu"],
+        ["export", folder / "run", "--format", "merged", "--output", folder / "exported"],
         ["rewards", job, "--samples", 2, "--device", "cpu"],
         ["rewards", job, "--texts", responses],
         ["reward-model", "train", pairs, "--base", model, "--epochs", 1, *judge],

@@ -10,6 +10,7 @@ from konic.cli.chat import chat
 from konic.cli.demo import demo
 from konic.cli.doctor import doctor
 from konic.cli.eval import evaluate
+from konic.cli.export import export
 from konic.cli.generate import generate
 from konic.cli.init import init
 from konic.cli.inspect import inspect
@@ -30,8 +31,13 @@ for panel, commands in {
     "Start": {"demo": demo, "init": init, "doctor": doctor},
     "Train": {"rewards": rewards, "train": train},
     "See what came of it": {
-        "report": report, "inspect": inspect, "eval": evaluate, "generate": generate, "chat": chat,
-    },  # fmt: skip
+        "report": report,
+        "inspect": inspect,
+        "eval": evaluate,
+        "generate": generate,
+        "chat": chat,
+        "export": export,
+    },
 }.items():
     for name, command in commands.items():
         app.command(name, rich_help_panel=panel)(command)

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from konic.finetuning.errors import OutputError
+from konic.finetuning.errors import OutputError, did_you_mean
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.system.places import find_stray, read_regular
 
@@ -78,6 +78,26 @@ class Run:
         if "final" in self._folders():
             folders[len(self.history)] = "final"
         return dict(sorted(folders.items()))
+
+    def find_weights(self, asked: str | None, *others: str) -> str:
+        """Return the name of the folder that holds the weights asked for; None asks for `final`, or the newest ones.
+
+        `others` are names that may be asked for too.
+
+        Raises:
+            OutputError: The run has no such weights, or they lie elsewhere.
+        """
+        chosen = asked or next(reversed(self.checkpoints.values()), None)
+        saved = [*self.checkpoints.values(), *(["best"] if "best" in self._folders() else [])]
+        if chosen in others:
+            return str(chosen)
+        if chosen not in saved:
+            hint = did_you_mean(chosen, [*saved, *others]) if chosen else ""
+            has = ", ".join(saved) or "none"
+            raise OutputError(f"{self.path} has no weights {chosen or 'yet'!r}.{hint} It has: {has}.")
+        if not (self.path / chosen).resolve().is_relative_to(self.path.resolve()):
+            raise OutputError(f"{self.path / chosen}: is a link out of the run's folder. Put the folder itself there.")
+        return chosen
 
     def _folders(self) -> list[str]:
         return sorted(path.name for path in self.path.iterdir() if path.is_dir())

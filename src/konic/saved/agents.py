@@ -13,7 +13,7 @@ from konic.finetuning import (
     TrainingConfig,
     llm_reward,
 )
-from konic.finetuning.errors import OutputError, did_you_mean
+from konic.finetuning.errors import OutputError
 from konic.report.run import Run
 
 BASE = "base"
@@ -57,13 +57,7 @@ class SavedRun:
         Raises:
             OutputError: It does not have these weights.
         """
-        saved = [*self.run.checkpoints.values(), *(["best"] if (self.run.path / "best").is_dir() else [])]
-        chosen = weights or next(reversed(self.run.checkpoints.values()), None)
-        if chosen not in (*saved, BASE):
-            hint = did_you_mean(chosen, [*saved, BASE]) if chosen else ""
-            has = ", ".join(saved) or "none"
-            raise OutputError(f"{self.run.path} has no weights {chosen or 'yet'!r}.{hint} It has: {has}.")
-        return str(chosen)
+        return self.run.find_weights(weights, BASE)
 
     def agent(self, name: str) -> KonicFinetuningAgent:
         """Return an agent for weights of the run, by a name that :meth:`name_of` returned."""

@@ -141,6 +141,38 @@ def load_adapter(causal_lm: PreTrainedModel, folder: Path, revision: str | None)
     return adapted
 
 
+def attach_adapter(causal_lm: PreTrainedModel, folder: Path) -> peft.PeftModel:
+    """Return the model with the folder's adapter loaded once, to be merged. Its biases may be trained ones.
+
+    Raises:
+        ModelError: The adapter cannot be loaded or does not fit the model.
+    """
+    file = folder / "adapter_model.safetensors"
+    try:
+        header = safetensors_header([file])
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        if not isinstance(config, peft.LoraConfig):
+            raise ModelError(f"{folder}: holds a {config.peft_type} adapter, and only LoRA can be merged.")
+        require_quick_patterns(config, causal_lm)
+        problem = unsupported_option(config) or incomplete_start(config)
+        if problem is not None:
+            raise ModelError(f"{folder}: {problem}")
+        with _without_peft_advice(), weights_within(header, "adapter_config.json"):
+            adapted = peft.PeftModel.from_pretrained(causal_lm, str(folder))
+            weights, own = load_file(file), peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    except KonicError as error:
+        raise error if isinstance(error, ModelError) else ModelError(f"{folder}: {error}") from None
+    except (*_PEFT_ERRORS, OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the adapter cannot be loaded: {describe_error(error)}") from safe_cause(error)
+    for name in sorted(weights.keys() | own.keys()):
+        if name not in weights or name not in own or not torch.equal(weights[name].to(own[name]), own[name]):
+            raise ModelError(
+                f"{folder}: the model does not take {name!r} as adapter_model.safetensors holds it, or it is not "
+                "finite. Use both files of the same adapter, and its base model as it was."
+            )
+    return adapted
+
+
 def _require_rank(weights: Mapping[str, Tensor], config: peft.LoraConfig, folder: Path) -> None:
     """Raise ModelError if the rank of an adapter's layers is not the one in its config."""
     for key, weight in weights.items() if not config.target_parameters else ():
@@ -227,7 +259,11 @@ def merged_model(adapted: peft.PeftModel) -> PreTrainedModel:
 
     Input embedding and head that share their weights are separated if the adapter changes only one of them.
     """
-    adapted = copy.deepcopy(adapted)
+    return merge_into_base(copy.deepcopy(adapted))
+
+
+def merge_into_base(adapted: peft.PeftModel) -> PreTrainedModel:
+    """Return the base model of an adapter, changed: the adapter is merged in, as :func:`merged_model` says."""
     causal_lm = adapted.base_model.model
     embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     adapted_ends = [end for end in (embedding, head) if isinstance(end, LoraLayer | AuxiliaryTrainingWrapper)]

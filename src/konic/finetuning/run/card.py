@@ -11,12 +11,26 @@ from konic.finetuning.run.environment import version_of
 from konic.text import escape_markdown, printable
 
 
-def model_card(result: FinetuningResult, settings: dict[str, Any], base_location: str, is_adapter: bool) -> str:
-    """The README.md of a saved model: its base, its training, its rewards before and after, how to load it."""
+def model_card(
+    result: FinetuningResult,
+    settings: dict[str, Any],
+    base_location: str | None,
+    is_adapter: bool,
+    loading: list[str] | None = None,
+) -> str:
+    """The README.md of a saved model: its base, its training, its rewards before and after, how to load it.
+
+    Args:
+        result: Of the run up to these weights.
+        settings: Of the run.
+        base_location: Where the base model is loaded from; None where that says nothing to others.
+        is_adapter: True for an adapter, False for a full model.
+        loading: Lines that say how to load the model; None shows how PEFT or `transformers` does.
+    """
     algorithm = settings["algorithm"]
     first, last = (result.history[0], result.history[-1]) if result.history else (None, None)
     header = ModelCardData(
-        base_model=printable(base_location),
+        base_model=None if base_location is None else printable(base_location),
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["konic", "reinforcement-learning", algorithm],
@@ -38,20 +52,11 @@ def model_card(result: FinetuningResult, settings: dict[str, Any], base_location
             f"{gain.mean:+.4f} (95 % interval {gain.low:+.4f} to {gain.high:+.4f}, paired bootstrap).",
             "",
         ]
-    loading = (
-        "from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
-        if is_adapter
-        else "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER)"
-    )
-    lines += [
-        "```python",
-        loading,
-        "```",
-        "",
-        "Settings:",
-        "",
-        "```json",
-        json.dumps(settings, indent=1, default=str),
-        "```",
-    ]
+    lines += loading or _loading(is_adapter)
+    lines += ["", "Settings:", "", "```json", json.dumps(settings, indent=1, default=str), "```"]
     return str(ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
+
+
+def _loading(is_adapter: bool) -> list[str]:
+    library, name = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
+    return ["```python", f"from {library} import {name}", "", f"model = {name}.from_pretrained(FOLDER)", "```"]

@@ -1,0 +1,86 @@
+"""Tokenizer + generation_config -> the Modelfile with which Ollama makes a model of a GGUF file."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from konic.finetuning.data.chat_templates import render_chat
+from konic.finetuning.errors import ModelError
+
+CHATML = """\
+{{- range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+"""
+"""ChatML, in the language of Ollama's templates."""
+_TALK = [
+    {"role": "user", "content": "a b"},
+    {"role": "assistant", "content": "c"},
+    {"role": "user", "content": "d"},
+]
+
+
+def modelfile(file: str, tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the text of the Modelfile, and what to say about its chat template.
+
+    Args:
+        file: The name of the GGUF file beside it.
+        tokenizer: Of the model.
+        generation: The run's generation_config.
+    """
+    lines, note = [f"FROM ./{file}"], "The model has no chat template: give Ollama and llama.cpp plain text."
+    if tokenizer.chat_template is None:
+        lines.append('TEMPLATE """{{ .Prompt }}"""')
+    else:
+        system = _chatml_system(tokenizer)
+        note = "Its chat template is ChatML, which the Modelfile has too."
+        if system is None:
+            note = "Its chat template is not ChatML, so the Modelfile has none: Ollama takes that of the GGUF file."
+        else:
+            lines += [f'TEMPLATE """{CHATML}"""', 'PARAMETER stop "<|im_end|>"']
+            lines += [f'SYSTEM """{system}"""'] if system else []
+    return "\n".join([*lines, *_parameters(generation)]) + "\n", note
+
+
+def _parameters(generation: Mapping[str, Any]) -> list[str]:
+    """Sampling as in the run; Ollama's own defaults cut the distribution."""
+    greedy = generation.get("do_sample") is False
+    numbers = {
+        "temperature": 0.0 if greedy else generation.get("temperature"),
+        "top_k": generation.get("top_k"),
+        "top_p": generation.get("top_p"),
+        "repeat_penalty": generation.get("repetition_penalty"),
+    }
+    lines = [f"PARAMETER {name} {value}" for name, value in numbers.items() if isinstance(value, int | float)]
+    stop = generation.get("stop")
+    stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
+    return lines + [f'PARAMETER stop "{text}"' for text in stops if isinstance(text, str) and _is_plain(text)]
+
+
+def _chatml_system(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the system message that the template adds, empty if none; None if the template is not ChatML."""
+    system = {"role": "system", "content": "e"}
+    try:
+        with_system = render_chat([system, *_TALK], tokenizer, {"add_generation_prompt": True})
+        without = render_chat(_TALK, tokenizer, {"add_generation_prompt": True})
+    except ModelError:
+        return None
+    said = _chatml(_TALK)
+    if with_system != _chatml([system, *_TALK]) or not without.endswith(said):
+        return None
+    start, end = "<|im_start|>system\n", "<|im_end|>\n"
+    added = without.removesuffix(said)
+    if not added:
+        return ""
+    own = added.removeprefix(start).removesuffix(end)
+    return own if added == f"{start}{own}{end}" and _is_plain(own) else None
+
+
+def _chatml(chat: list[dict[str, str]]) -> str:
+    turns = [f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in chat]
+    return "".join(turns) + "<|im_start|>assistant\n"
+
+
+def _is_plain(text: str) -> bool:
+    return '"' not in text and "\n" not in text and bool(text)
