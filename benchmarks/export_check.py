@@ -65,7 +65,7 @@ def main(run, python, result):
             same += ids == tokenizer(text).input_ids
             with torch.no_grad():
                 ours = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            worst = max(worst, *(abs(ours[int(number)].item() - value) for number, value in theirs.items()))
+            worst = max([worst, *(abs(ours[int(number)].item() - value) for number, value in theirs.items())])
         print(dtype, same, worst, flush=True)
         rows.append(f"| {dtype} | {size:.0f} MB | {same} of {len(TEXTS)} | {worst:.4f} | {tolerance} |")
         failed += [dtype] if same < len(TEXTS) or worst > tolerance else []
