@@ -163,7 +163,7 @@ def gradient(policy, rollout):
     hidden = model.response_hidden(rollout.ids, rollout.mask, mask.shape[1])
     scored = score_tokens(
         model, hidden, rollout.samples.response_ids, mask, rollout.temperature,
-        needs_entropy=False, reference=(policy.reference_logits, rollout.ref_hidden),
+        needs_entropy=False, reference=(policy.reference_logits, rollout.states.ref_hidden),
     )  # fmt: skip
     weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2)).to(scored.log_probs)
     loss = (weights * scored.log_probs).sum() + scored.kl.sum()

@@ -67,7 +67,7 @@ with torch.no_grad():
         count = rolled.response_mask.shape[1]
         hidden = policy.language_model.response_hidden(rolled.ids, rolled.mask, count)
         vocabulary = policy.language_model.vocabulary_size
-        parts = map_tokens(deviations, rolled.response_mask, vocabulary, hidden, rolled.ref_hidden)
+        parts = map_tokens(deviations, rolled.response_mask, vocabulary, hidden, rolled.states.ref_hidden)
         found.append(torch.stack([part[rolled.response_mask] for part in (*parts, rolled.kl.double())]))
     per_token = torch.cat(found, dim=1).mean(dim=1).tolist()
     sums = []

@@ -22,7 +22,7 @@ from konic.finetuning.learning.update import make_optimizer, update
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.models.token_scores import score_tokens
-from konic.finetuning.rollout.rollout import Rollout
+from konic.finetuning.rollout.rollout import Rollout, States
 
 RESPONSE = 256
 RESULTS = Path(__file__).parent / "results" / "memory.md"
@@ -53,8 +53,9 @@ def whole_update(policy, num_rows):
     samples, batch = made_up_samples(num_rows, RESPONSE, size), made_up_batch(num_rows, 1)
     zeros = torch.zeros(samples.response_ids.shape)
     rollout = Rollout(
-        batch=batch, samples=samples, records=[], temperature=1.0, in_full_precision=True, log_probs=zeros,
-        ref_log_probs=zeros, kl=zeros, entropy=zeros, values=zeros, ref_hidden=torch.randn_like(samples.hidden),
+        batch=batch, samples=samples, records=[], temperature=1.0, max_new_tokens=RESPONSE,
+        in_full_precision=True, is_rescored=False, log_probs=zeros, ref_log_probs=zeros, kl=zeros, entropy=zeros,
+        values=zeros, states=States.of_all(samples.hidden, torch.randn_like(samples.hidden)),
     )  # fmt: skip
     advantages = Advantages(
         advantages=torch.randn(zeros.shape), returns=zeros, mask=samples.response_mask, has_signal=True,

@@ -17,7 +17,7 @@ ORDER = [
 ]  # fmt: skip
 """Modules and packages of konic.finetuning; each imports only from those before it."""
 INSIDE = {
-    "system": ["memory", "signals", "user_code", "places", "files"],
+    "system": ["memory", "signals", "user_code", "places", "files", "group", "world"],
     "results": ["metrics", "intervals", "at_k", "iteration", "evaluation", "summary"],
     "data": [
         "packed", "rows", "chats", "columns", "fingerprint", "hub", "formats", "loaders", "config", "prompts",
@@ -33,7 +33,8 @@ INSIDE = {
         "old_names", "listing", "composer", "overrides", "workers", "scoring", "responses", "trial",
     ],
     "rollout": [
-        "sampler", "streaming", "fused_transformer", "fused_decoder", "graphed_decoder", "decoding", "local_sampler",
+        "sampler", "streaming", "shares", "fused_transformer", "fused_decoder", "graphed_decoder", "decoding",
+        "local_sampler",
         "rollout", "rows", "evaluation",
     ],
     "learning": ["advantages", "losses", "schedule", "kl_controller", "estimators", "update", "learner"],
@@ -44,7 +45,8 @@ INSIDE = {
     ],
     "konic_0_1": ["callback", "reward", "dataset", "environment", "module", "backends"],
     "run": [
-        "environment", "card", "state", "checkpoint", "resume", "checks", "measures", "tables", "folder", "saving",
+        "environment", "card", "state", "checkpoint", "resume", "processes", "checks", "measures", "tables",
+        "folder", "saving",
         "session",
     ],
 }  # fmt: skip

@@ -399,7 +399,7 @@ def test_tokens_that_another_policy_drew_are_weighted(rolled, how, expected):
     drawn = rolled.log_probs.clone()
     drawn[2, :3] -= ratios
     assert rolled.response_mask[2, :3].all()
-    foreign = replace(rolled, samples=replace(rolled.samples, log_probs=drawn, hidden=None))
+    foreign = replace(rolled, samples=replace(rolled.samples, log_probs=drawn), is_rescored=True)
     config = settings("grpo", sampler_correction=how)
     found = compute_advantages(foreign, scored(SCORES), config, BETA)
     own = compute_advantages(rolled, scored(SCORES), config, BETA)

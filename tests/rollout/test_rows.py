@@ -4,7 +4,6 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from conftest import prompt_batch, roll, shake_adapter, tiny_learner
 from konic.finetuning.config import GenerationConfig
@@ -30,8 +29,10 @@ def of_row(rollout, row):
     """Everything about one response, without padding."""
     mask, prompt_mask = rollout.response_mask[row], rollout.batch.mask[row]
     tensors = {field.name: getattr(rollout, field.name)[row][mask] for field in fields(TokenNumbers)}
-    for name in ("response_ids", "log_probs", "hidden"):
+    for name in ("response_ids", "log_probs"):
         tensors[f"samples.{name}"] = getattr(rollout.samples, name)[row][mask]
+    for name in ("hidden", "ref_hidden"):
+        tensors[name] = getattr(rollout.states, name)[rollout.states.places[row]][mask]
     tensors["prompt"] = rollout.batch.ids[row][prompt_mask]
     others = rollout.records[row], rollout.batch.texts[row], rollout.batch.prompts[row]
     return tensors, (*others, rollout.batch.sample_indices[row], rollout.samples.ended[row].item())
@@ -64,11 +65,14 @@ def test_rows_are_chosen_in_the_order_given(rounds):
     assert select_rows(joined, range(5)) is joined
 
 
-def test_a_sampler_without_hidden_states_can_be_joined_too(rounds):
-    bare = [replace(rollout, samples=replace(rollout.samples, hidden=None)) for rollout in rounds]
-    joined = join_rollouts(bare)
-    assert joined.samples.hidden is None and select_rows(joined, [1]).samples.hidden is None
-    assert all(isinstance(getattr(joined.samples, name), Tensor) for name in ("response_ids", "log_probs", "ended"))
+def test_states_of_other_processes_stay_there(rounds):
+    mask = rounds[1].response_mask
+    some = replace(rounds[1], states=rounds[1].states.among(range(1, 3), torch.cat([mask, mask[:1]])))
+    assert some.states.places.tolist() == [-1, 0, 1]
+    joined = join_rollouts([rounds[0], some]).states
+    assert joined.places.tolist() == [0, 1, 2, -1, 3, 4]
+    assert joined.own(torch.tensor([3, 5, 0])).tolist() == [5, 0]
+    assert len(joined.hidden) == len(joined.ref_hidden) == 5
 
 
 def test_scores_are_joined_and_chosen_alike():

@@ -14,7 +14,7 @@ from konic.finetuning.learning.estimators import Advantages
 from konic.finetuning.learning.update import UpdateStats
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.rewards.scoring import Scores
-from konic.finetuning.rollout.rollout import Rollout
+from konic.finetuning.rollout.rollout import Rollout, States
 from konic.finetuning.rollout.sampler import Samples
 from konic.finetuning.run import measures
 from konic.finetuning.run.measures import RunClock, StageClock, iteration_result
@@ -44,7 +44,7 @@ def hand_made():
         ref_log_probs=torch.tensor([[-1.5, 0, 0], [-1.0, -3.5, -4.0]], dtype=torch.float64),
         kl=torch.tensor([[0.4, 0, 0], [0.1, 0.2, 0.5]], dtype=torch.float64),
         entropy=torch.tensor([[2.0, 0, 0], [1.0, 3.0, 2.0]], dtype=torch.float64), values=zeros,
-        hidden=torch.zeros(2, 3, 4, dtype=torch.float64), ref_hidden=torch.zeros(2, 3, 4, dtype=torch.float64),
+        is_rescored=False, states=States.of_all(*torch.zeros(2, 2, 3, 4, dtype=torch.float64)),
     )  # fmt: skip
 
 

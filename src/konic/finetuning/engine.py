@@ -240,8 +240,9 @@ class KonicFinetuningEngine:
         Raises:
             KonicError: Something the user can fix. Every whole iteration before it is kept.
         """
-        session, callbacks = self._current_session(), Callbacks(self.callback)
-        with stopping_on_signals(), tolerant_streams(), session.scorer:
+        session = self._current_session()
+        callbacks = Callbacks(self.callback if session.world.rank == 0 else KonicFinetuningCallback(verbose=False))
+        with stopping_on_signals(), tolerant_streams(), session.world.telling_errors(), session.scorer:
             _check_counts(max_iterations=max_iterations, save_every=save_every, save_total_limit=save_total_limit)
             session.check()
             if max_iterations == 0:
@@ -254,7 +255,8 @@ class KonicFinetuningEngine:
                     for result in session.state.history if resume_from_checkpoint else ():
                         callbacks.should_stop_early(result)
                     try:
-                        stopped = Trainer(session, callbacks, saver, last_iteration).run()
+                        with session.world.telling_errors():
+                            stopped = Trainer(session, callbacks, saver, last_iteration).run()
                     except BaseException as error:
                         if not isinstance(error, KeyboardInterrupt) or not session.weights_are_whole:
                             with uninterrupted():
@@ -262,6 +264,7 @@ class KonicFinetuningEngine:
                             raise
                         stopped = INTERRUPTED
                     final = session.finish(saver, last_iteration, stopped)
+                    session.world.gather({})  # no process is done before all files are written
                     callbacks.on_train_end(final)
                     return final
 
@@ -282,7 +285,7 @@ class KonicFinetuningEngine:
         chosen = session.prompts.held_out if prompts is None else self._make_prompts(prompts, "evaluate(prompts)")
         if not chosen:
             raise ConfigError("evaluate() has no prompts: give some, or set DatasetConfig(held_out=...).")
-        with session.scorer:
+        with session.world.telling_errors(), session.scorer:
             untrained = session.state.num_steps == 0
             return session.evaluate(chosen, session.state.reward_moments, untrained).to_dict()
 
@@ -295,7 +298,9 @@ class KonicFinetuningEngine:
         learner, generation, seed = session.learner, session.generation, session.training.seed
         return [
             sample.response
-            for sample in respond(learner.policy, learner.sampler, made, generation, learner.special_tokens, seed)
+            for sample in respond(
+                learner.policy, learner.sampler, made, generation, learner.special_tokens, seed, session.world
+            )
         ]
 
     @_with_known_arguments

@@ -37,6 +37,7 @@ from konic.finetuning.run.measures import RunClock, StageClock, iteration_result
 from konic.finetuning.run.saving import Saver
 from konic.finetuning.run.session import Session
 from konic.finetuning.system.signals import uninterrupted
+from konic.finetuning.system.world import from_first
 from konic.output import get_logger
 
 logger = get_logger(__name__)
@@ -183,6 +184,7 @@ class Trainer:
             learner.special_tokens,
             RandomKey(config.seed, iteration),
             config.micro_batch_size,
+            self._session.world,
         )
         if config.self_checks:
             require_sound_rollout(rollout, iteration)
@@ -239,7 +241,9 @@ class Trainer:
             train_policy=iteration > config.value_warmup_iterations,
         )
         with self._changing_weights(), learner.policy.value_head.shifted(value_shift):
-            stats = update(learner.policy, learner.optimizer, rollout, advantages, config, schedule)
+            stats = update(
+                learner.policy, learner.optimizer, rollout, advantages, config, schedule, self._session.world
+            )
             if iteration == 1:  # an adapter that changes the base model does so at its first step
                 learner.policy.check_reference()
         return stats
@@ -270,6 +274,7 @@ class Trainer:
         return replace(result, checks=tuple(findings))
 
     def _reason_to_stop(self, result: FinetuningIterationResult, clock: RunClock) -> str | None:
+        reason = "max_minutes passed" if clock.time_is_up else None
         if self._callbacks.should_stop_early(result):
-            return f"a callback asked for it at iteration {result.iteration}"
-        return "max_minutes passed" if clock.time_is_up else None
+            reason = f"a callback asked for it at iteration {result.iteration}"
+        return from_first(self._session.world, reason)

@@ -4,9 +4,9 @@ Shapes: B prompts, P tokens of the longest prompt. A mask is True where a token 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import jinja2
 import torch
@@ -41,6 +41,13 @@ class PromptBatch:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def part(self, rows: range) -> Self:
+        """Return some of the prompts, padded as before."""
+        if len(rows) == len(self):
+            return self
+        chosen = slice(rows.start, rows.stop)
+        return replace(self, **{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
 
 
 def make_prompt_batch(

@@ -31,6 +31,7 @@ from konic.finetuning.models.length_groups import group_by_length
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.models.token_scores import divergences, score_tokens
 from konic.finetuning.rollout.rollout import Rollout
+from konic.finetuning.system.world import ALONE, World
 from konic.output import get_logger
 
 logger = get_logger(__name__)
@@ -91,10 +92,12 @@ def update(
     advantages: Advantages,
     config: TrainingConfig,
     schedule: Schedule,
+    world: World = ALONE,
 ) -> UpdateStats:
     """Train the policy on its own responses: `ppo_epochs` passes of `num_minibatches` optimizer steps each.
 
-    A token average is a sum over the whole optimizer step divided by its true token count, for any micro-batches.
+    A token average is a sum over the whole optimizer step divided by its true token count, for any micro-batches and
+    any number of processes. Each process works on the responses that it sampled, and the gradients are added.
 
     Raises:
         NotFiniteError: A loss or gradient is not finite. The step is not taken. With on_nonfinite="skip" the update
@@ -112,7 +115,7 @@ def update(
             if num_tokens == 0 or not learns:
                 continue  # no sample of this minibatch has a score, or the scores teach nothing: there is no gradient
             try:
-                step = _accumulate(policy, rollout, advantages, rows, num_tokens, config, train_policy)
+                step = _accumulate(policy, rollout, advantages, rows, num_tokens, config, train_policy, world)
                 if not steps:
                     first_log_ratio, sampler_gap = step.largest_log_ratio, step.sampler_gap
                     _require_same_policy(step, rollout, config)
@@ -178,16 +181,56 @@ def _accumulate(
     num_tokens: int,
     config: TrainingConfig,
     train_policy: bool,
+    world: World,
 ) -> _StepStats:
-    """Accumulate the gradients of one optimizer step; return the means over its tokens."""
+    """Accumulate the gradients of one optimizer step over all processes; return the means over its tokens."""
+    of_step = torch.from_numpy(rows).to(rollout.ids.device)
+    num_responses, own = int(advantages.mask[of_step].any(dim=1).sum()), rollout.states.own(of_step)
+    sums: dict[str, float] = {}
+    largest, problem = 0.0, None
+    try:
+        sums, largest = _accumulate_own(
+            policy, rollout, advantages, own, num_tokens, num_responses, config, train_policy
+        )
+    except NotFiniteError as error:
+        problem = error
+    parameters = [*policy.trainable().values()]
+    learned = [parameter.grad is not None for parameter in parameters]
+    lines = problem and [*problem.args]
+    told = world.gather({"sums": sums, "largest": largest, "learned": learned, "problem": lines})
+    for part in told:
+        if part["problem"]:
+            raise problem or NotFiniteError(*part["problem"])
+    for parameter, *learned_by in zip(parameters, *(part["learned"] for part in told), strict=True):
+        if parameter.grad is None and any(learned_by):
+            parameter.grad = torch.zeros_like(parameter)
+    world.sum_([parameter.grad for parameter in parameters if parameter.grad is not None])
+    names = dict.fromkeys(name for part in told for name in part["sums"])
+    means = {name: sum(part["sums"].get(name, 0.0) for part in told) / num_tokens for name in names}
+    return _StepStats(**means, largest_log_ratio=max(part["largest"] for part in told))
+
+
+def _accumulate_own(
+    policy: Policy,
+    rollout: Rollout,
+    advantages: Advantages,
+    rows: Tensor,
+    num_tokens: int,
+    num_responses: int,
+    config: TrainingConfig,
+    train_policy: bool,
+) -> tuple[dict[str, float], float]:
+    """Accumulate the gradients of those responses of an optimizer step that this process sampled.
+
+    Returns the sums over their tokens by name, and their largest absolute log-ratio.
+    """
     row, clip_ratios = config.algorithm_row, config.clip_ratios
     totals: dict[str, float] = {}
     largest = 0.0
-    of_step = torch.from_numpy(rows).to(rollout.ids.device)
-    num_responses = int(advantages.mask[of_step].any(dim=1).sum())
-    prompt_mask, response_mask = rollout.batch.mask[of_step], rollout.response_mask[of_step]
+    prompt_mask, response_mask = rollout.batch.mask[rows], rollout.response_mask[rows]
+    states, places = rollout.states, rollout.states.places[rows]
     for group in group_by_length(prompt_mask, response_mask, config.micro_batch_size):
-        chosen = of_step[group]
+        chosen = rows[group]
         mask = advantages.mask[chosen]
         if not mask.any():
             continue
@@ -198,14 +241,16 @@ def _accumulate(
             scored = score_tokens(
                 model, hidden, rollout.samples.response_ids[chosen], mask, rollout.temperature,
                 needs_entropy=config.entropy_coef > 0,
-                reference=(policy.reference_logits, rollout.ref_hidden[chosen]) if advantages.kl_loss_weight else None,
+                reference=(policy.reference_logits, states.ref_hidden[places[group]])
+                if advantages.kl_loss_weight else None,
             )  # fmt: skip
             token_ratios = log_ratio(scored.log_probs, rollout.log_probs[chosen], mask)
             ratios = level_log_ratios(token_ratios, mask, row.ratio_level)
             policy_loss, signal = POLICY_LOSSES[row.policy_loss], advantages.advantages[chosen]
             beyond = torch.zeros_like(mask)
             if config.divergence_limit is not None:
-                moved = divergences(model, rollout.hidden[chosen], hidden, mask, rollout.temperature, config.divergence)
+                old_hidden = states.hidden[places[group]]
+                moved = divergences(model, old_hidden, hidden, mask, rollout.temperature, config.divergence)
                 beyond = moves_outward(ratios, signal, moved, config.divergence_limit)
             policy_losses = policy_loss(ratios, signal, mask & ~beyond, clip_ratios)
             entropy = rollout.entropy[chosen] * mask if scored.entropy is None else scored.entropy
@@ -234,7 +279,7 @@ def _accumulate(
             group_sums = torch.stack([tensor.double().sum() for tensor in sums.values()]).tolist()
             totals = {name: totals.get(name, 0.0) + value for name, value in zip(sums, group_sums, strict=True)}
             largest = max(largest, token_ratios.abs().max().item())
-    return _StepStats(**{name: total / num_tokens for name, total in totals.items()}, largest_log_ratio=largest)
+    return totals, largest
 
 
 def loss_weights(average: Average, mask: Tensor, num_tokens: int, num_responses: int) -> Tensor | float:

@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Self
 
 from konic.finetuning.config import TrainingConfig
@@ -30,6 +31,7 @@ from konic.finetuning.rewards.totals import (
     prepared_parts,
 )
 from konic.finetuning.rewards.workers import RewardPool
+from konic.finetuning.system.world import ALONE, World
 from konic.output import get_logger
 
 logger = get_logger(__name__)
@@ -122,9 +124,10 @@ class Scorer:
     As a context manager, it starts the worker processes and ends them with the `with` block.
     """
 
-    def __init__(self, composer: KonicLLMRewardComposer, config: TrainingConfig) -> None:
+    def __init__(self, composer: KonicLLMRewardComposer, config: TrainingConfig, world: World = ALONE) -> None:
         self._composer = composer
         self._config = config
+        self._world = world
         self._pool = RewardPool(composer, config.reward_workers, config.reward_timeout_seconds)
         self._shown: dict[tuple[str, str], int] = {}
 
@@ -146,7 +149,7 @@ class Scorer:
         moments: Mapping[str, RunningMoments] | None = None,
         update_moments: bool = False,
     ) -> Scores:
-        """Score a batch.
+        """Score a batch; the calls of the rewards are divided among the processes.
 
         Args:
             samples: [B].
@@ -160,7 +163,9 @@ class Scorer:
         weighting = describe_weighting(self._composer)
         rewards = weighting.rewards
         seconds: dict[str, list[float]] = {reward.name: [] for reward in rewards}
-        outcomes = self._outcomes(rewards, samples, seconds)
+        rows = self._world.own_rows(len(samples))
+        own = self._outcomes(rewards, samples[rows.start : rows.stop], seconds) if rows else [[] for _ in rewards]
+        outcomes, seconds = self._shared(own, samples, seconds)
         parts, faults = collect_parts(outcomes, len(samples)), first_faults(outcomes, len(samples))
         given = dict(moments or {})
         counted = [own for own, fault in zip(parts, faults, strict=True) if not fault]
@@ -192,6 +197,22 @@ class Scorer:
                     done.append(outcome)
             found[name] = done
         return [found[reward.name] for reward in rewards]
+
+    def _shared(
+        self, own: list[list[Outcome]], samples: Sequence[Sample], seconds: dict[str, list[float]]
+    ) -> tuple[list[list[Outcome]], dict[str, list[float]]]:
+        """The outcomes of all processes per reward and sample, and their seconds. The first process warns for all."""
+        if self._world.size == 1:
+            return own, seconds
+        told = [[[o.who, o.what, o.traceback] if isinstance(o, Fault) else o for o in each] for each in own]
+        messages = self._world.gather({"outcomes": told, "seconds": seconds})
+        parts = zip(*(message["outcomes"] for message in messages), strict=True)
+        outcomes = [[Fault(*o) if isinstance(o, list) else o for o in chain(*each)] for each in parts]
+        if self._world.rank == 0:
+            for each, done in zip(outcomes, own, strict=True):
+                for _ in self._accepted(iter(each[len(done) :]), samples[len(done) :]):
+                    pass
+        return outcomes, {name: [*chain(*(message["seconds"][name] for message in messages))] for name in seconds}
 
     def _accepted(self, outcomes: Iterator[Outcome], samples: Sequence[Sample]) -> Iterator[Outcome]:
         """Yield the outcomes as they arrive; raise a fault or log it."""

@@ -6,16 +6,20 @@ the policy.
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
+
 from konic.finetuning.config import GenerationConfig
 from konic.finetuning.data.prompts import Prompt
 from konic.finetuning.data.samples import Sample
-from konic.finetuning.data.tokenization import PromptBatch, make_prompt_batch
+from konic.finetuning.data.tokenization import make_prompt_batch
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.rewards.moments import RunningMoments
 from konic.finetuning.rewards.scoring import Scorer
 from konic.finetuning.rollout.rollout import make_records, score_under_reference
-from konic.finetuning.rollout.sampler import RandomKey, Sampler, Samples, SpecialTokens
+from konic.finetuning.rollout.sampler import RandomKey, Sampler, SpecialTokens
+from konic.finetuning.rollout.shares import share_samples
+from konic.finetuning.system.world import ALONE, World
 
 BATCH_SIZE = 64
 """Prompts sampled at once. On a CPU, a decode step of 64 rows takes about twice as long as a step of 8 rows."""
@@ -30,13 +34,14 @@ def respond(
     generation: GenerationConfig,
     special: SpecialTokens,
     seed: int,
+    world: World = ALONE,
 ) -> list[Sample]:
     """Return a response of the sampler to each of the prompts [N].
 
     The random numbers depend on the seed and on the dataset row of each prompt.
     """
-    batches = _sample_in_batches(policy, sampler, prompts, generation, special, seed)
-    return [record for _, _, records in batches for record in records]
+    batches = _sample_in_batches(policy, sampler, prompts, generation, special, seed, with_kl=False, world=world)
+    return [record for records, _ in batches for record in records]
 
 
 def evaluate(
@@ -49,6 +54,7 @@ def evaluate(
     seed: int,
     moments: Mapping[str, RunningMoments],
     samples_reference: bool = False,
+    world: World = ALONE,
 ) -> Evaluation:
     """Sample a response to every prompt, as :func:`respond` does, and score it. `moments` is not changed.
 
@@ -57,13 +63,12 @@ def evaluate(
     """
     all_records: list[Sample] = []
     kls: list[float] = []
-    for batch, samples, records in _sample_in_batches(policy, sampler, prompts, generation, special, seed):
+    batches = _sample_in_batches(
+        policy, sampler, prompts, generation, special, seed, with_kl=not samples_reference, world=world
+    )
+    for records, kl in batches:
         all_records += records
-        if samples_reference:
-            kls += [0.0] * len(records)
-        else:
-            kl = score_under_reference(policy, batch, samples, generation.temperature, MICRO_BATCH_SIZE).kl
-            kls += kl.sum(dim=1).tolist()
+        kls += kl
     scores = scorer.score(all_records, moments)
     scorer.require_error_rate([], scores)
     return Evaluation(
@@ -84,9 +89,19 @@ def _sample_in_batches(
     generation: GenerationConfig,
     special: SpecialTokens,
     seed: int,
-) -> Iterator[tuple[PromptBatch, Samples, list[Sample]]]:
+    with_kl: bool,
+    world: World,
+) -> Iterator[tuple[list[Sample], list[float]]]:
+    """Yield the responses of each batch, and their KL in nats, 0 without `with_kl`. Each process samples a part."""
     for start in range(0, len(prompts), BATCH_SIZE):
         part = prompts[start : start + BATCH_SIZE]
         batch = make_prompt_batch(part, policy.tokenizer, generation.max_prompt_length, special.pad, policy.device)
-        samples = sampler(batch, generation, RandomKey(seed, iteration=0))
-        yield batch, samples, make_records(batch, samples, policy, generation, special)
+        rows = world.own_rows(len(batch))
+        own = batch.part(rows or range(1))
+        drawn = sampler(own, generation, RandomKey(seed, iteration=0))
+        kl = torch.zeros(len(own), device=policy.device)
+        if with_kl:
+            scored, _ = score_under_reference(policy, own, drawn, generation.temperature, MICRO_BATCH_SIZE)
+            kl = scored.kl.sum(dim=1)
+        samples, numbers = share_samples(world, rows, drawn, {"kl": kl})
+        yield make_records(batch, samples, policy, generation, special), numbers["kl"].tolist()

@@ -5,6 +5,7 @@ Shapes: B sequences, P prompt tokens, R response tokens, H hidden size. A mask i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from konic.finetuning.models.policy import Policy
 from konic.finetuning.models.prepacked import rows_to_prepack
 from konic.finetuning.models.token_scores import map_tokens
 from konic.finetuning.rollout.sampler import RandomKey, Sampler, Samples, SpecialTokens, decode_responses
+from konic.finetuning.rollout.shares import pad_rows, share_samples
+from konic.finetuning.system.world import ALONE, World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +39,48 @@ class TokenNumbers:
     """Entropy of the distribution from which each token was drawn, in nats."""
     values: Tensor
     """The value head's estimate before each token, in units of reward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """The last hidden states from which the tokens of O of the B responses were drawn: those that this process sampled.
+
+    Values outside the response mask are arbitrary.
+    """
+
+    places: Tensor
+    """[B] int64, where the states of a response stand, from 0 to O - 1; -1 if another process has them."""
     hidden: Tensor
-    """[B, R, H] the last hidden states of the policy, from which each token was drawn. Values outside the response mask
-    are arbitrary."""
+    """[O, R, H] of the policy."""
     ref_hidden: Tensor
-    """[B, R, H] the last hidden states of the reference. A KL in the loss recomputes the reference's distributions from
-    these states. Values outside the response mask are arbitrary."""
+    """[O, R, H] of the reference. A KL in the loss recomputes the reference's distributions from these states."""
+
+    @classmethod
+    def of_all(cls, hidden: Tensor, ref_hidden: Tensor) -> Self:
+        """Return the states [B, R, H] of responses that all were sampled here."""
+        places = torch.arange(len(hidden), device=hidden.device)
+        return cls(places=places, hidden=hidden, ref_hidden=ref_hidden)
+
+    def among(self, rows: range, response_mask: Tensor) -> Self:
+        """Return these states as those of some rows of all responses, of which the mask [B, R] is given."""
+        num_rows, length = response_mask.shape
+        if len(rows) == num_rows:
+            return self
+        places = torch.full((num_rows,), -1, device=response_mask.device)
+        places[rows.start : rows.stop] = self.places[: len(rows)]
+        both = (pad_rows(states, length) for states in (self.hidden, self.ref_hidden))
+        return type(self)(places=places, hidden=next(both), ref_hidden=next(both))
+
+    def own(self, rows: Tensor) -> Tensor:
+        """Return those of the rows whose states are here, in order."""
+        return rows[self.places[rows] >= 0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout(TokenNumbers):
     """Responses of the policy, with their scores, before its update."""
 
+    states: States
     batch: PromptBatch
     samples: Samples
     """The responses as tensors."""
@@ -59,11 +92,8 @@ class Rollout(TokenNumbers):
     """The most tokens that a response can have."""
     in_full_precision: bool
     """False if the model computes in 16 bits, where rounding alone moves log-probs further than in fp32."""
-
-    @property
-    def is_rescored(self) -> bool:
-        """True if `log_probs` come from a forward pass of the trainer, and not from the sampler's own states."""
-        return self.samples.hidden is None or not self.in_full_precision
+    is_rescored: bool
+    """True if `log_probs` come from a forward pass of the trainer, and not from the sampler's own states."""
 
     @property
     def response_mask(self) -> Tensor:
@@ -94,30 +124,37 @@ def sample_rollout(
     special: SpecialTokens,
     rng_key: RandomKey,
     micro_batch_size: int | None = None,
+    world: World = ALONE,
 ) -> Rollout:
     """Sample a response to every prompt and score it under policy and reference.
 
     Args:
         policy: The policy that is trained.
         sampler: Samples responses from the policy.
-        batch: The prompts.
+        batch: The prompts of all processes.
         generation: How to sample.
         special: End and padding tokens.
         rng_key: Determines the random numbers.
         micro_batch_size: Sequences scored at once, as many as in the update; None means all.
+        world: The processes among which the prompts are divided.
     """
-    prepacked_rows = rows_to_prepack(policy.language_model.causal_lm, len(batch), generation.max_new_tokens)
+    rows = world.own_rows(len(batch))
+    own = batch.part(rows or range(1))
+    prepacked_rows = rows_to_prepack(policy.language_model.causal_lm, len(own), generation.max_new_tokens)
     with policy.language_model.prepacked_head(prepacked_rows):  # scoring too is mostly products of the head
-        samples = sampler(batch, generation, rng_key)
-        numbers = score_under_reference(policy, batch, samples, generation.temperature, micro_batch_size)
+        drawn = sampler(own, generation, rng_key)
+        scored, states = score_under_reference(policy, own, drawn, generation.temperature, micro_batch_size)
+    samples, numbers = share_samples(world, rows, drawn, vars(scored))
     return Rollout(
-        **vars(numbers),
+        **numbers,
+        states=states.among(rows, samples.response_mask),
         batch=batch,
         samples=samples,
         records=make_records(batch, samples, policy, generation, special),
         temperature=generation.temperature,
         max_new_tokens=generation.max_new_tokens,
         in_full_precision=_is_full_precision(policy),
+        is_rescored=drawn.hidden is None or not _is_full_precision(policy),
     )
 
 
@@ -131,12 +168,12 @@ def make_records(
 
 def score_under_reference(
     policy: Policy, batch: PromptBatch, samples: Samples, temperature: float, micro_batch_size: int | None = None
-) -> TokenNumbers:
+) -> tuple[TokenNumbers, States]:
     """Score responses, sampled from the policy's current weights, under policy and reference."""
     hidden = _policy_hidden(policy, batch, samples, micro_batch_size)
     with policy.reference() as reference:
         ref_hidden = _response_hidden(reference, batch, samples, micro_batch_size)
-    return _score(policy, samples, hidden, ref_hidden, temperature)
+    return _score(policy, samples, hidden, ref_hidden, temperature), States.of_all(hidden, ref_hidden)
 
 
 @torch.no_grad()
@@ -223,6 +260,4 @@ def _score(policy: Policy, samples: Samples, hidden: Tensor, ref_hidden: Tensor,
         kl=kl,
         entropy=entropy,
         values=values,
-        hidden=hidden,
-        ref_hidden=ref_hidden,
     )

@@ -289,6 +289,25 @@ class RunFolder:
             pyarrow.parquet.write_table(pyarrow.table(columns), temp_file)
 
 
+class ReadOnlyFolder(RunFolder):
+    """The folder of a run for a process that is not the first of that run: the first one writes, moves and reads."""
+
+    def write_run(self, *_: Any, **__: Any) -> None:
+        """Nothing is written."""
+
+    def write_iteration(self, *_: Any, **__: Any) -> None:
+        """Nothing is written."""
+
+    def write_evaluation(self, *_: Any, **__: Any) -> None:
+        """Nothing is written."""
+
+    def read_evaluation(self, iterations_done: int) -> Evaluation | None:
+        """Nothing is read."""
+
+    def go_back_to(self, history: list[FinetuningIterationResult]) -> Path | None:
+        """Nothing is moved."""
+
+
 def _require_outside_of_runs(folder: Path) -> None:
     """Raise OutputError for a folder in `final`, a checkpoint or another folder that a run writes, and replaces."""
     for place in (folder.resolve(), *folder.resolve().parents):

@@ -115,6 +115,16 @@ class Saver:
             write_model(self._learner, target, result, self._settings())
 
 
+class NoSaver(Saver):
+    """The saver of a process that is not the first of its run: the first one writes."""
+
+    def checkpoint(self) -> None:
+        """Nothing is written."""
+
+    def _model(self, path: Path, result: FinetuningResult) -> None:
+        """Nothing is written."""
+
+
 def write_model(
     learner: Learner, folder: Path, result: FinetuningResult, settings: dict[str, Any], merge: bool = False
 ) -> None:

@@ -27,11 +27,13 @@ from konic.finetuning.rewards.totals import evaluation_moments
 from konic.finetuning.rollout.evaluation import evaluate
 from konic.finetuning.run.checkpoint import checkpoints, load_checkpoint, read_record
 from konic.finetuning.run.environment import environment
-from konic.finetuning.run.folder import RunFolder
+from konic.finetuning.run.folder import ReadOnlyFolder, RunFolder
+from konic.finetuning.run.processes import require_equal_processes
 from konic.finetuning.run.resume import checkpoint_to_resume, newest_checkpoint, require_same_run
-from konic.finetuning.run.saving import Saver, write_card
+from konic.finetuning.run.saving import NoSaver, Saver, write_card
 from konic.finetuning.run.state import TrainerState
 from konic.finetuning.system.signals import uninterrupted
+from konic.finetuning.system.world import find_world, from_first
 from konic.output import get_logger
 
 logger = get_logger(__name__)
@@ -44,7 +46,8 @@ class Session:
 
     def __init__(self, agent: KonicFinetuningAgent) -> None:
         self.agent = agent
-        self.scorer = Scorer(agent.get_reward_composer(), agent.get_training_config())
+        self.world = find_world()
+        self.scorer = Scorer(agent.get_reward_composer(), agent.get_training_config(), self.world)
         self.state = TrainerState()
         self.weights_are_whole = True
         """False where an error left the weights between two iterations."""
@@ -83,7 +86,7 @@ class Session:
         Raises:
             KonicError: It cannot be loaded, or the device was changed after it was.
         """
-        device = pick_device(self.device)
+        device = self.world.device(pick_device(self.device))
         if self._learner is None:
             self._learner = build_learner(self.agent, device)
         elif self._learner.policy.device.type != device.type:
@@ -139,6 +142,7 @@ class Session:
             self.training.seed,
             moments,
             samples_reference=untrained,
+            world=self.world,
         )
 
     def evaluate_held_out(self, iterations_done: int) -> Evaluation:
@@ -162,6 +166,11 @@ class Session:
             raise TrainingError(
                 "An error in an update left the weights of this engine between two iterations. Create a new engine; if "
                 "there is a checkpoint, resume with train(resume_from_checkpoint=...)."
+            )
+        if self.world.size > self.training.batch_size:
+            raise ConfigError(
+                f"TrainingConfig: batch_size={self.training.batch_size} is fewer responses than the "
+                f"{self.world.size} processes of this run. Raise it, or start fewer processes."
             )
         if self.training.kl_target is not None and self.agent.kl_penalty_weight == 0:
             raise ConfigError("kl_target steers kl_penalty_weight by factors: start it above 0, such as 0.05.")
@@ -197,14 +206,7 @@ class Session:
 
         Yields the number of the last iteration to run.
         """
-        checkpoint = checkpoint_to_resume(resume, self.checkpoint_dir) if resume is not True else None
-        self._folder = folder = self._choose_folder(checkpoint, resume is True)
-        with folder.opened():
-            if checkpoint is None and not resume and not self.state.iteration:
-                self._set_earlier_run_aside()
-            folder.require_own_files()
-            if resume is True:
-                checkpoint = self._newest_checkpoint()
+        with self._prepared(resume) as checkpoint:
             if checkpoint is not None:
                 self._load(checkpoint, max_iterations, allow_changes)
             last = max_iterations if resume else self.state.iteration + max_iterations
@@ -214,15 +216,37 @@ class Session:
                     "starts higher than the one before ended.",
                     self.state.iteration, last,
                 )  # fmt: skip
+            require_equal_processes(self.world, self.settings(last), self.learner.policy.trainable())
             device, composer = self.learner.policy.device, self.agent.get_reward_composer()
-            folder.write_run(self.settings(last), environment(device), composer, self.job_file)
+            self.folder.write_run(self.settings(last), environment(device), composer, self.job_file)
             yield last
+
+    @contextlib.contextmanager
+    def _prepared(self, resume: bool | str | os.PathLike[str] | None) -> Iterator[Path | None]:
+        """Within it the folder is locked. Yields the checkpoint to resume from, which the first process chooses."""
+        if self.world.rank > 0:
+            told = from_first(self.world, None)
+            self._folder = ReadOnlyFolder(Path(told["folder"]))
+            yield Path(told["checkpoint"]) if told["checkpoint"] else None
+            return
+        checkpoint = checkpoint_to_resume(resume, self.checkpoint_dir) if resume is not True else None
+        self._folder = folder = self._choose_folder(checkpoint, resume is True)
+        with folder.opened():
+            if checkpoint is None and not resume and not self.state.iteration:
+                self._set_earlier_run_aside()
+            folder.require_own_files()
+            if resume is True:
+                checkpoint = self._newest_checkpoint()
+            named = str(checkpoint.absolute()) if checkpoint else None
+            from_first(self.world, {"folder": str(folder.path.absolute()), "checkpoint": named})
+            yield checkpoint
 
     def saver(
         self, callbacks: Callbacks, last_iteration: int, save_every: int | None, save_total_limit: int | None
     ) -> Saver:
         """What writes the checkpoints and models of this run."""
-        return Saver(
+        kind = Saver if self.world.rank == 0 else NoSaver
+        return kind(
             folder=self.folder,
             learner=self.learner,
             state=self.state,
@@ -246,15 +270,23 @@ class Session:
             logger.warning("A second Ctrl-C stopped the saving: final/ was not written; %s.", kept)
             return replace(result, model_path=None)
         if self.prompts.held_out and stopped != INTERRUPTED:
-            with contextlib.suppress(KeyboardInterrupt):
-                before = self.folder.read_evaluation(0) or self.evaluate_held_out(0)
-                after = self.evaluate_held_out(self.state.iteration)
-                if before.prompts != after.prompts:  # the file is from other data
-                    before = self.evaluate_held_out(0)
-                    after = self.evaluate_held_out(self.state.iteration)
+            with contextlib.suppress(KeyboardInterrupt), self.world.telling_errors():
+                before, after = self._before_and_after()
                 result = replace(result, before=before, after=after)
-                write_card(self.learner, final, result, self.settings(last_iteration))
+                if self.world.rank == 0:
+                    write_card(self.learner, final, result, self.settings(last_iteration))
         return result
+
+    def _before_and_after(self) -> tuple[Evaluation, Evaluation]:
+        """The evaluations on the held-out prompts before the first iteration and now."""
+        before = self.folder.read_evaluation(0)
+        if from_first(self.world, before is None):
+            before = self.evaluate_held_out(0)
+        after = self.evaluate_held_out(self.state.iteration)
+        if from_first(self.world, before is not None and before.prompts != after.prompts):  # it is from other data
+            before = self.evaluate_held_out(0)
+            after = self.evaluate_held_out(self.state.iteration)
+        return before or after, after
 
     def _choose_folder(self, checkpoint: Path | None, resumes_newest: bool) -> RunFolder:
         """The folder that was named, or that of the checkpoint, or the one in use, or a new one."""

@@ -1,0 +1,151 @@
+"""Several processes as one world, through `torch.distributed`.
+
+Messages are safetensors with JSON, so that no process unpickles what another one sent. All go through one collective
+call, so a process that fails can tell the others at any time: they learn of it where they wait for its next message.
+"""
+
+import datetime
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import konic.finetuning.errors
+from konic.finetuning.errors import ConfigError, KonicError, TrainingError, safe_cause
+from konic.text import describe_error
+
+LIMIT_SECONDS = 1800.0
+"""Seconds that a process waits for the others before it says which of them is missing."""
+
+
+class Group:
+    """The processes of a `torch.distributed` group, of which this is one."""
+
+    def __init__(self, limit_seconds: float = LIMIT_SECONDS) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._limit = datetime.timedelta(seconds=limit_seconds)
+        self._talk = dist.new_group(backend="gloo", timeout=self._limit)
+        self._known: BaseException | None = None
+        if self.rank > 0:
+            logging.getLogger("konic").setLevel(logging.ERROR)  # the first process warns for all
+
+    @classmethod
+    def joined(cls) -> "Group":
+        """Return the group, joined as the environment says that `torchrun` sets, if it is not joined yet.
+
+        Raises:
+            ConfigError: The environment is not complete, or the other processes cannot be reached.
+        """
+        if not dist.is_initialized():
+            missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+            if missing:
+                raise ConfigError(
+                    f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this is one of several processes, but "
+                    f"{', '.join(missing)} is not set. Start them with torchrun, or unset WORLD_SIZE."
+                )
+            has_gpu = torch.cuda.is_available()
+            try:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
+            except (ValueError, RuntimeError) as error:
+                where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                raise ConfigError(
+                    f"The processes of this run cannot be joined at {where}: {describe_error(error)}"
+                ) from safe_cause(error)
+        return cls()
+
+    def own_rows(self, count: int) -> range:
+        """Parts in order, as equal as they can be."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def gather(self, message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        """All messages, by rank; an error that another process told is raised here."""
+        messages = [_read(received) for received in self._exchange(_write(message))]
+        for rank, other in enumerate(messages):
+            if "error" in other:
+                self._known = _told(other["error"], rank, self.size)
+                raise self._known
+        return messages
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """The sums, by one call for each kind of number."""
+        for kind in dict.fromkeys(tensor.dtype for tensor in tensors):
+            same = [tensor for tensor in tensors if tensor.dtype == kind]
+            flat = torch.cat([tensor.flatten() for tensor in same])
+            dist.all_reduce(flat)
+            for tensor, total in zip(same, torch.split(flat, [tensor.numel() for tensor in same]), strict=True):
+                tensor.copy_(total.view_as(tensor))
+
+    def device(self, chosen: torch.device) -> torch.device:
+        """On a machine with several GPUs, the one of the local rank."""
+        if chosen.type != "cuda" or chosen.index is not None:
+            return chosen
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+
+    @contextmanager
+    def telling_errors(self) -> Iterator[None]:
+        """Every process gets the error of one of them, by its next message; its own, if it has one."""
+        try:
+            yield
+        except BaseException as error:
+            if error is not self._known and not isinstance(error, ProcessLostError):
+                self._known = error
+                kind = type(error).__name__
+                lines = list(error.args) if isinstance(error, KonicError) else [describe_error(error)]
+                told = {"kind": kind, "lines": lines, "host": socket.gethostname()}
+                with suppress(ProcessLostError):
+                    self._exchange(_write({"error": told}))
+            raise
+
+    def _exchange(self, payload: bytes) -> list[bytes]:
+        try:
+            if self.size > 1:
+                dist.monitored_barrier(self._talk, self._limit, wait_all_ranks=True)
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            dist.all_gather(sizes, torch.tensor([len(payload)]), group=self._talk)
+            longest = int(max(sizes))
+            own = torch.frombuffer(bytearray(payload.ljust(longest, b"\0")), dtype=torch.uint8)
+            received = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+            dist.all_gather(received, own, group=self._talk)
+        except RuntimeError as error:
+            raise ProcessLostError(
+                f"Process {self.rank} of {self.size} on {socket.gethostname()} has lost another process of this run, "
+                f"which ended, or did not answer for {self._limit.total_seconds():g} s: {describe_error(error)}"
+            ) from safe_cause(error)
+        return [bytes(part[: int(size)].numpy()) for part, size in zip(received, sizes, strict=True)]
+
+
+class ProcessLostError(TrainingError):
+    """Another process is gone; there is nobody to tell."""
+
+
+def _write(message: Mapping[str, Any]) -> bytes:
+    """Return a message as bytes: the length of its JSON, the JSON, and its tensors."""
+    tensors = {name: value.contiguous().cpu() for name, value in message.items() if isinstance(value, Tensor)}
+    others = json.dumps({name: value for name, value in message.items() if name not in tensors}).encode()
+    return len(others).to_bytes(8, "little") + others + safetensors.torch.save(tensors)
+
+
+def _read(received: bytes) -> dict[str, Any]:
+    start = 8 + int.from_bytes(received[:8], "little")
+    return {**json.loads(received[8:start]), **safetensors.torch.load(received[start:])}
+
+
+def _told(error: Mapping[str, Any], rank: int, size: int) -> BaseException:
+    """Return the error that another process has told, as one of the same kind."""
+    if error["kind"] == KeyboardInterrupt.__name__:
+        return KeyboardInterrupt()
+    kind = getattr(konic.finetuning.errors, error["kind"], None)
+    is_ours = isinstance(kind, type) and issubclass(kind, KonicError)
+    first, *more = error["lines"] or [error["kind"]]
+    where = f"In process {rank} of {size} on {error['host']}: "
+    return (kind if is_ours else TrainingError)(where + first, *more)  # type: ignore[misc]

@@ -1,0 +1,90 @@
+"""The processes that train one model together: which rows each works on, and what they tell each other.
+
+Every process holds all weights and takes every decision itself, from numbers that all of them have: only sampling,
+rewards, and the passes of the update are divided. So one process alone is the case of a group of one.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Message = Mapping[str, Any]
+"""What a process tells the others: tensors and JSON values by name."""
+
+
+class World(Protocol):
+    """The processes of a run. Every process makes the same calls, in the same order."""
+
+    rank: int
+    """Number of this process, from 0. The first one writes the files and the output."""
+    size: int
+    """Number of processes."""
+
+    def own_rows(self, count: int) -> range:
+        """Return the rows of `count` that this process works on: parts in order, as equal as they can be."""
+
+    def gather(self, message: Message) -> Sequence[Message]:
+        """Return the messages of all processes, by rank.
+
+        Raises:
+            Exception: What another process said instead, in :meth:`telling_errors`.
+        """
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Add to each tensor those of the other processes, in place. It follows a :meth:`gather` without a break."""
+
+    def device(self, chosen: torch.device) -> torch.device:
+        """Return the device of this process, where several share a machine."""
+
+    def telling_errors(self) -> Any:
+        """Return a context manager: an error inside of it, also Ctrl-C, ends the work of all processes."""
+
+
+class Alone:
+    """A run of one process."""
+
+    rank, size = 0, 1
+
+    def own_rows(self, count: int) -> range:
+        """All rows."""
+        return range(count)
+
+    def gather(self, message: Message) -> Sequence[Message]:
+        """The message."""
+        return [message]
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Nothing is added."""
+
+    def device(self, chosen: torch.device) -> torch.device:
+        """The device."""
+        return chosen
+
+    @contextmanager
+    def telling_errors(self) -> Iterator[None]:
+        """Nobody is told."""
+        yield
+
+
+ALONE = Alone()
+
+
+def find_world() -> World:
+    """Return the processes that this one was started with, by Ray Train or torchrun, or itself alone."""
+    distributed = sys.modules.get("torch.distributed")
+    has_group = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if not has_group and os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+        return ALONE
+    from konic.finetuning.system.group import Group
+
+    return Group.joined()
+
+
+def from_first(world: World, value: Any) -> Any:
+    """Return the first process's value, a JSON value, in every process."""
+    return world.gather({"value": value if world.rank == 0 else None})[0]["value"]

@@ -1,0 +1,103 @@
+"""What one process of tests/test_processes.py runs: a few iterations of every algorithm, in float64.
+
+python processes_job.py MODEL FOLDER CASE ...
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from konic.finetuning import (
+    DatasetConfig,
+    DatasetSource,
+    GenerationConfig,
+    KonicFinetuningAgent,
+    KonicFinetuningCallback,
+    KonicFinetuningEngine,
+    KonicLLMRewardComposer,
+    LoraConfig,
+    TrainingConfig,
+    llm_reward,
+)
+from konic.finetuning.algorithms import ALGORITHMS
+
+RANK = int(os.environ.get("RANK", "0"))
+CASES = {name: {"algorithm": name} for name in ALGORITHMS} | {
+    "minibatches": {"num_minibatches": 3, "gradient_accumulation_steps": 2, "ppo_epochs": 2},
+    "kl in the loss": {"kl_target": 0.5, "kl_placement": "loss", "mask_truncated": True},
+    "full": {"lora_config": None, "learning_rate": 1e-3},
+    "uneven": {"batch_size": 5},
+    "skipped": {"on_reward_error": "skip", "max_error_rate": 1.0},
+    "normalised": {},
+    "other settings": {"learning_rate": 1e-2 * (1 + RANK)},
+    "too many": {"batch_size": 1},
+    "error": {},
+    "interrupted": {},
+    "killed": {},
+}
+PROMPTS = ["ab", "the film was", "x", "why not", "no", "go on then", "a", "and so it goes"]
+
+
+class Rewards(KonicLLMRewardComposer):
+    def __init__(self, case):
+        super().__init__()
+        self.case = case
+
+    @llm_reward(normalize=True)
+    def vowels(self, prompt: str, response: str) -> float:
+        if self.case == "skipped" and len(response) % 3 == 1:
+            raise ValueError("not three")
+        if RANK == 1 and self.case == "error":
+            raise ValueError("no such word")
+        if RANK == 1 and self.case == "interrupted":
+            self.case = "interrupted once"
+            raise KeyboardInterrupt
+        if RANK == 1 and self.case == "killed":
+            os._exit(9)
+        return sum(letter in "aeiou" for letter in response) / 4 if len(response) % 5 else 0.0
+
+    @llm_reward
+    def low(self, prompt: str, response: str) -> float | None:
+        return None if len(response) % 7 == 1 else sum(map(ord, response)) % 11 / 10
+
+
+class Bare(Rewards):
+    @llm_reward
+    def vowels(self, prompt: str, response: str) -> float:
+        return super().vowels(prompt, response)
+
+
+def train(model, folder, case, iterations=3, **options):
+    changes = {"batch_size": 12, "learning_rate": 2e-2, "lora_config": LoraConfig(r=4, target_modules=["c_attn"])}
+    changes |= CASES[case]
+    agent = KonicFinetuningAgent(
+        base_model=model,
+        reward_composer=Rewards(case) if case == "normalised" else Bare(case),
+        lora_config=changes.pop("lora_config"),
+        dataset_config=DatasetConfig(source=DatasetSource.MEMORY, prompts=PROMPTS, held_out=3),
+        training_config=TrainingConfig(**changes),
+        generation_config=GenerationConfig(max_new_tokens=8, max_prompt_length=40, eos_token_id=[*range(40)]),
+        model_kwargs={"dtype": "float64"},
+    )
+    callback = KonicFinetuningCallback(verbose=False)
+    run = folder / case.replace(" ", "-")
+    engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=run, callback=callback, device="cpu")
+    result = engine.train(iterations, **options)
+    trained = engine._session.learner.policy.trainable()
+    told = {
+        "stopped": result.stopped_because,
+        "history": [each.to_dict() for each in result.history],
+        "weights": {name: weight.flatten().tolist() for name, weight in trained.items()},
+        "responses": engine.generate(PROMPTS[:3]),
+        "rewards": engine.evaluate(PROMPTS[:5])["rewards"],
+    }
+    (folder / f"{case}-{RANK}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    model, folder, *cases = sys.argv[1:]
+    for case in cases:
+        name, *resumed = case.split(":")  # CASE:ITERATIONS goes on to that many
+        more = {"iterations": int(resumed[0]), "resume_from_checkpoint": True} if resumed else {}
+        train(model, Path(folder), name, **more)
