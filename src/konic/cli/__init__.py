@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+from collections.abc import Callable
 
 import typer
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for panel, commands in {
+_COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Start": {"demo": demo, "init": init, "doctor": doctor},
     "Train": {"rewards": rewards, "train": train},
     "See what came of it": {
@@ -38,7 +39,8 @@ for panel, commands in {
         "chat": chat,
         "export": export,
     },
-}.items():
+}
+for panel, commands in _COMMANDS.items():
     for name, command in commands.items():
         app.command(name, rich_help_panel=panel)(command)
 app.add_typer(reward_model, name="reward-model", rich_help_panel="Train")

@@ -34,7 +34,10 @@ def demo(
     from konic.demo import FULL, QUICK, run_demo
     from konic.finetuning.run.session import INTERRUPTED
 
-    given = {"iterations": max_iterations, "minutes": max_minutes}
-    length = replace(QUICK if quick else FULL, **{name: value for name, value in given.items() if value is not None})
+    length = QUICK if quick else FULL
+    if max_iterations is not None:
+        length = replace(length, iterations=max_iterations)
+    if max_minutes is not None:
+        length = replace(length, minutes=max_minutes)
     if run_demo(length, output).stopped_because == INTERRUPTED:
         raise typer.Exit(130)

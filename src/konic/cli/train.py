@@ -20,6 +20,7 @@ class TrackerName(StrEnum):
     MLFLOW = "mlflow"
     TRACKIO = "trackio"
 
+
 _FOLDER = "The run's folder"
 
 
