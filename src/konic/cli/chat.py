@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from konic.cli.completion import complete_run, complete_weights
 from konic.cli.paths import read_name, read_path
 from konic.output import is_terminal, write_line
 
@@ -20,11 +21,16 @@ HELP = """/base         show the model before training, or hide it
 
 
 def chat(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.", parser=read_path, metavar="RUN")],
+    run: Annotated[
+        Path, typer.Argument(help="The folder of a run.", parser=read_path, metavar="RUN", autocompletion=complete_run)
+    ],
     weights: Annotated[
         str | None,
         typer.Option(
-            help="A folder in RUN: final, best, checkpoint-20. Default: the last.", parser=read_name, metavar="<str>"
+            help="A folder in RUN: final, best, checkpoint-20. Default: the last.",
+            parser=read_name,
+            metavar="<str>",
+            autocompletion=complete_weights,
         ),
     ] = None,
     base: Annotated[bool, typer.Option(help="Also the answers of the model before training.")] = True,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from konic.cli.completion import complete_run, complete_weights
 from konic.cli.paths import read_name, read_path
 from konic.output import is_terminal, write_line
 from konic.text import printable
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.", parser=read_path, metavar="RUN")],
+    run: Annotated[
+        Path, typer.Argument(help="The folder of a run.", parser=read_path, metavar="RUN", autocompletion=complete_run)
+    ],
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -45,10 +48,21 @@ def evaluate(
     ] = False,
     weights: Annotated[
         str | None,
-        typer.Option(help="final, best, checkpoint-20, base. Default: the last.", parser=read_name, metavar="<str>"),
+        typer.Option(
+            help="final, best, checkpoint-20, base. Default: the last.",
+            parser=read_name,
+            metavar="<str>",
+            autocompletion=complete_weights,
+        ),
     ] = None,
     against: Annotated[
-        str, typer.Option(help="What to compare with, named as in --weights.", parser=read_name, metavar="<str>")
+        str,
+        typer.Option(
+            help="What to compare with, named as in --weights.",
+            parser=read_name,
+            metavar="<str>",
+            autocompletion=complete_weights,
+        ),
     ] = "base",
     samples: Annotated[int, typer.Option(help="Responses to each prompt.", min=1)] = 1,
     k: Annotated[
