@@ -29,7 +29,7 @@ def test_each_event_is_a_flushed_line_and_warnings_are_events_until_the_end():
     callbacks = Callbacks([JsonLinesCallback(stream)])
     assert len(callbacks.callbacks) == 1  # nothing else prints
     callbacks.on_train_begin(CONFIG | {"odd": {1, 2}, "deep": [{"x": (NAN, float("inf"))}], "api_key": "plain7Key"})
-    logging.getLogger("konic.finetuning.trainer").warning("Iteration %d: a finding\nof two lines \ud800", 3)
+    logging.getLogger("konic.finetuning.trainer").warning("Iteration %d: a finding\nof two lines", 3)
     callbacks.on_iteration_end(iteration(reward_mean=NAN, reward_breakdown={"a": NAN}, checks=("length",)))
     callbacks.on_checkpoint_saved("runs/x/checkpoint-1", 1)
     callbacks.on_train_end(finished())

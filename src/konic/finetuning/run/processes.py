@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from konic import __version__
 from konic.finetuning.errors import ConfigError
+from konic.finetuning.run.environment import version_of
 from konic.finetuning.system.world import World
 
 _MAY_DIFFER = ("device", "model_name")
@@ -22,7 +22,7 @@ def require_equal_processes(world: World, settings: Mapping[str, Any], weights: 
     if world.size == 1:
         return
     own = {name: _digest(value) for name, value in settings.items() if name not in _MAY_DIFFER}
-    own |= {"the version of konic": __version__, "the version of torch": torch.__version__}
+    own |= {f"the version of {name}": version_of(name) for name in ("konic", "torch", "transformers", "peft")}
     own["the weights that are trained"] = hashlib.sha256(
         b"".join(
             weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
