@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo reward-model test check docs format clean parity curves defaults mutation bench gpu chaos fuzz audit lock golden families compat versions export-check
+.PHONY: setup demo reward-model test check docs format clean parity curves defaults mutation bench gpu chaos fuzz audit lock golden families compat versions export-check processes
 
 setup: $(READY)
 
@@ -96,6 +96,10 @@ gpu: $(if $(GPU_PYTHON),,$(READY))
 chaos: $(READY)
 	@$(BIN)/python tests/kill_test.py 100 benchmarks/results/chaos.md
 	@$(BIN)/python benchmarks/long_run.py
+
+# Every algorithm in two and in four processes, compared with one.
+processes: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/processes.py benchmarks/results/processes.md
 
 # Damaged input for every reader, for a fixed time.
 FUZZ_SECONDS ?= 600

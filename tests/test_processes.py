@@ -6,6 +6,7 @@ The model is GPT-2's shape: in float64 nothing in it rounds to fp32, as the norm
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import pyarrow.parquet
 import pytest
 
 from conftest import byte_tokenizer, tiny_model
-from konic.finetuning.algorithms import ALGORITHMS
 
 JOB = Path(__file__).with_name("processes_job.py")
-EQUAL = [*ALGORITHMS, "minibatches", "kl in the loss", "full", "uneven", "skipped", "normalised"]
+VARIANTS = ["minibatches", "kl in the loss", "full", "uneven", "skipped", "normalised"]
+EQUAL = ["ppo", "grpo", "dapo", *VARIANTS]
+"""The others of the table: `make processes`."""
 
 
 @pytest.fixture(scope="module")
@@ -59,23 +61,28 @@ def numbers(value):
     """All numbers of a nested value but the times, by where they stand."""
     if isinstance(value, dict):
         found = ((f"{key}.{name}", n) for key, part in value.items() for name, n in numbers(part).items())
-        return {name: number for name, number in found if not name.split(".")[0].endswith(("_sec", "seconds"))}
+        return {name: number for name, number in found if not re.match(r"seconds/|\w+_sec\b", name)}
     if isinstance(value, list):
         return {f"{i}.{name}": number for i, part in enumerate(value) for name, number in numbers(part).items()}
     return {"": value}
 
 
-def same(left, right, within=1e-9):
+def difference(left, right):
+    """The largest difference of two numbers that stand at the same place, and that place."""
     left, right = numbers(left), numbers(right)
     assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert value == right[name] or value == pytest.approx(right[name], abs=within, nan_ok=True), name
+    unequal = [name for name, value in left.items() if not (value == right[name] or value != value != right[name])]
+    return max(((abs(left[name] - right[name]), name) for name in unequal), default=(0.0, ""))
+
+
+def same(left, right):
+    assert difference(left, right) < (1e-9,)
 
 
 @pytest.fixture(scope="module")
 def alone(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    codes, errors = run(model, folder, 1, *EQUAL)
+    codes, errors = run(model, folder, 1, *EQUAL, "longer")
     assert codes == [0], errors
     return folder
 
@@ -85,6 +92,15 @@ def two(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     codes, errors = run(model, folder, 2, *EQUAL)
     assert codes == [0, 0], errors
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wrong(model, tmp_path_factory):
+    """Runs that go wrong, one after the other in the same two processes; the last one ends them."""
+    folder = tmp_path_factory.mktemp("wrong")
+    codes, errors = run(model, folder, 2, "error", "other settings", "too many", "interrupted", "killed")
+    assert codes == [0, 9], errors
     return folder
 
 
@@ -103,36 +119,30 @@ def test_two_processes_give_the_numbers_of_one(alone, two, case):
         same(*tables)
 
 
-def test_four_processes_of_which_one_has_no_row_left_and_a_resume_by_another_number(model, alone, tmp_path):
-    codes, errors = run(model, tmp_path, 4, "uneven", "dapo")
+def test_four_processes_go_on_with_the_run_of_one_though_one_has_the_fewest_rows(model, alone, tmp_path):
+    shutil.copytree(alone / "uneven", tmp_path / "uneven")
+    codes, errors = run(model, tmp_path, 4, "uneven:5", "dapo")
     assert codes == [0] * 4, errors
-    for case in ("uneven", "dapo"):
-        same(told(alone, case), told(tmp_path, case, 3))
-    assert run(model, tmp_path, 1, "uneven:5")[0] == [0]
-    by_one = told(tmp_path, "uneven")
-    assert run(model, tmp_path / "again", 2, "uneven", "uneven:5")[0] == [0, 0]
-    same(by_one, told(tmp_path / "again", "uneven"))
+    same(told(alone, "longer"), told(tmp_path, "uneven", 3))
+    same(told(alone, "dapo"), told(tmp_path, "dapo", 3))
 
 
-def test_an_error_of_one_process_ends_all_with_it(model, tmp_path):
-    codes, errors = run(model, tmp_path, 2, "error")
-    assert codes == [1, 1]
-    assert "RewardError: Reward 'vowels' raised ValueError: no such word" in errors[1]
-    assert f"RewardError: In process 1 of 2 on {socket.gethostname()}: Reward 'vowels' raised ValueError" in errors[0]
-    assert 'File "' in errors[0] and "no such word" in errors[0].splitlines()[-1]
+def test_an_error_of_one_process_ends_all_with_it(wrong):
+    what = "Reward 'vowels' raised ValueError: no such word"
+    first, second = (told(wrong, "error", rank)["error"] for rank in range(2))
+    assert first[0] == second[0] == "RewardError"
+    assert second[1].startswith(what)
+    assert first[1].startswith(f"In process 1 of 2 on {socket.gethostname()}: {what}") and 'File "' in first[1]
 
 
-def test_ctrl_c_in_one_process_ends_all_and_saves(model, tmp_path):
-    codes, errors = run(model, tmp_path, 2, "interrupted")
-    assert codes == [0, 0], errors
-    assert [told(tmp_path, "interrupted", rank)["stopped"] for rank in range(2)] == ["interrupted"] * 2
-    assert (tmp_path / "interrupted" / "final").is_dir()
+def test_ctrl_c_in_one_process_ends_all_and_saves(wrong):
+    assert [told(wrong, "interrupted", rank)["stopped"] for rank in range(2)] == ["interrupted"] * 2
+    assert (wrong / "interrupted" / "final").is_dir()
 
 
-def test_a_process_that_is_killed_ends_the_others(model, tmp_path):
-    codes, errors = run(model, tmp_path, 2, "killed")
-    assert codes == [1, 9]
-    assert "ProcessLostError: Process 0 of 2" in errors[0] and "has lost another process" in errors[0]
+def test_a_process_that_is_killed_ends_the_others(wrong):
+    kind, what = told(wrong, "killed")["error"]
+    assert kind == "ProcessLostError" and what.startswith("Process 0 of 2") and "has lost another process" in what
 
 
 @pytest.mark.parametrize(
@@ -142,9 +152,6 @@ def test_a_process_that_is_killed_ends_the_others(model, tmp_path):
         ("too many", "batch_size=1 is fewer responses than the 2 processes"),
     ],
 )
-def test_processes_that_cannot_work_together_are_refused(model, tmp_path, case, message):
-    codes, errors = run(model, tmp_path, 2, case)
-    assert codes == [1, 1]
-    for text in errors:
-        assert re.search(message, text)
-    assert not list(tmp_path.glob("*/metrics.jsonl"))
+def test_processes_that_cannot_work_together_are_refused(wrong, case, message):
+    assert all(re.search(message, told(wrong, case, rank)["error"][1]) for rank in range(2))
+    assert not (wrong / case.replace(" ", "-") / "metrics.jsonl").exists()

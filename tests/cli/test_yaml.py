@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 import time
 
 import pytest
@@ -91,6 +92,7 @@ def test_a_yaml_file_trains_into_its_folder_and_run_json_names_it(model_folders,
 )
 def test_a_composer_is_found_by_its_import_path(composer, weights, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
     path = job(tmp_path, JOB.replace("my_rewards.py:Brief", composer))
     found = load_job(path).agent.get_reward_composer()
     assert found._reward_weights == weights

@@ -236,6 +236,11 @@ def _explain_unknown(kind: type[Settings], name: str) -> str:
     return f"{kind.__name__} has no field {name!r}.{_instead_of(kind, name)}"
 
 
+def _configs() -> list[type[Settings]]:
+    """Return the classes of settings that a user of the library knows."""
+    return [kind for kind in Settings.__subclasses__() if kind.__module__.startswith("konic.finetuning.")]
+
+
 def _instead_of(kind: type[Settings], name: str) -> str:
     """Return a sentence about the field that was probably meant."""
     if name in kind.successors:
@@ -243,7 +248,7 @@ def _instead_of(kind: type[Settings], name: str) -> str:
     meant = _OTHER_NAMES.get(name, name)
     if meant in kind.model_fields:
         return f" Here it is {meant}."
-    for other in Settings.__subclasses__():
+    for other in _configs():
         if meant in other.model_fields:
             return f" It is {other.__name__}({meant}=...)."
     for place, names in _ELSEWHERE.items():

@@ -242,7 +242,7 @@ class Trainer:
         )
         with self._changing_weights(), learner.policy.value_head.shifted(value_shift):
             stats = update(
-                learner.policy, learner.optimizer, rollout, advantages, config, schedule, self._session.world
+                learner.policy, learner.optimizer, rollout, advantages, config, schedule, world=self._session.world
             )
             if iteration == 1:  # an adapter that changes the base model does so at its first step
                 learner.policy.check_reference()

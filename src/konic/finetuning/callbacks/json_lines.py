@@ -8,7 +8,7 @@ from typing import Any, TextIO
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
-from konic.output import Tolerant
+from konic.output import Tolerant, get_logger
 from konic.text import describe_error, redact, redact_all
 
 
@@ -26,7 +26,7 @@ class JsonLinesCallback(BaseKonicFinetuningCallback):
     def on_train_begin(self, config: dict[str, Any]) -> None:
         """Write the settings; from here to the end, warnings of konic are events too."""
         self.write("begin", settings=config)
-        logging.getLogger("konic").addHandler(self._handler)
+        get_logger("konic").addHandler(self._handler)
 
     def on_iteration_end(self, result: FinetuningIterationResult) -> None:
         """Write every metric."""
@@ -45,12 +45,12 @@ class JsonLinesCallback(BaseKonicFinetuningCallback):
             held_out = means | {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
         values = {name: value for name, value in result.to_dict().items() if name != "history"}
         self.write("end", **values, held_out=held_out)
-        logging.getLogger("konic").removeHandler(self._handler)
+        get_logger("konic").removeHandler(self._handler)
 
     def on_train_error(self, error: BaseException) -> None:
         """Write the error that ends the run."""
         self.write("error", message=describe_error(error))
-        logging.getLogger("konic").removeHandler(self._handler)
+        get_logger("konic").removeHandler(self._handler)
 
     def write(self, event: str, **values: Any) -> None:
         """Write one line."""

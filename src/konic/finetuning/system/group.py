@@ -20,6 +20,7 @@ from torch import Tensor
 
 import konic.finetuning.errors
 from konic.finetuning.errors import ConfigError, KonicError, TrainingError, safe_cause
+from konic.output import get_logger
 from konic.text import describe_error
 
 LIMIT_SECONDS = 1800.0
@@ -35,7 +36,7 @@ class Group:
         self._talk = dist.new_group(backend="gloo", timeout=self._limit)
         self._known: BaseException | None = None
         if self.rank > 0:
-            logging.getLogger("konic").setLevel(logging.ERROR)  # the first process warns for all
+            get_logger("konic").setLevel(logging.ERROR)  # the first process warns for all
 
     @classmethod
     def joined(cls) -> "Group":

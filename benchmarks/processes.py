@@ -1,0 +1,49 @@
+"""Several processes against one: the largest difference of any weight, metric, reward or response, for every algorithm.
+
+python benchmarks/processes.py OUTPUT
+"""
+
+import platform
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from conftest import byte_tokenizer, tiny_model
+from konic.finetuning.algorithms import ALGORITHMS
+from test_processes import VARIANTS, difference, run, told
+
+CASES = [*ALGORITHMS, *VARIANTS]
+SIZES = (2, 4)
+
+with tempfile.TemporaryDirectory() as temp:
+    folder = Path(temp)
+    tiny_model("gpt2").save_pretrained(folder / "model")
+    byte_tokenizer("gpt2").save_pretrained(folder / "model")
+    for size in (1, *SIZES):
+        codes, errors = run(folder / "model", folder / str(size), size, *CASES, seconds=3000)
+        assert codes == [0] * size, errors
+    rows = []
+    for case in CASES:
+        one = told(folder / "1", case)
+        found = [max(difference(one, told(folder / str(size), case, rank)) for rank in range(size)) for size in SIZES]
+        rows.append(f"| {case} | " + " | ".join(f"{most:.1e}" for most, _ in found) + " |")
+        print(rows[-1], flush=True)
+
+versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+cpu = next(
+    (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.machine()
+)
+Path(sys.argv[1]).write_text(
+    "\n".join([
+        "# Several processes against one", "",
+        f"Made by `make processes` on {cpu.partition(':')[2].strip() or cpu}; Python {platform.python_version()}, "
+        f"{versions}; gloo.", "",
+        "Three iterations of 12 responses (5 in `uneven`) on a tiny GPT-2 in float64. Each number is the largest "
+        "difference of", "any trained weight, metric, response or evaluated reward between one process and any of "
+        "several.", "",
+        "| case | " + " | ".join(f"{size} processes" for size in SIZES) + " |", "|---" * (1 + len(SIZES)) + "|", *rows,
+    ]) + "\n"
+)  # fmt: skip
