@@ -255,6 +255,24 @@ def test_what_leads_out_of_the_run_is_not_read(tmp_path):
     assert "completions/000003.parquet is left out" in page.text
 
 
+def test_iterations_keep_their_numbers_when_a_line_before_them_is_damaged(tmp_path):
+    run = make_run(tmp_path / "run", [0.1, 0.2, 0.3, 0.4, 0.5])
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[1] = lines[1][:30]
+    lines[2] = json.dumps(metrics(3, 0.3) | {"iteration": 10**400})
+    lines[3] = json.dumps(metrics(4, 0.4, entropy=10**400))
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    (run / "final").mkdir()
+    (run / "checkpoint-2").mkdir()
+    text, page = page_of(run, output=run / "report.html")
+    assert Run.read(run).checkpoints == {2: "checkpoint-2", 5: "final"}
+    assert Run.read(run).curve("reward_mean") == {1: 0.1, 4: 0.4, 5: 0.5}
+    assert "iteration 4, reward: 0.4" in text and "iteration 5: 0.5 at 0.50 nats" in text
+    assert "final/: 0.5 at" in text and "checkpoint-2/: 0.4 at" in text
+    assert "iteration 2," not in text and "iteration 3," not in text
+    assert "metrics.jsonl, line 2 is left out" in page.text and "metrics.jsonl, line 3 is left out" in page.text
+
+
 def test_a_link_in_place_of_the_page_is_replaced_and_not_followed(tmp_path):
     run, other = make_run(tmp_path / "run"), tmp_path / "other.txt"
     other.write_text("mine")

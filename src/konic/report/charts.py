@@ -36,14 +36,16 @@ _ITERATIONS = {
 _LINKS_FROM = "https://vega.github.io/vega-datasets/"
 """What Vega puts before a relative link; such a link is one from the page."""
 
-Series = Mapping[str, Sequence[float]]
-"""Lines by their names: a number for each iteration, NaN where there is none."""
+Curve = Mapping[int, float]
+"""A number by its iteration, NaN where there is none."""
+Series = Mapping[str, Curve]
+"""Lines by their names."""
 
 
 def lines(
     series: Series,
     title: str,
-    spread: Sequence[float] | None = None,
+    spread: Curve | None = None,
     points: Mapping[int, float] | None = None,
     limit: float | None = None,
 ) -> str:
@@ -96,7 +98,7 @@ def stacked(series: Series, title: str) -> str:
                  _described(series, title))  # fmt: skip
 
 
-def frontier(runs: Mapping[str, tuple[Sequence[float], Sequence[float], Mapping[int, str]]]) -> str:
+def frontier(runs: Mapping[str, tuple[Curve, Curve, Mapping[int, str]]]) -> str:
     """Draw the reward over the KL that was paid for it: a line per run, a point per iteration.
 
     Args:
@@ -104,15 +106,15 @@ def frontier(runs: Mapping[str, tuple[Sequence[float], Sequence[float], Mapping[
     """
     rows, saved = [], []
     for name, (kl, reward, links) in runs.items():
-        for group in thinned(len(kl), MOST_POINTS):
+        for group in _groups(kl):
             paid, earned = _mean(kl, group), _mean(reward, group)
             if paid is not None and earned is not None:
                 said = f"{_label(group)}: {_short(earned)} at {paid:.2f} nats"
                 rows.append({"name": name, "order": group[0], "kl": paid, "reward": earned, "said": said})
         for iteration, link in links.items():
             # the weights after iteration k are those that sampled iteration k + 1
-            place = min(iteration, len(kl) - 1)
-            if kl and not math.isnan(kl[place] + reward[place]):
+            place = min((at for at in kl if at > iteration), default=max(kl))
+            if not math.isnan(kl[place] + reward[place]):
                 said = f"{link}: {_short(reward[place])} at {kl[place]:.2f} nats"
                 saved.append({"name": name, "kl": kl[place], "reward": reward[place], "said": said, "link": link})
     position: dict[str, Any] = {
@@ -137,14 +139,14 @@ def frontier(runs: Mapping[str, tuple[Sequence[float], Sequence[float], Mapping[
     return _draw({"data": {"values": rows}, "layer": layers, "width": 640, "height": 300}, about)
 
 
-def _rows(name: str, values: Sequence[float], spread: Sequence[float] | None = None) -> list[dict[str, Any]]:
+def _rows(name: str, values: Curve, spread: Curve | None = None) -> list[dict[str, Any]]:
     rows = []
-    for group in thinned(len(values), MOST_POINTS):
+    for group in _groups(values):
         value = _mean(values, group)
         if value is None:
             continue
         said = f"{_label(group)}, {name}: {_short(value)}"
-        row: dict[str, Any] = {"iteration": group[-1] + 1, "value": value, "name": name, "said": said}
+        row: dict[str, Any] = {"iteration": group[-1], "value": value, "name": name, "said": said}
         if spread is not None:
             half = _mean(spread, group) or 0.0
             row |= {"low": value - half, "high": value + half}
@@ -152,13 +154,19 @@ def _rows(name: str, values: Sequence[float], spread: Sequence[float] | None = N
     return rows
 
 
-def _label(group: range) -> str:
-    first, last = group[0] + 1, group[-1] + 1
+def _groups(values: Curve) -> list[list[int]]:
+    """The iterations of a curve in groups of neighbours: one for each point that is drawn."""
+    iterations = list(values)
+    return [iterations[group.start : group.stop] for group in thinned(len(iterations), MOST_POINTS)]
+
+
+def _label(group: Sequence[int]) -> str:
+    first, last = group[0], group[-1]
     return f"iteration {last}" if first == last else f"iterations {first} to {last}"
 
 
-def _mean(values: Sequence[float], group: range) -> float | None:
-    value = nanmean([values[index] for index in group])
+def _mean(values: Curve, group: Sequence[int]) -> float | None:
+    value = nanmean([values[iteration] for iteration in group])
     return None if math.isnan(value) else value
 
 
@@ -169,7 +177,7 @@ def _short(value: float) -> str:
 def _described(series: Series, title: str) -> str:
     ends = []
     for name, values in series.items():
-        known = [value for value in values if not math.isnan(value)]
+        known = [value for value in values.values() if not math.isnan(value)]
         if known:
             ends.append(f"{name} from {_short(known[0])} to {_short(known[-1])}")
     return f"{title}: {'; '.join(ends) or 'no values'}"

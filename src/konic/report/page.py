@@ -97,26 +97,26 @@ def _figures_of(run: Run) -> list[Figure]:
     held_out = {at: evaluation.reward_mean for at, evaluation in run.evaluations.items()}
     held_out = {at: value for at, value in held_out.items() if not math.isnan(value)}
     limit = run.settings.get("kl_limit")
-    kl = run.values("kl_per_response")
-    near = isinstance(limit, (int, float)) and max(kl, default=0.0) > limit / 3
-    times = {name: run.values(key) for name, key in _STAGES.items()}
+    kl = run.curve("kl_per_response")
+    near = isinstance(limit, (int, float)) and max(kl.values(), default=0.0) > limit / 3
+    times = {name: run.curve(key) for name, key in _STAGES.items()}
     caption = "Reward of each batch, ± its standard deviation" + ("; marked: held-out prompts" if held_out else "")
     pictures = {
-        caption: charts.lines({"reward": run.values("reward_mean")}, "reward", run.values("reward_std"), held_out),
+        caption: charts.lines({"reward": run.curve("reward_mean")}, "reward", run.curve("reward_std"), held_out),
         "Each reward, before its weight": charts.lines(
-            {name: run.values(f"{PART}{name}") for name in run.parts}, "mean value"
+            {name: run.curve(f"{PART}{name}") for name in run.parts}, "mean value"
         ),
         "KL from the reference" + ("; dashed: kl_limit" if near else ""): charts.lines(
             {"KL": kl}, "nats per response", limit=limit if near else None
         ),
-        "Objective: reward − β · KL": charts.lines({"objective": run.values("objective")}, "reward"),
-        "Length of the responses": charts.lines({"tokens": run.values("response_length_mean")}, "tokens"),
-        "Entropy of the policy": charts.lines({"entropy": run.values("entropy")}, "nats per token"),
+        "Objective: reward − β · KL": charts.lines({"objective": run.curve("objective")}, "reward"),
+        "Length of the responses": charts.lines({"tokens": run.curve("response_length_mean")}, "tokens"),
+        "Entropy of the policy": charts.lines({"entropy": run.curve("entropy")}, "nats per token"),
         "Losses": charts.lines(
-            {"policy": run.values("policy_loss"), "value": run.values("value_loss"), "KL": run.values("kl_loss")},
+            {"policy": run.curve("policy_loss"), "value": run.curve("value_loss"), "KL": run.curve("kl_loss")},
             "loss",
         ),
-        "Share of clipped tokens": charts.lines({"clipped": run.values("clip_fraction")}, "share"),
+        "Share of clipped tokens": charts.lines({"clipped": run.curve("clip_fraction")}, "share"),
         "Time of each stage": charts.stacked(times, "seconds"),
     }
     return [Figure(caption, Markup(svg)) for caption, svg in pictures.items()]  # noqa: S704
@@ -135,7 +135,7 @@ def _figures_of_all(names: Sequence[str], runs: Sequence[Run]) -> list[Figure]:
         Figure(
             caption,
             Markup(  # noqa: S704
-                charts.lines({name: run.values(key) for name, run in zip(names, runs, strict=True)}, unit)
+                charts.lines({name: run.curve(key) for name, run in zip(names, runs, strict=True)}, unit)
             ),
         )
         for caption, (key, unit) in wanted.items()
@@ -148,7 +148,7 @@ def _frontiers(names: Sequence[str], runs: Sequence[Run], folder: Path) -> dict[
         place = run.path.absolute()
         start = f"{place.relative_to(folder)}/" if place.is_relative_to(folder) and place != folder else ""
         links = {at: f"{start}{saved}/" for at, saved in run.checkpoints.items()}
-        found[name] = (run.values("kl_per_response"), run.values("reward_mean"), links)
+        found[name] = (run.curve("kl_per_response"), run.curve("reward_mean"), links)
     return found
 
 

@@ -12,7 +12,7 @@ from konic.finetuning.algorithms import ALGORITHMS
 from konic.finetuning.errors import OutputError
 from konic.finetuning.results.intervals import nanmean
 from konic.finetuning.system.places import find_stray, read_regular
-from konic.report.run import PART, Run
+from konic.report.run import PART, Run, as_number
 from konic.text import redact
 
 SECONDS = "seconds/"
@@ -95,7 +95,7 @@ def _replay(run: Run, rows: Sequence[dict[str, Any]], index: int, decode: Callab
     response = str(row.get("response") or "")
     tokens = _token_texts(ids, decode if redact(response) == response else None)
     numbers = {
-        name: [_number(value) for value in row[column]]
+        name: [as_number(value) for value in row[column]]
         for name, column in NUMBERS.items()
         if isinstance(row.get(column), list) and len(row[column]) == len(ids)
     }
@@ -103,10 +103,10 @@ def _replay(run: Run, rows: Sequence[dict[str, Any]], index: int, decode: Callab
         sample=index + 1,
         prompt=str(row.get("prompt") or ""),
         response=response,
-        reward=_number(row.get("reward")),
-        parts={name.removeprefix(PART): _number(row[name]) for name in row if name.startswith(PART)},
-        seconds={name.removeprefix(SECONDS): _number(row[name]) for name in row if name.startswith(SECONDS)},
-        kl=_number(row.get("kl")),
+        reward=as_number(row.get("reward")),
+        parts={name.removeprefix(PART): as_number(row[name]) for name in row if name.startswith(PART)},
+        seconds={name.removeprefix(SECONDS): as_number(row[name]) for name in row if name.startswith(SECONDS)},
+        kl=as_number(row.get("kl")),
         ended=bool(row.get("ended")),
         left_out=_text(row.get("left_out")),
         error=_text(row.get("error")),
@@ -119,7 +119,7 @@ def _replay(run: Run, rows: Sequence[dict[str, Any]], index: int, decode: Callab
 def _why(run: Run, rows: Sequence[dict[str, Any]], index: int, numbers: dict[str, list[float]]) -> str:
     """Why a response got its advantage, with the numbers that decided it."""
     row = rows[index]
-    reward, signal = _number(row.get("reward")), numbers.get("advantage", [])
+    reward, signal = as_number(row.get("reward")), numbers.get("advantage", [])
     if "advantages" not in row:
         return OLDER
     if row.get("left_out"):
@@ -134,7 +134,7 @@ def _why(run: Run, rows: Sequence[dict[str, Any]], index: int, numbers: dict[str
     rule, size = _rule(run)
     mean = nanmean(signal)
     if rule in ("gae", "reward_to_go"):
-        others = nanmean([_number(other.get("reward")) for other in rows])
+        others = nanmean([as_number(other.get("reward")) for other in rows])
         expected = numbers.get("value", [math.nan])[0]
         against = (
             f"the value head expected {expected:.3f} before the first token"
@@ -146,7 +146,7 @@ def _why(run: Run, rows: Sequence[dict[str, Any]], index: int, numbers: dict[str
             f"its advantages go from {min(signal):+.3f} to {max(signal):+.3f}, with mean {mean:+.3f}."
         )
     start = index // size * size
-    group = [_number(other.get("reward")) for other in rows[start : start + size]]
+    group = [as_number(other.get("reward")) for other in rows[start : start + size]]
     group = [value for value in group if not math.isnan(value)]
     settings = [run.settings.get(name) for name in ("missing_eos_penalty", "overlong_penalty")]
     penalised = any(settings) or run.settings.get("kl_placement") == "reward"
@@ -210,10 +210,6 @@ def _token_texts(ids: list[int], decode: Callable[[list[int]], str] | None) -> l
         texts.append(now[len(decode(ids[start:done])) :])
         start, done = done, end
     return texts
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
 
 
 def _text(value: Any) -> str | None:

@@ -76,7 +76,7 @@ class Run:
         """The folders that hold weights, by the iterations that these had learned from."""
         folders = {int(name[11:]): name for name in self._folders() if re.fullmatch(r"checkpoint-[0-9]{1,9}", name)}
         if "final" in self._folders():
-            folders[len(self.history)] = "final"
+            folders[self.history[-1]["iteration"]] = "final"
         return dict(sorted(folders.items()))
 
     def find_weights(self, asked: str | None, *others: str) -> str:
@@ -106,8 +106,12 @@ class Run:
         """A metric of every iteration, NaN where it is not there; `reward/NAME` is a part of the reward."""
         if name.startswith(PART):
             parts = (row.get("reward_breakdown") for row in self.history)
-            return [_number(part.get(name.removeprefix(PART)) if isinstance(part, dict) else None) for part in parts]
-        return [_number(row.get(name)) for row in self.history]
+            return [as_number(part.get(name.removeprefix(PART)) if isinstance(part, dict) else None) for part in parts]
+        return [as_number(row.get(name)) for row in self.history]
+
+    def curve(self, name: str) -> dict[int, float]:
+        """A metric by its iteration: a line that is left out leaves a gap."""
+        return dict(zip((row["iteration"] for row in self.history), self.values(name), strict=True))
 
     @property
     def parts(self) -> list[str]:
@@ -122,8 +126,13 @@ class Run:
         return [] if table is None else table.to_pylist()
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+def as_number(value: Any) -> float:
+    """Return a number of a file that comes from anyone; NaN if it is missing, of another type, or has no bounds."""
+    try:
+        number = float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
 def _read_record(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -144,7 +153,7 @@ def _read_metrics(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row["iteration"], int):
+            if not isinstance(row, dict) or type(row["iteration"]) is not int or not 0 < row["iteration"] < 10**9:
                 raise ValueError("it is not the metrics of an iteration")
         except (ValueError, KeyError, RecursionError) as error:
             notes.append(f"metrics.jsonl, line {number} is left out: {error}")
@@ -164,13 +173,13 @@ def _read_evaluations(path: Path, notes: list[str]) -> dict[int, Evaluation]:
             found[number] = Evaluation(
                 prompts=[str(prompt) for prompt in columns["prompt"]],
                 responses=[str(response) for response in columns["response"]],
-                rewards=[_number(value) for value in columns["reward"]],
+                rewards=[as_number(value) for value in columns["reward"]],
                 breakdown={
-                    name.removeprefix(PART): [_number(value) for value in values]
+                    name.removeprefix(PART): [as_number(value) for value in values]
                     for name, values in columns.items()
                     if name.startswith(PART)
                 },
-                kl_per_response=[_number(value) for value in columns["kl"]],
+                kl_per_response=[as_number(value) for value in columns["kl"]],
                 response_lengths=[int(value or 0) for value in columns["length"]],
             )
         except (KeyError, TypeError, ValueError) as error:
