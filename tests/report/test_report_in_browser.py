@@ -1,9 +1,13 @@
 """The page in a real browser: it fits a phone, asks for nothing, and its controls sort and search."""
 
+import json
 import shutil
+import threading
 
 import pytest
-from test_report import evaluation, make_run, page_of
+from test_report import evaluation, make_run, metrics, page_of
+
+from konic.report.watch import LivePage, Server
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="the browser test needs playwright: pip install playwright"
@@ -80,4 +84,35 @@ def test_the_keyboard_reaches_the_controls_and_the_checkpoints(browser, address)
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.getAttribute('href')"))
     assert {"#main", "#curves", "checkpoint-8/", "search", "sort"} <= reached
+    page.close()
+
+
+def test_a_served_page_follows_its_run_and_keeps_what_the_reader_did(browser, tmp_path):
+    run = make_run(tmp_path / "run", [0.1, 0.2])
+    evaluation(run, 0, [0.0, 1.0, 0.0, 0.5], ["before"] * 4)
+    evaluation(run, 2, [1.0, 1.5, 3.0, 0.0], RESPONSES)
+    page, said = browser.new_page(viewport={"width": 390, "height": 600}), []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.route("**/favicon.ico", lambda route: route.fulfill(status=204))
+    with Server(LivePage([run]), 0) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        page.goto(server.url)
+        page.select_option("#sort", "gain")
+        page.fill("#search", "cat")
+        page.click("#all summary")
+        page.focus("#search")
+        place = page.evaluate("window.scrollTo(0, 1500), window.scrollY")
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics(3, 0.3)) + "\n")
+        page.wait_for_selector("header:has-text('3 iterations')", timeout=20_000)
+        assert page.evaluate("[window.scrollY, document.activeElement.id, document.getElementById('all').open]") == [
+            place, "search", True,
+        ]  # fmt: skip
+        assert page.input_value("#sort") == "gain" and page.inner_text("#count") == "2 of 4 prompts"
+        page.fill("#search", "")
+        assert page.inner_text("#count") == "4 prompts"
+        assert said == []
+        server.shutdown()
+    page.wait_for_selector("#live:has-text('no longer answers')", timeout=20_000)
     page.close()

@@ -29,14 +29,27 @@ def report(
             metavar="<path>",
         ),
     ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve the page on this machine, and follow the run. Ctrl-C ends it.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Of --watch. Default: a free one.", min=0, max=65535)] = 0,
 ) -> None:
     """Write one HTML page that shows what came of a run: outcome, curves, samples, settings.
 
-    The page needs no network and no server. Several runs are compared.
+    The page needs no network and no server. Several runs are compared. With --watch nothing is written.
 
     Example: konic report runs/kind
     """
+    if watch and output:
+        raise typer.BadParameter("--watch writes no file: leave --output out.")
+    if port and not watch:
+        raise typer.BadParameter("--port is where --watch serves the page: give --watch too.")
     write_line(f"Reading {', '.join(map(str, runs))} ...", sys.stderr)
+    if watch:
+        from konic.report.watch import watch as serve
+
+        serve(runs, port)
+        return
     from konic.report import Run, write_report
     from konic.report.words import outcome
 

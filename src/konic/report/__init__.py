@@ -4,6 +4,7 @@
 - words: metrics, evaluations -> what came of the run, in sentences
 - charts: metrics -> pictures
 - page: all of it -> HTML
+- watch: runs that go on -> a page that follows them, served to this machine alone
 """
 
 from konic.report.page import write_report

@@ -98,11 +98,12 @@ def stacked(series: Series, title: str) -> str:
                  _described(series, title))  # fmt: skip
 
 
-def frontier(runs: Mapping[str, tuple[Curve, Curve, Mapping[int, str]]]) -> str:
+def frontier(runs: Mapping[str, tuple[Curve, Curve, Mapping[int, str]]], linked: bool = True) -> str:
     """Draw the reward over the KL that was paid for it: a line per run, a point per iteration.
 
     Args:
         runs: By name, the KL and the reward of each iteration, and links to the checkpoints by iteration.
+        linked: Whether a checkpoint leads to its folder.
     """
     rows, saved = [], []
     for name, (kl, reward, links) in runs.items():
@@ -132,7 +133,7 @@ def frontier(runs: Mapping[str, tuple[Curve, Curve, Mapping[int, str]]]) -> str:
         {
             "data": {"values": saved},
             "mark": {"type": "point", "shape": "diamond", "size": 130, "strokeWidth": 2, "filled": False},
-            "encoding": spoken | {"href": {"field": "link"}},
+            "encoding": spoken | ({"href": {"field": "link"}} if linked else {}),
         },
     ]
     about = "Mean reward over the KL paid, a point for each iteration"

@@ -1,6 +1,7 @@
 "use strict";
-const list = document.getElementById("list");
-if (list) {
+const activate = () => {
+  const list = document.getElementById("list");
+  if (!list) return;
   const rows = [...list.children];
   const search = document.getElementById("search");
   const sort = document.getElementById("sort");
@@ -25,4 +26,6 @@ if (list) {
   };
   search.addEventListener("input", show);
   sort.addEventListener("change", show);
-}
+  show();
+};
+activate();

@@ -52,14 +52,23 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
     write_text(path, text)
 
 
-def render(runs: Sequence[Run], folder: Path) -> str:
-    """Return the page; its links to checkpoints start from `folder`."""
-    page = files("konic.report")
-    style, script = ((page / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+def render(runs: Sequence[Run], folder: Path | None, state: str = "") -> str:
+    """Return the page.
+
+    Args:
+        runs: One, or several to compare.
+        folder: Where its links to checkpoints start from; None: it has no links.
+        state: What the page shows, if it is served and should follow its runs.
+    """
+    style, page_script, watch_script, body = (
+        (files("konic.report") / name).read_text(encoding="utf-8")
+        for name in ("page.css", "page.js", "watch.js", "page.html")
+    )
+    script = page_script + (watch_script if state else "")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "signed": _signed, "duration": duration, "cut": _cut}
-    template = environment.from_string((page / "page.html").read_text(encoding="utf-8"))
+    template = environment.from_string(body)
     run = runs[0] if len(runs) == 1 else None
     names = _names(runs)
     outcomes = dict(zip(names, map(outcome, runs), strict=True))
@@ -68,13 +77,14 @@ def render(runs: Sequence[Run], folder: Path) -> str:
         style=Markup(style),  # noqa: S704
         script=Markup(script),  # noqa: S704
         digest=digest,
+        state=state,
         run=run,
         runs=dict(zip(names, runs, strict=True)),
         outcomes=outcomes,
         suspicions=suspicions(run, outcomes[names[0]]) if run else [],
         findings=_findings(run) if run else [],
         parts=_parts(run) if run else [],
-        frontier=Markup(charts.frontier(_frontiers(names, runs, folder))),  # noqa: S704
+        frontier=Markup(charts.frontier(_frontiers(names, runs, folder), linked=folder is not None)),  # noqa: S704
         figures=_figures_of(run) if run else _figures_of_all(names, runs),
         pairs=_pairs(run) if run else [],
         samples=_last_samples(run) if run else {},
@@ -142,11 +152,11 @@ def _figures_of_all(names: Sequence[str], runs: Sequence[Run]) -> list[Figure]:
     ]
 
 
-def _frontiers(names: Sequence[str], runs: Sequence[Run], folder: Path) -> dict[str, Any]:
+def _frontiers(names: Sequence[str], runs: Sequence[Run], folder: Path | None) -> dict[str, Any]:
     found = {}
     for name, run in zip(names, runs, strict=True):
         place = run.path.absolute()
-        start = f"{place.relative_to(folder)}/" if place.is_relative_to(folder) and place != folder else ""
+        start = f"{place.relative_to(folder)}/" if folder and place.is_relative_to(folder) and place != folder else ""
         links = {at: f"{start}{saved}/" for at, saved in run.checkpoints.items()}
         found[name] = (run.curve("kl_per_response"), run.curve("reward_mean"), links)
     return found
