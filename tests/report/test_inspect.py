@@ -4,7 +4,7 @@ import json
 
 import pyarrow
 import pytest
-from test_report import HOSTILE, make_run, table
+from test_report import HOSTILE, make_run, page_of, table
 
 from command import konic_here
 from konic.report import Run
@@ -21,12 +21,16 @@ ROWS = {
 }  # fmt: skip
 
 
-def inspected(folder, *options, **changes):
+def recorded(folder, **changes):
     run = make_run(folder / "run", settings={"algorithm": "grpo"})
     columns = {name: values for name, values in (ROWS | changes).items() if values is not None}
     columns["left_out"] = pyarrow.array(columns["left_out"], pyarrow.string())
     table(run / "completions" / "000003.parquet", **columns)
-    return konic_here("inspect", run, *options)
+    return run
+
+
+def inspected(folder, *options, **changes):
+    return konic_here("inspect", recorded(folder, **changes), *options)
 
 
 @pytest.mark.parametrize(
@@ -92,3 +96,53 @@ def test_a_real_run_is_replayed(tmp_path, model_folders):
         assert "the value head expected" in one.why
     assert set(choose(samples)) == {"best", "worst", "most moved"}
     assert any("".join(one.tokens).startswith(one.response) for one in samples)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "final" / "tokenizer.json").write_text('{"model": ')
+    done = inspected(tmp_path, "--best")
+    assert done.returncode == 0 and "[8]" in done.stdout
+    assert "Note: final/tokenizer.json cannot be read" in done.stderr
+
+
+def test_the_report_colours_the_tokens_of_the_best_the_worst_and_the_most_moved(tmp_path):
+    run = recorded(tmp_path, advantages=[[-1.0, 0.25], [1.0], [None], None], reward=[0.0, 1.0, 0.5, None])
+    text, page = page_of(run, output=tmp_path / "report.html")
+    assert "Best: sample 2" in page.text and "Worst and most moved: sample 1" in page.text
+    assert '<span class="down" style="--s:1.00" title="advantage -1.000, kl 0.400,' in text
+    assert '<span class="up" style="--s:0.25" title="advantage 0.250, kl 0.100,' in text
+    assert "Its advantage is +1.000 for every token." in page.text and "&lt;b&gt;bold" in text and "<b>" not in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"token_ids": [1, 2, 3, 4]},
+        {"token_ids": [[2**40, 6], [7], [8], [9]]},
+        {"reward": ["0", "high", "", None]},
+        {"kl": None, "prompt": None, "response": None, "ended": None},
+        {"advantages": [["a"], ["b"], None, None]},
+        {"reward": [None] * 4, "token_kl": [[], [], [], []]},
+    ],
+)
+def test_responses_with_other_columns_still_make_a_page(tmp_path, changes):
+    _, page = page_of(recorded(tmp_path, **changes), output=tmp_path / "report.html")
+    assert "Outcome" in page.text
+
+
+def test_the_report_of_an_older_run_says_that_it_has_no_numbers_of_tokens(tmp_path):
+    text, page = page_of(recorded(tmp_path, advantages=None, token_kl=None), output=tmp_path / "report.html")
+    assert page.text.count(OLDER) == 1 and '<span class="up"' not in text
+
+
+def test_long_responses_keep_the_report_small(tmp_path):
+    count = 30_000
+    rows = {
+        "prompt": ["a"] * 3, "response": ["b" * count] * 3, "reward": [0.0, 1.0, 0.5], "kl": [0.0, 0.1, 9.0],
+        "token_ids": [[5] * count] * 3, "advantages": [[0.123456] * count] * 3, "ended": [True] * 3,
+        "error": [None] * 3, "left_out": [None] * 3, "reward/kind": [0.0] * 3, "seconds/kind": [0.0] * 3,
+        "token_kl": [[0.1] * count] * 3, "log_probs": [[-1.0] * count] * 3, "entropy": [[1.0] * count] * 3,
+    }  # fmt: skip
+    text, page = page_of(recorded(tmp_path, **rows), output=tmp_path / "report.html")
+    assert len(text) < 1_000_000 and "The first 500 of 30000 tokens." in page.text

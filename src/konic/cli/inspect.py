@@ -56,6 +56,8 @@ def inspect(
     read = Run.read(run)
     number = iteration or max(row["iteration"] for row in read.history)
     samples = replays(read, number)
+    for note in read.notes:
+        write_line(f"Note: {note}", sys.stderr)
     chosen = samples[sample - 1] if sample and sample <= len(samples) else None
     if sample and chosen is None:
         raise OutputError(f"--sample {sample}: iteration {number} has {len(samples)} responses, counted from 1.")

@@ -18,13 +18,16 @@ from konic import __version__
 from konic.finetuning.results.intervals import nanmean
 from konic.finetuning.system.files import unwritable, write_text
 from konic.report import charts
-from konic.report.run import PART, Run
+from konic.report.replay import OLDER, Replay, chosen_of
+from konic.report.run import PART, Run, as_number
 from konic.report.words import duration, outcome, part_means, suspicions, thinned
 
 MOST_PAIRS = 200
 """Held-out prompts that are shown with their responses before and after."""
 MOST_TEXT = 2000
 """Characters of a prompt or a response that are shown."""
+MOST_TOKENS = 500
+"""Tokens of a response that are shown with their numbers."""
 _STAGES = {
     "generation": "generation_time_sec", "rewards": "reward_compute_time_sec", "update": "update_time_sec",
 }  # fmt: skip
@@ -71,6 +74,7 @@ def render(runs: Sequence[Run], folder: Path | None, state: str = "") -> str:
     template = environment.from_string(body)
     run = runs[0] if len(runs) == 1 else None
     names = _names(runs)
+    last = run.samples(run.history[-1]["iteration"]) if run else []
     outcomes = dict(zip(names, map(outcome, runs), strict=True))
     return template.render(
         title=f"{names[0]} – konic report" if run else f"{len(runs)} runs – konic report",
@@ -87,7 +91,9 @@ def render(runs: Sequence[Run], folder: Path | None, state: str = "") -> str:
         frontier=Markup(charts.frontier(_frontiers(names, runs, folder), linked=folder is not None)),  # noqa: S704
         figures=_figures_of(run) if run else _figures_of_all(names, runs),
         pairs=_pairs(run) if run else [],
-        samples=_last_samples(run) if run else {},
+        samples=_last_samples(last),
+        replays=_replays(run, last) if run else {},
+        older=OLDER,
         settings=_flat(run.settings) if run else _different(names, runs),
         facts=_facts(run) if run else {},
         notes=[note for each in runs for note in each.notes],
@@ -198,18 +204,47 @@ def _pairs(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _last_samples(run: Run) -> dict[str, list[dict[str, Any]]]:
+def _last_samples(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The best, the worst and the most moved responses of the last iteration."""
-    samples = [row for row in run.samples(run.history[-1]["iteration"]) if row.get("reward") is not None]
+    empty = {"prompt": "", "response": "", "kl": None, "ended": True}
+    samples = [empty | row for row in rows if not math.isnan(as_number(row.get("reward")))]
     if not samples:
         return {}
-    by_reward = sorted(samples, key=lambda row: row["reward"])
-    by_kl = sorted(samples, key=lambda row: row.get("kl") or 0.0)
+    by_reward = sorted(samples, key=lambda row: as_number(row["reward"]))
+    by_kl = sorted(samples, key=lambda row: 0.0 if math.isnan(as_number(row["kl"])) else as_number(row["kl"]))
     return {
         "Highest reward": by_reward[:-3:-1],
         "Lowest reward": by_reward[:2],
         "Furthest from the reference": by_kl[:-3:-1],
     }
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token with its numbers, and how strongly it is coloured: from -1, its advantage is the lowest, to 1."""
+
+    text: str
+    strength: float
+    numbers: dict[str, float]
+
+
+def _replays(run: Run, rows: Sequence[dict[str, Any]]) -> dict[str, tuple[Replay, float, list[Token]]]:
+    """The best, the worst and the most moved response with its largest advantage and its tokens; one may be several."""
+    titles: dict[int, list[str]] = {}
+    found = chosen_of(run, rows)
+    for name, replay in found.items():
+        titles.setdefault(replay.sample, []).append(name)
+    shown = {}
+    for names in titles.values():
+        replay = found[names[0]]
+        most = max((abs(value) for value in replay.numbers.get("advantage", []) if not math.isnan(value)), default=0.0)
+        tokens = []
+        for index, text in enumerate(replay.tokens[:MOST_TOKENS]):
+            numbers = {name: values[index] for name, values in replay.numbers.items()}
+            value = numbers.get("advantage", math.nan)
+            tokens.append(Token(text[:100], 0.0 if not most or math.isnan(value) else value / most, numbers))
+        shown[" and ".join(names)] = (replay, most, tokens)
+    return shown
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -258,13 +293,15 @@ def _as_json(names: Sequence[str], runs: Sequence[Run]) -> str:
     return json.dumps(data).replace("<", "\\u003c").replace("&", "\\u0026")
 
 
-def _number(value: float, digits: int = 3) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+def _number(value: Any, digits: int = 3) -> str:
+    number = as_number(value)
+    return "–" if math.isnan(number) else f"{number:.{digits}f}"
 
 
 def _signed(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:+.3f}"
 
 
-def _cut(text: str) -> str:
+def _cut(value: Any) -> str:
+    text = str(value)
     return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]} … ({len(text) - MOST_TEXT:,} more characters)"

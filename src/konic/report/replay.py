@@ -78,20 +78,33 @@ def replays(run: Run, iteration: int) -> list[Replay]:
 
 def choose(samples: Sequence[Replay]) -> dict[str, Replay]:
     """Return the best, the worst and the most moved response; the first two only if one has a reward."""
-    scored = [sample for sample in samples if not math.isnan(sample.reward)]
-    moved = [sample for sample in samples if not math.isnan(sample.kl)]
+    found = _extremes([sample.reward for sample in samples], [sample.kl for sample in samples])
+    return {name: samples[index] for name, index in found.items()}
+
+
+def chosen_of(run: Run, rows: Sequence[dict[str, Any]]) -> dict[str, Replay]:
+    """Return what `choose` would of the responses of an iteration, without a replay of the others."""
+    found = _extremes([as_number(row.get("reward")) for row in rows], [as_number(row.get("kl")) for row in rows])
+    decode = _decoder(run) if found else None
+    return {name: _replay(run, rows, index, decode) for name, index in found.items()}
+
+
+def _extremes(rewards: Sequence[float], kl: Sequence[float]) -> dict[str, int]:
+    scored = [index for index, value in enumerate(rewards) if not math.isnan(value)]
+    moved = [index for index, value in enumerate(kl) if not math.isnan(value)]
     found = {}
     if scored:
-        found["best"] = max(scored, key=lambda sample: sample.reward)
-        found["worst"] = min(scored, key=lambda sample: sample.reward)
+        found["best"] = max(scored, key=lambda index: rewards[index])
+        found["worst"] = min(scored, key=lambda index: rewards[index])
     if moved:
-        found["most moved"] = max(moved, key=lambda sample: sample.kl)
+        found["most moved"] = max(moved, key=lambda index: kl[index])
     return found
 
 
 def _replay(run: Run, rows: Sequence[dict[str, Any]], index: int, decode: Callable[[list[int]], str] | None) -> Replay:
     row = rows[index]
-    ids = [one for one in row.get("token_ids") or [] if isinstance(one, int) and one >= 0]
+    recorded = row.get("token_ids")
+    ids = [one for one in recorded if isinstance(one, int) and 0 <= one < 2**32] if isinstance(recorded, list) else []
     response = str(row.get("response") or "")
     tokens = _token_texts(ids, decode if redact(response) == response else None)
     numbers = {
