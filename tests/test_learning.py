@@ -155,7 +155,9 @@ def test_a_finding_is_told_once_and_kept_across_a_resume(model_folders, tmp_path
     assert sum("constant_reward" in row["checks"] for row in metrics(tmp_path)) == is_on
     if is_on:
         assert told[0].startswith("Iteration 3: Every response of the last 3 iterations got the reward 1")
-        assert "constant_reward" in metrics(tmp_path)[2]["checks"]
+        row = metrics(tmp_path)[2]
+        assert "constant_reward" in row["checks"]
+        assert told[0] == f"Iteration 3: {row['check_messages']['constant_reward']}"
 
 
 def test_values_warm_up_before_the_policy_moves(model_folders, tmp_path):

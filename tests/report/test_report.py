@@ -155,6 +155,15 @@ def test_self_checks_and_what_a_run_was_made_with_are_shown(tmp_path):
     assert "kl_runaway reported in iteration 1" in page.text
 
 
+def test_a_self_check_says_what_to_try_and_older_runs_only_name_it(tmp_path):
+    said = {"kl_runaway": f"It is far. Set kl_limit. {HOSTILE}"}
+    run = make_run(tmp_path / "run", [0.1], checks=["kl_runaway", "no_rewards", 3], check_messages=said)
+    text, page = page_of(run, output=tmp_path / "report.html")
+    assert "kl_runaway reported in iteration 1: It is far. Set kl_limit. <script>" in page.text
+    assert "no_rewards reported in iteration 1." in page.text and "<script>alert" not in text
+    page_of(make_run(tmp_path / "odd", [0.1], checks=7, check_messages=[1]), output=tmp_path / "odd.html")
+
+
 def test_runs_are_compared_by_what_differs(tmp_path):
     first = make_run(tmp_path / "a", settings={"algorithm": "grpo"})
     second = make_run(tmp_path / "b", [0.3, 0.6], settings={"learning_rate": 0.01})

@@ -264,14 +264,14 @@ class Trainer:
         session.weights_are_whole = True
 
     def _with_findings(self, result: FinetuningIterationResult) -> FinetuningIterationResult:
-        """The result with the names of the self-checks that fail for the first time; each is also a warning."""
+        """The result with the self-checks that fail for the first time; the message of each is also a warning."""
         session = self._session
         if not session.training.self_checks:
             return result
         findings = new_findings([*session.state.history, result], session.training, session.generation)
         for message in findings.values():
             logger.warning("Iteration %d: %s", result.iteration, message)
-        return replace(result, checks=tuple(findings))
+        return replace(result, checks=tuple(findings), check_messages=findings)
 
     def _reason_to_stop(self, result: FinetuningIterationResult, clock: RunClock) -> str | None:
         reason = "max_minutes passed" if clock.time_is_up else None

@@ -179,9 +179,17 @@ def _parts(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _findings(run: Run) -> list[tuple[int, str]]:
-    """The self-checks that failed, with the iteration that each was first seen in."""
-    return [(row["iteration"], str(name)) for row in run.history for name in row.get("checks") or ()]
+def _findings(run: Run) -> list[tuple[int, str, str]]:
+    """The self-checks that failed: the iteration that each was first seen in, its name, and what it said."""
+    found = []
+    for row in run.history:
+        names, messages = row.get("checks"), row.get("check_messages")
+        said = messages if isinstance(messages, dict) else {}  # older runs have none
+        found += [
+            (row["iteration"], str(name), str(said.get(str(name), "")))
+            for name in (names if isinstance(names, list) else ())
+        ]
+    return found
 
 
 def _pairs(run: Run) -> list[dict[str, Any]]:

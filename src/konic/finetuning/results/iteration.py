@@ -1,7 +1,7 @@
 """The numbers of one iteration. Each field declares its meaning, unit and source; docs/metrics.md shows them."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, get_type_hints
 
 from konic.finetuning.results.metrics import Metric, declared_metrics
@@ -209,6 +209,9 @@ class FinetuningIterationResult:
             "self-checks that failed for the first time in this iteration ([checks.md](checks.md))", "names", "checks"
         ),
     ] = ()
+    check_messages: Annotated[
+        dict[str, str], Metric("what each of these self-checks means, and what to try", "texts", "checks")
+    ] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values; NaN becomes None."""
