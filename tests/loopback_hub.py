@@ -1,9 +1,11 @@
 """A small Hugging Face Hub on 127.0.0.1, for the real clients in a child process; nothing goes out.
 
 `hub.environment(home)` gives a child HF_ENDPOINT, its own HF_HOME, and the hub as its proxy, so that a request for
-any other host ends here too (404). Left out: uploads, Xet, spaces, pages of long listings.
+any other host ends here too (404). What is sent, as regular files or by LFS, becomes a commit of `hub.repos`.
+Left out: Xet, spaces, pages of long listings.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -18,8 +20,12 @@ import yaml
 MEMBER_TOKEN = "hf_member"  # opens gated repos
 OUTSIDER_TOKEN = "hf_outsider"  # a valid account without access to gated repos
 LFS_SUFFIXES = {".arrow", ".bin", ".gguf", ".gz", ".h5", ".onnx", ".parquet", ".pt", ".safetensors", ".zip"}
+SIGNATURE = "5ignature0fAnUpload"  # in the addresses that large files are sent to
 DATE = "2024-01-01T00:00:00.000Z"
-API = re.compile(r"/api/(models|datasets)/(?P<id>.+?)(?:/(?P<verb>revision|tree|paths-info|refs)(?:/(?P<rest>.*))?)?")
+LFS_BATCH = re.compile(r"/(?P<id>.+)\.git/info/lfs/objects/batch")
+API = re.compile(
+    r"/api/(models|datasets)/(?P<id>.+?)(?:/(?P<verb>revision|tree|paths-info|refs|preupload|commit)(?:/(?P<rest>.*))?)?"
+)
 RESOLVE = re.compile(r"/(datasets/)?(?P<id>.+?)/resolve/(?P<revision>refs/\w+/[^/]+|[^/]+)/(?P<path>.+)")
 CACHED = re.compile(r"/api/resolve-cache/(models|datasets)/(?P<id>.+)/(?P<revision>[0-9a-f]{40})/(?P<path>.+)")
 CARD = """---
@@ -76,12 +82,16 @@ class Repo:
 
     def __init__(self, kind, name):
         self.kind, self.id, self.gated, self.commits, self.names = kind, name, False, {}, {}
+        self.private = False
 
     def commit(self, folder, revision):
-        """Read a folder as a commit and point a name at it; the sha says what is in it."""
+        """Read a folder as a commit and point a name at it."""
         paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        names = [path.relative_to(folder).as_posix() for path in paths]
-        files = {name: File(name, path.read_bytes()) for name, path in zip(names, paths, strict=True)}
+        return self.keep({path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}, revision)
+
+    def keep(self, contents, revision):
+        """Make a commit of {path: bytes} and point a name at it; the sha says what is in it."""
+        files = {name: File(name, content) for name, content in contents.items()}
         listing = [self.kind, self.id, *(f"{name} {file.oid}" for name, file in files.items())]
         sha = hashlib.sha1("\n".join(listing).encode()).hexdigest()
         self.commits[sha], self.names[revision] = files, sha
@@ -101,7 +111,8 @@ class Repo:
         header = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
         details = {name: {"blobId": file.oid} | file.sizes if blobs else {} for name, file in files.items()}
         about = {
-            "_id": self.id, "id": self.id, "author": self.id.rpartition("/")[0] or None, "sha": sha, "private": False,
+            "_id": self.id, "id": self.id, "author": self.id.rpartition("/")[0] or None, "sha": sha,
+            "private": self.private,
             "gated": "auto" if self.gated else False, "disabled": False, "lastModified": DATE, "createdAt": DATE,
             "downloads": 0, "likes": 0, "tags": [], "cardData": yaml.safe_load(header[1]) if header else None,
             "siblings": [{"rfilename": name} | detail for name, detail in details.items()],
@@ -139,7 +150,8 @@ class Handler(BaseHTTPRequestHandler):
     def handle_any(self):
         """Log a request, find its answer, send it."""
         self.hub, self.url = self.server.hub, urlsplit(self.path)
-        self.posted = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.body, self.posted = body, "" if self.command == "PUT" else body.decode()
         outside = self.command == "CONNECT" or bool(self.url.scheme)
         log = self.hub.outside if outside else self.hub.requests
         log.append((self.command, self.path if outside else unquote(self.url.path)))
@@ -155,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"" if self.command == "HEAD" else answer.body[: answer.cut])
             self.close_connection |= answer.cut is not None or self.command == "CONNECT"
 
-    do_GET = do_HEAD = do_POST = do_CONNECT = handle_any
+    do_GET = do_HEAD = do_POST = do_PUT = do_CONNECT = handle_any
 
     def route(self):
         """Raise the Hub's answer for a path it knows."""
@@ -167,6 +179,8 @@ class Handler(BaseHTTPRequestHandler):
                 raise Answer.error(401, "Invalid username or password.")
             access = {"type": "access_token", "accessToken": {"displayName": "test", "role": "read"}}
             raise Answer.data({"type": "user", "name": self.token.removeprefix("hf_"), "orgs": [], "auth": access})
+        if self.url.path in ("/api/validate-yaml", "/api/repos/create") or LFS_BATCH.fullmatch(self.url.path):
+            self.take()
         if match := CACHED.fullmatch(self.url.path):
             self.resolve(match, cached=True)
         if match := API.fullmatch(self.url.path):
@@ -200,7 +214,48 @@ class Handler(BaseHTTPRequestHandler):
             wanted = {path.strip("/") for path in parse_qs(self.posted).get("paths", [])}
             raise Answer.data([entry for entry in repo.tree(revision) if entry["path"] in wanted])
         heads = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha} for name, sha in repo.names.items()]
+        if match["verb"] in {"preupload", "commit"}:
+            self.commit(repo, match["verb"])
         raise Answer.data({"branches": heads, "converts": [], "tags": []})
+
+    def take(self):
+        """Raise what is said before files arrive: the card is fine, the repo is made, large files go to storage."""
+        if self.url.path == "/api/validate-yaml":
+            raise Answer.data({"warnings": [], "errors": []})
+        if self.token != MEMBER_TOKEN:
+            raise Answer.error(403, "Forbidden: pass a token that may write")
+        posted = json.loads(self.posted)
+        if self.url.path == "/api/repos/create":
+            name = f"{posted['organization']}/{posted['name']}"
+            repo = self.hub.repos[posted["type"] + "s", name] = Repo(posted["type"] + "s", name)
+            repo.private = posted.get("private", posted.get("visibility") == "private")
+            repo.keep({".gitattributes": b""}, "main")
+            raise Answer.data({"url": f"{self.hub.url}/{name}"})
+        place = f"{self.hub.storage_url}/uploads/{{}}?X-Amz-Signature={SIGNATURE}"
+        objects = [
+            {"oid": file["oid"], "size": file["size"], "actions": {"upload": {"href": place.format(file["oid"])}}}
+            for file in posted["objects"]
+        ]
+        raise Answer.data({"transfer": "basic", "objects": objects})
+
+    def commit(self, repo, verb):
+        """Raise how files are to be sent, or make a commit of those that were, on top of those there."""
+        if self.token != MEMBER_TOKEN:
+            raise Answer.error(403, "Forbidden: pass a token that may write")
+        if verb == "preupload":
+            files = [file["path"] for file in json.loads(self.posted)["files"]]
+            modes = {path: "lfs" if Path(path).suffix in LFS_SUFFIXES else "regular" for path in files}
+            raise Answer.data(
+                {"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]}
+            )
+        contents = {name: file.content for name, file in repo.at("main")[1].items()}
+        for line in map(json.loads, self.posted.splitlines()):
+            if line["key"] == "file":
+                contents[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            if line["key"] == "lfsFile":
+                contents[line["value"]["path"]] = self.hub.uploads[line["value"]["oid"]]
+        sha = repo.keep(contents, "main")
+        raise Answer.data({"commitUrl": f"{self.hub.url}/{repo.id}/commit/{sha}", "commitOid": sha})
 
     def resolve(self, match, cached=False):
         """Raise a file's answer: a redirect to storage (LFS), or to the Hub's own cache, which holds the rest."""
@@ -226,6 +281,11 @@ class Handler(BaseHTTPRequestHandler):
         if "Authorization" in self.headers:
             raise Answer.error(400, "two ways to authenticate")
         sha256, _, path = unquote(self.url.path)[1:].partition("/")
+        if self.command == "PUT" and sha256 == "uploads" and hashlib.sha256(self.body).hexdigest() == path:
+            if "uploads" in self.hub.failures:
+                raise Answer.error(self.hub.failures["uploads"], "a failure made for a test")
+            self.hub.uploads[path] = self.body
+            raise Answer(200)
         commits = [files for repo in self.hub.repos.values() for files in repo.commits.values()]
         for file in (files[path] for files in commits if path in files and files[path].sha256 == sha256):
             self.send_file(file)
@@ -250,7 +310,7 @@ class LoopbackHub:
 
     def __init__(self):
         self.repos, self.aliases, self.requests, self.ranges, self.outside = {}, {}, [], [], []
-        self.broken, self.failures = set(), {}
+        self.broken, self.failures, self.uploads = set(), {}, {}
         self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
         self.url, self.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
         self.storage_server = self.servers[1]
@@ -282,7 +342,7 @@ class LoopbackHub:
         self.broken.add(path)
 
     def fail_with(self, path, status):
-        """From now on, asking for this file ends in an HTTP status such as 503."""
+        """From now on, asking for this file, or sending any if it is "uploads", ends in an HTTP status such as 503."""
         self.failures[path] = status
 
     def repair(self):

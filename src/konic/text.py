@@ -9,15 +9,19 @@ from typing import Any
 _SHORTEST_SECRET = 6
 _SECRET_VARIABLES = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "API_KEY", "APIKEY", "ACCESS_KEY")
 """How the names of environment variables end that hold a secret."""
-_LOOKS_SECRET = re.compile(
-    r"""
-      (?<=://)[^\s/?\#]+(?=@)                    # the user and password of an address
-    | (?<=[?&])[\w.~%-]+=[^\s'"<>\\]*           # what follows an address, and may sign it
-    | (?<=\bBearer\ )[\w.~+/=-]{6,}
-    | \bhf_[A-Za-z0-9]{16,}\b                    # no longer name, which has more underscores
+_KEY = r"""
+      \bhf_[A-Za-z0-9]{16,}\b                    # no longer name, which has more underscores
     | \b(?:api_org_|sk-|gh[oprsu]_|github_pat_|glpat-|xox[a-z]-|AKIA|ASIA|AIza)[\w-]{16,}
     | \beyJ[\w-]{10,}\.[\w.-]{10,}               # a JSON Web Token
     | (?<=PRIVATE\ KEY-----)(?s:.*?)(?=-----END|\Z)
+    """
+_KNOWN_KEY = re.compile(_KEY, re.VERBOSE)
+_LOOKS_SECRET = re.compile(
+    rf"""
+      (?<=://)[^\s/?\#]+(?=@)                    # the user and password of an address
+    | (?<=[?&])[\w.~%-]+=[^\s'"<>\\]*           # what follows an address, and may sign it
+    | (?<=\bBearer\ )[\w.~+/=-]{{6,}}
+    | {_KEY}
     """,
     re.VERBOSE,
 )
@@ -33,6 +37,7 @@ _NAMED_SECRETS = [
     )
 ]
 """A value by its name; the markup of a tokenizer, such as pad_token='<pad>', is no secret."""
+_MARKUP = re.compile(r'"(?:bos|eos|unk|sep|pad|cls|mask)_token": "[^"]*"')
 _given: set[str] = set()
 
 
@@ -47,14 +52,35 @@ def redact(text: str) -> str:
 
     Hidden are the tokens that settings were given, the secrets of the environment, and what looks like one.
     """
-    of_environment = (os.environ.get(name, "") for name in os.environ if name.upper().endswith(_SECRET_VARIABLES))
-    for secret in sorted((*_given, *of_environment), key=len, reverse=True):
-        if len(secret) >= _SHORTEST_SECRET:
-            text = text.replace(secret, "***")
+    for secret in _known_secrets():
+        text = text.replace(secret, "***")
     text = _LOOKS_SECRET.sub("***", text)
     for named in _NAMED_SECRETS:
         text = named.sub(r"\1***", text)
     return text
+
+
+def _known_secrets() -> list[str]:
+    of_environment = (os.environ.get(name, "") for name in os.environ if name.upper().endswith(_SECRET_VARIABLES))
+    known = (secret for secret in (*_given, *of_environment) if len(secret) >= _SHORTEST_SECRET)
+    return sorted(known, key=len, reverse=True)
+
+
+def find_secret(text: str, is_vocabulary: bool = False) -> int | None:
+    """Return the number of the first line that :func:`redact` would change, or None.
+
+    Args:
+        text: Of a file.
+        is_vocabulary: True for the tokens of a tokenizer, such as `&page=`: only a known secret counts, or a key.
+    """
+    places = [text.find(secret) for secret in _known_secrets()]
+    places += [found.start() for found in [_KNOWN_KEY.search(text)] if found]
+    found_at = min((place for place in places if place >= 0), default=None)
+    last = None if found_at is None else text.count("\n", 0, found_at) + 1
+    if is_vocabulary:
+        return last
+    lines = (_MARKUP.sub("", line) for line in text.split("\n")[:last])
+    return next((number for number, line in enumerate(lines, start=1) if redact(line) != line), last)
 
 
 def redact_all(value: Any) -> Any:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command import konic_here
 from conftest import shake_adapter
-from konic.export.card import without_paths
+from konic.export.private import without_paths
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.policy import Policy
 from test_engine import make_engine

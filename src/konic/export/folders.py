@@ -4,7 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-from konic.export.card import export_card, plain_json, without_paths
+from konic.export.card import export_card, plain_json
+from konic.export.private import own_places, without_paths, without_places
 from konic.export.saved import ADAPTER_CONFIG, SavedModel, read_dtype
 from konic.finetuning.errors import ModelError, OutputError
 from konic.finetuning.models.locations import PACKAGED_MODELS, quiet_transformers
@@ -45,7 +46,7 @@ def write_adapter(saved: SavedModel, output: Path) -> list[str]:
         shutil.copyfile(saved.folder / "adapter_model.safetensors", folder / "adapter_model.safetensors")
         config = saved.adapter_config | {"base_model_name_or_path": saved.base}
         (folder / ADAPTER_CONFIG).write_text(plain_json(config), encoding="utf-8")
-        _copy_tokenizer(saved.folder, folder)
+        _copy_tokenizer(saved, folder)
         (folder / "README.md").write_text(export_card(saved, is_adapter=True), encoding="utf-8")
     if saved.base_is_on_the_hub:
         return [f"PEFT loads its base model, {saved.base}, from the Hub."]
@@ -68,7 +69,7 @@ def write_merged(saved: SavedModel, output: Path, dtype: str | None) -> list[str
     with filling_folder(output) as folder, quiet_transformers():
         model.to(kind).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        _strip_configs(folder)
+        _strip_configs(saved, folder)
         (folder / "README.md").write_text(export_card(saved, is_adapter=False), encoding="utf-8")
     return [f"transformers opens it: AutoModelForCausalLM.from_pretrained({str(output)!r})"]
 
@@ -97,19 +98,19 @@ def write_gguf_folder(saved: SavedModel, output: Path, dtype: str | None) -> lis
     return [note, f"llama.cpp: llama-cli -m {output / file}", f"Ollama: ollama create MODEL -f {output / 'Modelfile'}"]
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    for path in (path for pattern in TOKENIZER_FILES for path in source.glob(pattern)):
-        place = target / path.relative_to(source)
+def _copy_tokenizer(saved: SavedModel, target: Path) -> None:
+    for path in (path for pattern in TOKENIZER_FILES for path in saved.folder.glob(pattern)):
+        place = target / path.relative_to(saved.folder)
         place.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, place)
-    _strip_configs(target)
+    _strip_configs(saved, target)
 
 
-def _strip_configs(folder: Path) -> None:
+def _strip_configs(saved: SavedModel, folder: Path) -> None:
     """Leave out where things lay on this machine. What others need to open the model stays."""
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         path = folder / name
         if path.is_file():
             config = json.loads(path.read_text(encoding="utf-8"))
             kept = {key: without_paths(value) if key in _PATH_KEYS else value for key, value in config.items()}
-            path.write_text(plain_json(kept), encoding="utf-8")
+            path.write_text(plain_json(without_places(kept, own_places(saved))), encoding="utf-8")

@@ -89,7 +89,7 @@ class SavedModel:
     @property
     def base_is_on_the_hub(self) -> bool:
         """True if others find the base model by its name."""
-        return self.base not in PACKAGED_MODELS and not looks_like_path(self.base) and not Path(self.base).exists()
+        return is_hub_id(self.base)
 
     @property
     def title(self) -> str:
@@ -147,6 +147,11 @@ class SavedModel:
         until = whole.best_iteration if self.name == "best" else learned[self.name]
         before, after = self.run.evaluations.get(0), self.run.evaluations.get(until) if self.name != "best" else None
         return FinetuningResult(name, history[:until], math.nan, None, selection=selection, before=before, after=after)
+
+
+def is_hub_id(name: str) -> bool:
+    """Return True for the name of a model that is neither packaged nor in a folder."""
+    return name not in PACKAGED_MODELS and not looks_like_path(name) and not Path(name).exists()
 
 
 def read_dtype(asked: str | None, saved: SavedModel) -> torch.dtype:
