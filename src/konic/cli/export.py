@@ -115,7 +115,7 @@ def _push(repo: "Repo", saved: "SavedModel", folder: Path, is_agreed: bool) -> N
     state = "exists: files of the same names are replaced there" if repo.exists else "new"
     write_line(f"To send to {repo.address} ({repo.visibility}, {state}):", sys.stdout)
     for file in files:
-        write_line(f"  {file.name:<40} {file.size / 1e6:>10,.3f} MB", sys.stdout)
+        write_line(f"  {file.name:<40} {_size(file.size):>12}", sys.stdout)
     if left:
         write_line(f"Not sent: {', '.join(left)}", sys.stdout)
     if not is_agreed:
@@ -124,3 +124,7 @@ def _push(repo: "Repo", saved: "SavedModel", folder: Path, is_agreed: bool) -> N
             write_line(f"Nothing was sent. The export stays in {folder}.", sys.stdout)
             return
     write_line(f"Sent: {send_files(repo, files)}", sys.stdout)
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
