@@ -45,9 +45,10 @@ check: $(READY) docs
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-# The documentation as a site, in site/. A broken link or anchor is an error. Nothing is loaded from a network.
+# The documentation as a site, in site/. A broken link or anchor is an error, and so is what a page loads from a network.
 docs: $(READY)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@! grep -rE --include='*.html' '<(script|link|img|iframe)[^>]* (src|href)="?(https?:)?//' site
 
 # Long ones, outside CI; their results are committed. Peers get environments of their own.
 PEERS := .peers
