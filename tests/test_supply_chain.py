@@ -1,8 +1,12 @@
 """What `make setup` installs is pinned, and all of it but torch is checked by hash."""
 
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,3 +46,30 @@ def test_set_up_asks_pip_for_hashes_and_builds_without_downloads():
     makefile = (ROOT / "Makefile").read_text()
     assert "--require-hashes --no-deps -r requirements.lock" in makefile
     assert "--no-build-isolation" in makefile
+
+
+def test_what_ci_adds_is_pinned_with_hashes_and_ends_in_time():
+    assert [name for name, _ in pins(".ci/browser.lock")] == ["greenlet", "playwright"]
+    blocks = re.split(r"^(?=\w)", (ROOT / ".ci/browser.lock").read_text(), flags=re.MULTILINE)[1:]
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}$", block, re.MULTILINE) for block in blocks)
+    script = (ROOT / ".ci/run").read_text()
+    assert "--require-hashes --no-deps --only-binary :all: -r .ci/browser.lock" in script
+    assert script.endswith("make setup\ninstall_browser\nmake check\nmake test\n")
+
+
+@pytest.mark.skipif(shutil.which("timeout") is None or not Path("/bin/bash").exists(), reason="needs bash and timeout")
+def test_ci_checks_and_tests_also_where_no_browser_can_be_installed(tmp_path):
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("dirname", "timeout"):
+        (tools / name).symlink_to(shutil.which(name))
+    for name, line in {"id": "echo 0", "make": 'echo "make $1"', "apt-get": "exit 100"}.items():
+        (tools / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tools / name).chmod(0o755)
+    command = ["/bin/bash", str(tmp_path / ".ci" / "run")]
+    done = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True, timeout=60)
+    setup, word, *rest = done.stdout.splitlines()
+    assert (setup, rest, done.returncode, done.stderr) == ("make setup", ["make check", "make test"], 0, "")
+    assert word.startswith("Skipping the browser test: Chromium is missing")
