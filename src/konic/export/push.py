@@ -1,6 +1,7 @@
 """An exported folder -> a repo of the Hub: files of known names alone, after a look at what they say, in one commit."""
 
 import contextlib
+import logging
 import os
 import re
 import stat
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub import utils as hub_utils
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 
 from konic.export.private import find_place
@@ -115,7 +116,7 @@ def send_files(repo: Repo, files: Iterable[Sent]) -> str:
         OutputError: The Hub refuses, cannot be reached, or others than asked may read the repo.
     """
     if not is_terminal(sys.stderr):
-        disable_progress_bars()
+        hub_utils.disable_progress_bars()  # type: ignore[attr-defined]
     api = HfApi(token=get_token())
     operations = [CommitOperationAdd(file.name, file.content) for file in files]
     with _asking(repo.name):
@@ -167,7 +168,7 @@ def _require_visibility(repo: Repo, found: str | None) -> None:
 def _asking(name: str) -> Iterator[None]:
     """Turn what the Hub's client raises into one error; the client's own warnings show addresses, and stay unseen."""
     verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()
+    hub_logging.set_verbosity(logging.ERROR)
     try:
         yield
     except Exception as error:
