@@ -11,6 +11,7 @@ import pytest
 
 from command import konic_here
 from konic.export.push import files_to_send
+from konic.export.saved import is_hub_id
 from konic.finetuning.errors import OutputError
 from loopback_hub import MEMBER_TOKEN, OUTSIDER_TOKEN, SIGNATURE, LoopbackHub
 from test_engine import make_engine
@@ -182,6 +183,32 @@ def test_a_folder_of_this_machine_in_a_file_is_found_and_a_token_of_a_vocabulary
     (tmp_path / "tokenizer_config.json").write_text('{\n "pad_token": "padding",\n "eos_token": "</s>"\n}')
     (tmp_path / "config.json").write_text(f'{{"a": "{home}-other", "b": "x{home}"}}')
     assert len(files_to_send(tmp_path, [home, home.parents[-1] / "root"])[0]) == 3
+
+
+def test_only_a_name_of_the_hub_is_a_base_model_for_others(tmp_path):
+    """The folder may be of another machine, or gone."""
+    names = (
+        "/gone/model",
+        "./model",
+        "~/model",
+        "C:\\\\model",
+        "a/b/c",
+        "model.gguf",
+        "runs/kind",
+        "smollm2-135m",
+        str(tmp_path),
+    )
+    assert not any(map(is_hub_id, names))
+    assert is_hub_id("org/name") and is_hub_id("gpt2")
+
+
+def test_a_run_that_trained_every_weight_has_no_adapter_to_send(trained, hub, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "final" / "adapter_config.json").unlink()
+    (run / "final" / "config.json").write_text("{}")
+    done = push(run, tmp_path / "out", "--format", "adapter", "--yes")
+    assert done.returncode == 1 and "trained every weight" in done.stderr and not hub.repos
 
 
 def test_a_secret_in_the_model_of_a_run_stops_before_anything_is_sent(trained, hub, tmp_path):

@@ -98,7 +98,8 @@ def _find_repo(name: str, is_public: bool, saved: "SavedModel", kind: Format) ->
     from konic.finetuning.errors import OutputError
     from konic.finetuning.models.locations import PACKAGED_MODELS
 
-    if kind is Format.adapter and not saved.base_is_on_the_hub and saved.base not in PACKAGED_MODELS:
+    is_adapter = kind is Format.adapter and saved.is_adapter
+    if is_adapter and not saved.base_is_on_the_hub and saved.base not in PACKAGED_MODELS:
         raise OutputError(
             f"--push-to-hub {name}: the base model of this adapter is a folder of this machine, so nobody else could "
             "open it. Send --format merged."

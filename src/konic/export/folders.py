@@ -44,7 +44,7 @@ def write_adapter(saved: SavedModel, output: Path) -> list[str]:
         raise ModelError(f"{saved.folder}: the run trained every weight, so there is no adapter. Use --format merged.")
     with filling_folder(output) as folder:
         shutil.copyfile(saved.folder / "adapter_model.safetensors", folder / "adapter_model.safetensors")
-        config = saved.adapter_config | {"base_model_name_or_path": saved.base}
+        config = without_places(saved.adapter_config, own_places(saved)) | {"base_model_name_or_path": saved.base}
         (folder / ADAPTER_CONFIG).write_text(plain_json(config), encoding="utf-8")
         _copy_tokenizer(saved, folder)
         (folder / "README.md").write_text(export_card(saved, is_adapter=True), encoding="utf-8")

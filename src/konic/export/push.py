@@ -14,6 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub import utils as hub_utils
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from konic.export.private import find_place
 from konic.finetuning.errors import OutputError, safe_cause
@@ -72,7 +73,9 @@ def find_repo(name: str, is_public: bool) -> Repo:
     if not _REPO.fullmatch(name) or "--" in name or ".." in name or name.endswith((".git", "-", ".")) or len(name) > 96:
         raise OutputError(f"--push-to-hub {name}: is no name of a repo. Give USER/NAME of letters, digits, -, _ and .")
     if constants.is_offline_mode():
-        raise OutputError("--push-to-hub: HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it.")
+        raise OutputError(
+            "--push-to-hub: HF_HUB_OFFLINE is set (or TRANSFORMERS_OFFLINE), so the Hub is not asked. Unset it."
+        )
     token = get_token()
     if not token:
         raise OutputError("--push-to-hub: there is no access token. Run `hf auth login`, or set HF_TOKEN.")
@@ -102,8 +105,11 @@ def files_to_send(folder: Path, places: Iterable[Path]) -> tuple[list[Sent], lis
         if not stat.S_ISREG(path.lstat().st_mode) or not (is_text or _BINARY.fullmatch(path.name)):
             left.append(path.name)
             continue
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
-            content = file.read() if is_text else file.read(_HEAD)
+        try:
+            with open(path, "rb", opener=_open_no_link) as file:
+                content = file.read() if is_text else file.read(_HEAD)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be read: {error.strerror}. Nothing was sent.") from None
         _require_nothing_private(path, content.decode("utf-8", "replace"), is_text, list(places))
         sent.append(Sent(path.name, content if is_text else path, len(content) if is_text else path.stat().st_size))
     return sent, left
@@ -126,6 +132,10 @@ def send_files(repo: Repo, files: Iterable[Sent]) -> str:
     _require_visibility(repo, found)
     with _asking(repo.name):
         return str(api.create_commit(repo.name, operations, commit_message="Add a model trained with konic").commit_url)
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
 
 
 def _require_nothing_private(path: Path, text: str, is_text: bool, places: list[Path]) -> None:
