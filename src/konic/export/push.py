@@ -14,7 +14,6 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub import utils as hub_utils
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
-from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from konic.export.private import find_place
 from konic.finetuning.errors import OutputError, safe_cause
