@@ -1048,8 +1048,8 @@ def test_an_error_in_an_update_leaves_the_best_weights_and_an_engine_that_says_w
 ):
     plain = trainer_module.update
 
-    def fails_the_second_time(*arguments):
-        stats = plain(*arguments)
+    def fails_the_second_time(*arguments, **named):
+        stats = plain(*arguments, **named)
         if arguments[-1].first_step:
             raise TrainingError("after its steps")
         return stats
@@ -1107,8 +1107,8 @@ KonicFinetuningEngine.from_agent(agent, checkpoint_dir={str(tmp_path / "run")!r}
 def test_a_second_ctrl_c_in_an_update_saves_nothing_of_it(model_folders, tmp_path, monkeypatch):
     plain = trainer_module.update
 
-    def interrupted(policy, optimizer, rolled, *others):
-        stats = plain(policy, optimizer, rolled, *others)
+    def interrupted(policy, optimizer, rolled, *others, **named):
+        stats = plain(policy, optimizer, rolled, *others, **named)
         if schedule_of(others).first_step:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)

@@ -721,7 +721,7 @@ def test_samples_are_of_the_datasets_rows_in_order_with_what_the_model_read(mode
 def test_samples_come_again_with_the_seed_and_differ_by_it_and_by_place(model_folders, tmp_path):
     first, again, other = (
         [sample.response for sample in sample_responses(agent_of(tmp_path, model_folders, seed), 6, "cpu")]
-        for seed in (1, 1, 2)
+        for seed in (1, 1, 12)  # another length: Python takes compiled code by the file's second and length
     )
     assert first == again
     assert first != other
