@@ -168,7 +168,7 @@ def _time(
     whole = loading + saving + iterations * each + num_evaluated * per_response
     about = f"about {_clock(whole)} for {iterations} iterations of {each:.1f} s"
     if factor > 1:
-        about = f"at most {about}, from a batch of {last.num_samples}"
+        about = f"{about}, from a batch of {last.num_samples}"
     return Finding("time", "ok", about, numbers={"seconds": whole, "iteration_seconds": each})
 
 

@@ -18,7 +18,7 @@ from konic.finetuning.results.intervals import Interval, bootstrap, distinct_n, 
 from konic.finetuning.rewards.listing import list_rewards
 from konic.finetuning.rewards.scoring import Scorer
 from konic.finetuning.rewards.totals import evaluation_moments
-from konic.finetuning.rollout.evaluation import MICRO_BATCH_SIZE
+from konic.finetuning.rollout.evaluation import MICRO_BATCH_SIZE, make_evaluation
 from konic.finetuning.rollout.rollout import kl_between
 from konic.finetuning.system.signals import raising_on_signals
 from konic.finetuning.system.user_code import standard_torch_modes
@@ -148,7 +148,7 @@ def compare(
             side = base if name == BASE else Weights.load(name, saved.agent(name), device)
             records, kls = _sample(side, base, prompts, saved.seed, num_samples, scorer, say)
             say(f"{name}: scoring {len(records)} responses ...")
-            evaluation = _scored(records, kls, scorer, moments)
+            evaluation = make_evaluation(records, kls, scorer.score(records, moments))
             moments = moments or evaluation_moments(list_rewards(composer), evaluation)
             sides.append((name, evaluation))
     return Comparison(against=sides[0], weights=sides[1], num_samples=num_samples, ks=ks)
@@ -192,19 +192,6 @@ def _sample(
             kls += kl.sum(dim=1).tolist()
         say(f"{side.name}: {len(records)} of {len(prompts) * count} responses")
     return records, kls
-
-
-def _scored(records: Sequence[Sample], kls: list[float], scorer: Scorer, moments: Mapping[str, Any]) -> Evaluation:
-    scores = scorer.score(records, moments)
-    return Evaluation(
-        prompts=[record.prompt for record in records],
-        responses=[record.response for record in records],
-        rewards=scores.rewards,
-        breakdown=scores.breakdown,
-        kl_per_response=kls,
-        response_lengths=[len(record.token_ids) for record in records],
-        errors=scores.errors,
-    )
 
 
 def _best(group: list[float], k: int) -> float:

@@ -15,7 +15,7 @@ from konic.finetuning.data.tokenization import make_prompt_batch
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.rewards.moments import RunningMoments
-from konic.finetuning.rewards.scoring import Scorer
+from konic.finetuning.rewards.scoring import Scorer, Scores
 from konic.finetuning.rollout.rollout import make_records, score_under_reference
 from konic.finetuning.rollout.sampler import RandomKey, Sampler, SpecialTokens
 from konic.finetuning.rollout.shares import share_samples
@@ -71,13 +71,18 @@ def evaluate(
         kls += kl
     scores = scorer.score(all_records, moments)
     scorer.require_error_rate([], scores)
+    return make_evaluation(all_records, kls, scores)
+
+
+def make_evaluation(records: Sequence[Sample], kl_per_response: list[float], scores: Scores) -> Evaluation:
+    """Return the evaluation of responses [N], from the KL of each, in nats, and their scores."""
     return Evaluation(
-        prompts=[record.prompt for record in all_records],
-        responses=[record.response for record in all_records],
+        prompts=[record.prompt for record in records],
+        responses=[record.response for record in records],
         rewards=scores.rewards,
         breakdown=scores.breakdown,
-        kl_per_response=kls,
-        response_lengths=[len(record.token_ids) for record in all_records],
+        kl_per_response=kl_per_response,
+        response_lengths=[len(record.token_ids) for record in records],
         errors=scores.errors,
     )
 
