@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo reward-model test check docs format clean parity curves defaults mutation bench gpu chaos fuzz audit lock golden families compat versions export-check processes
+.PHONY: setup demo reward-model test check docs format clean parity curves defaults mutation bench gpu chaos fuzz audit lock golden families compat versions export-check processes doctor-check trackers
 
 setup: $(READY)
 
@@ -35,7 +35,7 @@ reward-model: $(READY)
 		--output $(OUTPUT) $(if $(TEST),--test $(TEST)) \
 		$(if $(TEST_TEXT),--test-text $(TEST_TEXT)) $(if $(TEST_LABEL),--test-label $(TEST_LABEL))
 
-# JOBS processes at a time, each with one thread (tests/conftest.py): the models are too small to gain from more.
+# JOBS processes doctor-check trackers at a time, each with one thread (tests/conftest.py): the models are too small to gain from more.
 JOBS ?= 2
 test: $(READY)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
@@ -101,6 +101,10 @@ chaos: $(READY)
 # Every algorithm in two and in four processes, compared with one.
 processes: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/processes.py benchmarks/results/processes.md
+
+# The time and memory that konic doctor expects, against real runs.
+doctor-check: $(READY)
+	@$(BIN)/python -W ignore benchmarks/doctor.py benchmarks/results/doctor.md
 
 # Damaged input for every reader, for a fixed time.
 FUZZ_SECONDS ?= 600
@@ -168,6 +172,16 @@ $(LLAMA)/.ready:
 export-check: $(READY) $(LLAMA)/.ready
 	@test -n "$(RUN)" || $(BIN)/konic demo --max-iterations 1 --output $(LLAMA)/run
 	@$(BIN)/python benchmarks/export_check.py $(or $(RUN),$(LLAMA)/run) $(LLAMA)/bin/python benchmarks/results/export.md
+
+# Short runs in every experiment tracker, read back.
+TRACKERS := $(PEERS)/trackers
+$(TRACKERS)/.ready:
+	@$(PIP) install --target $(dir $@) 'tensorboard>=2.20' 'mlflow-skinny>=3.0' sqlalchemy alembic 'wandb>=0.31' \
+		'trackio>=0.43'
+	@touch $@
+
+trackers: $(READY) $(TRACKERS)/.ready
+	@$(BIN)/python -W ignore benchmarks/trackers.py $(TRACKERS) benchmarks/results/trackers.md
 
 mutation: $(READY)
 	@$(PIP) install --upgrade --target $(PEERS)/mutmut mutmut==3.8.1

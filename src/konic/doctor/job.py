@@ -1,19 +1,23 @@
 """A job -> findings: its prompts, model, rewards and first steps, and what the whole run would take.
 
-The figures come from training one or two iterations of the job itself, in a folder that is then removed.
+The figures come from training two iterations of the job itself, one of a few responses and one of a whole batch or what
+a time limit leaves of it, in a folder that is then removed.
 """
 
+import contextlib
+import ctypes
+import gc
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from konic.doctor.findings import Finding
 from konic.doctor.machine import available_memory
-from konic.finetuning import KonicFinetuningAgent, KonicFinetuningCallback, KonicFinetuningEngine
+from konic.finetuning import KonicFinetuningAgent, KonicFinetuningCallback, KonicFinetuningEngine, TrainingConfig
 from konic.finetuning.data.samples import Sample
 from konic.finetuning.data.tokenization import encode_prompt
 from konic.finetuning.results.iteration import FinetuningIterationResult
@@ -22,11 +26,10 @@ from konic.finetuning.rollout.evaluation import respond
 from konic.finetuning.run.session import Session
 
 _MOST_LENGTHS = 1000
-_TINY = 4
-_UPDATES_COST = 1.5
-"""An iteration takes about this many times as long as its sampling; only to choose what is tried."""
-_SECONDS = 40.0
-"""What the trial iterations may take."""
+_FEW = 4
+"""Responses of the first trial."""
+_SECONDS = 30.0
+"""What the second trial may take, if it were as slow per response as the first."""
 _MIB = 2**20
 
 
@@ -40,55 +43,91 @@ def examine_job(agent: KonicFinetuningAgent, max_iterations: int, device: str) -
     tried = agent.with_settings(
         {"training_config": {"eval_every": None, "max_minutes": None}, "dataset_config": {"held_out": 0}}
     )
+    training = tried.get_training_config()
     with tempfile.TemporaryDirectory(prefix="konic-doctor-") as folder:
-        engine = _engine(tried, folder, device)
-        session = engine._current_session()
+        session = _engine(tried, folder, device)._current_session()
         session.check()
-        started = time.monotonic()
-        _ = session.learner
-        loading_seconds = time.monotonic() - started
-        yield _model(session, loading_seconds)
+        model, loading_seconds = _model(session)
+        yield model
         yield _prompts(session)
         started = time.monotonic()
-        samples = _tiny_rollout(session)
-        tiny_seconds = time.monotonic() - started
-        yield Finding("rollout", "ok", f"{len(samples)} responses in {tiny_seconds:.1f} s")
+        samples = _few_responses(session)
+        yield Finding("rollout", "ok", f"{len(samples)} responses in {time.monotonic() - started:.1f} s")
         yield from _rewards(session, samples)
-        training = tried.get_training_config()
-        predicted = _UPDATES_COST * tiny_seconds * training.batch_size / len(samples)
-        share = _share_to_try(training, predicted)
-        if share < training.batch_size:
-            engine = _engine(tried.with_settings({"training_config": _smaller(training, share)}), folder, device)
-        iterations = 2 if predicted < _SECONDS / 2 else 1
-        started = time.monotonic()
-        history = engine.train(iterations, save_every=0).history
-        saving_seconds = time.monotonic() - started - sum(result.total_time_sec for result in history)
-    yield _first_step(history[0])
-    factor = training.batch_size / share
-    yield _time(
-        history,
-        factor,
-        max_iterations,
-        _num_evaluated(held_out, every, max_iterations),
-        loading_seconds,
-        saving_seconds,
-    )
-    yield _memory(factor)
+        del session, samples
+        small = _try(tried, _whole_groups(_FEW, training), folder, device)
+        most = int(small.result.num_samples * _SECONDS / small.result.total_time_sec)
+        large = _try(tried, _whole_groups(most, training), folder, device)
+    yield _first_step(small.result)
+    seconds = _iteration_seconds(small.result, large.result, training.batch_size)
+    num_evaluated = _num_evaluated(held_out, every, max_iterations)
+    evaluation = num_evaluated * large.result.generation_time_sec / large.result.num_samples
+    whole = loading_seconds + large.saving_seconds + evaluation + max_iterations * seconds
+    yield _time(whole, seconds, max_iterations, large.result.num_samples, training.batch_size)
+    yield _memory(large.result.num_samples < training.batch_size)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """An iteration that was trained, and the seconds that opening and saving the run took."""
+
+    result: FinetuningIterationResult
+    saving_seconds: float
+
+
+def _try(agent: KonicFinetuningAgent, size: int, folder: str, device: str) -> _Trial:
+    """Train one iteration of `size` responses."""
+    training = agent.get_training_config()
+    if size < training.batch_size:
+        steps = 1 if size % training.num_minibatches else training.num_minibatches
+        agent = agent.with_settings({"training_config": {"batch_size": size, "num_minibatches": steps}})
+    _give_back_memory()
+    engine = _engine(agent, folder, device)
+    engine.setup()
+    started = time.monotonic()
+    [result] = engine.train(1, save_every=0).history
+    return _Trial(result, time.monotonic() - started - result.total_time_sec)
+
+
+def _give_back_memory() -> None:
+    """Return the memory of an earlier trial to the system: else the next one's peak would hold both."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _whole_groups(size: int, training: TrainingConfig) -> int:
+    """Return the number of responses nearest to `size` that are whole groups, at most a batch."""
+    group = training.responses_per_prompt
+    return min(max(group, size // group * group), training.batch_size)
+
+
+def _iteration_seconds(small: FinetuningIterationResult, large: FinetuningIterationResult, batch_size: int) -> float:
+    """Return the seconds of an iteration of `batch_size` responses, on the line through two trials.
+
+    A step of sampling reads all weights, however many the responses are: the time is a fixed part and one per response.
+    """
+    more = large.num_samples - small.num_samples
+    each = max(0.0, large.total_time_sec - small.total_time_sec) / more if more else 0.0
+    return large.total_time_sec + (batch_size - large.num_samples) * each
 
 
 def _engine(agent: KonicFinetuningAgent, folder: str, device: str) -> KonicFinetuningEngine:
-    place = Path(folder) / "run"
+    place = Path(tempfile.mkdtemp(dir=folder)) / "run"
     return KonicFinetuningEngine.from_agent(
         agent, checkpoint_dir=place, device=device, callback=KonicFinetuningCallback(verbose=False)
     )
 
 
-def _model(session: Session, seconds: float) -> Finding:
+def _model(session: Session) -> tuple[Finding, float]:
+    """Load the model; return what it is and the seconds that it took."""
+    started = time.monotonic()
     policy = session.learner.policy
+    seconds = time.monotonic() - started
     learning = sum(weight.numel() for weight in policy.trainable().values())
     total = sum(weight.numel() for weight in policy.model.parameters())
     what = f"loaded in {seconds:.1f} s; {total / 1e6:.1f} M weights, of which {learning / 1e6:.2f} M learn"
-    return Finding("model", "ok", what)
+    return Finding("model", "ok", what, numbers={"weights": total, "learning": learning}), seconds
 
 
 def _prompts(session: Session) -> Finding:
@@ -106,8 +145,8 @@ def _prompts(session: Session) -> Finding:
     return Finding("prompts", "ok", what, numbers=numbers)
 
 
-def _tiny_rollout(session: Session) -> list[Sample]:
-    learner, prompts = session.learner, session.prompts.batch(0, min(_TINY, len(session.prompts.rows)))
+def _few_responses(session: Session) -> list[Sample]:
+    learner, prompts = session.learner, session.prompts.batch(0, min(_FEW, len(session.prompts.rows)))
     tokens, seed = learner.special_tokens, session.training.seed
     return respond(learner.policy, learner.sampler, prompts, session.generation, tokens, seed)
 
@@ -127,18 +166,6 @@ def _rewards(session: Session, samples: list[Sample]) -> Iterator[Finding]:
             yield Finding(f"reward {reward.name}", "ok", f"{what}; a second call gave the same", numbers=numbers)
 
 
-def _share_to_try(training: Any, predicted: float) -> int:
-    """Return the number of responses of the iterations that are tried: all, or as many as the time allows."""
-    group = training.responses_per_prompt
-    if predicted <= _SECONDS:
-        return int(training.batch_size)
-    return max(group, int(training.batch_size * _SECONDS / predicted) // group * group)
-
-
-def _smaller(training: Any, size: int) -> dict[str, Any]:
-    return {"batch_size": size, "num_minibatches": 1 if size % training.num_minibatches else training.num_minibatches}
-
-
 def _first_step(first: FinetuningIterationResult) -> Finding:
     """Return whether the policy starts as its reference, by which ratio and KL are those of the first step."""
     what = f"KL {first.kl_divergence:.4f} and largest log-ratio {first.first_log_ratio:.1e}"
@@ -154,31 +181,20 @@ def _num_evaluated(held_out: int, every: int | None, iterations: int) -> int:
     return held_out * (2 if not every else 1 + len(range(0, iterations, every)))
 
 
-def _time(
-    history: list[FinetuningIterationResult],
-    factor: float,
-    iterations: int,
-    num_evaluated: int,
-    loading: float,
-    saving: float,
-) -> Finding:
-    last = history[-1]
-    each = factor * last.total_time_sec
-    per_response = last.generation_time_sec / last.num_samples
-    whole = loading + saving + iterations * each + num_evaluated * per_response
-    about = f"about {_clock(whole)} for {iterations} iterations of {each:.1f} s"
-    if factor > 1:
-        about = f"{about}, from a batch of {last.num_samples}"
-    return Finding("time", "ok", about, numbers={"seconds": whole, "iteration_seconds": each})
+def _time(whole: float, iteration: float, iterations: int, tried: int, batch_size: int) -> Finding:
+    about = f"about {_clock(whole)} for {iterations} iterations of {iteration:.1f} s"
+    if tried < batch_size:
+        about += f", from batches of {tried} and fewer"
+    return Finding("time", "ok", about, numbers={"seconds": whole, "iteration_seconds": iteration})
 
 
-def _memory(factor: float) -> Finding:
+def _memory(is_smaller: bool) -> Finding:
     try:
         import resource
     except ImportError:
         return Finding("peak memory", "ok", "this system does not say how much was taken")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    what = f"{peak / _MIB:.0f} MiB at the peak of this trial" + (", of a smaller batch" if factor > 1 else "")
+    what = f"{peak / _MIB:.0f} MiB at the peak of this trial" + (", of a smaller batch" if is_smaller else "")
     numbers, available = {"peak_bytes": peak}, available_memory()
     if available is not None and available < 0.2 * peak:
         fix = "Raise gradient_accumulation_steps, or lower batch_size or max_new_tokens."

