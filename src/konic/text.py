@@ -12,7 +12,7 @@ _SECRET_VARIABLES = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "API_KEY", "APIKEY
 _KEY = r"""
       \bhf_[A-Za-z0-9]{16,}\b                    # no longer name, which has more underscores
     | \b(?:api_org_|sk-|gh[oprsu]_|github_pat_|glpat-|xox[a-z]-|AKIA|ASIA|AIza)[\w-]{16,}
-    | \beyJ[\w-]{10,}\.[\w.-]{10,}               # a JSON Web Token
+    | (?<![\w-])eyJ[\w-]{10,}+\.[\w.-]{10,}      # a JSON Web Token
     | (?<=PRIVATE\ KEY-----)(?s:.*?)(?=-----END|\Z)
     """
 _KNOWN_KEY = re.compile(_KEY, re.VERBOSE)

@@ -114,10 +114,14 @@ def test_a_composer_is_found_by_its_import_path(composer, weights, tmp_path, mon
         ("{path: 'my_rewards.py:made', arguments: {most: 1}}", "is made already"),
         ("{pth: 'my_rewards.py:Brief'}", "line 2: reward_composer has no key 'pth'. Did you mean 'path'?"),
         ("[1]", "give file.py:Name"),
+        ("{path: 'subprocess:run', arguments: {args: 'touch ran', shell: true}}", "function of an installed package"),
+        ("{path: 'subprocess:Popen', arguments: {args: 'touch ran', shell: true}}", "not a composer"),
     ],
 )
-def test_a_composer_that_cannot_be_used_is_one_message(composer, told, tmp_path):
+def test_a_composer_that_cannot_be_used_is_one_message(composer, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert told in refused(job(tmp_path, JOB.replace("my_rewards.py:Brief", composer)))
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -194,6 +198,24 @@ def test_a_file_that_unpacks_to_billions_is_refused_at_once(tmp_path):
         with pytest.raises(ConfigError, match=r"aliases \(\*name\)|there is no key"):
             load_job(job(tmp_path, JOB + "\n".join(lines)))
     assert time.process_time() - started < 20
+
+
+NEARLY_NUMBERS = ["1" * 200_000 + "x", "1" + "_" * 200_000 + "x", "0x" + "f" * 200_000, "1:" * 99_999 + "1x"]
+
+
+@pytest.mark.parametrize("value", NEARLY_NUMBERS, ids=["digits", "underscores", "hexadecimal", "sixties"])
+def test_a_long_value_is_text_and_read_at_once(value, tmp_path):
+    (tmp_path / "x.yaml").write_text(f"a: {value}\n")
+    started = time.process_time()
+    assert Document(tmp_path / "x.yaml").values == {"a": value}
+    assert time.process_time() - started < 10  # a quadratic pattern takes half an hour
+
+
+def test_many_values_that_are_nearly_numbers_are_read_at_once(tmp_path):
+    (tmp_path / "x.yaml").write_text("a:\n" + f"- {'1' * 900}x\n" * 280)
+    started = time.process_time()
+    assert len(Document(tmp_path / "x.yaml").values["a"]) == 280
+    assert time.process_time() - started < 10
 
 
 def test_values_are_what_they_look_like(tmp_path):

@@ -17,13 +17,15 @@ _MOST_BYTES = 256 * 1024
 _DEEPEST = 20
 _MOST_ALIASES = 20
 _MOST_VALUES = 50_000
+_LONGEST_NUMBER = 1000
+"""Characters; longer plain text is text."""
 _NULLS = {"", "~", "null", "Null", "NULL"}
 _BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
-_FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_FLOAT = re.compile(r"[-+]?([0-9]++\.?[0-9]*+|\.[0-9]++)([eE][-+]?[0-9]++)?")
 _INFINITE = re.compile(r"([-+]?)\.(inf|Inf|INF|nan|NaN|NAN)")
 _BOOL_OF_1_1 = re.compile(r"yes|no|on|off", re.IGNORECASE)
-_INT_OF_1_1 = re.compile(r"[-+]?(0[0-9_]+|0[box][0-9a-fA-F_]+|[0-9][0-9_]*_[0-9_]*|[0-9]+(:[0-5]?[0-9])+)")
+_INT_OF_1_1 = re.compile(r"[-+]?(0[0-9_]+|0[box][0-9a-fA-F_]+|[0-9]++_[0-9_]*+|[0-9]++(:[0-5]?[0-9])++)")
 
 
 class Document:
@@ -137,14 +139,14 @@ class Document:
         What YAML 1.1 and 1.2 read differently in a way that matters is refused.
         """
         text = node.value
-        if node.style:  # in quotes, or a block
+        if node.style or len(text) > _LONGEST_NUMBER:  # in quotes, or a block
             return text
         if text in _NULLS:
             return None
         if text in _BOOLS:
             return _BOOLS[text]
         if _INT.fullmatch(text):
-            return int(text) if len(text) < 1000 else text
+            return int(text)
         if _INT_OF_1_1.fullmatch(text):
             raise self._at(line, f"{text} is another number in YAML 1.1 than in 1.2. Write it as 10, or in quotes.")
         if _FLOAT.fullmatch(text):

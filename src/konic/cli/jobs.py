@@ -171,12 +171,24 @@ class _YamlJob:
             if arguments:
                 raise self._bad_composer(f"{given} is made already, and takes no arguments")
             return found
-        if not callable(found):
+        if not callable(found) or (isinstance(found, type) and not issubclass(found, KonicLLMRewardComposer)):
             raise self._bad_composer(f"{given} is {describe(found)}, not a composer")
+        if not isinstance(found, type) and not self._is_of_job(given):
+            raise self._bad_composer(
+                f"{given} is a function of an installed package. A file may call functions of its own folder; of a "
+                "package, name a class of rewards"
+            )
         composer = run_user_code(self._document.file, lambda: found(**arguments))
         if not isinstance(composer, KonicLLMRewardComposer):
             raise self._bad_composer(f"{given} gives {describe(composer)}, not a KonicLLMRewardComposer")
         return composer
+
+    def _is_of_job(self, given: str) -> bool:
+        """Return True for what stands in a file that is named, or in a module below the job's folder."""
+        place = given.rpartition(":")[0]
+        source = getattr(sys.modules.get(place), "__file__", None)
+        below = source is not None and Path(source).resolve().is_relative_to(self._folder.resolve())
+        return place.endswith(".py") or (below and "site-packages" not in str(source))
 
     def _bad_composer(self, problem: str) -> ConfigError:
         return self._document.error(f"reward_composer: {problem}.", "reward_composer")
