@@ -28,6 +28,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from conftest import CHAT_TEMPLATE, byte_tokenizer, tiny_model
+from konic.cli.documents import Document
+from konic.export.card import export_card
+from konic.export.modelfile import modelfile
+from konic.export.saved import SavedModel
 from konic.finetuning import (
     DatasetConfig,
     GenerationConfig,
@@ -39,6 +43,7 @@ from konic.finetuning import (
     TrainingConfig,
     llm_reward,
 )
+from konic.finetuning.callbacks.trackers import FOLDER, _read_runs
 from konic.finetuning.data.prompts import load_prompts, make_prompts
 from konic.finetuning.data.tokenization import encode_prompt
 from konic.finetuning.learning.update import make_optimizer
@@ -47,6 +52,13 @@ from konic.finetuning.models.policy import Policy
 from konic.finetuning.run.checkpoint import load_checkpoint, read_record
 from konic.finetuning.run.folder import RunFolder
 from konic.finetuning.run.resume import checkpoint_to_resume, require_same_run
+from konic.finetuning.system.group import _read, _told, _write
+from konic.report.page import render
+from konic.report.replay import replays
+from konic.report.run import Run
+from konic.saved.agents import BASE, SavedRun
+from konic.saved.prompts import given_prompts, held_out_prompts, read_prompts
+from konic.saved.rewards import recorded_script
 
 CPU = torch.device("cpu")
 CORPUS = Path(__file__).parent / "fuzz_corpus"
@@ -198,6 +210,8 @@ class Inputs:
         self.tokenizer.save_pretrained(self.root / "model")
         write_data(self.root / "data")
         write_gguf(self.root / "tiny.gguf")
+        (self.root / "documents").mkdir()
+        (self.root / "documents" / "job.yaml").write_bytes(JOB)
         with contextlib.redirect_stdout(None):
             self.engine(self.root / "run").train(1, save_every=1)
         (self.root / "case").mkdir()
@@ -279,6 +293,49 @@ def read_run(inputs: Inputs, name: str, content: bytes) -> None:
     run.go_back_to(read_record(inputs.root / "run" / "checkpoint-1").state.history)
 
 
+def read_record_of_run(inputs: Inputs, name: str, content: bytes) -> None:
+    """What `report`, `inspect`, `generate`, `eval`, `chat` and `export` read of a run, but for the models."""
+    folder = inputs.fresh("run")
+    (folder / name).write_bytes(content)
+    run = Run.read(folder)
+    with contextlib.suppress(KonicError):
+        render([run], folder)
+    with contextlib.suppress(KonicError):
+        [one.as_json() for one in replays(run, run.history[-1]["iteration"])]
+    with contextlib.suppress(KonicError):
+        saved = SavedModel.find(folder, None)
+        export_card(saved, is_adapter=saved.is_adapter)
+        modelfile("model.gguf", inputs.tokenizer, saved.setting("generation_config"))
+    with contextlib.suppress(KonicError):
+        saved_run = SavedRun.read(folder, {"max_new_tokens": 2})
+        [saved_run.agent(weights) for weights in (BASE, saved_run.name_of(None))]
+    for read in (
+        held_out_prompts, recorded_script, lambda run: given_prompts(["a"], run, as_chats=True),
+        lambda run: read_prompts(str(inputs.root / "data" / "rows.csv"), run, None, None, 1, as_chats=False),
+    ):  # fmt: skip
+        with contextlib.suppress(KonicError):
+            read(run)
+
+
+def read_document(inputs: Inputs, name: str, content: bytes) -> None:
+    file = inputs.fresh(f"documents/{name}")
+    file.write_bytes(content)
+    Document(file)
+
+
+def read_tracker(inputs: Inputs, name: str, content: bytes) -> None:
+    folder = inputs.fresh("run") / FOLDER
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    _read_runs(folder)
+
+
+def read_other_process(inputs: Inputs, name: str, content: bytes) -> None:
+    message = _read(content)
+    if "error" in message:
+        raise _told(message["error"], 1, 2)
+
+
 def read_template(inputs: Inputs, name: str, content: bytes) -> None:
     inputs.tokenizer.chat_template = content.decode("utf-8", "replace")
     encode_prompt(*_chat(), inputs.tokenizer, 16)
@@ -297,6 +354,21 @@ def _chat():
     return make_prompts([[{"role": "user", "content": "hi there"}]], DatasetConfig(), "test")
 
 
+JOB = b"""# a job
+base_model: smollm2-135m
+reward_composer:
+  path: rewards.py:Mine
+  arguments: {reward_weights: {brief: 2.0, "kind": .5}}
+lora_config: &lora
+  r: 8
+  target_modules: [q_proj, 'v_proj']
+dataset_config: {name: rows.csv, held_out: 0, system_prompt: |
+    two
+    lines
+  }
+training_config: {learning_rate: 1e-3, seed: 0x1, also: *lora}
+"""
+RECORDS = ("run.json", "metrics", "evaluations", "completions")
 TEMPLATES = (CHAT_TEMPLATE, "{{ messages | tojson }}", "{% if x %}{{ raise_exception('no\nError: yes') }}{% endif %}a")
 TARGETS = {
     "data": (read_data, lambda inputs: {name: inputs.root / "data" / name for name in inputs.names("data")}),
@@ -307,7 +379,20 @@ TARGETS = {
         read_checkpoint,
         lambda inputs: _some(inputs, "run/checkpoint-1", ("trainer_state", "complete", "optimizer", "adapter_model")),
     ),
-    "run": (read_run, lambda inputs: _some(inputs, "run", ("run.json", "metrics", "evaluations", "completions"))),
+    "run": (read_run, lambda inputs: _some(inputs, "run", RECORDS)),
+    "record": (
+        read_record_of_run,
+        lambda inputs: _some(inputs, "run", (*RECORDS, "final/adapter_config", "final/tokenizer")),
+    ),
+    "document": (read_document, lambda inputs: {"job.yaml": JOB}),
+    "tracker": (read_tracker, lambda inputs: {"runs.json": b'{"wandb": "abc12345", "mlflow": "0123456789abcdef"}'}),
+    "process": (
+        read_other_process,
+        lambda inputs: {
+            "tensors": _write({"numbers": torch.ones(2), "texts": ["a", None]}),
+            "error": _write({"error": {"kind": "RewardError", "lines": ["it failed"], "host": "one"}}),
+        },
+    ),
     "template": (read_template, lambda inputs: {str(i): text.encode() for i, text in enumerate(TEMPLATES)}),
     "settings": (
         read_settings,

@@ -4,7 +4,7 @@ import pytest
 
 from fuzzing import CORPUS, TARGETS, Inputs, corpus, fuzz, try_example
 
-NUM_EXAMPLES = {"data": 60, "settings": 60, "template": 40, "run": 20}
+NUM_EXAMPLES = {"data": 60, "settings": 60, "template": 40, "run": 20, "document": 40, "process": 40}
 
 
 @pytest.fixture(scope="module")

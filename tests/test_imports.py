@@ -20,13 +20,14 @@ INSIDE = {
     "system": ["memory", "signals", "user_code", "places", "files", "group", "world"],
     "results": ["metrics", "intervals", "at_k", "iteration", "evaluation", "summary"],
     "data": [
-        "packed", "rows", "chats", "columns", "fingerprint", "hub", "formats", "loaders", "config", "prompts",
+        "pages", "packed", "rows", "chats", "columns", "fingerprint", "hub", "formats", "loaders", "config", "prompts",
         "samples", "template_process", "chat_templates",
         "tokenization",
     ],
     "models": [
         "positions", "distributions", "length_groups", "value_head", "prepacked", "language_model", "token_scores",
-        "headers", "locations", "containment", "model_kwargs", "loading", "adapter_config", "adapters", "policy",
+        "headers", "locations", "tokenizer_rules", "containment", "model_kwargs", "loading", "adapter_config",
+        "adapters", "policy",
     ],
     "rewards": [
         "moments", "named_parts", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "validation",

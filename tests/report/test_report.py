@@ -264,6 +264,56 @@ def test_what_leads_out_of_the_run_is_not_read(tmp_path):
     assert "completions/000003.parquet is left out" in page.text
 
 
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
+def test_a_record_that_lies_elsewhere_is_not_read(name, tmp_path):
+    run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other", settings={"model_name": "private"})
+    (run / name).unlink()
+    (run / name).symlink_to(other / name)
+    if name == "metrics.jsonl":
+        with pytest.raises(OutputError, match=r"metrics\.jsonl cannot be read: .*outside of the folder"):
+            Run.read(run)
+    else:
+        text, page = page_of(run, output=tmp_path / "report.html")
+        assert "private" not in text and "outside of the folder" in page.text
+
+
+def test_a_record_of_others_has_bounds(tmp_path):
+    """Deep, wide, of other types: a page is made in time, and says what was left out."""
+    deep = json.loads("[" * 900 + "]" * 900)
+    run = make_run(tmp_path / "run", settings={"deep": deep})
+    text, page = page_of(run, output=tmp_path / "report.html")
+    assert "nested more than 50 deep" in page.text
+    run = make_run(tmp_path / "types")
+    odd = {"settings": {"reward_weights": 1}, "environment": "x", "machine": [1], "rewards": 2}
+    (run / "run.json").write_text(json.dumps(odd))
+    assert "3 iterations" in page_of(run, output=tmp_path / "report.html")[1].text
+    breakdown = {f"part{number}": 1.0 for number in range(20_000)} | {"x" * 1_000_000: 1.0}
+    run = make_run(tmp_path / "wide", reward_breakdown=breakdown)
+    text, page = page_of(run, output=tmp_path / "report.html")
+    assert len(text) < 2_000_000 and "part99" in page.text and "part100" not in page.text
+
+
+def test_metrics_of_others_have_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr("konic.report.run._MOST_BYTES", 100_000)
+    run = make_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4}\n' * 1000)
+    read = Run.read(run)
+    assert len(read.history) < 200 and "is left out from line" in read.notes[-1]
+
+
+def test_a_small_table_that_unpacks_to_gigabytes_is_left_out(tmp_path):
+    run = make_run(tmp_path / "run")
+    text = pyarrow.array(["x" * 1_000_000]).dictionary_encode().take(pyarrow.array([0] * 300))
+    for name, number in (("completions", 3), ("evaluations", 0), ("evaluations", 3)):
+        path = run / name / f"{number:06d}.parquet"
+        table(path, prompt=["a"] * 300, response=text, reward=[1.0] * 300, kl=[0.0] * 300, length=[1] * 300)
+        assert path.stat().st_size < 3_000_000
+    read = Run.read(run)
+    assert read.evaluations == {} and read.samples(3) == []
+    assert len(read.notes) == 3 and all("far more than its" in note for note in read.notes)
+
+
 def test_iterations_keep_their_numbers_when_a_line_before_them_is_damaged(tmp_path):
     run = make_run(tmp_path / "run", [0.1, 0.2, 0.3, 0.4, 0.5])
     lines = (run / "metrics.jsonl").read_text().splitlines()

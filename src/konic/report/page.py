@@ -112,9 +112,9 @@ def _names(runs: Sequence[Run]) -> list[str]:
 def _figures_of(run: Run) -> list[Figure]:
     held_out = {at: evaluation.reward_mean for at, evaluation in run.evaluations.items()}
     held_out = {at: value for at, value in held_out.items() if not math.isnan(value)}
-    limit = run.settings.get("kl_limit")
+    limit = as_number(run.settings.get("kl_limit"))
     kl = run.curve("kl_per_response")
-    near = isinstance(limit, (int, float)) and max(kl.values(), default=0.0) > limit / 3
+    near = max(kl.values(), default=0.0) > limit / 3  # False for NaN, which stands for none
     times = {name: run.curve(key) for name, key in _STAGES.items()}
     caption = "Reward of each batch, ± its standard deviation" + ("; marked: held-out prompts" if held_out else "")
     pictures = {
@@ -257,7 +257,8 @@ def _replays(run: Run, rows: Sequence[dict[str, Any]]) -> dict[str, tuple[Replay
 
 def _facts(run: Run) -> dict[str, Any]:
     """What the run was made with and on."""
-    environment, machine, rewards = (run.record.get(name) or {} for name in ("environment", "machine", "rewards"))
+    named = (run.record.get(name) for name in ("environment", "machine", "rewards"))
+    environment, machine, rewards = (value if isinstance(value, dict) else {} for value in named)
     facts = {
         "command": run.record.get("command"),
         "rewards": rewards.get("file"),

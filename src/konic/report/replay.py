@@ -10,6 +10,7 @@ from typing import Any
 
 from konic.finetuning.algorithms import ALGORITHMS
 from konic.finetuning.errors import OutputError
+from konic.finetuning.models.tokenizer_rules import find_unbounded_rule
 from konic.finetuning.results.intervals import nanmean
 from konic.finetuning.system.places import find_stray, read_regular
 from konic.report.run import PART, Run, as_number
@@ -202,6 +203,9 @@ def _decoder(run: Run) -> Callable[[list[int]], str] | None:
         path = run.path / folder / "tokenizer.json"
         if path.exists() and not find_stray([path], run.path):
             try:
+                problem = find_unbounded_rule(path)
+                if problem is not None:
+                    raise ValueError(problem)
                 tokenizer = Tokenizer.from_str(read_regular(path).decode())
             except Exception as error:  # the library raises no narrower one
                 run.notes.append(f"{folder}/tokenizer.json cannot be read ({error}), so tokens are shown as their ids.")

@@ -1,5 +1,6 @@
 """The files of a run -> its settings, metrics, evaluations and samples. Whatever is missing or broken is named."""
 
+import io
 import json
 import math
 import re
@@ -9,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
-import pyarrow.parquet
 
+from konic.finetuning.data.formats import columns_of, read_table
 from konic.finetuning.errors import OutputError, did_you_mean
 from konic.finetuning.results.evaluation import Evaluation
-from konic.finetuning.system.places import find_stray, read_regular
+from konic.finetuning.system.places import find_stray, read_json, read_regular
+from konic.text import describe_error
 
 PART = "reward/"
 """Begins the name of a column that holds one part of the reward."""
-_MAX_SAMPLES = 100_000
-"""Rows that are read from one file of responses."""
+MOST_PARTS = 100
+"""Rewards that are shown."""
+_LONGEST_NAME = 200
+"""Characters of the name of a reward that is shown."""
+_BYTES_OF_VALUE, _MOST_BYTES = 150, 500 * 10**6
+"""What a metric takes in memory, and all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +121,14 @@ class Run:
 
     @property
     def parts(self) -> list[str]:
-        """The names of the rewards."""
+        """The names of the rewards, the first hundred."""
         names = self.history[-1].get("reward_breakdown")
-        return list(names) if isinstance(names, dict) else []
+        short = (name for name in names if len(name) <= _LONGEST_NAME) if isinstance(names, dict) else ()
+        return list(short)[:MOST_PARTS]
 
     def samples(self, iteration: int) -> list[dict[str, Any]]:
         """The responses of an iteration, as `completions/` holds them; empty, with a note, if they cannot be read."""
-        path = self.path / "completions" / f"{iteration:06d}.parquet"
-        table = _read_table(path, self.path, self.notes)
-        return [] if table is None else table.to_pylist()
+        return _read_rows(self.path / "completions" / f"{iteration:06d}.parquet", self.path, self.notes)
 
 
 def as_number(value: Any) -> float:
@@ -137,9 +142,10 @@ def as_number(value: Any) -> float:
 
 def _read_record(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        record = json.loads(read_regular(path / "run.json"))
-    except (OSError, ValueError, RecursionError) as error:
-        notes.append(f"run.json cannot be read ({error}), so the settings are not known.")
+        _require_here(path / "run.json", path)
+        record = read_json(path / "run.json")
+    except (OSError, ValueError) as error:
+        notes.append(f"run.json cannot be read ({describe_error(error)}), so the settings are not known.")
         return {}
     return record if isinstance(record, dict) else {}
 
@@ -147,10 +153,18 @@ def _read_record(path: Path, notes: list[str]) -> dict[str, Any]:
 def _read_metrics(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """Every whole line of `metrics.jsonl`; what a run that was cut off, or another tool, left is noted."""
     try:
-        lines = read_regular(path / "metrics.jsonl").splitlines()
-    except OSError:
+        _require_here(path / "metrics.jsonl", path)
+        content = read_regular(path / "metrics.jsonl")
+    except FileNotFoundError:
         return
-    for number, line in enumerate(lines, 1):
+    except OSError as error:
+        raise OutputError(f"{path}: metrics.jsonl cannot be read: {describe_error(error)}.") from None
+    taken = 0
+    for number, line in enumerate(io.BytesIO(content), 1):
+        taken += _BYTES_OF_VALUE * (4 + sum(line.count(mark) for mark in b",[{"))
+        if taken > _MOST_BYTES:
+            notes.append(f"metrics.jsonl is left out from line {number} on: it holds far more than a run writes.")
+            return
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or type(row["iteration"]) is not int or not 0 < row["iteration"] < 10**9:
@@ -165,10 +179,10 @@ def _read_evaluations(path: Path, notes: list[str]) -> dict[int, Evaluation]:
     files = {int(file.stem): file for file in (path / "evaluations").glob("*.parquet") if _is_number(file.stem)}
     found = {}
     for number in sorted({min(files), max(files)}) if files else ():
-        table = _read_table(files[number], path, notes)
-        if table is None:
+        rows = _read_rows(files[number], path, notes)
+        if not rows:
             continue
-        columns = table.to_pydict()
+        columns = columns_of(rows)
         try:
             found[number] = Evaluation(
                 prompts=[str(prompt) for prompt in columns["prompt"]],
@@ -182,7 +196,7 @@ def _read_evaluations(path: Path, notes: list[str]) -> dict[int, Evaluation]:
                 kl_per_response=[as_number(value) for value in columns["kl"]],
                 response_lengths=[int(value or 0) for value in columns["length"]],
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             notes.append(f"evaluations/{files[number].name} is left out: {error!r}")
     return found
 
@@ -191,18 +205,19 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 10
 
 
-def _read_table(path: Path, run: Path, notes: list[str]) -> Any:
-    name = f"{path.parent.name}/{path.name}"
+def _read_rows(path: Path, run: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Return the rows of a table; none, with a note, if it cannot be read."""
     if not path.exists():
-        return None
-    stray = find_stray([path], run)
-    if stray is not None:
-        notes.append(f"{name} is left out: {stray}.")
-        return None
+        return []
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        batch = next(file.iter_batches(batch_size=_MAX_SAMPLES), None)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        notes.append(f"{name} is left out, because it cannot be read: {error}")
-        return None
-    return None if batch is None else pyarrow.Table.from_batches([batch])
+        return read_table(path, run)
+    except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
+        notes.append(f"{path.parent.name}/{path.name} is left out, because it cannot be read: {describe_error(error)}")
+        return []
+
+
+def _require_here(path: Path, run: Path) -> None:
+    """Raise OSError for a file of a run that is a link to elsewhere, or no regular file."""
+    stray = find_stray([path], run) if path.exists() else None
+    if stray is not None:
+        raise OSError(stray)

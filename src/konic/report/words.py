@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from konic.finetuning.results.intervals import Interval, distinct_n, nanmean, paired_bootstrap
-from konic.report.run import PART, Run
+from konic.report.run import PART, Run, as_number
 
 DOMINATES = 0.8
 """Share of the gain that one of several rewards earns alone."""
@@ -115,7 +115,7 @@ def _repetition(run: Run) -> str | None:
 def _dominance(run: Run) -> str | None:
     weights = run.settings.get("reward_weights")
     weights = weights if isinstance(weights, dict) else {}
-    gains = {name: _gain(run, name) * float(weights.get(name, 1.0)) for name in run.parts}
+    gains = {name: _gain(run, name) * as_number(weights.get(name, 1.0)) for name in run.parts}
     total = sum(gain for gain in gains.values() if gain > 0)
     if len(gains) < 2 or total <= 0:
         return None

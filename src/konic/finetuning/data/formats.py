@@ -5,8 +5,9 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Container, Iterator
-from itertools import repeat
+from collections.abc import Callable, Container, Iterator, Sequence
+from itertools import islice, repeat
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow
@@ -21,13 +22,17 @@ from konic.finetuning.data.packed import (
     require_few_values,
     require_honest_messages,
     require_honest_metadata,
+    require_plain_types,
     require_room_for_texts,
     texts_in_lists,
 )
 from konic.finetuning.data.rows import read_cells, require_distinct
+from konic.finetuning.system.places import find_stray
 
 _ROWS_AT_ONCE = 64
 """Of a table; fewer where each of them may be large."""
+_MOST_ROWS = 100_000
+"""Of a table of a run."""
 _BYTES_UNREAD = 200
 """What a row that is not kept counts, so that counting the rows has a bound too."""
 
@@ -108,7 +113,7 @@ def _read_parquet(file: BinaryIO, num_bytes: int, wanted: Container[int] | None)
     lists = texts_in_lists(pyarrow.parquet.ParquetFile(file, pre_buffer=False).schema)
     table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, read_dictionary=lists)
     require_distinct(table.schema_arrow.names)
-    size, first = _rows_at_once(require_honest_metadata(table.metadata, num_bytes), num_bytes), 0
+    size, first = _rows_at_once(require_honest_metadata(table.metadata, file, num_bytes), num_bytes), 0
     for index in range(table.num_row_groups):
         num_rows = table.metadata.row_group(index).num_rows
         if _is_any_wanted(range(first, first + num_rows), wanted):
@@ -130,6 +135,7 @@ def _read_arrow(file: BinaryIO, num_bytes: int, wanted: Container[int] | None) -
     num_batches = first = 0
     stream = pyarrow.ipc.open_stream(file)
     require_distinct(stream.schema.names)
+    require_plain_types(stream.schema)
     for batch in stream:
         num_batches += 1
         size = _rows_at_once(batch.nbytes, num_bytes)
@@ -218,6 +224,25 @@ def read_rows(content: Content, kind: str, wanted: Container[int] | None) -> Ite
             if taken > allowance(num_bytes):
                 raise TooLargeError("takes, as rows,", num_bytes, "set max_samples, or save it as jsonl")
         yield row if is_wanted else None
+
+
+def read_table(path: Path, folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a table in a run's folder, at most 100,000. It may be a stranger's.
+
+    Raises:
+        ValueError: It is a link out of `folder`, is damaged, or takes far more memory than its size lets expect.
+        OSError: It cannot be read.
+    """
+    stray = find_stray([path], folder)
+    if stray is not None:
+        raise ValueError(stray)
+    with Content(path) as content:
+        return list(islice(read_rows(content, ".parquet", None), _MOST_ROWS))
+
+
+def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Return rows as columns; no columns for no rows."""
+    return {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
 
 
 def _num_bytes(value: Any) -> int:

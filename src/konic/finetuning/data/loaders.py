@@ -59,7 +59,7 @@ class LocalRows:
 
     def __iter__(self) -> Iterator[Any]:
         if not self._files:
-            return iter(_read_saved(self._path, self._name, self._split))
+            return iter(self._read_saved())
         return (row for file in self._files for row in self._read(file, None))
 
     def pick(self, max_samples: int, order: Callable[[int], np.ndarray]) -> tuple[list[int], list[Any]]:
@@ -78,13 +78,22 @@ class LocalRows:
             start += count
         return numbers, [found[number] for number in numbers]
 
+    def _read_saved(self) -> list[Any]:
+        """Return the rows of a folder of `save_to_disk`, after a reading that holds no row and has the bounds."""
+        _require_inside(_below(self._path), self._path, self._name)
+        for file in sorted(self._path.rglob("*.arrow")):
+            for _ in self._read(file, None):
+                pass
+        return _read_saved(self._path, self._name, self._split)
+
     def _read(self, file: Path, wanted: Container[int] | None) -> Iterator[Any]:
         """Yield the rows of a file; None for those that are not wanted."""
+        kind = self._kind or ".arrow"  # of which a folder of save_to_disk is made
         named = f"Dataset {self._name!r}" + (f", file {file.name!r}," if self._path.is_dir() else "")
         try:
             with Content(file) as content:
                 try:
-                    yield from read_rows(content, self._kind, wanted)
+                    yield from read_rows(content, kind, wanted)
                 except UnicodeDecodeError as error:
                     raise _in_whole(file, content.num_read, error) from None
         except UnicodeDecodeError as error:
@@ -97,7 +106,7 @@ class LocalRows:
         except (OSError, ValueError, RecursionError, MemoryError, csv.Error) as error:
             what = str(error).rstrip(".") or type(error).__name__
             raise DatasetError(
-                f"{named} cannot be read as {self._kind[1:]}: {what}. Fix the file, or rename it with the extension of "
+                f"{named} cannot be read as {kind[1:]}: {what}. Fix the file, or rename it with the extension of "
                 "its real format."
             ) from None
 
@@ -247,7 +256,6 @@ def _read_saved(folder: Path, name: str, split: str) -> list[Any]:
     """Return the rows of a folder that `datasets` wrote with `save_to_disk`."""
     import datasets
 
-    _require_inside((path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()), folder, name)
     try:
         _require_plain_names(folder)
         saved = datasets.load_from_disk(str(folder))
@@ -262,13 +270,21 @@ def _read_saved(folder: Path, name: str, split: str) -> list[Any]:
     return rows_of_dataset(saved, f"Dataset {name!r}")
 
 
+def _below(folder: Path) -> Iterator[Path]:
+    """Yield every file and link in a folder and its subfolders."""
+    return (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+
+
 def _require_plain_names(folder: Path) -> None:
     """Raise ValueError if a folder of save_to_disk names a split or a file that is not directly inside it."""
     names = []
     for file in (folder / "dataset_dict.json", *folder.rglob("state.json")):
         if file.is_file():
             record = json.loads(read_regular(file))
-            names += [*record.get("splits", ()), *(part["filename"] for part in record.get("_data_files", ()))]
+            data = [part["filename"] for part in record.get("_data_files", ())]
+            names += [*record.get("splits", ()), *data]
+            if not all(str(name).endswith(".arrow") for name in data):
+                raise ValueError(f"its state.json names {data}, and only .arrow files are read")
     for name in names:
         if Path(name).name != name or "\\" in name:
             raise ValueError(f"it names {name!r}, which is not a name inside of the folder")

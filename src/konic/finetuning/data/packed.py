@@ -5,10 +5,12 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow
 import pyarrow.compute
 import pyarrow.ipc
 
+from konic.finetuning.data.pages import page_claims
 from konic.finetuning.system.places import open_regular
 
 _ALWAYS = 192 * 10**6
@@ -90,24 +92,27 @@ def require_few_values(text: str, content: Content) -> None:
         raise TooLargeError("takes, as rows,", content.num_bytes, "unpack it first")
 
 
-def require_honest_metadata(metadata: Any, num_bytes: int) -> int:
-    """Return the size of the largest row group of a parquet file, by its metadata, at least 1.
+def require_honest_metadata(metadata: Any, file: BinaryIO, num_bytes: int) -> int:
+    """Return the size of the largest row group of a parquet file, by its footer and its pages, at least 1.
 
     One row may hold all values of a column of lists, so each of them counts as the object that it becomes.
 
     Raises:
         TooLargeError: A row group takes more than a file of this size may.
+        ValueError: The header of a page is damaged.
     """
     largest = 1
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         total = 0
         for index, column in enumerate(map(group.column, range(group.num_columns))):
             is_list = metadata.schema.column(index).max_repetition_level > 0
-            total += max(column.total_uncompressed_size, _BYTES_OF_VALUE * column.num_values if is_list else 0)
-            if max(total, 8 * column.num_values) > allowance(num_bytes):
+            in_footer = column.total_uncompressed_size, column.num_values
+            unpacked, num_values = map(max, page_claims(file, column), in_footer)
+            total += max(unpacked, _BYTES_OF_VALUE * num_values if is_list else 0)
+            if max(total, 8 * num_values) > allowance(num_bytes):
                 what = f"unpacks, up to column {column.path_in_schema!r}, to"
                 raise TooLargeError(what, num_bytes, "save it as jsonl")
-            largest = max(largest, total, 8 * column.num_values)
+            largest = max(largest, total, 8 * num_values)
     return largest
 
 
@@ -122,7 +127,7 @@ def texts_in_lists(schema: Any) -> list[str]:
 
 
 def require_room_for_texts(batch: pyarrow.RecordBatch, num_bytes: int) -> None:
-    """Check what the texts of a batch take when each place of a dictionary's text holds its own copy.
+    """Check what the cells of a batch take when each of them holds its own copy of a text that several share.
 
     Raises:
         TooLargeError: That is more than a file of this size may take.
@@ -132,8 +137,36 @@ def require_room_for_texts(batch: pyarrow.RecordBatch, num_bytes: int) -> None:
             raise TooLargeError(f"unpacks, in column {name!r}, to", num_bytes, "save it as jsonl")
 
 
+def require_plain_types(schema: pyarrow.Schema) -> None:
+    """Check that no column is of a type in which a few bytes can stand for any number of values.
+
+    Raises:
+        ValueError: One is; the message names it.
+    """
+    for field in schema:
+        if (odd := _find_shared(field.type)) is not None:
+            raise ValueError(f"column {field.name!r} is of the type {odd}, which is not read: save it as jsonl")
+
+
+def _find_shared(kind: Any) -> Any:
+    """Return the first type inside of a type, or itself, whose places may share values; None if there is none."""
+    types = pyarrow.types
+    if types.is_list_view(kind) or types.is_large_list_view(kind):
+        return kind
+    if types.is_union(kind) or types.is_run_end_encoded(kind):
+        return kind
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _find_shared(kind.storage_type)
+    if types.is_dictionary(kind):
+        return _find_shared(kind.value_type)
+    parts = (kind.field(index).type for index in range(kind.num_fields))
+    return next((odd for odd in map(_find_shared, parts) if odd is not None), None)
+
+
 def _written_out_bytes(array: Any) -> int:
     kind, types = array.type, pyarrow.types
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _written_out_bytes(array.storage)
     if types.is_dictionary(kind):
         values = array.dictionary
         if not (types.is_string(values.type) or types.is_large_string(values.type)):
@@ -141,7 +174,13 @@ def _written_out_bytes(array: Any) -> int:
         lengths = pyarrow.compute.binary_length(values).take(array.indices)
         return pyarrow.compute.sum(lengths).as_py() or 0
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_map(kind):
-        return _written_out_bytes(array.flatten())
+        values = array.flatten()
+        each = 8 if types.is_null(values.type) or types.is_boolean(values.type) else _BYTES_OF_VALUE
+        return each * len(values) + _written_out_bytes(values)
+    if types.is_string_view(kind) or types.is_binary_view(kind):  # a view begins with the length of its text
+        start, end = 4 * array.offset, 4 * (array.offset + len(array))
+        lengths = np.frombuffer(array.buffers()[1], np.int32)[start:end:4] if len(array) else np.zeros(0)
+        return int(lengths[array.is_valid().to_numpy(zero_copy_only=False)].sum(dtype=np.int64))
     return sum(map(_written_out_bytes, array.flatten())) if types.is_struct(kind) else 0
 
 

@@ -10,7 +10,10 @@ from transformers import PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from konic.finetuning.errors import ModelError
+from konic.finetuning.models.headers import find_file
+from konic.finetuning.models.tokenizer_rules import find_unbounded_rule
 from konic.finetuning.system.places import find_stray, read_regular
+from konic.text import describe_error
 
 _TEMPLATES = "additional_chat_templates"
 _KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -47,6 +50,21 @@ def require_contained(location: str, asked: str, model_kwargs: Mapping[str, Any]
         raise ModelError(f"{asked}: its config.json asks for {kernel!r}, native code from the Hub. Remove that line.")
 
 
+def require_bounded_tokenizer(location: str, asked: str, model_kwargs: Mapping[str, Any]) -> None:
+    """Check the rules of the tokenizer.json of a folder or a Hub id, if it has one.
+
+    Raises:
+        ModelError: It cannot be read, or a rule may take for ever or fill the memory.
+    """
+    path = find_file("tokenizer.json", location, model_kwargs)
+    try:
+        problem = find_unbounded_rule(path) if path is not None else None
+    except (OSError, ValueError) as error:
+        problem = f"it cannot be read: {describe_error(error)}"
+    if problem is not None:
+        raise ModelError(f"{asked}: tokenizer.json: {problem}. Use another tokenizer.")
+
+
 def require_inside(folder: Path, asked: str) -> None:
     """Check that the files that `transformers` reads from a folder are in it. Weights may be links.
 
@@ -60,7 +78,8 @@ def require_inside(folder: Path, asked: str) -> None:
 
 def find_outside(folder: Path) -> str | None:
     """Return which file of a model's folder is elsewhere, or None. Links to weights, which people share, may be."""
-    files = [path for path in (*folder.iterdir(), *(folder / _TEMPLATES).glob("*")) if path.is_file()]
+    named = (*folder.iterdir(), *(folder / _TEMPLATES).glob("*"))
+    files = [path for path in named if path.exists() and not path.is_dir()]
     stray = find_stray((path for path in files if path.suffix != ".safetensors"), folder)
     if stray is not None:
         return stray

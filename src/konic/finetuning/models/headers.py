@@ -62,7 +62,7 @@ def bounded_by_files(location: str, asked: str, model_kwargs: Mapping[str, Any])
 
 def _read_header(location: str, kwargs: Mapping[str, Any]) -> Header | None:
     """Return what the safetensors files hold; None if there are none, which `from_pretrained` explains."""
-    path = _find("config.json", location, kwargs)
+    path = find_file("config.json", location, kwargs)
     config = _read_json(path) if path is not None else {}
     if not isinstance(config, dict):
         return None
@@ -75,7 +75,8 @@ def _read_header(location: str, kwargs: Mapping[str, Any]) -> Header | None:
     return header if files else None
 
 
-def _find(name: str, location: str, kwargs: Mapping[str, Any]) -> Path | None:
+def find_file(name: str, location: str, kwargs: Mapping[str, Any]) -> Path | None:
+    """Return a file of a folder or of a repository of the Hub; None if there is none."""
     if Path(location).is_dir():
         return path if (path := Path(location) / name).is_file() else None
     options = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
@@ -86,7 +87,7 @@ def _find(name: str, location: str, kwargs: Mapping[str, Any]) -> Path | None:
 def _weight_files(named: str | None, location: str, kwargs: Mapping[str, Any]) -> list[Path]:
     """Return the files of weights that `from_pretrained` reads: the one that config.json names, if it names one."""
     first, *others = [named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
-    found = _find(first, location, kwargs) or (others and _find(others[0], location, kwargs))
+    found = find_file(first, location, kwargs) or (others and find_file(others[0], location, kwargs))
     if not found or found.suffix != ".json":
         return [found] if found else []
     index = _read_json(found)
@@ -94,7 +95,7 @@ def _weight_files(named: str | None, location: str, kwargs: Mapping[str, Any]) -
     if not isinstance(files, dict):
         raise ModelError(f"{found.name} has no 'weight_map', which says where each weight is. Copy the model again.")
     names = sorted(set(map(str, files.values())))
-    shards = [_find(name, location, kwargs) for name in names]
+    shards = [find_file(name, location, kwargs) for name in names]
     return [path for path in shards if path is not None]
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import find_adapter_config_file
 
 from konic.finetuning.errors import ConfigError, ModelError, safe_cause
-from konic.finetuning.models.containment import require_contained, require_inside
+from konic.finetuning.models.containment import require_bounded_tokenizer, require_contained, require_inside
 from konic.finetuning.models.headers import bounded_by_files
 from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
 from konic.finetuning.models.model_kwargs import check_model_kwargs, require_no_revision
@@ -79,7 +79,9 @@ def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.d
                 model, loading_info = AutoModelForCausalLM.from_pretrained(
                     location, use_safetensors=True, output_loading_info=True, **kwargs
                 )
-            tokenizer = AutoTokenizer.from_pretrained(adapter if reads_adapter else location, **tokenizer_kwargs)
+            reads = str(adapter) if reads_adapter else location
+            require_bounded_tokenizer(reads, asked, tokenizer_kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(reads, **tokenizer_kwargs)
             tokenizer("", verbose=False)  # a wrong model_max_length is noticed only in use
     except ModelError:
         raise

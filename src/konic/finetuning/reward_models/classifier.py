@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from konic.finetuning.errors import ConfigError, ModelError, did_you_mean, no_attribute, safe_cause
-from konic.finetuning.models.containment import require_contained
+from konic.finetuning.models.containment import require_bounded_tokenizer, require_contained
 from konic.finetuning.models.headers import bounded_by_files
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
@@ -229,6 +229,7 @@ def _load(model_id: str, device: torch.device, dtype: Any, model_kwargs: Mapping
                 model, info = AutoModelForSequenceClassification.from_pretrained(
                     location, output_loading_info=True, **kwargs
                 )
+            require_bounded_tokenizer(location, asked, tokenizer_kwargs)
             tokenizer = AutoTokenizer.from_pretrained(location, **tokenizer_kwargs)
             tokenizer("", verbose=False)  # a wrong model_max_length is noticed only in use
     except ModelError:

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from konic.finetuning.errors import DatasetError, ModelError, OutputError, TrainingError, safe_cause
 from konic.finetuning.learning.schedule import learning_rate_at
-from konic.finetuning.models.containment import require_contained
+from konic.finetuning.models.containment import require_bounded_tokenizer, require_contained
 from konic.finetuning.models.headers import bounded_by_files
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
@@ -217,6 +217,7 @@ def _base(base: str, labels: list[str] | None, config: RewardTrainingConfig, dev
                     ignore_mismatched_sizes=True,
                     trust_remote_code=False,
                 )
+            require_bounded_tokenizer(location, asked, {})
             tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
             tokenizer("", verbose=False)  # a wrong model_max_length is noticed only in use
     except ModelError:

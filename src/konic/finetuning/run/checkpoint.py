@@ -19,7 +19,7 @@ from konic.finetuning.models.policy import Policy
 from konic.finetuning.run.environment import environment
 from konic.finetuning.run.state import TrainerState
 from konic.finetuning.system.files import replacing_folder, seal
-from konic.finetuning.system.places import read_regular
+from konic.finetuning.system.places import read_json
 from konic.output import get_logger
 from konic.text import describe_error
 
@@ -73,7 +73,7 @@ def read_record(folder: Path) -> CheckpointRecord:
         OutputError: There is no checkpoint in the folder.
     """
     try:
-        values = json.loads(read_regular(folder / _STATE_FILE))
+        values = read_json(folder / _STATE_FILE)
         if "num_prompts" not in values:  # of a version in which every iteration took one batch of prompts
             num_responses, settings = values["iteration"] * values["settings"]["batch_size"], values["settings"]
             size = settings["num_generations"] or ALGORITHMS[settings["algorithm"]].group_size

@@ -21,6 +21,7 @@ import pyarrow
 import pyarrow.parquet
 from filelock import FileLock, Timeout
 
+from konic.finetuning.data.formats import columns_of, read_table
 from konic.finetuning.errors import OutputError
 from konic.finetuning.learning.estimators import Advantages
 from konic.finetuning.results.evaluation import Evaluation
@@ -39,7 +40,7 @@ from konic.finetuning.system.files import (
     unwritable,
     write_text,
 )
-from konic.finetuning.system.places import find_stray, read_regular
+from konic.finetuning.system.places import find_stray, open_no_link, read_regular
 from konic.output import get_logger
 from konic.text import describe_error, redact
 
@@ -151,8 +152,9 @@ class RunFolder:
         for name in ("best", "final"):
             if (self.path / name).is_file() and not (self.path / name).is_symlink():  # a link is replaced
                 raise OutputError(f"{self.path / name}: is not a folder, and the run writes its model there. Move it.")
-        for name in (_METRICS_FILE, "completions", "evaluations"):
-            require_no_link(self.path / name, self.path)
+        named = (self.path / name for name in (_METRICS_FILE, "completions", "evaluations", "trackers"))
+        for path in (*named, *(self.path / "trackers").glob("*")):
+            require_no_link(path, self.path)
         metrics = self.path / _METRICS_FILE
         stray = find_stray([metrics], self.path) if metrics.exists() else None
         if stray is not None:
@@ -215,7 +217,7 @@ class RunFolder:
         self._write_table("completions", result.iteration, columns)
         self.require_own_files()
         try:
-            with (self.path / _METRICS_FILE).open("a", encoding="utf-8") as file:
+            with open(self.path / _METRICS_FILE, "a", encoding="utf-8", opener=open_no_link) as file:
                 file.write(_line(result))
                 file.flush()
                 os.fsync(file.fileno())
@@ -232,10 +234,7 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
-            stray = find_stray([path], path.parent)
-            if stray is not None:
-                raise ValueError(stray)
-            return evaluation_of(pyarrow.parquet.read_table(path).to_pydict())
+            return evaluation_of(columns_of(read_table(path, path.parent)))
         except (OSError, KeyError, ValueError, TypeError, pyarrow.ArrowException) as error:
             logger.warning("%s cannot be read, so its prompts are evaluated again: %s", path, describe_error(error))
             return None
@@ -285,8 +284,8 @@ class RunFolder:
             folder.mkdir(exist_ok=True)
         except OSError as error:
             raise unwritable(folder, error) from None
-        with replacing_file(folder / f"{number:06d}.parquet") as temp_file:
-            pyarrow.parquet.write_table(pyarrow.table(columns), temp_file)
+        with replacing_file(folder / f"{number:06d}.parquet") as file:
+            pyarrow.parquet.write_table(pyarrow.table(columns), file)
 
 
 class ReadOnlyFolder(RunFolder):

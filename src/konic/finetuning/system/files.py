@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -199,8 +199,8 @@ def filling_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary file to write to. On exit without an error it is renamed to `path`.
+def replacing_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a new file to write to. On exit without an error it is renamed to `path`.
 
     At any time `path` is either the complete old file or the complete new file. A link is replaced, never followed.
 
@@ -211,9 +211,10 @@ def replacing_file(path: Path) -> Iterator[Path]:
     try:
         try:
             temp_file.unlink(missing_ok=True)  # of a run that was killed
-            temp_file.touch(exist_ok=False)
-            yield temp_file
-            _sync(temp_file)
+            with temp_file.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temp_file, path)
         finally:
             with suppress(OSError):
@@ -228,8 +229,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputError: The file cannot be written; an older file is unchanged.
     """
-    with replacing_file(path) as temp_file:
-        temp_file.write_text(text, encoding="utf-8")
+    with replacing_file(path) as file:
+        file.write(text.encode())
 
 
 @contextmanager

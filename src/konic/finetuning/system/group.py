@@ -137,16 +137,31 @@ def _write(message: Mapping[str, Any]) -> bytes:
 
 
 def _read(received: bytes) -> dict[str, Any]:
+    """Return the message of another process.
+
+    Raises:
+        TrainingError: It is damaged, or of another version.
+    """
     start = 8 + int.from_bytes(received[:8], "little")
-    return {**json.loads(received[8:start]), **safetensors.torch.load(received[start:])}
+    try:
+        return {**json.loads(received[8:start]), **safetensors.torch.load(received[start:])}
+    except (ValueError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+        raise TrainingError(
+            f"A message of another process of this run cannot be read: {describe_error(error)}. Start all processes "
+            "with the same version of konic."
+        ) from safe_cause(error)
 
 
 def _told(error: Mapping[str, Any], rank: int, size: int) -> BaseException:
     """Return the error that another process has told, as one of the same kind."""
-    if error["kind"] == KeyboardInterrupt.__name__:
+    try:
+        name, host = str(error["kind"]), error["host"]
+        first, *more = map(str, error["lines"] or [name])
+    except (KeyError, TypeError):
+        return TrainingError(f"Process {rank} of {size} ended with an error that cannot be read.")
+    if name == KeyboardInterrupt.__name__:
         return KeyboardInterrupt()
-    kind = getattr(konic.finetuning.errors, error["kind"], None)
+    kind = getattr(konic.finetuning.errors, name, None)
     is_ours = isinstance(kind, type) and issubclass(kind, KonicError)
-    first, *more = error["lines"] or [error["kind"]]
-    where = f"In process {rank} of {size} on {error['host']}: "
+    where = f"In process {rank} of {size} on {host}: "
     return (kind if is_ours else TrainingError)(where + first, *more)  # type: ignore[misc]

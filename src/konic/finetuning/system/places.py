@@ -1,11 +1,12 @@
 """Names, links and files -> where they lead: what others made may not point outside of the folder that was named."""
 
+import json
 import os
 import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _FILE_SUFFIXES = frozenset(
     f".{suffix}"
@@ -76,6 +77,37 @@ def read_regular(path: Path) -> bytes:
         if size > LARGEST_RECORD:
             raise OSError(f"{path.name} has {size / 1e6:.0f} MB, more than the {LARGEST_RECORD / 1e6:.0f} MB allowed")
         return file.read()
+
+
+DEEPEST_RECORD = 50
+"""Levels of a record in JSON; what walks through it calls itself once or twice for each of them."""
+
+
+def read_json(path: Path) -> Any:
+    """Return what a regular file of settings or records says in JSON.
+
+    Raises:
+        OSError: As :func:`read_regular`.
+        ValueError: It is not JSON, or is nested too deep.
+    """
+    too_deep = ValueError(f"it is nested more than {DEEPEST_RECORD} deep")
+    try:
+        value = json.loads(read_regular(path))
+    except RecursionError:
+        raise too_deep from None
+    if _is_deeper(value, DEEPEST_RECORD):
+        raise too_deep
+    return value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return parts is not None and (levels == 0 or any(_is_deeper(part, levels - 1) for part in parts))
+
+
+def open_no_link(path: str, flags: int) -> int:
+    """Open a file as `open(..., opener=)` asks; a link in its place is an OSError, and is not followed."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -1,0 +1,64 @@
+"""Rules of a stranger's tokenizer.json: those that could take for ever or fill the memory are refused by name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from konic.finetuning.errors import ModelError
+from konic.finetuning.models.loading import load_model
+from konic.finetuning.models.tokenizer_rules import find_unbounded_rule, repeats_a_repetition
+
+KNOWN = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
+    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
+    r"|\s*[\r\n]|\s+(?!\S)|\s",
+    "o200k": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{M}]*[\p{Ll}\p{Lm}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "bloom": r" ?[^(\s|[.,!?…。，、।۔،])]+",
+    "deepseek": r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "groups of digits": r"\d{1,3}(?=(?:\d{3})*\b)",
+    "spaces": " {2,}",
+}
+ENDLESS = [
+    "(a+)+$", "(a|a)*b", "(a|aa)+$", "(.*)*x", "(?:a?)+b", "((a)+b?)*", "(a+){20}", "(a+){2,}", "(?>x|y(a*)*)",
+    "([ab]+c?)+", "(?i:a|b)+", "(a+){2}+", r"(\w+\s?)+$", "a{1,3}+$", "(?<x>a+)+", "[)](a+)+", r"\((a+)+", "[]](a+)+",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_expressions_of_known_tokenizers_are_taken(name):
+    assert not repeats_a_repetition(KNOWN[name])
+
+
+@pytest.mark.parametrize("expression", ENDLESS)
+def test_an_expression_that_repeats_a_repetition_is_found(expression):
+    assert repeats_a_repetition(expression)
+
+
+@pytest.mark.parametrize(
+    ("part", "rule", "told"),
+    [
+        ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False},
+         r"its expression '\(a\+\)\+\$' repeats a repetition"),
+        ("normalizer", {"type": "Sequence", "normalizers": [
+            {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40}, r"a text 1\.1e\+12 times as long"),
+        ("decoder", {"type": "Replace", "pattern": {"Regex": "(?:x|y)*z"}, "content": ""}, "repeats a repetition"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_cannot_take_for_ever_or_fill_the_memory(part, rule, told, model_folders, tmp_path):
+    folder = Path(shutil.copytree(model_folders["llama"], tmp_path / "model"))
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(rules | {part: rule}))
+    with pytest.raises(ModelError, match=f"tokenizer.json: .*{told}"):
+        load_model(str(folder), {}, torch.device("cpu"))
+
+
+def test_a_tokenizer_that_is_no_object_has_no_rules(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("[1]")
+    assert find_unbounded_rule(tmp_path / "tokenizer.json") is None
