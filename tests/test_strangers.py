@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pty
+import py_compile
 import re
 import shutil
 import signal
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import datasets
 import peft
+import pyarrow
+import pyarrow.ipc
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,7 +26,9 @@ from transformers import AutoConfig, LlamaForSequenceClassification
 
 import konic
 from conftest import byte_tokenizer, tiny_model
+from konic.cli.scripts import import_script
 from konic.finetuning import (
+    BaseKonicFinetuningCallback,
     ConfigError,
     DatasetConfig,
     DatasetError,
@@ -42,7 +47,15 @@ from konic.finetuning.reward_models.training import RewardTrainingConfig, train_
 from konic.finetuning.rewards.workers import _Context
 from konic.finetuning.run.checkpoint import read_record
 from konic.finetuning.system import places
-from konic.finetuning.system.files import SEAL_FILE, filling_folder, find_corruption, replacing_folder, write_text
+from konic.finetuning.system.files import (
+    SEAL_FILE,
+    filling_folder,
+    find_corruption,
+    replacing_file,
+    replacing_folder,
+    write_text,
+)
+from konic.finetuning.system.places import open_no_link
 from test_engine import make_engine
 
 CPU = torch.device("cpu")
@@ -175,6 +188,20 @@ def test_a_record_of_a_run_has_a_bound(tmp_path, monkeypatch):
         read_record(tmp_path)
 
 
+def test_a_compiled_copy_beside_a_script_is_not_run(tmp_path):
+    """Who reads the script reads what runs: Python itself would take a copy with its size and time."""
+    script = tmp_path / "rewards_of_others.py"
+    script.write_text("found = 'hidden'\n")
+    py_compile.compile(str(script))
+    times = script.stat()
+    script.write_text("found = 'shown!'\n")
+    os.utime(script, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert import_script(script).found == "shown!"
+    shutil.copyfile(next((tmp_path / "__pycache__").iterdir()), tmp_path / "compiled.pyc")
+    with pytest.raises(ConfigError, match="is not a Python file"):
+        import_script(tmp_path / "compiled.pyc")
+
+
 def test_an_adapter_imports_no_module_that_it_names(adapter, tmp_path, monkeypatch):
     (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -264,6 +291,26 @@ def test_a_saved_dataset_reads_no_file_outside_of_its_folder(tmp_path):
     ):  # fmt: skip
         with pytest.raises(DatasetError, match=said):
             read_local(str(tmp_path / name), split)
+
+
+def test_a_saved_dataset_has_the_bounds_of_its_files(tmp_path):
+    datasets.disable_progress_bars()
+    for name in ("bomb", "other"):
+        datasets.Dataset.from_dict({"prompt": ["a"]}).save_to_disk(tmp_path / name)
+    datasets.enable_progress_bars()
+    (data,) = (tmp_path / "bomb").glob("*.arrow")
+    table = pyarrow.table({"prompt": ["a" * 1_000_000] * 250})
+    with pyarrow.ipc.new_stream(
+        str(data), table.schema, options=pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    ) as file:
+        file.write_table(table)
+    with pytest.raises(DatasetError, match="far more than its"):
+        read_local(str(tmp_path / "bomb"))
+    (data,) = (tmp_path / "other").glob("*.arrow")
+    data.rename(tmp_path / "other" / "data.bin")
+    edit(tmp_path / "other" / "state.json", _data_files=[{"filename": "data.bin"}])
+    with pytest.raises(DatasetError, match=r"only \.arrow files are read"):
+        read_local(str(tmp_path / "other"))
 
 
 def test_a_saved_dataset_opens_no_image_that_is_elsewhere(tmp_path):
@@ -484,6 +531,31 @@ def test_a_run_is_not_resumed_through_a_link_and_starts_anew_beside_it(name, run
     assert unchanged(outside)
     assert not (run / name).is_symlink()
     assert (run / "earlier-1" / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", ["trackers", "trackers/tensorboard", "trackers/runs.json"])
+def test_a_tracker_writes_nothing_through_a_link(name, run, model_folders, outside):
+    (run / "trackers").mkdir()
+    plant(run / name, outside / "precious.txt" if "." in name else outside)
+    with pytest.raises(OutputError, match=f"{name}: is a link to "):
+        make_engine(model_folders["llama"], run).train(3, resume_from_checkpoint=True)
+    assert unchanged(outside)
+
+
+def test_a_file_that_becomes_a_link_while_it_is_written_is_not_followed(run, model_folders, outside):
+    class Swap(BaseKonicFinetuningCallback):
+        def on_iteration_begin(self, iteration):
+            plant(run / "metrics.jsonl", outside / "precious.txt")
+
+    with pytest.raises(OutputError, match=r"metrics\.jsonl: is a link to"):
+        make_engine(model_folders["llama"], run, callback=Swap()).train(3, resume_from_checkpoint=True)
+    assert unchanged(outside)
+    with pytest.raises(OSError, match="symbolic link"):
+        open_no_link(str(run / "metrics.jsonl"), os.O_WRONLY)
+    with replacing_file(run / "page.html") as file:
+        plant(run / ".page.html", outside / "precious.txt")
+        file.write(b"mine")
+    assert unchanged(outside)
 
 
 def test_half_written_files_that_are_links_are_removed_and_not_written_through(run, model_folders, outside):

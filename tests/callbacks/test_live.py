@@ -57,6 +57,13 @@ def test_the_view_shows_what_a_run_is_judged_by():
         assert part in shown, part
 
 
+def test_names_from_a_checkpoint_of_others_steer_no_terminal():
+    made = state(checks=("\x1b[2J\x1b]0;evil\x07",), reward_breakdown={"\x1b[31mred": 0.1})
+    made.set_sample("\x1b[2Ja", "b\x1b[3J", 1.0)
+    shown = drawn(made)
+    assert "\x1b" not in shown and "\x07" not in shown and r"\x1b[2J" in shown
+
+
 @pytest.mark.parametrize(("width", "height"), [(20, 5), (40, 10), (80, 24), (80, 40), (160, 50), (400, 12)])
 @pytest.mark.parametrize("iterations", [0, 3])
 def test_it_fits_every_terminal_and_keeps_its_height(width, height, iterations):

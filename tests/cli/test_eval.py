@@ -165,6 +165,11 @@ def test_prompts_that_are_not_kept_must_be_named(model_folders, rewards, tmp_pat
     assert "came from 'memory'" in refused(tmp_path / "run", "--rewards", rewards)
     edit(tmp_path / "run", lambda record: record["settings"]["dataset_config"].update(source="bundled", held_out=0))
     assert "held out no prompts" in refused(tmp_path / "run", "--rewards", rewards)
+    private = tmp_path / "private.csv"
+    private.write_text("prompt\nsecret 1\nsecret 2\n")
+    of_mine = {"source": "local", "name": str(private), "held_out": 1, "prompts": None}
+    edit(tmp_path / "run", lambda record: record["settings"]["dataset_config"].update(of_mine))
+    assert "is not what the run read its prompts from" in refused(tmp_path / "run", "--rewards", rewards)
 
 
 def edit(run, change):
@@ -197,6 +202,9 @@ def test_the_recorded_script_is_imported_only_if_asked_for_unchanged_ones_own_an
     for file in (inside, link):
         edit(run, lambda record, file=file: record["rewards"].update(file=str(file)))
         assert "lies in the run's own folder" in refused(run, "--recorded-rewards")
+    monkeypatch.chdir(tmp_path)
+    edit(run, lambda record: record["rewards"].update(file="own_rewards.py"))
+    assert "is not a whole path" in refused(run, "--recorded-rewards")
     edit(run, lambda record: record["rewards"].update(file="/dev/zero"))
     assert "cannot be read" in refused(run, "--recorded-rewards")
     edit(run, lambda record: record.update(rewards=5))

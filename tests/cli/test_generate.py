@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -90,6 +91,17 @@ def test_a_run_of_a_stranger_is_not_trusted(run, tmp_path):
     agents = {name: saved.agent(name) for name in ("base", saved.name_of(None))}
     assert [agent.get_model_kwargs() for agent in agents.values()] == [{"dtype": "float32"}] * 2
     assert agents["base"].get_lora_config().r == 1
+
+
+def test_the_tokens_that_a_stranger_asks_for_have_a_bound(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    record = json.loads((run / "run.json").read_text())
+    record["settings"]["generation_config"]["max_new_tokens"] = 10**9
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    done = konic_here("generate", tmp_path / "run", "a", "--device", "cpu")
+    assert done.returncode == 1 and "Give --max-new-tokens" in done.stderr
+    done = konic_here("generate", tmp_path / "run", "a", "--max-new-tokens", 2, "--no-base", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
 
 
 REWARDS = """

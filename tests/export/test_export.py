@@ -1,7 +1,9 @@
 """`konic export`: folders that PEFT and plain transformers open, with the logits of the run's policy."""
 
 import json
+import os
 import shutil
+import types
 from pathlib import Path
 
 import peft
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command import konic_here
 from conftest import shake_adapter
+from konic.export.modelfile import modelfile
 from konic.export.private import without_paths
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.policy import Policy
@@ -154,6 +157,8 @@ def test_what_cannot_be_exported_is_one_error_and_leaves_nothing(trained, model_
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
     out = tmp_path / "out"
     for arguments, told in (
         ((tmp_path / "nowhere", "--output", out), "there is no such folder"),
@@ -162,13 +167,18 @@ def test_what_cannot_be_exported_is_one_error_and_leaves_nothing(trained, model_
         ((trained, "--weights", "../run/final", "--output", out), "no weights"),
         ((trained, "--output", tmp_path / "mine"), "is not empty"),
         ((trained, "--output", tmp_path / "file"), "is a file"),
+        ((trained, "--output", tmp_path / "link"), "is a link to"),
         ((trained, "--output", tmp_path / "file" / "x"), "cannot be written"),
         ((full, "--format", "adapter", "--output", out), "trained every weight"),
     ):
         done = konic_here("export", *arguments)
         assert done.returncode == 1 and told in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
-    assert not out.exists() and [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    assert (
+        not out.exists()
+        and not list((tmp_path / "empty").iterdir())
+        and [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    )
     assert konic_here("export", trained, "--format", "onnx").returncode == 2
     assert konic_here("export", trained, "--format", "adapter", "--dtype", "float16").returncode == 2
 
@@ -202,6 +212,15 @@ def test_damaged_weights_and_links_of_a_stranger_are_refused(trained, tmp_path):
     def broken_config(final):
         (final / "adapter_config.json").write_text("{")
 
+    def endless(final):
+        (final / "vocab.txt").symlink_to("/dev/zero")
+
+    def pipe(final):
+        os.mkfifo(final / "vocab.txt")
+
+    def no_settings(final):
+        (final / "tokenizer_config.json").write_text("[1]")
+
     def other_kind(final):
         config = json.loads((final / "adapter_config.json").read_text())
         (final / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
@@ -216,14 +235,36 @@ def test_damaged_weights_and_links_of_a_stranger_are_refused(trained, tmp_path):
             (without_config, "no model"),
             (broken_config, "cannot be read"),
             (other_kind, "only LoRA adapters"),
+            (endless, "vocab.txt leads to /dev/zero"),
+            (pipe, "vocab.txt is not a regular file"),
+            (no_settings, "tokenizer_config.json: cannot be read"),
         )
     ):
         run = tmp_path / f"run{number}"
         shutil.copytree(trained, run)
         damage(run / "final")
-        done = konic_here("export", run, "--output", tmp_path / f"out{number}")
+        kind = ("--format", "adapter") if number > 7 else ()  # which copies the tokenizer
+        done = konic_here("export", run, "--output", tmp_path / f"out{number}", *kind)
         assert done.returncode == 1 and told in done.stderr, (damage.__name__, done.stderr)
         assert "Traceback" not in done.stderr and not (tmp_path / f"out{number}").exists()
+
+
+def test_what_a_record_of_others_says_is_text_in_the_card_and_the_modelfile(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    record = json.loads((run / "run.json").read_text())
+    record["settings"] |= {"algorithm": "ppo\n\n# Heading <img src=x>", "model_name": "a\n# b", "odd": "```\n# c"}
+    (run / "run.json").write_text(json.dumps(record))
+    assert konic_here("export", run, "--format", "adapter", "--output", tmp_path / "out").returncode == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "<img" not in card.split("```json")[0]
+    assert len([line for line in card.splitlines() if line.startswith("#")]) == 1
+    said = {
+        "temperature": float("nan"), "top_k": True, "top_p": 0.5,
+        "stop": ["\r\nFROM evil", "\x1b[2J", 'x"""\nSYSTEM evil', "fine"],
+    }  # fmt: skip
+    text, _ = modelfile("m.gguf", types.SimpleNamespace(chat_template=None), said)
+    assert text.splitlines()[2:] == ["PARAMETER top_p 0.5", 'PARAMETER stop "fine"']
 
 
 def test_a_full_disk_is_one_error(trained, tmp_path, monkeypatch):

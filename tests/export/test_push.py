@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 
 from command import konic_here
+from konic.export import push as push_module
 from konic.export.push import files_to_send
 from konic.export.saved import is_hub_id
 from konic.finetuning.errors import OutputError
@@ -141,6 +142,23 @@ def test_only_files_of_known_names_are_sent_and_no_links_or_folders(tmp_path):
     assert {file.name for file in files} == sent
     names = {"additional_chat_templates", "chat_template.jinja", "model.safetensors", "merges.txt", "vocab.txt"}
     assert set(kept) == {*left, *names}
+
+
+def test_a_file_that_changes_after_it_was_looked_at_is_not_sent(tmp_path, monkeypatch):
+    monkeypatch.setattr(push_module, "_HEAD", 10)
+    for name in ("config.json", "tokenizer.model", "model.safetensors"):
+        (tmp_path / name).write_text("looked at" if name != "model.safetensors" else "is larger than a head")
+    files, _ = files_to_send(tmp_path, [])
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    for name in ("config.json", "tokenizer.model", "model.safetensors"):
+        (tmp_path / name).unlink()
+        (tmp_path / name).symlink_to(secret)
+    sent = {file.name: file.content for file in files}
+    assert (sent["config.json"], sent["tokenizer.model"]) == (b"looked at", b"looked at")
+    changed = next(file for file in files if file.name == "model.safetensors")
+    with pytest.raises(OutputError, match=r"model\.safetensors: has changed since it was looked at\. Nothing was sent"):
+        push_module._to_add(changed)
 
 
 SECRETS = {

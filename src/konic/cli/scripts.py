@@ -4,7 +4,9 @@ import difflib
 import importlib.util
 import sys
 import traceback
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from konic.finetuning import ConfigError, DatasetConfig, KonicError, KonicFinetuningAgent, KonicLLMRewardComposer
@@ -78,15 +80,26 @@ def import_script(script: Path) -> Any:
     name = (
         script.stem if script.stem.isidentifier() and script.stem not in sys.modules else f"konic_script_{script.stem}"
     )
-    spec = importlib.util.spec_from_file_location(name, script.absolute())
-    if spec is None or spec.loader is None:
+    if script.suffix != ".py":
         raise ConfigError(f"{script}: is not a Python file.")
+    spec = importlib.util.spec_from_loader(name, _FromSource(name, str(script.absolute())))
+    assert spec is not None and spec.loader is not None  # noqa: S101
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     forget_registered_agent()
     sys.path.insert(0, str(script.absolute().parent))
     run_user_code(script, spec.loader.exec_module, module)
     return module
+
+
+class _FromSource(SourceFileLoader):
+    """Runs what the file says. A compiled copy beside it may say something else, and nobody reads it."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Return the code, compiled anew."""
+        path = self.get_filename(fullname)
+        code: CodeType = self.source_to_code(self.get_data(path), path)
+        return code
 
 
 def _package_of(script: Path) -> list[str]:

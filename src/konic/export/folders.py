@@ -1,6 +1,6 @@
 """Saved model -> a folder that PEFT, or `transformers`, opens."""
 
-import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from konic.export.saved import ADAPTER_CONFIG, SavedModel, read_dtype
 from konic.finetuning.errors import ModelError, OutputError
 from konic.finetuning.models.locations import PACKAGED_MODELS, quiet_transformers
 from konic.finetuning.system.files import filling_folder, require_writable
+from konic.finetuning.system.places import read_json
+from konic.text import describe_error
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -26,6 +28,8 @@ def require_new(output: Path) -> None:
     Raises:
         OutputError: It is not; nothing of a user is replaced.
     """
+    if output.is_symlink():
+        raise OutputError(f"--output {output}: is a link to {os.readlink(output)}. Name a new folder.")
     if output.is_file():
         raise OutputError(f"--output {output}: is a file. Name a new folder.")
     if output.is_dir() and any(output.iterdir()):
@@ -111,6 +115,9 @@ def _strip_configs(saved: SavedModel, folder: Path) -> None:
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         path = folder / name
         if path.is_file():
-            config = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                config = dict(read_json(path))
+            except (OSError, ValueError, TypeError) as error:
+                raise ModelError(f"{saved.folder / name}: cannot be read: {describe_error(error)}.") from None
             kept = {key: without_paths(value) if key in _PATH_KEYS else value for key, value in config.items()}
             path.write_text(plain_json(without_places(kept, own_places(saved))), encoding="utf-8")

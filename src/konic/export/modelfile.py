@@ -1,5 +1,6 @@
 """Tokenizer + generation_config -> the Modelfile with which Ollama makes a model of a GGUF file."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from konic.finetuning.data.chat_templates import render_chat
 from konic.finetuning.errors import ModelError
+from konic.report.run import as_number
 
 CHATML = """\
 {{- range .Messages }}<|im_start|>{{ .Role }}
@@ -52,7 +54,8 @@ def _parameters(generation: Mapping[str, Any]) -> list[str]:
         "top_p": generation.get("top_p"),
         "repeat_penalty": generation.get("repetition_penalty"),
     }
-    lines = [f"PARAMETER {name} {value}" for name, value in numbers.items() if isinstance(value, int | float)]
+    known = {name: value for name, value in numbers.items() if type(value) in (int, float)}
+    lines = [f"PARAMETER {name} {value}" for name, value in known.items() if not math.isnan(as_number(value))]
     stop = generation.get("stop")
     stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
     return lines + [f'PARAMETER stop "{text}"' for text in stops if isinstance(text, str) and _is_plain(text)]
@@ -83,4 +86,4 @@ def _chatml(chat: list[dict[str, str]]) -> str:
 
 
 def _is_plain(text: str) -> bool:
-    return '"' not in text and "\n" not in text and bool(text)
+    return '"' not in text and text.isprintable() and bool(text)

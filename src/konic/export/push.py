@@ -1,8 +1,8 @@
 """An exported folder -> a repo of the Hub: files of known names alone, after a look at what they say, in one commit."""
 
 import contextlib
+import hashlib
 import logging
-import os
 import re
 import stat
 import sys
@@ -17,6 +17,7 @@ from huggingface_hub.utils import logging as hub_logging
 
 from konic.export.private import find_place
 from konic.finetuning.errors import OutputError, safe_cause
+from konic.finetuning.system.places import open_no_link
 from konic.output import is_terminal
 from konic.text import describe_error, find_secret, keep_secret
 
@@ -56,11 +57,12 @@ class Repo:
 
 @dataclass(frozen=True)
 class Sent:
-    """A file to send. A text is sent as it was when it was looked at."""
+    """A file to send, as it was when it was looked at: a large one is sent only if its SHA-256 is still the same."""
 
     name: str
     content: bytes | Path
     size: int
+    sha256: bytes
 
 
 def find_repo(name: str, is_public: bool) -> Repo:
@@ -105,12 +107,16 @@ def files_to_send(folder: Path, places: Iterable[Path]) -> tuple[list[Sent], lis
             left.append(path.name)
             continue
         try:
-            with open(path, "rb", opener=_open_no_link) as file:
+            with open(path, "rb", opener=open_no_link) as file:
                 content = file.read() if is_text else file.read(_HEAD)
+                is_whole = not file.read(1)
+                file.seek(0)
+                sha256 = hashlib.file_digest(file, "sha256").digest()
+                size = file.tell()
         except OSError as error:
             raise OutputError(f"{path}: cannot be read: {error.strerror}. Nothing was sent.") from None
         _require_nothing_private(path, content.decode("utf-8", "replace"), is_text, list(places))
-        sent.append(Sent(path.name, content if is_text else path, len(content) if is_text else path.stat().st_size))
+        sent.append(Sent(path.name, content if is_whole else path, size, sha256))
     return sent, left
 
 
@@ -123,7 +129,7 @@ def send_files(repo: Repo, files: Iterable[Sent]) -> str:
     if not is_terminal(sys.stderr):
         hub_utils.disable_progress_bars()  # type: ignore[attr-defined]
     api = HfApi(token=get_token())
-    operations = [CommitOperationAdd(file.name, file.content) for file in files]
+    operations = [_to_add(file) for file in files]
     with _asking(repo.name):
         if not repo.exists:
             api.create_repo(repo.name, private=not repo.is_public, repo_type="model")
@@ -133,8 +139,12 @@ def send_files(repo: Repo, files: Iterable[Sent]) -> str:
         return str(api.create_commit(repo.name, operations, commit_message="Add a model trained with konic").commit_url)
 
 
-def _open_no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+def _to_add(file: Sent) -> CommitOperationAdd:
+    """Return what the Hub's client sends: it has read the file by then, and the Hub compares what arrives with that."""
+    operation = CommitOperationAdd(file.name, file.content)
+    if operation.upload_info.sha256 != file.sha256:
+        raise OutputError(f"{file.content}: has changed since it was looked at. Nothing was sent. Export again.")
+    return operation
 
 
 def _require_nothing_private(path: Path, text: str, is_text: bool, places: list[Path]) -> None:

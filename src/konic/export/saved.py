@@ -1,6 +1,5 @@
 """A run and the name of weights in it -> the saved model: its base, its adapter, and what trained it."""
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,12 +11,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from konic.finetuning.errors import ModelError, OutputError
 from konic.finetuning.models.adapters import attach_adapter, merge_into_base
-from konic.finetuning.models.containment import find_outside
+from konic.finetuning.models.containment import find_outside, require_bounded_tokenizer
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.locations import PACKAGED_MODELS, quiet_transformers
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult, Selection
-from konic.finetuning.system.places import find_stray, looks_like_path, read_regular
+from konic.finetuning.system.places import find_stray, looks_like_path, read_json
 from konic.report.run import Run
 from konic.text import describe_error
 
@@ -72,8 +71,8 @@ class SavedModel:
     def adapter_config(self) -> dict[str, Any]:
         """PEFT's config of the adapter."""
         try:
-            config = json.loads(read_regular(self.folder / ADAPTER_CONFIG))
-        except (OSError, ValueError, RecursionError) as error:
+            config = read_json(self.folder / ADAPTER_CONFIG)
+        except (OSError, ValueError) as error:
             raise ModelError(f"{self.folder / ADAPTER_CONFIG}: cannot be read: {describe_error(error)}.") from None
         return config if isinstance(config, dict) else {}
 
@@ -128,7 +127,10 @@ class SavedModel:
             return None
         try:
             with quiet_transformers():
+                require_bounded_tokenizer(str(self.folder), str(self.folder), {})
                 return AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
+        except ModelError:
+            raise
         except Exception as error:
             raise ModelError(f"{self.folder}: its tokenizer cannot be loaded: {describe_error(error)}.") from None
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from konic.finetuning import (
+    ConfigError,
     GenerationConfig,
     KonicFinetuningAgent,
     KonicLLMRewardComposer,
@@ -20,6 +21,10 @@ BASE = "base"
 """The name of the model that a run started from."""
 _SAFE_MODEL_KWARGS = ("dtype", "attn_implementation")
 """What is taken from the run of a stranger; trust_remote_code is not."""
+
+
+_MOST_TOKENS = 32_768
+"""Of a response, where the user has not given a number."""
 
 
 class _Unscored(KonicLLMRewardComposer):
@@ -49,7 +54,13 @@ class SavedRun:
         if not isinstance(run.settings.get("model_name"), str):
             raise OutputError(f"{folder}/run.json does not name the model that the run started from.", *run.notes)
         given = {name: value for name, value in (changes or {}).items() if value is not None}
-        return cls(run, GenerationConfig(**recorded(run, "generation_config") | given), seed)
+        generation = GenerationConfig(**recorded(run, "generation_config") | given)
+        if generation.max_new_tokens > _MOST_TOKENS and "max_new_tokens" not in given:
+            raise ConfigError(
+                f"{folder}: its run let a response have {generation.max_new_tokens} tokens, for which the memory is "
+                "taken at once. Give --max-new-tokens."
+            )
+        return cls(run, generation, seed)
 
     def name_of(self, weights: str | None) -> str:
         """Return the name of weights that the run has; None takes `final`, or else the newest checkpoint.

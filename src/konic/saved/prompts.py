@@ -7,11 +7,8 @@ from typing import Any
 
 from konic.finetuning import ConfigError, DatasetConfig, DatasetSource
 from konic.finetuning.data.prompts import Prompt, load_prompts, make_prompts, with_system_prompt
-from konic.output import get_logger
 from konic.report.run import Run
 from konic.saved.agents import recorded
-
-logger = get_logger(__name__)
 
 
 def given_prompts(texts: Sequence[str], run: Run, as_chats: bool) -> list[Prompt]:
@@ -44,7 +41,7 @@ def held_out_prompts(run: Run, most: int | None = None) -> list[Prompt]:
     """Return the prompts that a run held out, read again from its file or from the bundled ones.
 
     Raises:
-        ConfigError: The run held none out, or they cannot be read again from its record.
+        ConfigError: The run held none out, or they cannot be read again from its record, or their file has changed.
         DatasetError: Its file is not there any more.
     """
     settings = recorded(run, "dataset_config")
@@ -55,8 +52,8 @@ def held_out_prompts(run: Run, most: int | None = None) -> list[Prompt]:
     if not config.held_out:
         raise ConfigError(f"{run.path}: its run held out no prompts (held_out=0). {advice}")
     prompts = load_prompts(config)
-    if prompts.fingerprint() != run.settings.get("prompts_sha256"):
-        logger.warning("%s has changed since the run: these may not be the prompts that it held out.", config.name)
+    if prompts.fingerprint() != run.settings.get("prompts_sha256"):  # a stranger's run may name any file of yours
+        raise ConfigError(f"{config.name or 'The bundled file'} is not what the run read its prompts from. {advice}")
     return prompts.held_out[:most]
 
 

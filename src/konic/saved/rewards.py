@@ -25,6 +25,8 @@ def recorded_script(run: Run) -> Path:
         raise ConfigError(f"{run.path}: its record names no script of rewards. Give --rewards SCRIPT.")
     path, advice = Path(named), "Give --rewards SCRIPT."
     where = f"{run.path} names the script {named!r}"
+    if not path.is_absolute():
+        raise ConfigError(f"{where}, which is not a whole path. {advice}")
     try:
         actual, owner = path.resolve(strict=True), path.stat().st_uid
         content = read_regular(actual)

@@ -226,7 +226,7 @@ def _checks(state: LiveState) -> Text:
     if not state.findings:
         return _named("checks", "no findings")
     found = ", ".join(f"{name} (iteration {iteration})" for name, iteration in reversed(state.findings.items()))
-    return _named("checks", Text(found, style="red"))
+    return _named("checks", Text(printable(found), style="red"))
 
 
 def _sample(state: LiveState) -> list[Text]:

@@ -1,6 +1,7 @@
 """Where prompts come from: validated settings."""
 
 import os
+import re
 import string
 from collections.abc import Mapping
 from enum import StrEnum
@@ -177,9 +178,12 @@ class DatasetConfig(Settings):
     def _check_template(self) -> Self:
         if self.prompt_template is not None:
             try:
-                fields = [name for _, name, _, _ in string.Formatter().parse(self.prompt_template) if name is not None]
+                parts = list(string.Formatter().parse(self.prompt_template))
             except ValueError as error:
                 raise ValueError(f"prompt_template={self.prompt_template!r}: {error}") from None
+            fields = [name for _, name, _, _ in parts if name is not None]
+            if any(re.search(r"[0-9]{5}", form) for _, _, form, _ in parts if form):
+                raise ValueError(f"prompt_template={self.prompt_template!r}: a width has at most four digits")
             if not fields or not all(name.isidentifier() for name in fields):
                 raise ValueError(
                     f"prompt_template={self.prompt_template!r} must name columns in braces, as in '{{text}}'"

@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from konic.finetuning.algorithms import ALGORITHMS
 from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.run.environment import version_of
 from konic.text import escape_markdown, printable
@@ -27,16 +28,17 @@ def model_card(
         is_adapter: True for an adapter, False for a full model.
         loading: Lines that say how to load the model; None shows how PEFT or `transformers` does.
     """
-    algorithm = settings["algorithm"]
+    algorithm = str(settings["algorithm"])
     first, last = (result.history[0], result.history[-1]) if result.history else (None, None)
     header = ModelCardData(
         base_model=None if base_location is None else printable(base_location),
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["konic", "reinforcement-learning", algorithm],
+        tags=["konic", "reinforcement-learning", *({algorithm} & ALGORITHMS.keys())],
     )
     lines = [f"# {escape_markdown(result.model_name)}, finetuned by reinforcement learning", ""]
-    lines += [f"Trained with konic {version_of('konic')} by {algorithm} for {result.total_iterations} iterations", ""]
+    how = f"by {escape_markdown(algorithm)} for {result.total_iterations} iterations"
+    lines += [f"Trained with konic {version_of('konic')} {how}", ""]
     if first and last:
         lines += ["| | first iteration | last iteration |", "|---|---|---|"]
         lines += [f"| reward | {first.reward_mean:.4f} | {last.reward_mean:.4f} |"]
