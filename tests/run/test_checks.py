@@ -81,6 +81,13 @@ def test_a_check_fires_on_its_case_alone_and_once(name):
     assert new_findings(history[:-1], config, GenerationConfig()) == {}, "one iteration earlier it is not there yet"
 
 
+def test_rewards_that_all_abstain_are_named_after_the_first_iteration():
+    silent = iteration(num_unscored=8, reward_std=0.0)
+    found = new_findings([silent], PPO, GenerationConfig())
+    assert "of the first iteration: nothing was learned" in found["no_rewards"]
+    assert new_findings([iteration(), silent], PPO, GenerationConfig()) == {}
+
+
 def test_responses_that_used_to_end_are_missed_once_chance_is_out_of_the_question():
     for rate, count in ((0.26, 1), (0.25, 0)):
         history = [iteration(ended_fraction=rate), *[iteration(ended_fraction=0.0)] * 3]

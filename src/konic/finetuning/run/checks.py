@@ -189,11 +189,13 @@ def _beyond_budget(history: History, config: TrainingConfig, generation: Generat
 
 def _no_rewards(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
     recent = history[-PATIENCE:]
-    if len(recent) < PATIENCE or any(r.num_unscored < r.num_samples for r in recent):
+    is_first = len(history) == 1
+    if (len(recent) < PATIENCE and not is_first) or any(r.num_unscored < r.num_samples for r in recent):
         return None
+    when = "the first iteration" if is_first else f"the last {PATIENCE} iterations"
     return (
-        f"Every reward abstained from every response of the last {PATIENCE} iterations: nothing was learned. A reward "
-        "abstains by returning None: is a `return` missing, or does it expect a format that the responses do not have?"
+        f"Every reward abstained from every response of {when}: nothing was learned. A reward abstains by returning "
+        "None: is a `return` missing, or does it expect a format that the responses do not have?"
     )
 
 
