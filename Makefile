@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo reward-model test check docs format clean parity curves defaults mutation bench gpu chaos fuzz audit lock golden families compat versions export-check processes doctor-check trackers
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*/\1/p' Makefile)
 
 setup: $(READY)
 
@@ -105,6 +105,13 @@ processes: $(READY)
 # The time and memory that konic doctor expects, against real runs.
 doctor-check: $(READY)
 	@$(BIN)/python -W ignore benchmarks/doctor.py benchmarks/results/doctor.md
+
+# Trainings on Ray whose workers are killed at random moments, whose driver dies, that hang or are interrupted, and one on
+# a cluster of two nodes; Ray comes with the hashes of .ci/ray.lock.
+KILLS ?= 20
+cluster: $(READY)
+	@$(PIP) install --require-hashes --no-deps -r .ci/ray.lock
+	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/cluster.py $(KILLS) benchmarks/results/cluster.md
 
 # Damaged input for every reader, for a fixed time.
 FUZZ_SECONDS ?= 600

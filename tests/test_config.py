@@ -45,6 +45,7 @@ BOUNDS = [  # field, the values at the edge that are valid, the ones past it
     (TrainingConfig, "max_error_rate", [0, 1], [-TINY, 1.001]),
     (TrainingConfig, "reward_workers", [0, 4], [-1, 1.5]),
     (TrainingConfig, "reward_timeout_seconds", [TINY, None], [0]),
+    (TrainingConfig, "process_timeout_seconds", [TINY, 1800], [0]),
     (TrainingConfig, "self_checks", [True, False], ["perhaps", None]),
     (TrainingConfig, "learning_rate", [TINY, None], [0, -1e-5]),
     (TrainingConfig, "batch_size", [1], [0, -4]),

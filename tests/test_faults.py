@@ -136,7 +136,7 @@ FIELDS = {
         "warmup_steps resampling_budget reward_workers seed",
         "whole or None": "num_generations eval_every",
         "real": "kl_penalty_weight clip_ratio vf_coef entropy_coef gamma gae_lambda max_grad_norm weight_decay "
-        "max_error_rate overlong_penalty overlong_share sampler_correction_limit",
+        "max_error_rate overlong_penalty overlong_share sampler_correction_limit process_timeout_seconds",
         "real or None": "learning_rate kl_target kl_limit kl_budget clip_ratio_low clip_ratio_high target_kl "
         "missing_eos_penalty max_minutes reward_timeout_seconds divergence_limit gae_lambda_length value_gae_lambda",
         "flag": "gradient_checkpointing mask_truncated self_checks filter_equal_groups",

@@ -48,13 +48,17 @@ def test_set_up_asks_pip_for_hashes_and_builds_without_downloads():
     assert "--no-build-isolation" in makefile
 
 
-def test_what_ci_adds_is_pinned_with_hashes_and_ends_in_time():
-    assert [name for name, _ in pins(".ci/browser.lock")] == ["greenlet", "playwright"]
-    blocks = re.split(r"^(?=\w)", (ROOT / ".ci/browser.lock").read_text(), flags=re.MULTILINE)[1:]
+@pytest.mark.parametrize(
+    ("lock", "names"),
+    [("browser.lock", ["greenlet", "playwright"]), ("ray.lock", ["msgpack", "protobuf", "ray", "tensorboardx"])],
+)
+def test_what_ci_adds_is_pinned_with_hashes_and_ends_in_time(lock, names):
+    assert [name for name, _ in pins(f".ci/{lock}")] == names
+    blocks = re.split(r"^(?=\w)", (ROOT / ".ci" / lock).read_text(), flags=re.MULTILINE)[1:]
     assert all(re.search(r"--hash=sha256:[0-9a-f]{64}$", block, re.MULTILINE) for block in blocks)
     script = (ROOT / ".ci/run").read_text()
-    assert "--require-hashes --no-deps --only-binary :all: -r .ci/browser.lock" in script
-    assert script.endswith("make setup\ninstall_browser\nmake check\nmake test\n")
+    assert f"--require-hashes --no-deps --only-binary :all: -r .ci/{lock}" in script
+    assert script.endswith("make setup\ninstall_browser\ninstall_ray\nmake check\nmake test\n")
 
 
 @pytest.mark.skipif(shutil.which("timeout") is None or not Path("/bin/bash").exists(), reason="needs bash and timeout")
@@ -70,6 +74,7 @@ def test_ci_checks_and_tests_also_where_no_browser_can_be_installed(tmp_path):
         (tools / name).chmod(0o755)
     command = ["/bin/bash", str(tmp_path / ".ci" / "run")]
     done = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True, timeout=60)
-    setup, word, *rest = done.stdout.splitlines()
+    setup, word, ray, *rest = done.stdout.splitlines()
     assert (setup, rest, done.returncode, done.stderr) == ("make setup", ["make check", "make test"], 0, "")
     assert word.startswith("Skipping the browser test: Chromium is missing")
+    assert ray == "Skipping the tests on Ray: pip cannot install it here."

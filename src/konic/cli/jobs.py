@@ -26,6 +26,7 @@ from konic.finetuning import (
     LoraConfig,
     TrainingConfig,
 )
+from konic.finetuning.cluster.connection import require_ray
 from konic.finetuning.errors import did_you_mean
 from konic.finetuning.settings import Settings, describe
 from konic.finetuning.system.places import looks_like_path
@@ -54,6 +55,29 @@ class TrainOptions(Settings):
     device: str | None = Field(default=None, min_length=1)
     save_every: int | None = Field(default=None, ge=0)
     save_total_limit: int | None = Field(default=None, ge=1)
+    num_workers: int | None = Field(default=None, ge=1)
+    min_workers: int | None = Field(default=None, ge=1)
+    ray_address: str | None = Field(default=None, min_length=1)
+
+    def scaling(self) -> Any:
+        """Return Ray's ScalingConfig for `num_workers`; None without it.
+
+        Raises:
+            ConfigError: Ray is missing, or an option is given that needs `num_workers`.
+        """
+        if self.num_workers is None:
+            for name in ("min_workers", "ray_address"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name}={getattr(self, name)!r} needs num_workers, such as 2.")
+            return None
+        least = self.num_workers if self.min_workers is None else self.min_workers
+        if least > self.num_workers:
+            raise ConfigError(f"min_workers={least} is above num_workers={self.num_workers}.")
+        require_ray()
+        from ray.train import ScalingConfig
+
+        number = self.num_workers if least == self.num_workers else (least, self.num_workers)
+        return ScalingConfig(num_workers=number, use_gpu=(self.device or "").startswith("cuda"))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """`konic train SCRIPT_OR_YAML`: trains the agent that a script or a YAML file defines."""
 
+import os
 import sys
 from contextlib import nullcontext
 from enum import StrEnum
@@ -22,6 +23,7 @@ class TrackerName(StrEnum):
 
 
 _FOLDER = "The run's folder"
+_WORKERS = "Several processes, through Ray"
 
 
 def train(
@@ -78,6 +80,24 @@ def train(
             rich_help_panel=_FOLDER,
         ),
     ] = False,
+    num_workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Train in this many processes; with --device cuda, each has a GPU.", min=1, rich_help_panel=_WORKERS
+        ),
+    ] = None,
+    min_workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Go on with as few as this while there is no room for more.", min=1, rich_help_panel=_WORKERS
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="host:port of a Ray cluster. Default: RAY_ADDRESS, or this machine.", rich_help_panel=_WORKERS
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per event and nothing else on standard output.")
     ] = False,
@@ -120,12 +140,21 @@ def train(
             "output": output and str(output),
             "device": device,
             "save_every": save_every,
+            "save_total_limit": save_total_limit,
+            "num_workers": num_workers,
+            "min_workers": min_workers,
+            "ray_address": ray_address,
         }
-        given["save_total_limit"] = save_total_limit
         options = job.options.with_fields({name: value for name, value in given.items() if value is not None})
-        callbacks = [printer, *trackers]
+        scaling = options.scaling()
+        if options.ray_address is not None:
+            os.environ["RAY_ADDRESS"] = options.ray_address
         engine = KonicFinetuningEngine.from_agent(
-            agent, checkpoint_dir=options.output, device=options.device, callback=callbacks
+            agent,
+            checkpoint_dir=options.output,
+            device=options.device,
+            callback=[printer, *trackers],
+            scaling=scaling,
         )
         engine.job_file = script
         result = engine.train(

@@ -16,7 +16,10 @@ _OPTIONS = (
     (r"(engine\.)?train\(([a-z_]+(?:=[^()]*)?)\)", r"\2"),
     (r"{name}(resume_from_checkpoint|allow_changes)(=True|=\.\.\.|{end})", r"--\1"),
     (r"{name}(checkpoint_dir)(=|{end})", r"--\1\2"),
-    (r"{name}(device|max_iterations|save_every|save_total_limit)=(?!\.\.\.)", r"--\1 "),
+    (
+        r"{name}(device|max_iterations|save_every|save_total_limit|num_workers|min_workers|ray_address)=(?!\.\.\.)",
+        r"--\1 ",
+    ),
     (r"{name}(max_iterations|save_every|save_total_limit)(=\.\.\.|{end})", r"--\1"),
 )
 """Arguments of the library -> options of the command line, one after the other."""
@@ -38,7 +41,7 @@ def _with_options(line: str) -> str:
     for name, option in _NAMES.items():
         line = line.replace(name, option)
     return re.sub(
-        r"--(max_iterations|save_every|save_total_limit|allow_changes)\b",
+        r"--(max_iterations|save_every|save_total_limit|allow_changes|num_workers|min_workers|ray_address)\b",
         lambda found: found[0].replace("_", "-"),
         line,
     )

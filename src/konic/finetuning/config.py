@@ -157,6 +157,9 @@ class TrainingConfig(Settings):
     models are always called."""
     reward_timeout_seconds: float | None = Field(default=None, gt=0)
     """Seconds that a worker may take for one response, or for the batch of a batch method, before it is killed."""
+    process_timeout_seconds: float = Field(default=1800.0, gt=0)
+    """Seconds that each of several processes waits for the others, before the run ends with the name of one that is
+    missing."""
     self_checks: bool = True
     """Watch the run for silent faults: a broken invariant stops it, any other finding is reported once."""
     seed: int = Field(default=0, ge=0, lt=2**63)

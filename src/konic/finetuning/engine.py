@@ -1,21 +1,24 @@
 """The engine: trains the model of an agent, evaluates it, samples from it and saves it."""
 
-import functools
+import copy
 import inspect
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, Self
 
 from konic.finetuning.agent import KonicFinetuningAgent, read_agent, with_own_configs
 from konic.finetuning.algorithms import KonicFinetuningMethodType, algorithm_of_method
+from konic.finetuning.arguments import check_counts, refuse_unknown, with_known_arguments
 from konic.finetuning.callbacks.composite import Callbacks
 from konic.finetuning.callbacks.console import KonicFinetuningCallback
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
+from konic.finetuning.cluster.connection import check_scaling
+from konic.finetuning.cluster.driver import RayTraining
 from konic.finetuning.data.prompts import Prompt, make_prompts
 from konic.finetuning.data.rows import rows_of
-from konic.finetuning.errors import ConfigError, OutputError, did_you_mean, no_attribute
+from konic.finetuning.errors import ConfigError, OutputError, no_attribute
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.models.model_kwargs import check_model_kwargs
 from konic.finetuning.results.iteration import FinetuningIterationResult
@@ -32,9 +35,6 @@ from konic.finetuning.trainer import Trainer
 from konic.output import tolerant_streams
 
 __all__ = ["FinetuningIterationResult", "FinetuningResult", "KonicFinetuningEngine"]
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _SUCCESSORS = {
     "backend": "There is one engine; TrainingConfig(algorithm=...) chooses how it learns.",
@@ -73,26 +73,6 @@ def _of_agent(part: str) -> Any:
     return property(read, write)
 
 
-def _refuse_unknown(names: Iterable[str], where: str, known: Sequence[str]) -> None:
-    """Raise ConfigError for a name that is no argument."""
-    for name in names:
-        if name not in known:
-            hint = " Here it is model_name." if name in ("base_model", "model") else did_you_mean(name, known)
-            raise ConfigError(f"{where} has no argument {name!r}.{hint} It has: {', '.join(known)}.")
-
-
-def _with_known_arguments(method: Callable[P, R]) -> Callable[P, R]:
-    """Let a method refuse an unknown argument with a ConfigError that names the known ones."""
-    known = list(inspect.signature(method).parameters)[1:]
-
-    @functools.wraps(method)
-    def call(*values: P.args, **named: P.kwargs) -> R:
-        _refuse_unknown(named, method.__name__, known)
-        return method(*values, **named)
-
-    return call
-
-
 class KonicFinetuningEngine:
     """Trains an agent's model by reinforcement learning, and samples, evaluates and saves it.
 
@@ -118,6 +98,8 @@ class KonicFinetuningEngine:
     lora_config = _of_agent("lora_config")
     training_config = _of_agent("training_config")
     generation_config = _of_agent("generation_config")
+    scaling: Any = None
+    """A ray.train.ScalingConfig: Ray starts the processes that train; None trains in this one."""
     job_file: Path | None = None
     """The script or YAML file that the agent is from, for `run.json`; set by `konic train`."""
 
@@ -136,7 +118,7 @@ class KonicFinetuningEngine:
         **unknown: Any,
     ) -> None:
         known = (*_PART_OF_AGENT, "callback", "checkpoint_dir", "device")
-        _refuse_unknown(unknown, "KonicFinetuningEngine", known)
+        refuse_unknown(unknown, "KonicFinetuningEngine", known)
         if hasattr(model_name, "get_base_model"):
             raise ConfigError("KonicFinetuningEngine takes a model's name; for an agent, use from_agent(agent).")
         for name, value in {"model_name": model_name, "reward_composer": reward_composer}.items():
@@ -148,12 +130,14 @@ class KonicFinetuningEngine:
 
     @classmethod
     def from_agent(cls, agent: Any, **options: Any) -> Self:
-        """An engine for an agent, or any object with its getters; options: checkpoint_dir, device, callback.
+        """An engine for an agent, or any object with its getters; options: checkpoint_dir, device, callback, scaling.
+
+        `scaling`, a ray.train.ScalingConfig, lets Ray start the processes that train (docs/cluster.md).
 
         A subclass with an `__init__` of its own is called with the agent's parts, by their names in this class.
         """
-        known = ("checkpoint_dir", "device", "callback")
-        _refuse_unknown(options, "from_agent", known)
+        known = ("checkpoint_dir", "device", "callback", "scaling")
+        refuse_unknown(options, "from_agent", known)
         agent = read_agent(agent)
         if cls.__init__ is not KonicFinetuningEngine.__init__:
             engine = _construct(cls, agent)
@@ -165,14 +149,24 @@ class KonicFinetuningEngine:
         return engine
 
     def _prepare(
-        self, agent: KonicFinetuningAgent, *, callback: Any = None, checkpoint_dir: Any = None, device: Any = None
+        self,
+        agent: KonicFinetuningAgent,
+        *,
+        callback: Any = None,
+        checkpoint_dir: Any = None,
+        device: Any = None,
+        scaling: Any = None,
     ) -> None:
         self.agent = agent
         self.checkpoint_dir = checkpoint_dir
         self.device = "auto" if device is None else device
         self.callback = KonicFinetuningCallback() if callback is None else callback
         check_model_kwargs(agent.get_model_kwargs())
-        pick_device(self.device)
+        self.scaling, self._ray = scaling, None if scaling is None else RayTraining(scaling)
+        if scaling is None:
+            pick_device(self.device)
+        else:
+            check_scaling(scaling, self.device, agent.get_training_config().batch_size, checkpoint_dir)
         if checkpoint_dir is not None:
             as_path(checkpoint_dir, "checkpoint_dir", OutputError)
 
@@ -214,7 +208,7 @@ class KonicFinetuningEngine:
         session.check()
         _ = session.learner
 
-    @_with_known_arguments
+    @with_known_arguments
     @standard_torch_modes()
     def train(
         self,
@@ -240,10 +234,19 @@ class KonicFinetuningEngine:
         Raises:
             KonicError: Something the user can fix. Every whole iteration before it is kept.
         """
+        if self._ray is not None:
+            return self._train_on_ray(
+                self._ray,
+                max_iterations=max_iterations,
+                save_every=save_every,
+                resume_from_checkpoint=resume_from_checkpoint,
+                save_total_limit=save_total_limit,
+                allow_changes=allow_changes,
+            )
         session = self._current_session()
         callbacks = Callbacks(self.callback if session.world.rank == 0 else KonicFinetuningCallback(verbose=False))
         with stopping_on_signals(), tolerant_streams(), session.world.telling_errors(), session.scorer:
-            _check_counts(max_iterations=max_iterations, save_every=save_every, save_total_limit=save_total_limit)
+            check_counts(max_iterations=max_iterations, save_every=save_every, save_total_limit=save_total_limit)
             session.check()
             if max_iterations == 0:
                 return session.result()
@@ -268,7 +271,20 @@ class KonicFinetuningEngine:
                     callbacks.on_train_end(final)
                     return final
 
-    @_with_known_arguments
+    def _train_on_ray(self, ray: RayTraining, **options: Any) -> FinetuningResult:
+        """Train in workers. This engine takes over their newest checkpoint when its own model is needed."""
+        check_counts(**{name: options[name] for name in ("max_iterations", "save_every", "save_total_limit")})
+        worker, callbacks = copy.copy(self), Callbacks(self.callback)
+        for name in ("callback", "checkpoint_dir", "scaling", "_ray"):
+            setattr(worker, name, None)
+        worker.agent = vars(worker).pop("_session", self._session).agent
+        if self.device == "auto":
+            worker.device = "cuda" if self.scaling.use_gpu else "cpu"
+        limit = self.training_config.process_timeout_seconds
+        with stopping_on_signals(), tolerant_streams(), callbacks.reporting_errors():
+            return ray.train(worker, callbacks, self.checkpoint_dir, options, limit)
+
+    @with_known_arguments
     @standard_torch_modes()
     @raising_on_signals()
     def evaluate(self, prompts: Sequence[Any] | None = None) -> dict[str, Any]:
@@ -289,7 +305,7 @@ class KonicFinetuningEngine:
             untrained = session.state.num_steps == 0
             return session.evaluate(chosen, session.state.reward_moments, untrained).to_dict()
 
-    @_with_known_arguments
+    @with_known_arguments
     @standard_torch_modes()
     @raising_on_signals()
     def generate(self, prompts: Sequence[Any]) -> list[str]:
@@ -303,7 +319,7 @@ class KonicFinetuningEngine:
             )
         ]
 
-    @_with_known_arguments
+    @with_known_arguments
     @standard_torch_modes()
     def save_pretrained(self, path: str | os.PathLike[str], merge: bool = False) -> None:
         """Write the model, tokenizer and a model card into a folder that PEFT and `transformers` load.
@@ -321,6 +337,8 @@ class KonicFinetuningEngine:
         """The session, with the attributes of the engine as they are set now."""
         self._session.device, self._session.checkpoint_dir = self.device, self.checkpoint_dir
         self._session.job_file = self.job_file
+        if self._ray is not None:
+            self._session.adopt(self._ray.checkpoint)
         return self._session
 
     def _make_prompts(self, prompts: Sequence[Any], where: str) -> list[Prompt]:
@@ -342,11 +360,3 @@ def _construct(kind: Any, agent: KonicFinetuningAgent) -> Any:
             f"but its __init__ does not fit: {error}. Give it **parts, and pass them on: super().__init__(**parts)."
         ) from None
     return kind(**parts)
-
-
-def _check_counts(max_iterations: Any, **others: Any) -> None:
-    for name, value in {"max_iterations": max_iterations, **others}.items():
-        least = 1 if name == "save_total_limit" else 0
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        if not is_count and (value is not None or name == "max_iterations"):
-            raise ConfigError(f"train({name}={value!r}): it must be a whole number of at least {least}.")

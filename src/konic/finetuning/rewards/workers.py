@@ -12,14 +12,12 @@ import multiprocessing
 import os
 import signal
 import sys
-import sysconfig
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, spawn
 from multiprocessing.context import SpawnContext, SpawnProcess
-from types import ModuleType
 from typing import Any
 
 import cloudpickle
@@ -32,6 +30,7 @@ from konic.finetuning.rewards.composer import KonicLLMRewardComposer, without_mo
 from konic.finetuning.rewards.listing import list_rewards
 from konic.finetuning.rewards.outcomes import Fault, Outcome, Reward, timeout_fault
 from konic.finetuning.rewards.signatures import requested_columns
+from konic.finetuning.system.pickling import pickled_by_value
 from konic.output import tolerate_broken_streams
 from konic.text import describe_error
 
@@ -252,32 +251,14 @@ def _pickled(composer: KonicLLMRewardComposer) -> bytes:
     bare = without_models(composer)
     functions = [reward.call for reward in list_rewards(bare)]
     names = {getattr(thing, "__module__", None) for thing in (*type(bare).__mro__, *functions)}
-    modules = [sys.modules[name] for name in names if name in sys.modules and _is_the_users(sys.modules[name])]
-    for module in modules:
-        cloudpickle.register_pickle_by_value(module)
     try:
-        return cloudpickle.dumps(bare)
+        return pickled_by_value(bare, [sys.modules[name] for name in names if name in sys.modules])
     except Exception as error:
         raise RewardError(
             f"reward_workers: {type(composer).__name__} cannot be sent to worker processes: "
             f"{describe_error(error)}. If a method or attribute holds something open (a lock, a file, a connection), "
             "open it inside the reward instead, or set reward_workers=0."
         ) from safe_cause(error)
-    finally:
-        for module in modules:
-            cloudpickle.unregister_pickle_by_value(module)
-
-
-def _is_the_users(module: ModuleType) -> bool:
-    """True for a module of the user's own, which is not installed and not part of konic.
-
-    Its code is sent by value, so a worker does not have to find the module.
-    """
-    file = getattr(module, "__file__", None)
-    if module.__name__ == "__main__" or module.__name__.split(".")[0] == "konic" or file is None:
-        return False
-    installed = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return not any(os.path.abspath(file).startswith(folder + os.sep) for folder in installed)
 
 
 _PR_SET_PDEATHSIG = 1

@@ -46,7 +46,7 @@ class Session:
 
     def __init__(self, agent: KonicFinetuningAgent) -> None:
         self.agent = agent
-        self.world = find_world()
+        self.world = find_world(agent.get_training_config().process_timeout_seconds)
         self.scorer = Scorer(agent.get_reward_composer(), agent.get_training_config(), self.world)
         self.state = TrainerState()
         self.weights_are_whole = True
@@ -59,6 +59,7 @@ class Session:
         self._prompts_sha256: str | None = None
         self._folder: RunFolder | None = None
         self._folder_named: str | os.PathLike[str] | None = None
+        self._adopted: Path | None = None
 
     @property
     def training(self) -> TrainingConfig:
@@ -155,6 +156,22 @@ class Session:
         evaluation = self.evaluate(self.prompts.held_out, moments, untrained=iterations_done == 0)
         self.folder.write_evaluation(iterations_done, evaluation)
         return evaluation
+
+    def adopt(self, checkpoint: Path | None) -> None:
+        """Take over, once, the weights and the state of a checkpoint that workers of this run wrote.
+
+        Raises:
+            OutputError: It is not on this machine.
+        """
+        if checkpoint is None or checkpoint == self._adopted:
+            return
+        if not checkpoint.is_dir():
+            raise OutputError(
+                f"{checkpoint}: the workers wrote it where this machine does not see it. Name a checkpoint_dir on "
+                "storage that all share, or use the model there."
+            )
+        self.state = load_checkpoint(checkpoint, self.learner.policy, self.learner.optimizer)
+        self._adopted = checkpoint
 
     def check(self) -> None:
         """Check everything that can be checked before the model is loaded.

@@ -23,14 +23,11 @@ from konic.finetuning.errors import ConfigError, KonicError, TrainingError, safe
 from konic.output import get_logger
 from konic.text import describe_error
 
-LIMIT_SECONDS = 1800.0
-"""Seconds that a process waits for the others before it says which of them is missing."""
-
 
 class Group:
     """The processes of a `torch.distributed` group, of which this is one."""
 
-    def __init__(self, limit_seconds: float = LIMIT_SECONDS) -> None:
+    def __init__(self, limit_seconds: float) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._limit = datetime.timedelta(seconds=limit_seconds)
         self._talk = dist.new_group(backend="gloo", timeout=self._limit)
@@ -39,7 +36,7 @@ class Group:
             get_logger("konic").setLevel(logging.ERROR)  # the first process warns for all
 
     @classmethod
-    def joined(cls) -> "Group":
+    def joined(cls, limit_seconds: float) -> "Group":
         """Return the group, joined as the environment says that `torchrun` sets, if it is not joined yet.
 
         Raises:
@@ -60,7 +57,7 @@ class Group:
                 raise ConfigError(
                     f"The processes of this run cannot be joined at {where}: {describe_error(error)}"
                 ) from safe_cause(error)
-        return cls()
+        return cls(limit_seconds)
 
     def own_rows(self, count: int) -> range:
         """Parts in order, as equal as they can be."""
@@ -80,7 +77,8 @@ class Group:
         for kind in dict.fromkeys(tensor.dtype for tensor in tensors):
             same = [tensor for tensor in tensors if tensor.dtype == kind]
             flat = torch.cat([tensor.flatten() for tensor in same])
-            dist.all_reduce(flat)
+            with self._naming_the_lost():
+                dist.all_reduce(flat)
             for tensor, total in zip(same, torch.split(flat, [tensor.numel() for tensor in same]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
@@ -108,7 +106,7 @@ class Group:
             raise
 
     def _exchange(self, payload: bytes) -> list[bytes]:
-        try:
+        with self._naming_the_lost():
             if self.size > 1:
                 dist.monitored_barrier(self._talk, self._limit, wait_all_ranks=True)
             sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
@@ -117,12 +115,17 @@ class Group:
             own = torch.frombuffer(bytearray(payload.ljust(longest, b"\0")), dtype=torch.uint8)
             received = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
             dist.all_gather(received, own, group=self._talk)
+        return [bytes(part[: int(size)].numpy()) for part, size in zip(received, sizes, strict=True)]
+
+    @contextmanager
+    def _naming_the_lost(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             raise ProcessLostError(
                 f"Process {self.rank} of {self.size} on {socket.gethostname()} has lost another process of this run, "
                 f"which ended, or did not answer for {self._limit.total_seconds():g} s: {describe_error(error)}"
             ) from safe_cause(error)
-        return [bytes(part[: int(size)].numpy()) for part, size in zip(received, sizes, strict=True)]
 
 
 class ProcessLostError(TrainingError):

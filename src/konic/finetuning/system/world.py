@@ -74,15 +74,19 @@ class Alone:
 ALONE = Alone()
 
 
-def find_world() -> World:
-    """Return the processes that this one was started with, by Ray Train or torchrun, or itself alone."""
+def find_world(limit_seconds: float) -> World:
+    """Return the processes that this one was started with, by Ray Train or torchrun, or itself alone.
+
+    Args:
+        limit_seconds: Seconds that a process waits for the others before it says which of them is missing.
+    """
     distributed = sys.modules.get("torch.distributed")
     has_group = distributed is not None and distributed.is_available() and distributed.is_initialized()
     if not has_group and os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         return ALONE
     from konic.finetuning.system.group import Group
 
-    return Group.joined()
+    return Group.joined(limit_seconds)
 
 
 def from_first(world: World, value: Any) -> Any:

@@ -1,0 +1,216 @@
+"""A ScalingConfig -> Ray with room for it: the cluster that is named, or one for this process alone, on loopback."""
+
+import importlib.util
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import konic
+from konic.finetuning.errors import ConfigError, safe_cause
+from konic.text import describe_error
+
+_CONNECT_SECONDS = 10.0
+_OBJECT_STORE_BYTES = 100 * 2**20
+"""Weights do not pass through it: results and messages are small."""
+_PROBE_SECONDS = 120.0
+
+
+def require_ray() -> None:
+    """Raise ConfigError where Ray Train is not installed."""
+    if importlib.util.find_spec("ray") is None or importlib.util.find_spec("tensorboardX") is None:
+        raise ConfigError("Training with several workers needs Ray: pip install 'konic[ray]'.")
+
+
+def check_scaling(scaling: Any, device: str, batch_size: int, folder: Any) -> None:
+    """Check what can be checked without Ray running.
+
+    Raises:
+        ConfigError: It is no ScalingConfig, or does not go with the device, the batch or the run's folder.
+    """
+    require_ray()
+    if "://" in str(folder):
+        raise ConfigError(
+            f"checkpoint_dir={str(folder)!r}: it must be a folder that every worker sees. Mount the storage, and give "
+            "its path."
+        )
+    from ray.train import ScalingConfig
+
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise ConfigError("scaling lets Ray start the processes: start the script without torchrun, or leave it out.")
+    if not isinstance(scaling, ScalingConfig):
+        raise ConfigError(f"scaling must be a ray.train.ScalingConfig, got {scaling!r:.200}.")
+    if scaling.min_workers < 1:
+        raise ConfigError(f"scaling: num_workers={scaling.num_workers}, and there must be at least 1.")
+    if scaling.max_workers > batch_size:
+        raise ConfigError(
+            f"TrainingConfig: batch_size={batch_size} is fewer responses than num_workers={scaling.num_workers}. "
+            "Raise it, or ask for fewer workers."
+        )
+    wanted = device.partition(":")[0]
+    if wanted == "cuda" and not scaling.use_gpu:
+        raise ConfigError(f"device={device!r} needs workers that have a GPU: ScalingConfig(use_gpu=True).")
+    if wanted not in ("auto", "cuda") and scaling.use_gpu:
+        raise ConfigError(f"ScalingConfig(use_gpu=True) keeps GPUs that device={device!r} would not use.")
+
+
+@contextmanager
+def connected(scaling: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the module `ray`, connected, and the ScalingConfig with resources for every worker.
+
+    That is the cluster that this process is connected to, or that of RAY_ADDRESS; without either, a new one with the
+    CPUs of this machine, which nobody else can reach and which ends with the block.
+
+    Raises:
+        ConfigError: There is no Ray at the address, or none of this version, or it has no room for the workers.
+    """
+    import ray
+
+    if ray.is_initialized():
+        _require_room(ray, scaling)
+        yield ray, scaling
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
+        _connect(ray, address)
+        try:
+            _require_room(ray, scaling)
+            yield ray, scaling
+        finally:
+            ray.shutdown()
+        return
+    with _embedded(ray, scaling.max_workers):
+        own = scaling
+        if scaling.resources_per_worker is None:  # each worker gets as many threads as it has CPUs
+            share = max(1, (os.cpu_count() or 1) // scaling.max_workers)
+            own = replace(scaling, resources_per_worker={"CPU": share} | ({"GPU": 1} if scaling.use_gpu else {}))
+        _require_room(ray, own)
+        yield ray, own
+
+
+def _connect(ray: Any, address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if "://" in address:
+        raise ConfigError(
+            f"Ray address {address!r}: give host:port of the cluster's head, from a machine of the cluster. From "
+            f"elsewhere, `ray job submit --address {address} -- konic train ...` starts the command there."
+        )
+    if address != "auto":
+        if not host or not port.isdigit():
+            raise ConfigError(f"Ray address {address!r}: give host:port of the cluster's head, such as 10.0.0.1:6379.")
+        try:
+            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+        except OSError as error:
+            raise ConfigError(
+                f"Ray address {address!r}: nothing answers there ({describe_error(error)}). `ray start --head` prints "
+                "the address of a cluster."
+            ) from None
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        raise ConfigError(
+            f"Ray address {address!r}: this process cannot join the cluster: {describe_error(error)}"
+        ) from safe_cause(error)
+
+
+@contextmanager
+def _embedded(ray: Any, num_workers: int) -> Iterator[None]:
+    """Within it a Ray runs on this machine: it listens on loopback only, to the holder of a token."""
+    from ray._private import ray_constants
+
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray asks for one, and would keep its own in a file
+    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray's own switch; it has no setting for Linux
+    folder = tempfile.mkdtemp(prefix="konic-ray-")
+    was_cluster, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        with _environment(loopback):
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, num_workers),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=os.path.join(folder, "ray"),  # Ray opens it to everybody, and `folder` is ours alone
+            )
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = was_cluster
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _require_room(ray: Any, scaling: Any) -> None:
+    """Raise ConfigError if the nodes lack what the workers need, and no autoscaler can add any."""
+    from ray._private.state import state
+
+    per_worker = scaling._resources_per_worker_not_none
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(node.get(name, 0) // amount) for name, amount in per_worker.items() if amount) for node in nodes)
+    if room < scaling.min_workers and not state.get_max_resources_from_cluster_config():
+        needs = ", ".join(f"{amount:g} {name}" for name, amount in per_worker.items())
+        raise ConfigError(
+            f"num_workers={scaling.num_workers}: each worker takes {needs}, and this Ray of {len(nodes)} nodes has "
+            f"room for {room}. Ask for fewer workers or resources, or add nodes."
+        )
+
+
+def require_equal_nodes(ray: Any, scaling: Any) -> None:
+    """Check that every node which can take a worker has this konic.
+
+    Raises:
+        ConfigError: One has another version, or none; the message names the node.
+    """
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def found() -> tuple[str, str]:  # sent by value: the node may have no konic
+        import socket
+
+        try:
+            import konic
+
+            return socket.gethostname(), f"konic {konic.__version__}"
+        except ImportError:
+            return socket.gethostname(), "no konic"
+
+    per_worker, task = scaling._resources_per_worker_not_none, ray.remote(num_cpus=0, max_retries=0)(found)
+    nodes = [
+        node
+        for node in ray.nodes()
+        if node["Alive"] and all(node["Resources"].get(name, 0) >= amount for name, amount in per_worker.items())
+    ]
+    affinities = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    answers = [task.options(scheduling_strategy=affinity).remote() for affinity in affinities]
+    for node, answer in zip(nodes, answers, strict=True):
+        where = f"Node {node['NodeManagerAddress']}"
+        try:
+            host, version = ray.get(answer, timeout=_PROBE_SECONDS)
+        except Exception as error:
+            raise ConfigError(f"{where} cannot start a worker: {describe_error(error)}") from safe_cause(error)
+        if version != f"konic {konic.__version__}":
+            raise ConfigError(
+                f"{where} ({host}) has {version}, and this process has konic {konic.__version__}. Install the same "
+                "version on every node."
+            )

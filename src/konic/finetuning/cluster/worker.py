@@ -1,0 +1,141 @@
+"""A pickled engine -> its training, in one of the workers that Ray Train has started as a process group."""
+
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+from filelock import FileLock, Timeout
+
+import konic
+from konic.finetuning.cluster.mailbox import Line, Reporter
+from konic.finetuning.errors import ConfigError, KonicError, OutputError, TrainingError, safe_cause
+from konic.finetuning.results.summary import FinetuningResult
+from konic.finetuning.system.group import ProcessLostError
+from konic.finetuning.system.world import World, find_world, from_first
+from konic.text import describe_error, indented
+
+_LOCK_SECONDS = 60.0
+"""How long a worker that takes over waits for the end of the process that it replaces."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker gets."""
+
+    engine: bytes
+    """The engine, pickled by value."""
+    folder: str
+    """The run's folder."""
+    options: Mapping[str, Any]
+    """Arguments of `engine.train`."""
+    current_folder: str
+    """That of the driver: relative paths mean the same in the workers, where they have such a folder."""
+    limit_seconds: float
+    """Seconds to wait for another worker."""
+    version: str = konic.__version__
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the training ended: with a result or an error; with neither, it was interrupted."""
+
+    result: FinetuningResult | None = None
+    error: KonicError | None = None
+
+
+def work(job: Job, mailbox: Any) -> Outcome:
+    """Train, and return what came of it. An error is an outcome too, because Ray Train would retry it.
+
+    Raises:
+        ProcessLostError: Another worker is gone: Ray Train then starts all of them again.
+    """
+    line = Line(mailbox)
+    line.take_over_output()
+    try:
+        return _outcome(job, line)
+    finally:
+        with suppress(Exception):  # the driver may be gone
+            line.flush()
+
+
+def _outcome(job: Job, line: Line) -> Outcome:
+    world = find_world(job.limit_seconds)
+    try:
+        with world.telling_errors():
+            engine = _loaded(job)
+            options = dict(job.options)
+            options |= from_first(world, line.ask("on_attempt", world.size) if world.rank == 0 else None)
+            if any(message["host"] != socket.gethostname() for message in world.gather({"host": socket.gethostname()})):
+                _require_shared(Path(job.folder), world)
+            if world.rank == 0:
+                _wait_for_lock(Path(job.folder))
+        engine.callback = Reporter(line)
+        return Outcome(engine.train(**options))
+    except ProcessLostError:
+        raise
+    except KeyboardInterrupt:
+        return Outcome()
+    except KonicError as error:
+        return Outcome(error=_located(error, world))
+    except Exception as error:
+        lines = indented(traceback.format_exc().rstrip().split("\n"))
+        return Outcome(error=_located(TrainingError(describe_error(error), *lines), world))
+
+
+def _loaded(job: Job) -> Any:
+    if job.version != konic.__version__:
+        raise ConfigError(
+            f"this node has konic {konic.__version__}, and the training was started by konic {job.version}. Install "
+            "the same version on every node."
+        )
+    with suppress(OSError):
+        os.chdir(job.current_folder)
+    try:
+        return cloudpickle.loads(job.engine)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"this node has no module {error.name!r}, which the agent uses. Install it on every node, or put it beside "
+            "the script, whose own modules are sent along."
+        ) from None
+    except Exception as error:
+        raise ConfigError(f"the agent cannot be loaded on this node: {describe_error(error)}") from safe_cause(error)
+
+
+def _require_shared(folder: Path, world: World) -> None:
+    """Raise OutputError on a worker that cannot write the run's folder, or does not see what the others write there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".worker-") as own:
+            names = [message["name"] for message in world.gather({"name": os.path.basename(own.name)})]
+            missing = [rank for rank, name in enumerate(names) if not (folder / name).exists()]
+            world.gather({})  # every worker has looked
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written here: {describe_error(error)}.") from None
+    if missing:
+        raise OutputError(
+            f"{folder}: this node does not see what process {missing[0]} writes there. Name a checkpoint_dir on "
+            "storage that all nodes share."
+        )
+
+
+def _wait_for_lock(folder: Path) -> None:
+    """Wait for the end of a process of the same run that was killed; another run's lock is an error later."""
+    if (folder / ".lock").exists():
+        with suppress(Timeout, OSError), FileLock(folder / ".lock").acquire(timeout=_LOCK_SECONDS):
+            pass
+
+
+def _located(error: KonicError, world: World) -> KonicError:
+    """Return an error with the process and host where it arose, unless another process told it."""
+    first, *more = error.args or ("",)
+    if first.startswith("In process "):
+        return error
+    where = f"In process {world.rank} of {world.size} on {socket.gethostname()}: "
+    return type(error)(where + first, *more)

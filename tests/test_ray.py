@@ -1,0 +1,187 @@
+"""The same training on Ray Train: one cluster on loopback for the module. Longer ones: `make cluster`."""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytest.importorskip("ray")
+
+import ray
+from ray.train import ScalingConfig
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from command import konic_here, script
+from conftest import byte_tokenizer, tiny_model
+from konic.finetuning import ConfigError, KonicFinetuningCallback, KonicFinetuningEngine, RewardError
+from konic.finetuning.cluster import connection
+from ray_job import Rewards, make_agent
+from test_processes import same
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, of many kinds
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("gpt2").save_pretrained(folder)
+    byte_tokenizer("gpt2").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray of its own for this module; trainings join it."""
+    before = dict(os.environ)
+    os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+    with connection._embedded(ray, num_workers=2):
+        yield ray
+    os.environ.clear()
+    os.environ.update(before)
+
+
+class Watching(KonicFinetuningCallback):
+    """Remembers the events, in the process that started the training."""
+
+    def __init__(self):
+        super().__init__()
+        self.events, self.process = [], os.getpid()
+
+    def on_iteration_end(self, result):
+        assert os.getpid() == self.process
+        self.events.append(result.iteration)
+        super().on_iteration_end(result)
+
+
+def train(model, run, rewards, scaling=None, callback=None):
+    engine = KonicFinetuningEngine.from_agent(
+        make_agent(model, rewards),
+        checkpoint_dir=run,
+        scaling=scaling,
+        device="cpu",
+        callback=callback or KonicFinetuningCallback(verbose=False),
+    )
+    return engine, engine.train(4, save_every=1)
+
+
+def test_a_killed_worker_is_replaced_and_the_run_is_that_of_one_process(cluster, model, tmp_path, capsys, caplog):
+    one_engine, one = train(model, tmp_path / "one", Rewards())
+    capsys.readouterr()
+    seen = Watching()
+    workers = ScalingConfig(num_workers=2)
+    engine, two = train(model, tmp_path / "two", Rewards("killed", tmp_path / "marker"), workers, seen)
+    assert (tmp_path / "marker").exists()
+    same([each.to_dict() for each in one.history], [each.to_dict() for each in two.history])
+    names = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (tmp_path / "one", tmp_path / "two")]
+    assert names[0] == names[1]
+    assert two.model_path == str(tmp_path / "two" / "final")
+
+    assert seen.events == [1, 2, 3, 4]  # though the third was begun twice
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:11] for line in lines if line.startswith("[Iter")] == [f"[Iter    {n}]" for n in (1, 2, 3, 4)]
+    assert sum("Starting RLHF Training" in line for line in lines) == 1
+    assert any("A worker was lost" in record.message and "1 of 3" in record.message for record in caplog.records)
+
+    prompts = ["ab", "why not"]
+    assert engine.generate(prompts) == one_engine.generate(prompts)
+    assert engine.evaluate(prompts)["rewards"] == pytest.approx(one_engine.evaluate(prompts)["rewards"], abs=1e-9)
+
+
+def test_an_error_of_one_worker_is_raised_here_with_its_name_and_is_not_tried_again(cluster, model, tmp_path):
+    with pytest.raises(RewardError) as caught:
+        train(model, tmp_path / "run", Rewards("error"), ScalingConfig(num_workers=2))
+    what = "Reward 'vowels' raised ValueError: no such word"
+    assert str(caught.value).startswith(f"In process 1 of 2 on {socket.gethostname()}: {what}")
+
+
+def test_ray_listens_on_loopback_alone_and_keeps_its_files_to_the_user(cluster):
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listening = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            listening += [c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert listening
+    assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+    folder = Path(ray._private.worker._global_node.get_session_dir_path()).parents[1]
+    assert folder.stat().st_mode & 0o077 == 0
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("scaling", "options", "message"),
+    [
+        ({"num_workers": 0}, {}, "num_workers=0, and there must be at least 1"),
+        ({"num_workers": 13}, {}, "batch_size=12 is fewer responses than num_workers=13"),
+        ({"num_workers": 2}, {"device": "cuda"}, "ScalingConfig\\(use_gpu=True\\)"),
+        ({"num_workers": 2, "use_gpu": True}, {"device": "cpu"}, "would not use"),
+        ({"num_workers": 2}, {"checkpoint_dir": "s3://bucket/run"}, "s3://bucket/run.*a folder"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_ray_starts(model, scaling, options, message):
+    with pytest.raises(ConfigError, match=message):
+        KonicFinetuningEngine.from_agent(make_agent(model, Rewards()), scaling=ScalingConfig(**scaling), **options)
+
+
+def test_workers_for_which_there_is_no_room_are_refused(cluster, model, tmp_path):
+    for resources in ({"GPU": 1}, {"CPU": 1000}):
+        scaling = ScalingConfig(num_workers=2, resources_per_worker=resources, use_gpu="GPU" in resources)
+        engine = KonicFinetuningEngine.from_agent(make_agent(model, Rewards()), scaling=scaling)
+        with pytest.raises(ConfigError, match="has room for 0"):
+            engine.train(1)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("ray://head:10001", "give host:port.*ray job submit"),
+        ("head", "give host:port"),
+        ("127.0.0.1:9", "nothing answers there"),
+    ],
+)
+def test_an_address_where_no_ray_is_is_one_error(address, message):
+    with pytest.raises(ConfigError, match=message):
+        connection._connect(ray, address)
+
+
+def test_another_konic_on_a_node_is_named(cluster, monkeypatch):
+    monkeypatch.setattr(connection.konic, "__version__", "9.9")
+    with pytest.raises(ConfigError, match=r"Node 127\.0\.0\.1 \(.*\) has konic .*, and this process has konic 9\.9"):
+        connection.require_equal_nodes(ray, ScalingConfig(num_workers=2))
+
+
+def test_the_extra_is_named_where_ray_is_missing(model, monkeypatch):
+    monkeypatch.setattr(connection.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'konic\[ray\]'"):
+        KonicFinetuningEngine.from_agent(make_agent(model, Rewards()), scaling=object())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--min-workers", "2"], "--min-workers 2 needs"),
+        (["--ray-address", "x:1"], "--ray-address 'x:1' needs"),
+        (["--num-workers", "2", "--min-workers", "3"], "--min-workers 3 is above"),
+        (["--num-workers", "2", "--ray-address", "127.0.0.1:9"], "nothing answers there"),
+    ],
+)
+def test_options_of_the_command_that_do_not_fit_are_one_error(tmp_path, model, monkeypatch, options, message):
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    job = script(
+        tmp_path,
+        f"""
+        from ray_job import Rewards, make_agent
+        agent = make_agent({str(model)!r}, Rewards())
+        """,
+    )
+    done = konic_here("train", job, "--output", tmp_path / "run", *options)
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
+    assert json.dumps(done.stdout) == '""'
