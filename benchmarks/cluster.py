@@ -173,10 +173,11 @@ def two_nodes(folder):
         for more in (heads, ["--address", f"127.0.0.1:{port}"]):
             started.append(
                 subprocess.Popen(
-                    [*ray_command, *more, *common], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                    [*ray_command, *more, *common], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
                 )
             )
-            time.sleep(10)
+            said = next((line for line in started[-1].stdout if "runtime started" in line), None)
+            assert said, f"ray start {more} failed"
         yield f"127.0.0.1:{port}", started[1]
     finally:
         for process in started[::-1]:
@@ -204,40 +205,39 @@ def on_two_nodes(folder, model):
 
 def main():
     count, output = int(sys.argv[1]), Path(sys.argv[2])
+    cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("ray", "torch", "transformers", "peft"))
+    lines = [
+        "# Trainings on Ray that are disturbed", "",
+        f"Made by `make cluster` on {cpu.partition(':')[2].strip() or platform.machine()}, 2 workers; "
+        f"Python {platform.python_version()}, {versions}. A tiny GPT-2 in float64, {ITERATIONS} iterations.", "",
+        "| what | result |", "|---|---|",
+    ]  # fmt: skip
+
+    def row(what, result):
+        lines.append(f"| {what} | {result} |")
+        print(lines[-1], flush=True)
+        output.write_text("\n".join(lines) + "\n")
+
     with tempfile.TemporaryDirectory() as temp:
         folder = Path(temp)
         model = folder / "model"
         tiny_model("gpt2").save_pretrained(model)
         byte_tokenizer("gpt2").save_pretrained(model)
-        rows = []
-
-        def row(what, result):
-            rows.append(f"| {what} | {result} |")
-            print(rows[-1], flush=True)
-
-        lines = on_two_nodes(folder, model)
-        row("two `ray start` nodes on one machine, a worker on each", f"trained: {lines} of 4 iterations reported")
+        with connection._embedded(ray, 2):
+            seconds, line = user_error(folder, model)
+            row("a reward raises on one worker", f"ended after {seconds:.0f} s, the start included: “{line}”")
+            equal, wrong = random_kills(folder, model, count)
+        row("a worker is killed (SIGKILL) at a random moment", f"{equal} of {count} runs equal bit for bit")
+        for problem in wrong:
+            row("", problem)
         seconds, line = hung(folder, model)
         row("a worker hangs, `process_timeout_seconds=5`", f"started again, finished in {seconds:.0f} s: “{line}”")
         processes, seconds = dead_driver(folder, model)
         row("the driver is killed (SIGKILL)", f"all its {processes} processes have ended after {seconds:.1f} s")
         row("Ctrl-C", f"saved and ended after {interrupted(folder, model):.1f} s")
-        with connection._embedded(ray, 2):
-            seconds, line = user_error(folder, model)
-            row("a reward raises on one worker", f"ended after {seconds:.0f} s, its start included: “{line}”")
-            equal, wrong = random_kills(folder, model, count)
-        row("a worker is killed (SIGKILL) at a random moment", f"{equal} of {count} runs equal bit for bit")
-        rows += wrong
-    cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
-    versions = ", ".join(f"{name} {version(name)}" for name in ("ray", "torch", "transformers", "peft"))
-    output.write_text(
-        "\n".join([
-            "# Trainings on Ray that are disturbed", "",
-            f"Made by `make cluster` on {cpu.partition(':')[2].strip() or platform.machine()}, 2 workers; "
-            f"Python {platform.python_version()}, {versions}. A tiny GPT-2 in float64, {ITERATIONS} iterations.", "",
-            "| what | result |", "|---|---|", *rows,
-        ]) + "\n"
-    )  # fmt: skip
+        printed = on_two_nodes(folder, model)
+        row("two `ray start` nodes on one machine, a worker on each", f"trained: {printed} of 4 iterations reported")
     sys.exit(bool(wrong))
 
 

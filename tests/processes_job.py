@@ -6,6 +6,7 @@ python processes_job.py MODEL FOLDER CASE ...
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from konic.finetuning import (
@@ -37,6 +38,7 @@ CASES = {name: {"algorithm": name} for name in ALGORITHMS} | {
     "error": {},
     "interrupted": {},
     "killed": {},
+    "hung": {"process_timeout_seconds": 2},
 }
 PROMPTS = ["ab", "the film was", "x", "why not", "no", "go on then", "a", "and so it goes"]
 
@@ -55,7 +57,8 @@ class Rewards(KonicLLMRewardComposer):
         if RANK == 1 and self.case == "interrupted":
             self.case = "interrupted once"
             raise KeyboardInterrupt
-        if RANK == 1 and self.case == "killed":
+        if RANK == 1 and self.case in ("killed", "hung"):
+            time.sleep(6 if self.case == "hung" else 0)
             os._exit(9)
         return sum(letter in "aeiou" for letter in response) / 4 if len(response) % 5 else 0.0
 

@@ -145,6 +145,14 @@ def test_a_process_that_is_killed_ends_the_others(wrong):
     assert kind == "ProcessLostError" and what.startswith("Process 0 of 2") and "has lost another process" in what
 
 
+def test_a_process_that_hangs_is_named_after_the_limit(model, tmp_path):
+    codes, errors = run(model, tmp_path, 2, "hung")
+    assert codes == [0, 9], errors
+    kind, what = told(tmp_path, "hung")["error"]
+    assert kind == "ProcessLostError" and "did not answer for 2 s" in what
+    assert re.search(r"[Rr]anks? 1\b", what), what
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [
