@@ -122,6 +122,7 @@ def run_user_code(script: Path, function: Any, *values: Any) -> Any:
     except SystemExit:
         raise ConfigError(f"{script}: called sys.exit() while it was loaded; it must only define its agent.") from None
     except Exception as error:
-        own = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename][1:]
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
         lines = "".join(traceback.format_list(own) + traceback.format_exception_only(error)).rstrip().split("\n")
         raise ConfigError(f"{script}: raised {type(error).__name__} while it was loaded:", *indented(lines)) from None
