@@ -143,7 +143,7 @@ def _to_add(file: Sent) -> CommitOperationAdd:
     """Return what the Hub's client sends: it has read the file by then, and the Hub compares what arrives with that."""
     operation = CommitOperationAdd(file.name, file.content)
     if operation.upload_info.sha256 != file.sha256:
-        raise OutputError(f"{file.content}: has changed since it was looked at. Nothing was sent. Export again.")
+        raise OutputError(f"{file.name}: has changed since it was looked at. Nothing was sent. Export again.")
     return operation
 
 
