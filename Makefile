@@ -113,6 +113,10 @@ cluster: $(READY)
 	@$(PIP) install --require-hashes --no-deps -r .ci/ray.lock
 	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/cluster.py $(KILLS) benchmarks/results/cluster.md
 
+# Memory of each process with divided weights, against whole ones.
+sharding: $(READY)
+	@$(BIN)/python -W ignore benchmarks/sharding.py
+
 # Damaged input for every reader, for a fixed time.
 FUZZ_SECONDS ?= 600
 fuzz: $(READY)

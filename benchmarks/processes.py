@@ -11,17 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from conftest import byte_tokenizer, tiny_model
 from konic.finetuning.algorithms import ALGORITHMS
-from test_processes import VARIANTS, difference, run, told
+from test_processes import MORE_SHARDED, OF_LLAMA, SHARDED, VARIANTS, difference, run, save_models, told
 
-CASES = [*ALGORITHMS, *VARIANTS]
+CASES = [*ALGORITHMS, *VARIANTS, *SHARDED, *MORE_SHARDED, *OF_LLAMA]
 SIZES = (2, 4)
 
 with tempfile.TemporaryDirectory() as temp:
     folder = Path(temp)
-    tiny_model("gpt2").save_pretrained(folder / "model")
-    byte_tokenizer("gpt2").save_pretrained(folder / "model")
+    save_models(folder / "model")
     for size in (1, *SIZES):
         codes, errors = run(folder / "model", folder / str(size), size, *CASES, seconds=3000)
         assert codes == [0] * size, errors
@@ -43,7 +41,8 @@ Path(sys.argv[1]).write_text(
         f"{versions}; gloo.", "",
         "Three iterations of 12 responses (5 in `uneven`) on a tiny GPT-2 in float64. Each number is the largest "
         "difference of", "any trained weight, metric, response or evaluated reward between one process and any of "
-        "several.", "",
+        "several. `sharded` divides", "the weights among several, and not in one. The norms of Llama compute in fp32.",
+        "",
         "| case | " + " | ".join(f"{size} processes" for size in SIZES) + " |", "|---" * (1 + len(SIZES)) + "|", *rows,
     ]) + "\n"
 )  # fmt: skip

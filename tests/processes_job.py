@@ -35,10 +35,30 @@ CASES = {name: {"algorithm": name} for name in ALGORITHMS} | {
     "normalised": {},
     "other settings": {"learning_rate": 1e-2 * (1 + RANK)},
     "too many": {"batch_size": 1},
+    "alone": {"sharding": "fsdp"},
     "error": {},
     "interrupted": {},
     "killed": {},
     "hung": {"process_timeout_seconds": 2},
+}
+WHOLE = {"sharding": "fsdp", "sharded_sampling": False, "gradient_accumulation_steps": 5}
+IN_STEP = {"sharding": "fsdp", "sharded_sampling": True, "gradient_accumulation_steps": 5}
+FULL = {"lora_config": None, "learning_rate": 1e-3}
+CASES |= {
+    "sharded ppo": WHOLE,
+    "sharded grpo": IN_STEP | {"algorithm": "grpo", "gradient_checkpointing": True},
+    "sharded full": WHOLE | FULL | {"num_minibatches": 3, "gradient_accumulation_steps": 2},
+    "sharded full grpo": IN_STEP | FULL | {"algorithm": "grpo", "kl_target": 0.5, "kl_placement": "loss"},
+    "sharded ppo in step": IN_STEP,
+    "sharded grpo whole": WHOLE | {"algorithm": "grpo", "kl_placement": "loss"},
+    "sharded full in step": IN_STEP | FULL | {"gradient_checkpointing": True},
+    "sharded full grpo whole": WHOLE | FULL | {"algorithm": "grpo"},
+    "sharded uneven": IN_STEP | {"batch_size": 5, "gradient_accumulation_steps": 2},
+    "sharded llama": IN_STEP | {"algorithm": "grpo", "num_minibatches": 2},
+    "sharded llama full": WHOLE | FULL,
+    "sharded value warm-up": IN_STEP | FULL | {"value_warmup_iterations": 2},
+    "sharded not finite": IN_STEP,
+    "sharded killed": IN_STEP,
 }
 PROMPTS = ["ab", "the film was", "x", "why not", "no", "go on then", "a", "and so it goes"]
 
@@ -73,9 +93,25 @@ class Bare(Rewards):
         return super().vowels(prompt, response)
 
 
+def disturb(model, case):
+    """Let the second process fail in its first pass of an update, for which the first one waits."""
+    usual = model.response_hidden
+
+    def response_hidden(*given):
+        hidden = usual(*given)
+        if case == "sharded killed" and hidden.requires_grad:
+            os._exit(9)
+        return hidden * float("nan") if hidden.requires_grad else hidden
+
+    model.response_hidden = response_hidden
+
+
 def train(model, folder, case, iterations=3, **options):
-    changes = {"batch_size": 12, "learning_rate": 2e-2, "lora_config": LoraConfig(r=4, target_modules=["c_attn"])}
+    model, targets = (model, ["c_attn"]) if "llama" not in case else (f"{model}/llama", ["q_proj", "v_proj"])
+    changes = {"batch_size": 12, "learning_rate": 2e-2, "lora_config": LoraConfig(r=4, target_modules=targets)}
     changes |= CASES[case]
+    if "sharded_sampling" in changes and "WORLD_SIZE" not in os.environ:
+        del changes["sharded_sampling"], changes["sharding"]  # one process has nobody to divide its weights with
     agent = KonicFinetuningAgent(
         base_model=model,
         reward_composer=Rewards(case) if case == "normalised" else Bare(case),
@@ -88,6 +124,8 @@ def train(model, folder, case, iterations=3, **options):
     callback = KonicFinetuningCallback(verbose=False)
     run = folder / case.replace(" ", "-")
     engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=run, callback=callback, device="cpu")
+    if case in ("sharded killed", "sharded not finite") and RANK == 1:
+        disturb(engine._session.learner.policy.language_model, case)
     result = engine.train(iterations, **options)
     trained = engine._session.learner.policy.trainable()
     told = {

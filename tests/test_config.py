@@ -78,6 +78,8 @@ BOUNDS = [  # field, the values at the edge that are valid, the ones past it
     (TrainingConfig, "sampler_correction_limit", [1 + TINY], [1, 0]),
     (TrainingConfig, "mask_truncated", [True, False], ["perhaps", None]),
     (TrainingConfig, "gradient_checkpointing", [True, False], ["perhaps", None]),
+    (TrainingConfig, "sharding", ["fsdp", None], ["ddp", True]),
+    (TrainingConfig, "sharded_sampling", [None], ["perhaps", True]),  # True needs sharding
     (TrainingConfig, "eval_every", [1, None], [0, -1, 1.5]),
     (TrainingConfig, "max_minutes", [TINY, None], [0]),
     (TrainingConfig, "seed", [0, 2**63 - 1], [-1, 2**63]),

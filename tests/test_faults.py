@@ -140,8 +140,9 @@ FIELDS = {
         "real or None": "learning_rate kl_target kl_limit kl_budget clip_ratio_low clip_ratio_high target_kl "
         "missing_eos_penalty max_minutes reward_timeout_seconds divergence_limit gae_lambda_length value_gae_lambda",
         "flag": "gradient_checkpointing mask_truncated self_checks filter_equal_groups",
+        "flag or None": "sharded_sampling",
         "word": "algorithm lr_scheduler on_reward_error on_nonfinite divergence sampler_correction_level",
-        "word or None": "kl_placement sampler_correction",
+        "word or None": "kl_placement sampler_correction sharding",
     },
     GenerationConfig: {
         "whole": "max_new_tokens min_new_tokens max_prompt_length top_k",

@@ -26,9 +26,9 @@ INSIDE = {
         "tokenization",
     ],
     "models": [
-        "positions", "distributions", "length_groups", "value_head", "prepacked", "language_model", "token_scores",
-        "headers", "locations", "tokenizer_rules", "containment", "model_kwargs", "loading", "adapter_config",
-        "adapters", "policy",
+        "positions", "distributions", "length_groups", "value_head", "prepacked", "sharding", "language_model", "fsdp",
+        "token_scores", "headers", "locations", "tokenizer_rules", "containment", "model_kwargs", "loading",
+        "adapter_config", "adapters", "policy",
     ],
     "rewards": [
         "moments", "named_parts", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "validation",

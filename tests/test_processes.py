@@ -19,16 +19,28 @@ from conftest import byte_tokenizer, tiny_model
 
 JOB = Path(__file__).with_name("processes_job.py")
 VARIANTS = ["minibatches", "kl in the loss", "full", "uneven", "skipped", "normalised"]
-EQUAL = ["ppo", "grpo", "dapo", *VARIANTS]
+SHARDED = ["sharded ppo", "sharded grpo", "sharded full", "sharded full grpo"]
+OF_LLAMA = ["sharded llama", "sharded llama full"]
+MORE_SHARDED = [
+    "sharded ppo in step", "sharded grpo whole", "sharded full in step", "sharded full grpo whole", "sharded uneven",
+    "sharded value warm-up",
+]  # fmt: skip
+EQUAL = ["ppo", "grpo", "dapo", *VARIANTS, *SHARDED]
 """The others of the table: `make processes`."""
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny_model("gpt2").save_pretrained(folder)
-    byte_tokenizer("gpt2").save_pretrained(folder)
+    save_models(folder)
     return folder
+
+
+def save_models(folder):
+    """GPT-2 in the folder, Llama in one inside of it."""
+    for name, place in (("gpt2", folder), ("llama", folder / "llama")):
+        tiny_model(name).save_pretrained(place)
+        byte_tokenizer(name).save_pretrained(place)
 
 
 def run(model, folder, size, *cases, seconds=300):
@@ -82,7 +94,7 @@ def same(left, right):
 @pytest.fixture(scope="module")
 def alone(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    codes, errors = run(model, folder, 1, *EQUAL, "longer")
+    codes, errors = run(model, folder, 1, *EQUAL, *OF_LLAMA, "longer", "alone")
     assert codes == [0], errors
     return folder
 
@@ -90,7 +102,7 @@ def alone(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    codes, errors = run(model, folder, 2, *EQUAL)
+    codes, errors = run(model, folder, 2, *EQUAL, *OF_LLAMA)
     assert codes == [0, 0], errors
     return folder
 
@@ -99,7 +111,8 @@ def two(model, tmp_path_factory):
 def wrong(model, tmp_path_factory):
     """Runs that go wrong, one after the other in the same two processes; the last one ends them."""
     folder = tmp_path_factory.mktemp("wrong")
-    codes, errors = run(model, folder, 2, "error", "other settings", "too many", "interrupted", "killed")
+    cases = ["error", "other settings", "too many", "interrupted", "sharded not finite", "killed"]
+    codes, errors = run(model, folder, 2, *cases)
     assert codes == [0, 9], errors
     return folder
 
@@ -119,6 +132,22 @@ def test_two_processes_give_the_numbers_of_one(alone, two, case):
         same(*tables)
 
 
+@pytest.mark.parametrize("case", OF_LLAMA)
+def test_divided_weights_give_the_numbers_of_whole_ones_up_to_the_rounding_of_llamas_norms(alone, two, case):
+    assert difference(told(alone, case), told(two, case, 1)) < (1e-6,)
+
+
+def test_a_run_with_divided_weights_goes_on_without_and_back(model, alone, two, tmp_path):
+    for start, size in ((two, 1), (alone, 2)):
+        shutil.copytree(start / "sharded-full", tmp_path / str(size) / "sharded-full")
+    assert run(model, tmp_path / "1", 1, "sharded full:4")[0] == [0]
+    codes, errors = run(model, tmp_path / "2", 2, "sharded full:4", "sharded killed")
+    assert codes == [0, 9], errors
+    same(told(tmp_path / "1", "sharded full"), told(tmp_path / "2", "sharded full", 1))
+    kind, what = told(tmp_path / "2", "sharded killed")["error"]
+    assert kind == "ProcessLostError" and what.startswith("Process 0 of 2") and "has lost another process" in what
+
+
 def test_four_processes_go_on_with_the_run_of_one_though_one_has_the_fewest_rows(model, alone, tmp_path):
     shutil.copytree(alone / "uneven", tmp_path / "uneven")
     codes, errors = run(model, tmp_path, 4, "uneven:5", "dapo")
@@ -133,6 +162,16 @@ def test_an_error_of_one_process_ends_all_with_it(wrong):
     assert first[0] == second[0] == "RewardError"
     assert second[1].startswith(what)
     assert first[1].startswith(f"In process 1 of 2 on {socket.gethostname()}: {what}") and 'File "' in first[1]
+
+
+def test_a_loss_that_is_not_finite_in_one_process_leaves_no_other_waiting_for_its_passes(wrong):
+    errors = [told(wrong, "sharded not finite", rank)["error"] for rank in range(2)]
+    assert all(kind == "NotFiniteError" and "The loss is not finite for the sample" in what for kind, what in errors)
+
+
+def test_one_process_has_nobody_to_divide_its_weights_with(alone):
+    kind, what = told(alone, "alone")["error"]
+    assert kind == "ConfigError" and "sharding='fsdp' divides the weights among the processes of a run" in what
 
 
 def test_ctrl_c_in_one_process_ends_all_and_saves(wrong):

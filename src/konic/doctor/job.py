@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from konic.doctor.findings import Finding
-from konic.doctor.machine import available_memory
 from konic.finetuning import KonicFinetuningAgent, KonicFinetuningCallback, KonicFinetuningEngine, TrainingConfig
 from konic.finetuning.data.samples import Sample
 from konic.finetuning.data.tokenization import encode_prompt
@@ -24,6 +23,7 @@ from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.rewards.trial import try_rewards
 from konic.finetuning.rollout.evaluation import respond
 from konic.finetuning.run.session import Session
+from konic.finetuning.system.memory import available_memory
 
 _MOST_LENGTHS = 1000
 _FEW = 4
@@ -41,7 +41,10 @@ def examine_job(agent: KonicFinetuningAgent, max_iterations: int, device: str) -
     """
     held_out, every = agent.get_dataset_config().held_out, agent.get_training_config().eval_every
     tried = agent.with_settings(
-        {"training_config": {"eval_every": None, "max_minutes": None}, "dataset_config": {"held_out": 0}}
+        {
+            "training_config": {"eval_every": None, "max_minutes": None, "sharding": None, "sharded_sampling": None},
+            "dataset_config": {"held_out": 0},
+        }
     )
     training = tried.get_training_config()
     with tempfile.TemporaryDirectory(prefix="konic-doctor-") as folder:

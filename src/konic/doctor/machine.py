@@ -3,11 +3,9 @@
 import importlib.util
 import os
 import platform
-import re
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
-from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
@@ -15,6 +13,7 @@ from packaging.requirements import Requirement
 from konic.doctor.findings import Finding
 from konic.finetuning.errors import explain_hub_error
 from konic.finetuning.models.loading import pick_device
+from konic.finetuning.system.memory import available_memory
 
 _GIB = 2**30
 _LITTLE_MEMORY_GIB = 2
@@ -79,16 +78,6 @@ def _threads() -> Finding:
     if busy > cores:
         return Finding("threads", "warn", what, "Other programs compute here too: a training is slower meanwhile.")
     return Finding("threads", "ok", what)
-
-
-def available_memory() -> int | None:
-    """Return the bytes of memory that programs may still take; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    found = re.search(r"MemAvailable:\s+(\d+) kB", lines)
-    return int(found[1]) * 1024 if found else None
 
 
 def _memory() -> Finding:

@@ -142,6 +142,11 @@ class TrainingConfig(Settings):
     """The highest weight; "mask" also drops weights below its inverse."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: far less memory, for one more forward pass per step."""
+    sharding: Literal["fsdp"] | None = None
+    """"fsdp" divides the weights among the processes of the run. None lets every process hold the whole model."""
+    sharded_sampling: bool | None = None
+    """With sharding: True leaves the weights divided in sampling too, which needs the least memory and exchanges every
+    layer at every token. False gathers the whole weights once for each rollout. None gathers them where they fit."""
     eval_every: int | None = Field(default=None, ge=1)
     """Iterations between evaluations on the held-out prompts; without it there is one before and one after the run."""
     max_minutes: float | None = Field(default=None, gt=0)
@@ -221,6 +226,8 @@ class TrainingConfig(Settings):
                 f"value_warmup_iterations={self.value_warmup_iterations}, but with algorithm={self.algorithm!r} and "
                 f"vf_coef={self.vf_coef} no value head learns; use algorithm={learners} and vf_coef above 0"
             )
+        if self.sharded_sampling is not None and self.sharding is None:
+            raise ValueError(f"sharded_sampling={self.sharded_sampling} needs sharding='fsdp'")
         if self.reward_timeout_seconds is not None and not self.reward_workers:
             raise ValueError(
                 f"reward_timeout_seconds={self.reward_timeout_seconds:g} needs reward_workers, such as 2: only a "

@@ -329,8 +329,11 @@ class KonicFinetuningEngine:
             merge: True writes a full model with the adapter merged in, False the adapter (or the full model).
         """
         session, folder = self._current_session(), as_path(path, "save_pretrained(path)", OutputError)
+        settings = session.settings(session.state.iteration)
+        if session.world.rank > 0:
+            write_model(session.learner, None, session.result(), settings, merge)
+            return
         with filling_folder(folder) as target:
-            settings = session.settings(session.state.iteration)
             write_model(session.learner, target, session.result(), settings, merge)
 
     def _current_session(self) -> Session:

@@ -18,6 +18,7 @@ from konic.finetuning.models.positions import length_limit
 from konic.finetuning.rollout.decoding import require_decodable
 from konic.finetuning.rollout.local_sampler import LocalSampler
 from konic.finetuning.rollout.sampler import Sampler, SpecialTokens, find_special_tokens
+from konic.finetuning.system.world import ALONE, World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +58,19 @@ def make_learner(
     )
 
 
-def build_learner(agent: KonicFinetuningAgent, device: torch.device) -> Learner:
+def build_learner(agent: KonicFinetuningAgent, device: torch.device, world: World = ALONE) -> Learner:
     """Load the agent's model onto a device and build everything that learning needs around it.
 
+    With sharding, the weights are divided among the processes of `world`, if there are several.
+
     Raises:
-        ConfigError: Prompt and response do not fit into the model's context.
+        ConfigError: Prompt and response do not fit into the model's context, or the model cannot be divided.
         ModelError: The tokenizer has more tokens than the model's vocabulary, or rows cannot leave its cache.
     """
     config, generation = agent.get_training_config(), agent.get_generation_config()
-    loaded = load_model(agent.get_base_model(), agent.get_model_kwargs(), device)
+    divides = config.sharding is not None and world.size > 1
+    # only parts of the weights have room on a GPU
+    loaded = load_model(agent.get_base_model(), agent.get_model_kwargs(), torch.device("cpu") if divides else device)
     model_config = loaded.model.config.get_text_config()
     _require_length(agent.get_base_model(), model_config, generation)
     vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
@@ -75,7 +80,8 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device) -> Learner:
             f"model's vocabulary has only {vocabulary}. Use the model's own tokenizer, or resize its embeddings."
         )
     base_sha256 = _fingerprint(loaded.model)
-    require_decodable(LanguageModel(loaded.model.eval()), agent.get_base_model())
+    if not divides:
+        require_decodable(LanguageModel(loaded.model.eval()), agent.get_base_model())
     policy = Policy(loaded, agent.get_lora_config(), config.gradient_checkpointing, config.seed)
     if config.divergence_limit is not None and policy.language_model.head_learns:
         raise ConfigError(
@@ -84,6 +90,10 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device) -> Learner:
             "'grpo'."
         )
     special = find_special_tokens(generation, policy.language_model, policy.tokenizer)
+    if divides:
+        policy.shard(world, device, config.sharded_sampling)
+        with policy.sharding.rollout():  # and not before: a decoder may copy all weights
+            require_decodable(policy.language_model, agent.get_base_model())
     policy.check_reference()
     return make_learner(policy, make_optimizer(policy, config), special, loaded.location, base_sha256)
 

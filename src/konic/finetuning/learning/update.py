@@ -29,6 +29,7 @@ from konic.finetuning.learning.losses import (
 from konic.finetuning.learning.schedule import Schedule, learning_rate_at
 from konic.finetuning.models.length_groups import group_by_length
 from konic.finetuning.models.policy import Policy
+from konic.finetuning.models.sharding import is_divided, own_part
 from konic.finetuning.models.token_scores import divergences, score_tokens
 from konic.finetuning.rollout.rollout import Rollout
 from konic.finetuning.system.world import ALONE, World
@@ -82,7 +83,11 @@ MAX_FIRST_LOG_RATIO = 1e-2
 
 def make_optimizer(policy: Policy, config: TrainingConfig) -> torch.optim.AdamW:
     """Return AdamW over all trainable parameters, with eps 1e-5 (N, N+)."""
-    return torch.optim.AdamW(policy.trainable().values(), lr=0.0, eps=1e-5, weight_decay=config.weight_decay)
+    parameters = [*policy.trainable().values()]
+    # one kernel cannot take divided weights together with whole ones
+    both = [[each for each in parameters if is_divided(each) == kind] for kind in (True, False)]
+    groups = [{"params": group} for group in both if group]
+    return torch.optim.AdamW(groups, lr=0.0, eps=1e-5, weight_decay=config.weight_decay)
 
 
 def update(
@@ -122,7 +127,7 @@ def update(
                 if config.target_kl is not None and step.approx_kl > config.target_kl:
                     break
                 rate = _learning_rate(schedule, index, config)
-                norm = _step(policy, optimizer, rate, config.max_grad_norm)
+                norm = _step(policy, optimizer, rate, config.max_grad_norm, world)
             except NotFiniteError as error:
                 if config.on_nonfinite == "stop":
                     raise
@@ -189,9 +194,10 @@ def _accumulate(
     sums: dict[str, float] = {}
     largest, problem = 0.0, None
     try:
-        sums, largest = _accumulate_own(
-            policy, rollout, advantages, own, num_tokens, num_responses, config, train_policy
-        )
+        with policy.sharding.passes():
+            sums, largest = _accumulate_own(
+                policy, rollout, advantages, own, num_tokens, num_responses, config, train_policy
+            )
     except NotFiniteError as error:
         problem = error
     parameters = [*policy.trainable().values()]
@@ -204,7 +210,8 @@ def _accumulate(
     for parameter, *learned_by in zip(parameters, *(part["learned"] for part in told), strict=True):
         if parameter.grad is None and any(learned_by):
             parameter.grad = torch.zeros_like(parameter)
-    world.sum_([parameter.grad for parameter in parameters if parameter.grad is not None])
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    world.sum_([gradient for gradient in gradients if not is_divided(gradient)])  # the backward pass adds the others
     names = dict.fromkeys(name for part in told for name in part["sums"])
     means = {name: sum(part["sums"].get(name, 0.0) for part in told) / num_tokens for name in names}
     return _StepStats(**means, largest_log_ratio=max(part["largest"] for part in told))
@@ -224,18 +231,23 @@ def _accumulate_own(
 
     Returns the sums over their tokens by name, and their largest absolute log-ratio.
     """
-    row, clip_ratios = config.algorithm_row, config.clip_ratios
+    row, clip_ratios, model = config.algorithm_row, config.clip_ratios, policy.language_model
     totals: dict[str, float] = {}
-    largest = 0.0
+    largest, problem = 0.0, None
     prompt_mask, response_mask = rollout.batch.mask[rows], rollout.response_mask[rows]
     states, places = rollout.states, rollout.states.places[rows]
-    for group in group_by_length(prompt_mask, response_mask, config.micro_batch_size):
+    groups = group_by_length(prompt_mask, response_mask, config.micro_batch_size) if len(rows) else []
+    for group in policy.sharding.padded([group for group in groups if advantages.mask[rows[group]].any()]):
+        if group is None:
+            with torch.set_grad_enabled(train_policy):
+                nothing = model.empty_pass()
+            if train_policy:
+                torch.autograd.backward(nothing)
+            continue
         chosen = rows[group]
         mask = advantages.mask[chosen]
-        if not mask.any():
-            continue
         weights = loss_weights(row.average, mask, num_tokens, num_responses)
-        model, num_response_tokens = policy.language_model, mask.shape[1]
+        num_response_tokens = mask.shape[1]
         with torch.set_grad_enabled(train_policy):
             hidden = model.response_hidden(rollout.ids[chosen], rollout.mask[chosen], num_response_tokens)
             scored = score_tokens(
@@ -261,7 +273,9 @@ def _accumulate_own(
             values, old_values = policy.value_head(hidden), rollout.values[chosen]
             value_losses = value_loss(values, old_values, advantages.returns[chosen], mask, config.clip_ratio)
             losses = losses + advantages.value_loss_weight * value_losses
-        _require_finite(losses, mask, rollout, chosen)
+        problem = problem or _find_nonfinite(losses, mask, rollout, chosen)
+        if problem is not None and not model.in_step:
+            raise problem
         torch.autograd.backward(losses.sum() / num_tokens)
         with torch.no_grad():
             gaps = torch.where(mask, scored.log_probs - rollout.samples.log_probs[chosen], 0.0).abs()
@@ -279,6 +293,8 @@ def _accumulate_own(
             group_sums = torch.stack([tensor.double().sum() for tensor in sums.values()]).tolist()
             totals = {name: totals.get(name, 0.0) + value for name, value in zip(sums, group_sums, strict=True)}
             largest = max(largest, token_ratios.abs().max().item())
+    if problem is not None:
+        raise problem
     return totals, largest
 
 
@@ -313,15 +329,16 @@ def _require_same_policy(step: _StepStats, rollout: Rollout, config: TrainingCon
         )
 
 
-def _require_finite(losses: Tensor, mask: Tensor, rollout: Rollout, rows: Tensor) -> None:
+def _find_nonfinite(losses: Tensor, mask: Tensor, rollout: Rollout, rows: Tensor) -> NotFiniteError | None:
     bad = (mask & ~losses.isfinite()).any(dim=1).nonzero()
-    if len(bad):
-        prompt = rollout.batch.prompts[int(rows[int(bad[0])])]
-        raise NotFiniteError(
-            f"The loss is not finite for the sample of dataset row {prompt.row}, prompt {prompt.text[:100]!r}. "
-            "The step was not taken. Usual causes: a learning rate that is too high, half precision, or damaged "
-            "weights."
-        )
+    if not len(bad):
+        return None
+    prompt = rollout.batch.prompts[int(rows[int(bad[0])])]
+    return NotFiniteError(
+        f"The loss is not finite for the sample of dataset row {prompt.row}, prompt {prompt.text[:100]!r}. "
+        "The step was not taken. Usual causes: a learning rate that is too high, half precision, or damaged "
+        "weights."
+    )
 
 
 def _learning_rate(schedule: Schedule, index: int, config: TrainingConfig) -> float:
@@ -329,15 +346,22 @@ def _learning_rate(schedule: Schedule, index: int, config: TrainingConfig) -> fl
     return learning_rate_at(step, schedule.total_steps, schedule.peak, config.warmup_steps, config.lr_scheduler)
 
 
-def _step(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_grad_norm: float) -> float:
+def _step(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_grad_norm: float, world: World) -> float:
     """Take one optimizer step with the accumulated gradients; return their norm before clipping."""
-    parameters = policy.trainable()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+    gradients = {name: p.grad for name, p in policy.trainable().items() if p.grad is not None}
+    whole = [p for p in policy.trainable().values() if not is_divided(p)]
+    parts = [own_part(gradient) for gradient in gradients.values() if is_divided(gradient)]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in whole if p.grad is not None])
+    if parts:
+        own = torch.nn.utils.get_total_norm(parts).item()
+        norm = norm.new_tensor(math.hypot(norm.item(), *(part["norm"] for part in world.gather({"norm": own}))))
     if not norm.isfinite():
-        broken = (n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all())
+        broken = (name for name, gradient in gradients.items() if not own_part(gradient).isfinite().all())
         name = next(broken, "all weights together")
         raise NotFiniteError(f"The gradient of {name} is not finite. The step was not taken; lower the learning rate.")
-    torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_grad_norm, norm)
+    torch.nn.utils.clip_grads_with_norm_(whole, max_grad_norm, norm)
+    for part in parts:
+        part.mul_(torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

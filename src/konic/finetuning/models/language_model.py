@@ -29,14 +29,16 @@ class LanguageModel:
 
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         self.causal_lm = causal_lm
-        self._body = causal_lm.base_model
-        if self._body is causal_lm:  # Llama 4 does not say where its body is
-            self._body = getattr(causal_lm, "model", causal_lm)
-        parameters = inspect.signature(self._body.forward).parameters
+        self.body = causal_lm.base_model
+        if self.body is causal_lm:  # Llama 4 does not say where its body is
+            self.body = getattr(causal_lm, "model", causal_lm)
+        parameters = inspect.signature(self.body.forward).parameters
         self._cache_argument = (
             "cache" if "cache" in parameters else "past_key_values"
         )  # the name until transformers 5.23
         self._is_checkpointed = False
+        self.in_step = False
+        """True where processes exchange the weights of each layer, so that all have to make the same passes."""
         config = causal_lm.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._prepacked_head: Product | None = None
@@ -68,7 +70,7 @@ class LanguageModel:
             positions: [B, T].
             cache: A `transformers` cache, or None.
         """
-        output = self._body(
+        output = self.body(
             input_ids=ids,
             attention_mask=mask.long(),
             position_ids=positions,
@@ -90,7 +92,8 @@ class LanguageModel:
         positions = position_ids(mask)
         prompts, prompt_mask, prompt_of_row = distinct_prompts(ids[:, :length], mask[:, :length])
         cache = DynamicCache(config=self.causal_lm.config)
-        can_share = not self._is_checkpointed and all(type(layer) is DynamicLayer for layer in cache.layers)
+        one_pass = self._is_checkpointed or self.in_step
+        can_share = not one_pass and all(type(layer) is DynamicLayer for layer in cache.layers)
         if not can_share or (len(ids) - len(prompts)) * length <= cost_of_a_pass(ids.device):
             hidden = self.decode(ids, mask, positions)[:, length - 1 :]
         else:
@@ -101,6 +104,12 @@ class LanguageModel:
                 after = self.decode(ids[:, length:], mask, positions[:, length:], cache)
                 hidden = torch.cat([hidden, after], dim=1)
         return functional.pad(hidden, (0, 0, 0, unused))
+
+    def empty_pass(self) -> Tensor:
+        """Return 0 from a pass that this process makes for the others only; its gradient is 0 for every weight."""
+        ids = self.probe_ids(1)[None]
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        return 0.0 * self.logits(self.decode(ids, mask, position_ids(mask))).sum()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., V] of hidden states [..., H], in fp32 or better."""
@@ -120,6 +129,13 @@ class LanguageModel:
     def checkpointed_layers(self) -> list[nn.Module]:
         """The layers that :meth:`checkpointed` computes twice."""
         return [layer for layer in self.causal_lm.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+    @property
+    def outer_layers(self) -> list[nn.Module]:
+        """Those of them that stand in no other one, in order."""
+        layers = self.checkpointed_layers
+        inside = {inner for layer in layers for inner in layer.modules() if inner is not layer}
+        return [layer for layer in layers if layer not in inside]
 
     @contextmanager
     def checkpointed(self) -> Iterator[None]:

@@ -36,9 +36,11 @@ from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.loading import LoadedModel
 from konic.finetuning.models.locations import quiet_transformers
 from konic.finetuning.models.positions import position_ids
+from konic.finetuning.models.sharding import NOT_SHARDED, Sharding, divided_like, gathered, own_part
 from konic.finetuning.models.value_head import ValueHead
 from konic.finetuning.system.memory import eager_free
 from konic.finetuning.system.signals import uninterrupted
+from konic.finetuning.system.world import World
 from konic.output import get_logger
 from konic.text import describe_error
 
@@ -65,6 +67,8 @@ class Policy:
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         causal_lm = loaded.model
         self.language_model = LanguageModel(causal_lm)
+        self.sharding: Sharding = NOT_SHARDED
+        self._kind = type(causal_lm)
         switch_off_dropout(causal_lm)
         self._gradient_checkpointing = gradient_checkpointing
         self._probe = self.language_model.probe_ids(8)[None]
@@ -95,12 +99,41 @@ class Policy:
             )
 
         self.value_head = ValueHead(causal_lm.get_output_embeddings().weight, causal_lm.device)
-        named = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-        of_values = {f"value_head.{name}": weight for name, weight in self.value_head.named_parameters()}
-        self._trainable: dict[str, nn.Parameter] = named | of_values
+        named = self._find_trainable()
         _check_precision(named)
         if self._adapted is not None:
             self._check_adapter(named.values())
+
+    def _find_trainable(self) -> dict[str, nn.Parameter]:
+        """Find what is trained, the value head last; return those weights that are the model's."""
+        named = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        of_values = {f"value_head.{name}": weight for name, weight in self.value_head.named_parameters()}
+        self._trainable: dict[str, nn.Parameter] = named | of_values
+        return named
+
+    def shard(self, world: World, device: torch.device, sharded_sampling: bool | None) -> None:
+        """Divide the weights, which are on the CPU, among the processes, and move this one's part to its device.
+
+        With an adapter, only the frozen weights are divided; see `fsdp.py`.
+
+        Raises:
+            ConfigError: The model cannot be divided.
+        """
+        from konic.finetuning.models.fsdp import Sharded
+
+        kept: set[nn.Parameter] = set()
+        if self._adapted is not None:
+            kept = {
+                weight
+                for name, weight in self._adapted.named_parameters()
+                if weight.requires_grad or f".{REFERENCE_ADAPTER}." in name
+            }
+        for tensor in (*kept, *self.value_head.parameters()):
+            tensor.data = tensor.to(device)
+        self._probe, self._reference_logits = self._probe.to(device), self._reference_logits.to(device)
+        models = [self.language_model] if self._frozen_copy is None else [self.language_model, self._frozen_copy]
+        self.sharding = Sharded(models, kept, world, device, sharded_sampling)
+        self._find_trainable()
 
     @property
     def device(self) -> torch.device:
@@ -167,6 +200,9 @@ class Policy:
         change the reference. With `reference`, the context yields the reference instead, also with plain layers.
         """
         with self.reference() if reference else nullcontext(self.language_model) as model:
+            if model.in_step:  # each process has only a part of a layer
+                yield model
+                return
             originals = [
                 (parent, name, layer)
                 for parent in model.causal_lm.modules()
@@ -185,7 +221,8 @@ class Policy:
 
     def check_reference(self) -> None:
         """Raise TrainingError if the reference is no longer the model that was loaded, judged by its logits."""
-        difference = self._reference_difference()
+        with self.sharding.passes():
+            difference = self._reference_difference()
         if not difference <= MAX_REFERENCE_DIFFERENCE:
             raise TrainingError(
                 f"The reference policy has moved: its logits differ by {difference:.2g} from the loaded model's. "
@@ -244,28 +281,46 @@ class Policy:
             hidden = self._probe_hidden(reference)
         return (self.reference_logits(hidden) - self._reference_logits).abs().max().item()
 
-    def save(self, folder: Path) -> None:
-        """Write the adapter (or the full model), the tokenizer and the value head to a folder, as safetensors."""
+    def save(self, folder: Path | None) -> None:
+        """Write the adapter (or the full model), the tokenizer and the value head to a folder, as safetensors.
+
+        None, here and below, is for a process that only gives its part of the weights to the first one.
+        """
         self.save_model(folder)
-        self.value_head.save(folder)
+        if folder is not None:
+            self.value_head.save(folder)
 
-    def save_model(self, folder: Path) -> None:
+    def save_model(self, folder: Path | None) -> None:
         """Write the adapter (or the full model) and the tokenizer to a folder, as PEFT and `transformers` do."""
-        with quiet_transformers():
-            if self._adapted is not None:
+        if self._adapted is None:
+            self._save_full(folder, self.language_model.causal_lm)
+        elif folder is not None:
+            with quiet_transformers():
                 self._adapted.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
-            else:
-                self.language_model.causal_lm.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
 
-    def save_merged(self, folder: Path) -> None:
-        """Write the full model, with the adapter merged in, and the tokenizer to a folder."""
-        model = self.language_model.causal_lm
-        if self._adapted is not None:
-            model = merged_model(self._adapted)
-        with quiet_transformers():
-            model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+    def save_merged(self, folder: Path | None) -> None:
+        """Write the full model, with the adapter merged in, and the tokenizer to a folder.
+
+        Raises:
+            ConfigError: The frozen weights are divided: they are merged where they are whole.
+        """
+        if self._adapted is None:
+            self._save_full(folder, self.language_model.causal_lm)
+        elif self.sharding is not NOT_SHARDED:
+            raise ConfigError(
+                "save_pretrained(merge=True): with sharding, no process holds the whole model. Save the adapter "
+                "without merge, or merge it afterwards: konic export RUN --format merged"
+            )
+        elif folder is not None:
+            self._save_full(folder, merged_model(self._adapted))
+
+    def _save_full(self, folder: Path | None, model: PreTrainedModel) -> None:
+        state = gathered(model.state_dict(), keep=folder is not None) if self.sharding.divides_trained else None
+        if folder is not None:
+            with quiet_transformers():
+                model.save_pretrained(folder, state_dict=state)
+                self.tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
         """Load the weights that :meth:`save` wrote.
@@ -287,11 +342,14 @@ class Policy:
                 raise ValueError(outside)
             causal_lm = self.language_model.causal_lm
             with quiet_transformers():
-                source = type(causal_lm).from_pretrained(
+                source = self._kind.from_pretrained(
                     folder, config=copy.deepcopy(causal_lm.config), dtype=causal_lm.dtype, use_safetensors=True,
                     trust_remote_code=False,
                 )  # fmt: skip
-            self.language_model.causal_lm.load_state_dict(source.state_dict())
+            whole = source.state_dict()
+            with torch.no_grad():
+                for name, weight in causal_lm.state_dict().items():
+                    own_part(weight).copy_(own_part(divided_like(weight, whole[name])))
         self.value_head.load(folder)
 
     @torch.no_grad()

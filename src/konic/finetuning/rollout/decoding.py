@@ -55,10 +55,10 @@ def open_decoder(model: LanguageModel, num_rows: int, num_tokens: int) -> Iterat
 
     While the decoder is open, some layers of the model may be replaced by layers that compute the same.
     """
-    prepacked_rows = rows_to_prepack(model.causal_lm, num_rows, num_tokens)
+    prepacked_rows = None if model.in_step else rows_to_prepack(model.causal_lm, num_rows, num_tokens)
     try:
         with model.prepacked_head(prepacked_rows):
-            transformer = fused_transformer(model, prepacked_rows)
+            transformer = None if model.in_step else fused_transformer(model, prepacked_rows)
             if transformer is not None:
                 kind = GraphedDecoder if model.causal_lm.device.type == "cuda" else FusedDecoder
                 decoder = kind(model, transformer, num_tokens)

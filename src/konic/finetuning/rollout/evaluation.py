@@ -103,10 +103,11 @@ def _sample_in_batches(
         batch = make_prompt_batch(part, policy.tokenizer, generation.max_prompt_length, special.pad, policy.device)
         rows = world.own_rows(len(batch))
         own = batch.part(rows or range(1))
-        drawn = sampler(own, generation, RandomKey(seed, iteration=0))
         kl = torch.zeros(len(own), device=policy.device)
-        if with_kl:
-            scored, _ = score_under_reference(policy, own, drawn, generation.temperature, MICRO_BATCH_SIZE)
-            kl = scored.kl.sum(dim=1)
+        with policy.sharding.rollout():
+            drawn = sampler(own, generation, RandomKey(seed, iteration=0))
+            if with_kl:
+                scored, _ = score_under_reference(policy, own, drawn, generation.temperature, MICRO_BATCH_SIZE)
+                kl = scored.kl.sum(dim=1)
         samples, numbers = share_samples(world, rows, drawn, {"kl": kl})
         yield make_records(batch, samples, policy, generation, special), numbers["kl"].tolist()

@@ -60,7 +60,10 @@ class LocalSampler:
     def __call__(self, batch: PromptBatch, generation: GenerationConfig, rng_key: RandomKey) -> Samples:
         """Return a response to every prompt; see :class:`Sampler`."""
         with self.policy.merged_adapter(self.from_reference) as model:
-            return sample(model, self.policy.tokenizer, batch, generation, self.special, rng_key, self.on_tokens)
+            return sample(
+                model, self.policy.tokenizer, batch, generation, self.special, rng_key, self.on_tokens,
+                self.policy.sharding.most,
+            )  # fmt: skip
 
 
 @torch.no_grad()
@@ -72,6 +75,7 @@ def sample(
     special: SpecialTokens,
     rng_key: RandomKey,
     on_tokens: Callable[[Mapping[int, int]], None] | None = None,
+    most_running: Callable[[int], int] = int,
 ) -> Samples:
     """Return a response to every prompt of a batch.
 
@@ -83,6 +87,8 @@ def sample(
         special: End and padding tokens.
         rng_key: Determines the random numbers, together with each prompt's row and sample index.
         on_tokens: See :class:`LocalSampler`.
+        most_running: From the number of rows that still run here to that of the process in which most run, where all
+            have to make the same passes: one that is done goes on with a row that does not count.
     """
     num_rows, device = len(batch), batch.ids.device
     numbers = [
@@ -116,10 +122,11 @@ def sample(
                 break
             checks_now = (step + 1) % LOOK_EVERY.get(device.type, 1) == 0
             num_running = int(running.sum()) if checks_now else len(rows)
-            if num_running == 0:
+            if most_running(num_running) == 0:
                 break
-            if num_running <= MAX_SHARE_TO_SHRINK * len(rows):
-                remaining = running.nonzero().squeeze(-1)
+            num_kept = max(num_running, 1)
+            if num_kept <= MAX_SHARE_TO_SHRINK * len(rows):
+                remaining = running.int().argsort(descending=True, stable=True)[:num_kept]
                 decoder.select(remaining)
                 rows, chosen, running = rows[remaining], chosen[remaining], running[remaining]
             hidden = decoder.step(chosen, running)

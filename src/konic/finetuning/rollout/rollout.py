@@ -18,6 +18,7 @@ from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.length_groups import group_by_length
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.models.prepacked import rows_to_prepack
+from konic.finetuning.models.sharding import NOT_SHARDED, Sharding
 from konic.finetuning.models.token_scores import map_tokens
 from konic.finetuning.rollout.sampler import RandomKey, Sampler, Samples, SpecialTokens, decode_responses
 from konic.finetuning.rollout.shares import pad_rows, share_samples
@@ -140,10 +141,13 @@ def sample_rollout(
     """
     rows = world.own_rows(len(batch))
     own = batch.part(rows or range(1))
-    prepacked_rows = rows_to_prepack(policy.language_model.causal_lm, len(own), generation.max_new_tokens)
-    with policy.language_model.prepacked_head(prepacked_rows):  # scoring too is mostly products of the head
-        drawn = sampler(own, generation, rng_key)
-        scored, states = score_under_reference(policy, own, drawn, generation.temperature, micro_batch_size)
+    with policy.sharding.rollout():
+        model, prepacked_rows = policy.language_model, None
+        if not model.in_step:
+            prepacked_rows = rows_to_prepack(model.causal_lm, len(own), generation.max_new_tokens)
+        with model.prepacked_head(prepacked_rows):  # scoring too is mostly products of the head
+            drawn = sampler(own, generation, rng_key)
+            scored, states = score_under_reference(policy, own, drawn, generation.temperature, micro_batch_size)
     samples, numbers = share_samples(world, rows, drawn, vars(scored))
     return Rollout(
         **numbers,
@@ -172,7 +176,7 @@ def score_under_reference(
     """Score responses, sampled from the policy's current weights, under policy and reference."""
     hidden = _policy_hidden(policy, batch, samples, micro_batch_size)
     with policy.reference() as reference:
-        ref_hidden = _response_hidden(reference, batch, samples, micro_batch_size)
+        ref_hidden = _response_hidden(reference, batch, samples, micro_batch_size, policy.sharding)
     return _score(policy, samples, hidden, ref_hidden, temperature), States.of_all(hidden, ref_hidden)
 
 
@@ -212,7 +216,7 @@ def _policy_hidden(policy: Policy, batch: PromptBatch, samples: Samples, micro_b
     """Return the policy's hidden states [B, R, H] before every response token: the sampler's own, if they are exact."""
     if samples.hidden is not None and _is_full_precision(policy):
         return samples.hidden
-    return _response_hidden(policy.language_model, batch, samples, micro_batch_size)
+    return _response_hidden(policy.language_model, batch, samples, micro_batch_size, policy.sharding)
 
 
 def _is_full_precision(policy: Policy) -> bool:
@@ -221,14 +225,21 @@ def _is_full_precision(policy: Policy) -> bool:
 
 @torch.no_grad()
 def _response_hidden(
-    model: LanguageModel, batch: PromptBatch, samples: Samples, micro_batch_size: int | None
+    model: LanguageModel,
+    batch: PromptBatch,
+    samples: Samples,
+    micro_batch_size: int | None,
+    sharding: Sharding = NOT_SHARDED,
 ) -> Tensor:
     """Return the hidden states [B, R, H] before every response token, from whole sequences instead of a cache."""
     num_rows, num_tokens = samples.response_mask.shape
     ids = torch.cat([batch.ids, samples.response_ids], dim=1)
     mask = torch.cat([batch.mask, samples.response_mask], dim=1)
     hidden: Tensor | None = None
-    for rows in group_by_length(batch.mask, samples.response_mask, micro_batch_size):
+    for rows in sharding.padded(group_by_length(batch.mask, samples.response_mask, micro_batch_size)):
+        if rows is None:
+            model.empty_pass()
+            continue
         group_hidden = model.response_hidden(ids[rows], mask[rows], num_tokens)
         if hidden is None:
             hidden = group_hidden.new_zeros(num_rows, *group_hidden.shape[1:])

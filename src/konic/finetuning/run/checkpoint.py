@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from konic.finetuning.algorithms import ALGORITHMS
 from konic.finetuning.errors import NotFiniteError, OutputError, safe_cause
 from konic.finetuning.models.policy import Policy
+from konic.finetuning.models.sharding import divided_like, gathered, is_divided, own_part
 from konic.finetuning.run.environment import environment
 from konic.finetuning.run.state import TrainerState
 from konic.finetuning.system.files import replacing_folder, seal
@@ -33,25 +34,44 @@ _NAMED = re.compile(r"checkpoint-[0-9]+")
 
 
 def save_checkpoint(
-    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: TrainerState, settings: dict[str, Any]
+    folder: Path | None,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: TrainerState,
+    settings: dict[str, Any],
 ) -> None:
     """Write everything a resume needs: weights, optimizer, counters, history, best weights, settings.
+
+    None for the folder is for a process that only gives its part of the weights to the first one.
 
     Raises:
         NotFiniteError: A weight or a moment of the optimizer is NaN or infinite; nothing is written.
         OutputError: The folder cannot be written.
     """
-    for name, tensor in (policy.trainable() | _optimizer_tensors(policy, optimizer)).items():
-        if not tensor.isfinite().all():
-            raise NotFiniteError(
-                f"{name} holds NaN or infinity after iteration {state.iteration}: no checkpoint of it is written. "
-                "Resume the checkpoint before it, with a lower learning_rate or max_grad_norm."
-            )
+    writes, moments, best = folder is not None, _optimizer_tensors(policy, optimizer), state.best_weights
+    all_tensors = policy.trainable() | moments
+    broken = next((name for name, tensor in all_tensors.items() if not own_part(tensor).isfinite().all()), None)
+    is_broken = broken is not None
+    if policy.sharding.divides_trained:
+        is_broken = policy.sharding.most(int(is_broken)) > 0
+    if is_broken:
+        raise NotFiniteError(
+            f"{broken or 'A weight'} holds NaN or infinity after iteration {state.iteration}: no checkpoint of it is "
+            "written. Resume the checkpoint before it, with a lower learning_rate or max_grad_norm."
+        )
+    if policy.sharding.divides_trained:
+        moments = gathered(moments, keep=writes)
+        if best is not None:
+            with swapped_weights(policy, best):
+                best = gathered(policy.trainable(), keep=writes)
+    if folder is None:
+        policy.save(None)
+        return
     with replacing_folder(folder) as target:
         policy.save(target)
-        save_file(_optimizer_tensors(policy, optimizer), target / _OPTIMIZER_FILE)
-        if state.best_weights is not None:
-            save_file(state.best_weights, target / _BEST_FILE)
+        save_file(moments, target / _OPTIMIZER_FILE)
+        if best is not None:
+            save_file(best, target / _BEST_FILE)
         record = state.to_dict() | {"settings": settings, "environment": environment(policy.device)}
         (target / _STATE_FILE).write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
         seal(target)
@@ -124,19 +144,29 @@ def iteration_number(checkpoint: Path) -> int:
 def swapped_weights(policy: Policy, weights: dict[str, Tensor]) -> Iterator[None]:
     """Within it the policy has other weights; afterwards its own are restored bit for bit."""
     trainable = policy.trainable()
-    own = {name: parameter.data for name, parameter in trainable.items()}
+    own = snapshot(policy) if policy.sharding.divides_trained else {name: p.data for name, p in trainable.items()}
     try:
         for name, parameter in trainable.items():
-            parameter.data = weights[name].to(parameter.device, parameter.dtype)
+            _set(parameter, weights[name])
         yield
     finally:
         for name, parameter in trainable.items():
-            parameter.data = own[name]
+            _set(parameter, own[name])
+
+
+@torch.no_grad()
+def _set(parameter: nn.Parameter, values: Tensor) -> None:
+    """Give other values to a weight, or to the part of a divided one that is here."""
+    if is_divided(parameter):
+        own_part(parameter).copy_(values)
+    else:
+        parameter.data = values.to(parameter.device, parameter.dtype)
 
 
 def snapshot(policy: Policy) -> dict[str, Tensor]:
-    """A copy on the CPU of everything that learns, by name."""
-    return {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in policy.trainable().items()}
+    """A copy on the CPU of everything that learns, by name; of divided weights, the parts that are here."""
+    own = {name: own_part(weight.detach()) for name, weight in policy.trainable().items()}
+    return {name: weight.to("cpu", copy=True).contiguous() for name, weight in own.items()}
 
 
 def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -151,7 +181,7 @@ def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict
 def _own(weights: dict[str, Tensor], policy: Policy) -> dict[str, Tensor]:
     if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in policy.trainable().items()}:
         raise ValueError(f"{_BEST_FILE} holds other weights than this run's")
-    return weights
+    return {name: own_part(divided_like(weight, weights[name])).cpu() for name, weight in policy.trainable().items()}
 
 
 def _restore_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -159,8 +189,13 @@ def _restore_optimizer(policy: Policy, optimizer: torch.optim.Optimizer, tensors
     if tensors and not tensors.keys() <= names:
         raise ValueError("its optimizer state is of other weights")
     state = {
-        index: {moment: tensors[f"{name}.{moment}"] for moment in _MOMENTS}
-        for index, name in enumerate(policy.trainable())
+        index: {
+            moment: tensors[f"{name}.{moment}"]
+            if moment == "step"
+            else divided_like(weight, tensors[f"{name}.{moment}"])
+            for moment in _MOMENTS
+        }
+        for index, (name, weight) in enumerate(policy.trainable().items())
         if f"{name}.step" in tensors
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

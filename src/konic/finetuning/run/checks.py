@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from konic.finetuning.config import GenerationConfig, TrainingConfig
 from konic.finetuning.errors import TrainingError
 from konic.finetuning.models.policy import Policy
+from konic.finetuning.models.sharding import own_part
 from konic.finetuning.results.intervals import mean
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.rewards.scoring import Scores
@@ -66,7 +67,7 @@ def find_nonfinite(rollout: Rollout, scores: Scores, policy: Policy) -> str | No
         bad = (rollout.response_mask & ~getattr(rollout, name).isfinite()).any(dim=1).nonzero()
         if len(bad):
             prompt = rollout.batch.prompts[int(bad[0])]
-            weight = next((n for n, w in policy.model.named_parameters() if not w.isfinite().all()), None)
+            weight = next((n for n, w in policy.model.named_parameters() if not own_part(w).isfinite().all()), None)
             whose = f"{name} of the response to dataset row {prompt.row}, prompt {prompt.text[:100]!r}, are not finite."
             if weight:
                 return f"{whose} The weights {weight} hold NaN or infinity: resume an earlier checkpoint."

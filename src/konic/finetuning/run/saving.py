@@ -15,6 +15,7 @@ from konic.finetuning.run.checkpoint import checkpoints, save_checkpoint, swappe
 from konic.finetuning.run.folder import RunFolder
 from konic.finetuning.run.state import TrainerState
 from konic.finetuning.system.files import discard, replacing_folder, unwritable, write_text
+from konic.finetuning.system.world import World, from_first
 from konic.output import get_logger
 from konic.text import describe_error
 
@@ -35,6 +36,7 @@ class Saver:
         settings: Returns the settings of the run by name.
         save_every: Iterations between checkpoints; None writes one every ten minutes, 0 only at the end.
         save_total_limit: Checkpoints kept, the newest; None keeps all.
+        world: The processes of the run.
         saved_iteration: The iteration that was resumed, whose checkpoint is in the folder already.
     """
 
@@ -47,11 +49,12 @@ class Saver:
         settings: Callable[[], dict[str, Any]],
         save_every: int | None,
         save_total_limit: int | None,
+        world: World,
         saved_iteration: int | None = None,
     ) -> None:
         self._folder, self._learner, self._state = folder, learner, state
         self._callbacks, self._settings = callbacks, settings
-        self._save_every, self._save_total_limit = save_every, save_total_limit
+        self._save_every, self._save_total_limit, self._world = save_every, save_total_limit, world
         self._saved_iteration = saved_iteration
         self._saved_at = time.monotonic()
         self._names = list(learner.policy.trainable())
@@ -62,14 +65,19 @@ class Saver:
             is_time = self._save_every > 0 and self._state.iteration % self._save_every == 0
         else:
             is_time = time.monotonic() - self._saved_at >= SAVE_AFTER_SECONDS
-        if is_time:
+        if self._agreed(is_time):
             self.checkpoint()
+
+    def _agreed(self, own: bool) -> bool:
+        """The first process's answer, where all have to give it their parts of the weights; else the own one."""
+        divides = self._learner.policy.sharding.divides_trained
+        return bool(from_first(self._world, own)) if divides else own
 
     def checkpoint(self) -> None:
         """Write a checkpoint, unless this run has written it already, and delete old ones over the limit."""
         iteration = self._state.iteration
         path = self._folder.path / f"checkpoint-{iteration}"
-        is_new = self._saved_iteration != iteration or not path.is_dir()
+        is_new = self._agreed(self._saved_iteration != iteration or not path.is_dir())
         if is_new:
             if list(self._learner.policy.trainable()) != self._names:
                 raise TrainingError("The model has lost layers that learn: no checkpoint of it is written.")
@@ -116,24 +124,31 @@ class Saver:
 
 
 class NoSaver(Saver):
-    """The saver of a process that is not the first of its run: the first one writes."""
+    """The saver of a process that is not the first of its run: it gives its part of the weights to the first one."""
 
     def checkpoint(self) -> None:
         """Nothing is written."""
+        if self._learner.policy.sharding.divides_trained and self._agreed(False):
+            save_checkpoint(None, self._learner.policy, self._learner.optimizer, self._state, {})
 
     def _model(self, path: Path, result: FinetuningResult) -> None:
         """Nothing is written."""
+        self._learner.policy.save_model(None)
 
 
 def write_model(
-    learner: Learner, folder: Path, result: FinetuningResult, settings: dict[str, Any], merge: bool = False
+    learner: Learner, folder: Path | None, result: FinetuningResult, settings: dict[str, Any], merge: bool = False
 ) -> None:
-    """Fill a folder with the model (the adapter, or with `merge` the full one), the tokenizer and a model card."""
+    """Fill a folder with the model (the adapter, or with `merge` the full one), the tokenizer and a model card.
+
+    None for the folder is for a process that only gives its part of the weights to the first one.
+    """
     if merge:
         learner.policy.save_merged(folder)
     else:
         learner.policy.save_model(folder)
-    write_card(learner, folder, result, settings, merge)
+    if folder is not None:
+        write_card(learner, folder, result, settings, merge)
 
 
 def write_card(

@@ -89,7 +89,7 @@ class Session:
         """
         device = self.world.device(pick_device(self.device))
         if self._learner is None:
-            self._learner = build_learner(self.agent, device)
+            self._learner = build_learner(self.agent, device, self.world)
         elif self._learner.policy.device.type != device.type:
             raise ConfigError(f"device={self.device!r}: the model is already on {self._learner.policy.device}.")
         return self._learner
@@ -189,6 +189,8 @@ class Session:
                 f"TrainingConfig: batch_size={self.training.batch_size} is fewer responses than the "
                 f"{self.world.size} processes of this run. Raise it, or start fewer processes."
             )
+        if self.training.sharding is not None:
+            self._check_sharding()
         if self.training.kl_target is not None and self.agent.kl_penalty_weight == 0:
             raise ConfigError("kl_target steers kl_penalty_weight by factors: start it above 0, such as 0.05.")
         reducer = self.agent.get_reward_composer().reducer
@@ -213,6 +215,22 @@ class Session:
                 "Sampling with %s draws from another distribution than the one trained: the ratio and the KL shown "
                 "describe the unfiltered policy.",
                 ", ".join(self.generation.distribution_filters),
+            )
+
+    def _check_sharding(self) -> None:
+        """Raise ConfigError if the weights cannot be divided among these processes, on this device."""
+        start, device = f"TrainingConfig: sharding={self.training.sharding!r}", pick_device(self.device).type
+        if self.world.size == 1:
+            raise ConfigError(
+                f"{start} divides the weights among the processes of a run, and this is one alone. Start several, such "
+                "as torchrun --nproc-per-node 2 SCRIPT, or leave sharding out."
+            )
+        if device not in ("cpu", "cuda"):
+            raise ConfigError(f"{start} works with device='cpu' or 'cuda', not {self.device!r}.")
+        if self.agent.get_model_kwargs().get("quantization_config") is not None:
+            raise ConfigError(
+                f"{start} divides floating-point weights only: leave quantization_config out of model_kwargs, or "
+                "sharding."
             )
 
     @contextlib.contextmanager
@@ -271,6 +289,7 @@ class Session:
             settings=lambda: self.settings(last_iteration),
             save_every=save_every,
             save_total_limit=save_total_limit,
+            world=self.world,
             saved_iteration=self.state.iteration or None,
         )
 

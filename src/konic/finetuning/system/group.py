@@ -82,6 +82,17 @@ class Group:
             for tensor, total in zip(same, torch.split(flat, [tensor.numel() for tensor in same]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """What torch raises when a process is gone becomes the error that says so."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            with self._naming_the_lost():
+                raise
+
     def device(self, chosen: torch.device) -> torch.device:
         """On a machine with several GPUs, the one of the local rank."""
         if chosen.type != "cuda" or chosen.index is not None:

@@ -6,8 +6,10 @@ above a threshold, which is at most 32 MB. With another C library these function
 
 import ctypes
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 _M_MMAP_THRESHOLD = -3
@@ -39,6 +41,16 @@ def eager_free(on: bool) -> Iterator[None]:
     finally:
         set_option(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
         return_freed_memory()
+
+
+def available_memory() -> int | None:
+    """Return the bytes of memory that programs may still take; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", lines)
+    return int(found[1]) * 1024 if found else None
 
 
 def _c_library(name: str) -> Any | None:

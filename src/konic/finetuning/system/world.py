@@ -38,6 +38,9 @@ class World(Protocol):
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Add to each tensor those of the other processes, in place. It follows a :meth:`gather` without a break."""
 
+    def exchanging(self) -> Any:
+        """Return a context manager: a process that is lost, where torch itself exchanges tensors, is named."""
+
     def device(self, chosen: torch.device) -> torch.device:
         """Return the device of this process, where several share a machine."""
 
@@ -60,6 +63,11 @@ class Alone:
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Nothing is added."""
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Nobody can be lost."""
+        yield
 
     def device(self, chosen: torch.device) -> torch.device:
         """The device."""
