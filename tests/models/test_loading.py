@@ -2,6 +2,7 @@ import hashlib
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,12 @@ def test_a_misspelt_model_kwarg_is_named():
 def test_a_wrong_dtype_is_refused_before_loading(dtype, hint):
     with pytest.raises(ConfigError, match=f"model_kwargs: dtype=.* is not a floating-point type.*{hint}"):
         load_model("./nowhere", {"dtype": dtype}, CPU)
+
+
+@pytest.mark.parametrize("config", [{"quant_method": "torchao"}, SimpleNamespace(quant_method="torchao")])
+def test_weights_of_torchao_are_refused_by_name_before_loading(config):
+    with pytest.raises(ConfigError, match="quantization_config: konic cannot read the weights of torchao"):
+        load_model("./nowhere", {"quantization_config": config}, CPU)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float16", torch.float16, None, {"text_config": "float16"}])

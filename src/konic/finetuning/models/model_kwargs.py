@@ -35,6 +35,13 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
             f"model_kwargs: quantization_config={quantization!r} is neither a dict nor a config of transformers, such "
             "as BitsAndBytesConfig."
         )
+    given = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    method = getattr(given, "quant_method", given)
+    if getattr(method, "value", method) == "torchao":  # its tensors lack operations, from abs on
+        raise ConfigError(
+            "model_kwargs: quantization_config: konic cannot read the weights of torchao, neither to check them nor to "
+            "merge an adapter. Leave quantization_config out; dtype='bfloat16' halves the memory of the weights."
+        )
     for attention in _parts(model_kwargs.get("attn_implementation")):
         _check_attention(attention)
     for dtype in _parts(model_kwargs.get("dtype")):
