@@ -23,6 +23,7 @@ from konic.finetuning import (
     llm_reward,
 )
 from konic.finetuning.algorithms import ALGORITHMS
+from konic.finetuning.models.sharding import gathered
 
 RANK = int(os.environ.get("RANK", "0"))
 CASES = {name: {"algorithm": name} for name in ALGORITHMS} | {
@@ -124,10 +125,12 @@ def train(model, folder, case, iterations=3, **options):
     callback = KonicFinetuningCallback(verbose=False)
     run = folder / case.replace(" ", "-")
     engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=run, callback=callback, device="cpu")
-    if case in ("sharded killed", "sharded not finite") and RANK == 1:
-        disturb(engine._session.learner.policy.language_model, case)
+    if case in ("sharded killed", "sharded not finite"):
+        loaded = engine._session.learner  # by both: dividing the weights takes both
+        if RANK == 1:
+            disturb(loaded.policy.language_model, case)
     result = engine.train(iterations, **options)
-    trained = engine._session.learner.policy.trainable()
+    trained = gathered(engine._session.learner.policy.trainable(), keep=True)
     told = {
         "stopped": result.stopped_because,
         "history": [each.to_dict() for each in result.history],
