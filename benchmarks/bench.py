@@ -5,8 +5,8 @@ python benchmarks/bench.py show
 python benchmarks/bench.py versus CHECKOUT [--rounds 5] [--only NAME ...]    this code and an older one, in turn
 
 Every system is a process of its own (benchmarks/speed/) that does one step when it is its turn. The first step of each
-is left out. `run` writes benchmarks/results/bench.json, `show` the tables of benchmarks/results/bench.md that the docs
-show. Run it on a machine that does nothing else.
+is left out. `run` writes its figures to benchmarks/results/bench.json under the name of the processor, `show` those of
+all processors to benchmarks/results/bench.md, which the docs show. Run it on a machine that does nothing else.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.locations import quiet_transformers
+from konic.finetuning.system.processor import processor_name
 
 HERE = Path(__file__).parent
 SPEED = HERE / "speed"
@@ -187,14 +188,18 @@ def save_model(model, tokenizer, folder):
 
 
 def machine():
-    name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))  # noqa: SIM115
     packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "peft"))
-    return f"{os.cpu_count()} cores of {name}; Python {platform.python_version()}, {packages}"
+    return f"{os.cpu_count()} cores of {processor_name()}; Python {platform.python_version()}, {packages}"
 
 
 def run(options):
     pythons = {"trl026": options.trl026, "trl116": options.trl116, "here": sys.executable}
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found = results.setdefault(processor_name(), {})
+
+    def write():
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = make_models(folder)
@@ -204,12 +209,14 @@ def run(options):
             (work := folder / comparison.name.replace(" ", "-")).mkdir()
             row = compare(comparison, pythons, models, options.rounds, work)
             found[comparison.name] = row | {"machine": machine(), "day": time.strftime("%Y-%m-%d")}
-            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+            write()
             print(line_of(row), flush=True)
-        if not options.only:
+        if not options.only or "floor" in options.only:
             found["floor"] = floor(options.rounds)
+            write()
+        if not options.only or "first line" in options.only:
             found["first line"] = [seconds_to_first_line(folder / f"demo-{index}") for index in range(3)]
-            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+            write()
 
 
 def line_of(row):
@@ -225,19 +232,24 @@ def line_of(row):
 
 def floor(rounds):
     """Milliseconds of a decode step of 8 that only reads SmolLM2's weights, or only multiplies, at measured rates."""
-    weights = torch.randn(134_515_008)
-    square = torch.randn(2048, 2048)
+    num_weights = 134_515_008
+    bandwidth, flops = rates(rounds)
+    return {
+        "bandwidth_gb": bandwidth / 1e9,
+        "gflops": flops / 1e9,
+        "read_ms": 1000 * num_weights * 4 / bandwidth,
+        "multiply_ms": 1000 * 2 * 8 * num_weights / flops,
+    }
+
+
+def rates(rounds):
+    """Bytes per second of reading weights from memory, and multiplications and additions per second of fp32."""
+    weights, square = torch.randn(134_515_008), torch.randn(2048, 2048)
     for work in (weights.sum, lambda: square @ square):
         work()
     read = statistics.median(_seconds(weights.sum) for _ in range(rounds))
     multiply = statistics.median(_seconds(lambda: square @ square) for _ in range(rounds))
-    rate = 2 * 2048**3 / multiply
-    return {
-        "bandwidth_gb": weights.numel() * 4 / read / 1e9,
-        "gflops": rate / 1e9,
-        "read_ms": 1000 * read,
-        "multiply_ms": 1000 * 2 * 8 * weights.numel() / rate,
-    }
+    return weights.numel() * 4 / read, 2 * 2048**3 / multiply
 
 
 def _seconds(work):
@@ -260,10 +272,15 @@ def seconds_to_first_line(folder):
     return seconds
 
 
-def show(found):
-    """What the docs show."""
-    rows = [row for name, row in found.items() if name not in ("floor", "first line")]
+def show(results):
+    """What the docs show: the figures of every processor, one after the other."""
+    (RESULTS.parent / "bench.md").write_text("\n".join("\n".join(lines_of(found)) for found in results.values()))
+
+
+def lines_of(found):
+    rows = [found[comparison.name] for comparison in COMPARISONS if comparison.name in found]
     base = found["floor"]
+    steps = [f"{_step(found, name):.0f} ms ({words})" for name, words in STEPS.items() if _has(found, name)]
     lines = [
         f"{rows[0]['machine']}, {rows[0]['day']}; `make bench`. SmolLM2-135M in fp32 with LoRA r=8 on q_proj and "
         f"v_proj, 8 responses of {TOKENS} tokens; the GPT-2 shape is a random model of its size. Medians of "
@@ -276,15 +293,24 @@ def show(found):
         "",
         f"A decode step of 8 that only reads the weights once would take {base['read_ms']:.0f} ms here "
         f"({base['bandwidth_gb']:.0f} GB/s), one that only multiplies {base['multiply_ms']:.0f} ms "
-        f"({base['gflops']:.0f} GFLOP/s). Ours take {_step(found, 'Llama'):.0f} ms (Llama shape), "
-        f"{_step(found, 'any'):.0f} ms (any model, the same weights) and {_step(found, 'GPT-2'):.0f} ms (GPT-2 "
-        "shape), prompts, packing and drawing included.",
+        f"({base['gflops']:.0f} GFLOP/s). Ours take {', '.join(steps)}, prompts, packing and drawing included.",
         "",
-        "`konic demo`, the model in the cache: "
-        f"{statistics.median(found['first line']):.1f} s from its start to the first iteration's line "
-        f"(of {', '.join(f'{seconds:.1f}' for seconds in found['first line'])}).",
     ]
-    (RESULTS.parent / "bench.md").write_text("\n".join(lines) + "\n")
+    if "first line" in found:
+        lines += [
+            "`konic demo`, the model in the cache: "
+            f"{statistics.median(found['first line']):.1f} s from its start to the first iteration's line "
+            f"(of {', '.join(f'{seconds:.1f}' for seconds in found['first line'])}).",
+            "",
+        ]
+    return lines
+
+
+STEPS = {"Llama": "Llama shape", "any": "any model, the same weights", "GPT-2": "GPT-2 shape"}
+
+
+def _has(found, name):
+    return any(key.startswith("sampling") and name in key for key in found)
 
 
 def _step(found, name):

@@ -2,10 +2,11 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from konic.finetuning.system.processor import processor_name
 
 _LIBRARIES = ("konic", "torch", "transformers", "peft", "datasets", "numpy")
 
@@ -14,7 +15,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Versions, processor, threads and device, by name."""
     return {name: version_of(name) for name in _LIBRARIES} | {
         "python": platform.python_version(),
-        "machine": _processor(),
+        "machine": processor_name(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
@@ -26,12 +27,3 @@ def version_of(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _processor() -> str:
-    """The name of the processor if the system has it, else its kind."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
