@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import LORA_TARGETS, PLANTED, PROMPTS
+from conftest import LORA_TARGETS, PLANTED, PROMPTS, byte_tokenizer, tiny_model
 from konic.finetuning import (
     BaseKonicFinetuningCallback,
     ConfigError,
@@ -40,9 +40,12 @@ from konic.finetuning import (
 from konic.finetuning import trainer as trainer_module
 from konic.finetuning.data.prompts import PromptSet, load_prompts, make_prompts
 from konic.finetuning.errors import NotFiniteError
+from konic.finetuning.models.prepacked import DecodePlan, Product
 from konic.finetuning.run import saving
+from konic.finetuning.run import session as session_module
 from konic.finetuning.run.folder import RunFolder
 from konic.finetuning.run.resume import newest_checkpoint
+from konic.finetuning.system.files import seal
 
 TIMES = {"generation_time_sec", "reward_compute_time_sec", "update_time_sec", "total_time_sec"}
 
@@ -162,6 +165,70 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(model_folders, architecture, 
     assert completions(tmp_path / "whole") == completions(tmp_path / "parts")
     for folder in ("final", "best", "checkpoint-5"):
         same_tensors(weights(tmp_path / "whole" / folder), weights(tmp_path / "parts" / folder))
+
+
+def test_a_resume_samples_by_the_plan_of_its_checkpoint_whatever_is_fastest_now(tmp_path, monkeypatch):
+    tiny_model("llama", torch.float32).save_pretrained(tmp_path / "model")
+    byte_tokenizer("llama").save_pretrained(tmp_path / "model")
+
+    exact = Product.__call__
+
+    def rounded(product, *arguments, **named):
+        """A packed product whose rounding shows, also in a model this small."""
+        return exact(product, *arguments, **named) * (1.0 if product._prepacking is None else 1.0 + 1e-5)
+
+    monkeypatch.setattr(Product, "__call__", rounded)
+
+    def train(run, layout, iterations, resume=None):
+        monkeypatch.setattr(session_module, "choose_plan", lambda *_: DecodePlan(layout))
+        engine = make_engine(tmp_path / "model", tmp_path / run, generation={"max_new_tokens": 16})
+        engine.train(iterations, resume_from_checkpoint=resume)
+        policy = engine._session.learner.policy
+        assert policy.decode_plan == policy.language_model.decode_plan
+        return policy.decode_plan
+
+    train("whole", "plain", 2)
+    train("other", "onednn", 2)
+    train("parts", "plain", 1)
+    assert train("parts", "onednn", 2, resume=True) == DecodePlan("plain")
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole") != metrics(tmp_path / "other")
+    same_tensors(weights(tmp_path / "parts" / "final"), weights(tmp_path / "whole" / "final"))
+    for file in ("run.json", "checkpoint-2/trainer_state.json"):
+        record = json.loads((tmp_path / "parts" / file).read_text())
+        assert record["settings"]["decode_plan"] == {"layout": "plain", "threads": None}
+
+
+def test_a_checkpoint_without_a_plan_goes_on_with_the_one_of_its_time(model_folders, tmp_path, monkeypatch, caplog):
+    def decode_plan(record):
+        file = tmp_path / "checkpoint-1" / "trainer_state.json"
+        found = json.loads(file.read_text())
+        found["settings"].pop("decode_plan", None)
+        found["settings"]["generation_config"].pop("decode_layout", None)
+        file.write_text(json.dumps(found | {"settings": found["settings"] | record}))
+        (file.parent / "complete.json").unlink()
+        seal(file.parent)
+        engine = make_engine(model_folders["llama"], tmp_path)
+        engine.train(2, resume_from_checkpoint=tmp_path / "checkpoint-1")
+        return engine._session.learner.policy.decode_plan
+
+    monkeypatch.setattr(session_module, "choose_plan", lambda *_: DecodePlan("plain"))
+    make_engine(model_folders["llama"], tmp_path).train(1)
+    assert decode_plan({}) == DecodePlan("onednn")
+    assert "decode_plan" not in caplog.text
+    assert decode_plan({"decode_plan": {"layout": "gone", "threads": None}}) == DecodePlan("plain")
+    assert "decode_plan was {'layout': 'gone', 'threads': None}, which is not possible here" in caplog.text
+
+
+def test_all_processes_sample_by_the_plan_of_the_first(model_folders, tmp_path, monkeypatch):
+    def from_first(world, value):
+        return {"layout": "mkl", "threads": 3} if value == {"layout": "plain", "threads": None} else value
+
+    monkeypatch.setattr(session_module, "choose_plan", lambda *_: DecodePlan("plain"))
+    monkeypatch.setattr(session_module, "from_first", from_first)
+    session = make_engine(model_folders["llama"], tmp_path)._current_session()
+    session.check()
+    with session.opened(1, None, False):
+        assert session.learner.policy.decode_plan == DecodePlan("mkl", 3)
 
 
 def test_resuming_takes_the_newest_checkpoint_and_max_iterations_is_the_total(model_folders, tmp_path):

@@ -149,6 +149,7 @@ FIELDS = {
         "whole or None": "pad_token_id eos_token_id",
         "real": "temperature top_p repetition_penalty",
         "flag": "do_sample skip_special_tokens",
+        "word": "decode_layout",
         "texts": "stop",
     },
     LoraConfig: {

@@ -18,7 +18,7 @@ ORDER = [
 ]  # fmt: skip
 """Modules and packages of konic.finetuning; each imports only from those before it."""
 INSIDE = {
-    "system": ["memory", "signals", "user_code", "places", "files", "pickling", "group", "world"],
+    "system": ["memory", "signals", "user_code", "places", "files", "pickling", "processor", "group", "world"],
     "results": ["metrics", "intervals", "at_k", "iteration", "evaluation", "summary"],
     "data": [
         "pages", "packed", "rows", "chats", "columns", "fingerprint", "hub", "formats", "loaders", "config", "prompts",
@@ -27,7 +27,8 @@ INSIDE = {
     ],
     "models": [
         "positions", "distributions", "length_groups", "value_head", "prepacked", "sharding", "language_model", "fsdp",
-        "token_scores", "headers", "locations", "tokenizer_rules", "containment", "model_kwargs", "loading",
+        "token_scores", "headers", "locations", "decode_probe", "tokenizer_rules", "containment", "model_kwargs",
+        "loading",
         "adapter_config", "adapters", "policy",
     ],
     "rewards": [

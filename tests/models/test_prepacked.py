@@ -9,11 +9,19 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import shake_adapter, tiny_learner, tiny_model
 from konic.finetuning.models import prepacked as packing
-from konic.finetuning.models.prepacked import PrepackedLinear, Product, prepacked_layers, rows_to_prepack
+from konic.finetuning.models.prepacked import (
+    PrepackedLinear,
+    Prepacking,
+    Product,
+    layouts,
+    prepacked_layers,
+    rows_to_prepack,
+)
 
 PACKED_FOR = 8
 needs_mkldnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
-packed_or_not = pytest.mark.parametrize("prepacked_rows", [None, pytest.param(PACKED_FOR, marks=needs_mkldnn)])
+PACKINGS = [Prepacking(PACKED_FOR, layout) for layout in layouts() if layout != "plain"]
+packed_or_not = pytest.mark.parametrize("prepacking", [None, *PACKINGS], ids=str)
 
 
 class OwnLinear(nn.Linear):
@@ -47,13 +55,13 @@ def names_of(model, kinds):
 @pytest.mark.parametrize("num_rows", [1, 3, 8, 100])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("adds", [False, True])
-def test_a_product_is_that_of_a_linear_layer(prepacked_rows, num_rows, has_bias, adds):
+def test_a_product_is_that_of_a_linear_layer(prepacking, num_rows, has_bias, adds):
     weight, x = random(40, 24, seed=1), random(num_rows, 24, seed=2)
     bias = random(40, seed=3) if has_bias else None
     add = random(num_rows, 40, seed=4) if adds else None
     expected = functional.linear(x, weight, bias) + (add if adds else 0.0)
     x_before, add_before = x.clone(), None if add is None else add.clone()
-    product = Product(weight, bias, prepacked_rows)
+    product = Product([weight], bias, prepacking)
     for _ in range(2):
         assert_close(product(x, add), expected, rtol=1e-5, atol=1e-5)
     assert x.equal(x_before)
@@ -61,18 +69,34 @@ def test_a_product_is_that_of_a_linear_layer(prepacked_rows, num_rows, has_bias,
 
 
 @packed_or_not
-def test_a_product_takes_a_weight_that_is_a_transposed_view(prepacked_rows):
+@pytest.mark.parametrize("num_rows", [3, 8, 100])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_product_of_several_layers_has_their_outputs_side_by_side(prepacking, num_rows, has_bias):
+    weights, x = [random(size, 24, seed=size) for size in (40, 8, 16)], random(num_rows, 24)
+    bias = random(64, seed=3) if has_bias else None
+    expected = torch.cat([x @ weight.T for weight in weights], dim=1) + (bias if has_bias else 0.0)
+    assert_close(Product(weights, bias, prepacking)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prepacking", PACKINGS, ids=str)
+def test_rows_that_leave_a_packed_product_change_none_of_the_others(prepacking):
+    product, x = Product([random(40, 24)], None, prepacking), random(PACKED_FOR, 24, seed=1)
+    assert product(x)[:5].equal(product(x[:5]))
+
+
+@packed_or_not
+def test_a_product_takes_a_weight_that_is_a_transposed_view(prepacking):
     weight, x = random(24, 40), random(5, 24)
-    assert_close(Product(weight.T, None, prepacked_rows)(x), x @ weight, rtol=1e-5, atol=1e-5)
+    assert_close(Product([weight.T], None, prepacking)(x), x @ weight, rtol=1e-5, atol=1e-5)
 
 
-@needs_mkldnn
+@pytest.mark.parametrize("prepacking", PACKINGS, ids=str)
 @pytest.mark.parametrize("kind", ["with bias", "without bias", Conv1D])
 @pytest.mark.parametrize("shape", [(3, 24), (2, 5, 24), (1, 1, 24)])
-def test_a_packed_layer_computes_what_the_layer_does(kind, shape):
+def test_a_packed_layer_computes_what_the_layer_does(prepacking, kind, shape):
     layer, x = layer_of(kind), random(*shape)
     with torch.no_grad():
-        result = PrepackedLinear(layer, PACKED_FOR)(x)
+        result = PrepackedLinear(layer, prepacking)(x)
         assert result.shape == (*shape[:-1], 40)
         assert_close(result, layer(x), rtol=1e-5, atol=1e-5)
 
@@ -85,7 +109,7 @@ def test_plain_layers_but_the_head_are_packed_and_the_same_objects_come_back(arc
     assert len(plain) == {"gpt2": 8, "llama": 14}[architecture]
     with torch.no_grad():
         expected = model(ids).logits
-        with prepacked_layers(model, 2):
+        with prepacked_layers(model, Prepacking(2)):
             assert packed_names(model) == plain
             assert names_of(model, (nn.Linear, Conv1D)) == {"lm_head"}
             assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
@@ -96,7 +120,7 @@ def test_plain_layers_but_the_head_are_packed_and_the_same_objects_come_back(arc
 def test_the_layers_come_back_after_an_exception(architecture):
     model = tiny_model(architecture, torch.float32)
     before = modules_of(model)
-    with pytest.raises(KeyError, match="in the body"), prepacked_layers(model, 2):
+    with pytest.raises(KeyError, match="in the body"), prepacked_layers(model, Prepacking(2)):
         raise KeyError("in the body")
     assert modules_of(model) == before
 
@@ -107,14 +131,14 @@ def test_the_layers_come_back_when_packing_itself_fails(monkeypatch):
     before, made = modules_of(model), []
 
     class FailsInTheEnd(PrepackedLinear):
-        def __init__(self, layer, num_rows):
+        def __init__(self, layer, prepacking):
             made.append(layer)
             if len(made) == 5:
                 raise MemoryError
-            super().__init__(layer, num_rows)
+            super().__init__(layer, prepacking)
 
     monkeypatch.setattr(packing, "PrepackedLinear", FailsInTheEnd)
-    with pytest.raises(MemoryError), prepacked_layers(model, 2):
+    with pytest.raises(MemoryError), prepacked_layers(model, Prepacking(2)):
         pytest.fail("the body ran")
     assert modules_of(model) == before
 
@@ -123,7 +147,7 @@ def test_the_layers_come_back_when_packing_itself_fails(monkeypatch):
 def test_a_subclass_of_a_plain_layer_is_left_alone():
     model = tiny_model("llama", torch.float32)
     model.model.layers[1].mlp.up_proj = OwnLinear(32, 64)
-    with prepacked_layers(model, 2):
+    with prepacked_layers(model, Prepacking(2)):
         assert type(model.model.layers[1].mlp.up_proj) is OwnLinear
         assert type(model.model.layers[0].mlp.up_proj) is PrepackedLinear
 
@@ -139,7 +163,7 @@ def test_an_adapters_layer_stays_and_its_plain_parts_are_packed(architecture):
     assert adapted
     with torch.no_grad():
         expected = model(ids).logits
-        with prepacked_layers(model, 2):
+        with prepacked_layers(model, Prepacking(2)):
             assert packed_names(model) == plain
             now = modules_of(model)
             assert all(now[name] == before[name] for name in adapted)
@@ -160,7 +184,7 @@ def test_packing_leaves_weights_as_they_are_and_tied_ones_tied():
     values = {name: weight.clone() for name, weight in model.named_parameters()}
     objects = {name: id(weight) for name, weight in model.named_parameters()}
     assert model.lm_head.weight is model.transformer.wte.weight
-    with prepacked_layers(model, 2), torch.no_grad():
+    with prepacked_layers(model, Prepacking(2)), torch.no_grad():
         assert model.get_output_embeddings().weight is model.transformer.wte.weight
         assert {name: id(weight) for name, weight in model.named_parameters()} == objects
         model(torch.arange(6)[None])

@@ -9,7 +9,7 @@ from konic.finetuning import KonicFinetuningAgent, KonicFinetuningEngine, KonicL
 from konic.finetuning.config import GenerationConfig
 from konic.finetuning.data.tokenization import PromptBatch, make_prompt_batch
 from konic.finetuning.models.language_model import LanguageModel
-from konic.finetuning.models.prepacked import PrepackedLinear
+from konic.finetuning.models.prepacked import DecodePlan, PrepackedLinear, layouts
 from konic.finetuning.rollout import local_sampler as sampling
 from konic.finetuning.rollout.decoding import GeneralDecoder, open_decoder
 from konic.finetuning.rollout.fused_decoder import FusedDecoder
@@ -209,20 +209,29 @@ def test_decoding_may_end_before_it_began(name):
         pass
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
+@pytest.mark.parametrize("layout", layouts())
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
 @torch.no_grad()
-def test_packed_decoding_in_fp32_is_the_models_own_to_rounding(name):
+def test_decoding_by_any_plan_is_the_models_own_to_rounding(name, layout):
     model, (ids, mask), tokens = model_of(name, torch.float32), padded_prompts(), later_tokens(len(LENGTHS))
+    model.decode_plan = DecodePlan(layout, threads=1)
     expected = of_whole_passes(model, ids, mask, tokens)
     with open_decoder(model, len(ids), 40) as decoder:
         is_prepacked = any(isinstance(module, PrepackedLinear) for module in model.causal_lm.modules())
-        assert is_prepacked == (name == "gpt_neox")
+        assert is_prepacked == (name == "gpt_neox" and layout != "plain")
         hidden = [decoder.prefill(ids, mask)]
         hidden += [decoder.step(tokens[:, step], all_count(len(ids))) for step in range(STEPS)]
         logits = decoder.logits(hidden[-1])
     assert (torch.stack(hidden, dim=1) - expected).abs().max() < 1e-4
     assert (logits - model.logits(expected[:, -1])).abs().max() < 1e-4
+
+
+def test_a_plan_changes_the_threads_while_it_decodes():
+    model, before = model_of("gpt_neox"), torch.get_num_threads()
+    model.decode_plan = DecodePlan(threads=before + 1)
+    with open_decoder(model, 4, 40):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
 
 
 def learner_of(architecture):

@@ -13,6 +13,7 @@ from transformers import (
 
 from conftest import shake_adapter, tiny_learner
 from konic.finetuning.models.language_model import LanguageModel
+from konic.finetuning.models.prepacked import Prepacking, layouts
 from konic.finetuning.rollout.fused_decoder import FusedDecoder
 from konic.finetuning.rollout.fused_transformer import fused_transformer
 
@@ -136,14 +137,14 @@ def test_hidden_states_and_logits_are_those_of_whole_passes_without_padding(name
     assert (logits - expected_logits).abs().max() < 1e-9
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
+@pytest.mark.parametrize("layout", [layout for layout in layouts() if layout != "plain"])
 @pytest.mark.parametrize("name", ["gpt2", "gpt2 untied", "llama", "llama with biases", "llama tied", "qwen2", "qwen3"])
-def test_packed_products_give_the_same_to_rounding(name):
+def test_packed_products_give_the_same_to_rounding(name, layout):
     model, lengths = model_of(*KNOWN[name], dtype=torch.float32), PROMPT_LENGTHS["padded"]
     before = {key: weight.clone() for key, weight in model.causal_lm.state_dict().items()}
     sequences = sequences_of(lengths)
     expected_hidden, expected_logits = of_whole_passes(model, sequences, lengths)
-    decoder = FusedDecoder(model, fused_transformer(model, len(lengths)), STEPS)
+    decoder = FusedDecoder(model, fused_transformer(model, Prepacking(len(lengths), layout)), STEPS)
     hidden, logits = decoded(decoder, sequences, lengths)
     assert (hidden - expected_hidden).abs().max() < 1e-4
     assert (logits - expected_logits).abs().max() < 1e-4

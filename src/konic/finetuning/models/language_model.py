@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from konic.finetuning.errors import ModelError
 from konic.finetuning.models.length_groups import cost_of_a_pass
 from konic.finetuning.models.positions import distinct_prompts, position_ids
-from konic.finetuning.models.prepacked import Product
+from konic.finetuning.models.prepacked import DecodePlan, Prepacking, Product, rows_to_prepack
 from konic.finetuning.system.signals import uninterrupted
 
 
@@ -42,6 +42,7 @@ class LanguageModel:
         config = causal_lm.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._prepacked_head: Product | None = None
+        self.decode_plan = DecodePlan()
         self.scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
 
     @property
@@ -156,6 +157,14 @@ class LanguageModel:
                     vars(layer).pop("forward", None)
                 self._is_checkpointed = False
 
+    def prepacking(self, num_rows: int, num_tokens: int) -> Prepacking | None:
+        """Return how the weights are packed to sample so many tokens in so many rows; None does not pack them."""
+        if self.in_step or self.decode_plan.layout == "plain":
+            return None
+        if rows_to_prepack(self.causal_lm, num_rows, num_tokens) is None:
+            return None
+        return Prepacking(num_rows, self.decode_plan.layout)
+
     @contextmanager
     def prepacked_head(self, num_rows: int | None) -> Iterator[None]:
         """Make :meth:`logits` use a packed copy of a plain head inside the context; None changes nothing.
@@ -166,7 +175,7 @@ class LanguageModel:
         if num_rows is None or is_prepacked or type(head) is not nn.Linear:
             yield
             return
-        self._prepacked_head = Product(head.weight, head.bias, num_rows)
+        self._prepacked_head = Product([head.weight], head.bias, Prepacking(num_rows))
         try:
             yield
         finally:

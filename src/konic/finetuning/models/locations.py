@@ -127,8 +127,8 @@ def _require_unchanged(weights: Path, asked: str, packaged: PackagedModel) -> No
         )
 
 
-def _cache_folder() -> Path:
-    """Return the folder of dequantised models: $KONIC_CACHE, else $XDG_CACHE_HOME/konic, else ~/.cache/konic."""
+def cache_folder() -> Path:
+    """Return the folder of what later runs use: $KONIC_CACHE, else $XDG_CACHE_HOME/konic, else ~/.cache/konic."""
     if os.environ.get("KONIC_CACHE"):
         return as_path(os.environ["KONIC_CACHE"], "KONIC_CACHE", ModelError)
     return as_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME", ModelError) / "konic"
@@ -144,24 +144,24 @@ def _dequantised_folder(gguf_file: Path) -> Path:
     """
     with gguf_file.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    cache = _cache_folder()
+    cache = cache_folder()
     folder = cache / f"{gguf_file.stem}-{digest}"
     try:
         cache.mkdir(mode=0o755, parents=True, exist_ok=True)
-        _require_own(cache)
+        require_own(cache)
         if not folder.is_dir():
             with creating_folder(folder) as temp_dir:
                 _dequantise(gguf_file, temp_dir)
                 for path in (*temp_dir.iterdir(), temp_dir):
                     path.chmod(path.stat().st_mode & ~0o022)  # also with a umask of 0
-        _require_own(folder, *folder.iterdir())
+        require_own(folder, *folder.iterdir())
     except (OSError, OutputError) as error:
         problem = error if isinstance(error, OutputError) else unwritable(cache, error)
         raise ModelError(f"{problem} Set KONIC_CACHE to another folder.") from None
     return folder
 
 
-def _require_own(*paths: Path) -> None:
+def require_own(*paths: Path) -> None:
     """Check that no other user made, or can change, what is read from the cache.
 
     Raises:
@@ -172,7 +172,7 @@ def _require_own(*paths: Path) -> None:
         is_open = info.st_mode & stat.S_IWOTH and not info.st_mode & stat.S_ISVTX
         if is_open or info.st_uid not in (0, os.getuid()):
             what = "can be written by everybody" if is_open else "belongs to another user"
-            raise OutputError(f"{path}: {what}, so the models there are not trusted.")
+            raise OutputError(f"{path}: {what}, so what is there is not trusted.")
 
 
 def _dequantise(gguf_file: Path, folder: Path) -> None:

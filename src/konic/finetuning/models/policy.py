@@ -36,6 +36,7 @@ from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.loading import LoadedModel
 from konic.finetuning.models.locations import quiet_transformers
 from konic.finetuning.models.positions import position_ids
+from konic.finetuning.models.prepacked import DecodePlan
 from konic.finetuning.models.sharding import NOT_SHARDED, Sharding, divided_like, gathered, own_part
 from konic.finetuning.models.value_head import ValueHead
 from konic.finetuning.system.memory import eager_free
@@ -149,6 +150,16 @@ class Policy:
     def model(self) -> PreTrainedModel | peft.PeftModel:
         """The model to inspect or save, with its adapter if it has one."""
         return self._adapted if self._adapted is not None else self.language_model.causal_lm
+
+    @property
+    def decode_plan(self) -> DecodePlan:
+        """How responses are sampled on a CPU, from the policy and from its reference."""
+        return self.language_model.decode_plan
+
+    @decode_plan.setter
+    def decode_plan(self, plan: DecodePlan) -> None:
+        for model in filter(None, (self.language_model, self._frozen_copy)):
+            model.decode_plan = plan
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return every trainable parameter by name. Those of the value head come last."""

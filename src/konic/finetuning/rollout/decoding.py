@@ -17,7 +17,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from konic.finetuning.errors import ModelError, safe_cause
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.positions import position_ids
-from konic.finetuning.models.prepacked import prepacked_layers, rows_to_prepack
+from konic.finetuning.models.prepacked import prepacked_layers, threads_of
 from konic.finetuning.rollout.fused_decoder import FusedDecoder
 from konic.finetuning.rollout.fused_transformer import fused_transformer
 from konic.finetuning.rollout.graphed_decoder import GraphedDecoder
@@ -55,10 +55,10 @@ def open_decoder(model: LanguageModel, num_rows: int, num_tokens: int) -> Iterat
 
     While the decoder is open, some layers of the model may be replaced by layers that compute the same.
     """
-    prepacked_rows = None if model.in_step else rows_to_prepack(model.causal_lm, num_rows, num_tokens)
+    prepacking = model.prepacking(num_rows, num_tokens)
     try:
-        with model.prepacked_head(prepacked_rows):
-            transformer = None if model.in_step else fused_transformer(model, prepacked_rows)
+        with threads_of(model.decode_plan), model.prepacked_head(prepacking.num_rows if prepacking else None):
+            transformer = None if model.in_step else fused_transformer(model, prepacking)
             if transformer is not None:
                 kind = GraphedDecoder if model.causal_lm.device.type == "cuda" else FusedDecoder
                 decoder = kind(model, transformer, num_tokens)
@@ -68,10 +68,10 @@ def open_decoder(model: LanguageModel, num_rows: int, num_tokens: int) -> Iterat
                 finally:
                     decoder.close()
             else:
-                with prepacked_layers(model.causal_lm, prepacked_rows):
+                with prepacked_layers(model.causal_lm, prepacking):
                     yield GeneralDecoder(model)
     finally:
-        if prepacked_rows is not None:
+        if prepacking is not None:
             return_freed_memory()
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from konic.finetuning.models.language_model import LanguageModel
-from konic.finetuning.models.prepacked import Product, weight_and_bias
+from konic.finetuning.models.prepacked import Prepacking, Product, weight_and_bias
 
 Function = Callable[[Tensor], Tensor]
 LLAMA_SHAPED = ("llama", "mistral", "qwen2", "qwen3")
@@ -133,19 +133,19 @@ class Transformer:
         ).transpose(1, 2)
 
 
-def fused_transformer(model: LanguageModel, prepacked_rows: int | None) -> Transformer | None:
+def fused_transformer(model: LanguageModel, prepacking: Prepacking | None) -> Transformer | None:
     """Return a model in its fused form, or None if it has another shape.
 
     Args:
         model: The model.
-        prepacked_rows: Number of rows that the products are packed for; None does not pack them.
+        prepacking: How the products are packed; None does not pack them.
     """
     config = model.causal_lm.config
     build = {"gpt2": _gpt2}.get(config.model_type, _llama if config.model_type in LLAMA_SHAPED else None)
-    return None if build is None else build(model.causal_lm, prepacked_rows)
+    return None if build is None else build(model.causal_lm, prepacking)
 
 
-def _llama(causal_lm: Any, prepacked_rows: int | None) -> Transformer | None:
+def _llama(causal_lm: Any, prepacking: Prepacking | None) -> Transformer | None:
     config, body = causal_lm.config, causal_lm.base_model
     linear = all(type(layer) is nn.Linear for block in body.layers for layer in _projections(block))
     is_plain = config.hidden_act == "silu" and body.rotary_emb.rope_type in STATIC_ROPE
@@ -153,7 +153,7 @@ def _llama(causal_lm: Any, prepacked_rows: int | None) -> Transformer | None:
         return None
 
     def product(*layers: nn.Linear) -> Product:
-        return _joined(layers, prepacked_rows)
+        return _joined(layers, prepacking)
 
     blocks = tuple(
         Block(
@@ -181,7 +181,7 @@ def _llama(causal_lm: Any, prepacked_rows: int | None) -> Transformer | None:
     )
 
 
-def _gpt2(causal_lm: Any, prepacked_rows: int | None) -> Transformer | None:
+def _gpt2(causal_lm: Any, prepacking: Prepacking | None) -> Transformer | None:
     config, body = causal_lm.config, causal_lm.base_model
     layers = [layer for b in body.h for layer in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
     is_plain = (
@@ -191,7 +191,7 @@ def _gpt2(causal_lm: Any, prepacked_rows: int | None) -> Transformer | None:
         return None
 
     def product(layer: nn.Linear | Conv1D) -> Product:
-        return _joined([layer], prepacked_rows)
+        return _joined([layer], prepacking)
 
     blocks = tuple(
         Block(
@@ -230,14 +230,13 @@ def _sees_everything(config: Any) -> bool:
     return set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
 
 
-def _joined(layers: Any, prepacked_rows: int | None) -> Product:
+def _joined(layers: Any, prepacking: Prepacking | None) -> Product:
     """Return one product for several layers with the same input. It concatenates their outputs."""
     weights, biases = zip(*(weight_and_bias(layer) for layer in layers), strict=True)
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     if all(bias is None for bias in biases):
-        return Product(weight, None, prepacked_rows)
+        return Product(weights, None, prepacking)
     filled = [torch.zeros_like(w[:, 0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
-    return Product(weight, torch.cat(filled), prepacked_rows)
+    return Product(weights, torch.cat(filled), prepacking)
 
 
 def _read(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:

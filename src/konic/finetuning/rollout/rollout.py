@@ -17,7 +17,6 @@ from konic.finetuning.models.distributions import entropy_and_kl_, log_softmax_
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.length_groups import group_by_length
 from konic.finetuning.models.policy import Policy
-from konic.finetuning.models.prepacked import rows_to_prepack
 from konic.finetuning.models.sharding import NOT_SHARDED, Sharding
 from konic.finetuning.models.token_scores import map_tokens
 from konic.finetuning.rollout.sampler import RandomKey, Sampler, Samples, SpecialTokens, decode_responses
@@ -142,10 +141,9 @@ def sample_rollout(
     rows = world.own_rows(len(batch))
     own = batch.part(rows or range(1))
     with policy.sharding.rollout():
-        model, prepacked_rows = policy.language_model, None
-        if not model.in_step:
-            prepacked_rows = rows_to_prepack(model.causal_lm, len(own), generation.max_new_tokens)
-        with model.prepacked_head(prepacked_rows):  # scoring too is mostly products of the head
+        prepacking = policy.language_model.prepacking(len(own), generation.max_new_tokens)
+        packed_for = prepacking.num_rows if prepacking else None
+        with policy.language_model.prepacked_head(packed_for):  # scoring too is mostly products of the head
             drawn = sampler(own, generation, rng_key)
             scored, states = score_under_reference(policy, own, drawn, generation.temperature, micro_batch_size)
     samples, numbers = share_samples(world, rows, drawn, vars(scored))

@@ -2,12 +2,15 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from konic.finetuning.errors import ConfigError, OutputError
+from konic.finetuning.models.decode_probe import plan_from
+from konic.finetuning.models.prepacked import DecodePlan
 from konic.finetuning.run.checkpoint import CheckpointRecord, checkpoints
 from konic.finetuning.run.environment import environment
 from konic.finetuning.system.files import SEAL_FILE, as_path, find_corruption
@@ -20,6 +23,7 @@ _FIXED = ("model_name", "use_lora", "lora_config")
 _FREE = (
     "max_iterations", "iterations_done", "max_minutes", "eval_every", "device", "on_reward_error", "max_error_rate",
     "reward_workers", "reward_timeout_seconds", "process_timeout_seconds", "sharding", "sharded_sampling",
+    "decode_plan",  # a resume keeps that of the checkpoint
 )  # fmt: skip
 """Settings that change no number of any iteration that both runs contain."""
 
@@ -117,7 +121,8 @@ def require_same_run(
         of_rewards = ("ppo", "rloo", "reinforce++")
         saved["kl_placement"] = "reward" if saved.get("algorithm") in of_rewards else "loss"
     if isinstance(saved.get("generation_config"), dict):  # rewards did not see special tokens before
-        saved["generation_config"] = {"skip_special_tokens": True} | saved["generation_config"]
+        before = {"skip_special_tokens": True, "decode_layout": "auto"}
+        saved["generation_config"] = before | saved["generation_config"]
     for name in ("selection", "dataset_config"):  # fields added later have changed nothing that the run had done
         if isinstance(saved.get(name), dict) and isinstance(now.get(name), dict):
             saved[name] = now[name] | saved[name]
@@ -149,3 +154,12 @@ def require_same_run(
             "The run started in another environment (%s): from here on its numbers may differ by rounding.",
             "; ".join(differing),
         )
+
+
+def plan_to_follow(record: CheckpointRecord) -> DecodePlan | None:
+    """Return how a run has sampled so far, which keeps its numbers the same bit for bit; None if it cannot here."""
+    recorded = record.settings.get("decode_plan", asdict(DecodePlan()))  # of a run before there was another plan
+    plan = plan_from(recorded)
+    if plan is None:
+        logger.warning("decode_plan was %s, which is not possible here: numbers differ by rounding.", recorded)
+    return plan

@@ -15,7 +15,11 @@ from konic.finetuning.data.prompts import Prompt, PromptSet, load_prompts
 from konic.finetuning.data.samples import collect_columns
 from konic.finetuning.errors import ConfigError, OutputError, TrainingError
 from konic.finetuning.learning.learner import Learner, build_learner
+from konic.finetuning.models.decode_probe import choose_plan
 from konic.finetuning.models.loading import pick_device
+from konic.finetuning.models.policy import Policy
+from konic.finetuning.models.prepacked import DecodePlan
+from konic.finetuning.models.sharding import NOT_SHARDED
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.summary import FinetuningResult, Selection
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer, find_override
@@ -29,7 +33,7 @@ from konic.finetuning.run.checkpoint import checkpoints, load_checkpoint, read_r
 from konic.finetuning.run.environment import environment
 from konic.finetuning.run.folder import ReadOnlyFolder, RunFolder
 from konic.finetuning.run.processes import require_equal_processes
-from konic.finetuning.run.resume import checkpoint_to_resume, newest_checkpoint, require_same_run
+from konic.finetuning.run.resume import checkpoint_to_resume, newest_checkpoint, plan_to_follow, require_same_run
 from konic.finetuning.run.saving import NoSaver, Saver, write_card
 from konic.finetuning.run.state import TrainerState
 from konic.finetuning.system.signals import uninterrupted
@@ -90,6 +94,7 @@ class Session:
         device = self.world.device(pick_device(self.device))
         if self._learner is None:
             self._learner = build_learner(self.agent, device, self.world)
+            self._learner.policy.decode_plan = self._fastest_plan(self._learner.policy)
         elif self._learner.policy.device.type != device.type:
             raise ConfigError(f"device={self.device!r}: the model is already on {self._learner.policy.device}.")
         return self._learner
@@ -116,6 +121,7 @@ class Session:
             "selection": asdict(self.selection),
             "prompts_sha256": self._prompts_sha256,
             "base_sha256": self.learner.base_sha256,
+            "decode_plan": asdict(self.learner.policy.decode_plan),
         }
         return self.agent.settings(uses_lora=self.learner.policy.uses_lora) | more
 
@@ -251,6 +257,8 @@ class Session:
                     "starts higher than the one before ended.",
                     self.state.iteration, last,
                 )  # fmt: skip
+            policy = self.learner.policy
+            policy.decode_plan = DecodePlan(**from_first(self.world, asdict(policy.decode_plan)))
             require_equal_processes(self.world, self.settings(last), self.learner.policy.trainable())
             device, composer = self.learner.policy.device, self.agent.get_reward_composer()
             self.folder.write_run(self.settings(last), environment(device), composer, self.job_file)
@@ -358,6 +366,8 @@ class Session:
         record, learner = read_record(checkpoint), self.learner
         require_same_run(checkpoint, record, self.settings(max_iterations), learner.policy.device, allow_changes)
         self.state = load_checkpoint(checkpoint, learner.policy, learner.optimizer)
+        if self.generation.decode_layout == "auto":
+            learner.policy.decode_plan = plan_to_follow(record) or learner.policy.decode_plan
         earlier = self.folder.go_back_to(self.state.history)
         if earlier is not None:
             logger.warning("What had been written after iteration %d is now in %s.", self.state.iteration, earlier)
@@ -365,6 +375,17 @@ class Session:
             start, num_rows = time.monotonic(), self.state.num_prompts
             self.prompts.batch(num_rows, 0)
             logger.warning("Read the first %d rows of the stream again: %.1f s.", num_rows, time.monotonic() - start)
+
+    def _fastest_plan(self, policy: Policy) -> DecodePlan:
+        """The plan that samples fastest on this machine, by measurement, for this process's share of a batch.
+
+        Divided weights are not measured: no process holds a layer.
+        """
+        num_rows, generation = len(self.world.own_rows(self.training.batch_size)), self.generation
+        if policy.sharding is not NOT_SHARDED and generation.decode_layout == "auto":
+            return DecodePlan()
+        with policy.merged_adapter() as model:
+            return choose_plan(model.causal_lm, max(1, num_rows), generation.max_new_tokens, generation.decode_layout)
 
 
 def _run_folder_of(checkpoint: Path) -> Path:

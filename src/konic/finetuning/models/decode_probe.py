@@ -1,0 +1,178 @@
+"""Model, rows and tokens -> the plan that decodes fastest on this machine: measured once, then remembered.
+
+Which layout of the weights multiplies few rows fastest differs from one processor, number of rows and version of torch
+to the next: by a factor of two on some, and not at all on others (docs/speed.md). No rule is known that would tell it,
+so that it is measured, in less than a second, on some layers of the model itself.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from konic.finetuning.errors import ConfigError, KonicError
+from konic.finetuning.models.locations import cache_folder, require_own
+from konic.finetuning.models.prepacked import (
+    DecodePlan,
+    Layout,
+    Prepacking,
+    Product,
+    layouts,
+    plain_layers,
+    rows_to_prepack,
+    threads_of,
+    weight_and_bias,
+)
+from konic.finetuning.system.files import write_text
+from konic.finetuning.system.places import read_regular
+from konic.finetuning.system.processor import processor_name
+
+SAMPLE_BYTES = 2**27
+"""Bytes of the weights that are measured. Fewer could stay in a processor's cache, which decoding does not allow."""
+SMALLEST_BYTES = 2**24
+"""A model with fewer bytes in its layers is not measured: its products are too short to differ from noise."""
+ROUNDS, SECONDS = 7, 0.15
+"""Every alternative is measured in so many rounds, or as many as the seconds allow; the fastest counts."""
+WORTH = 0.95
+"""Another plan than the default has to take at most this share of its time: less is noise."""
+
+Timing = tuple[float, float]
+"""Seconds of packing the measured layers, and of multiplying with them once."""
+
+
+def choose_plan(
+    causal_lm: PreTrainedModel, num_rows: int, num_tokens: int, layout: Literal["auto"] | Layout = "auto"
+) -> DecodePlan:
+    """Return the fastest plan to sample `num_tokens` tokens in each of `num_rows` rows; packing counts.
+
+    A layout other than "auto" is taken as it is. Without a file to remember the measurement in, the default is taken:
+    a choice that could differ from one run to the next would make them differ too.
+
+    Raises:
+        ConfigError: This build of PyTorch does not have the layout.
+    """
+    if layout != "auto" and layout not in layouts():
+        raise ConfigError(
+            f"GenerationConfig: decode_layout={layout!r} is not part of this build of torch, which has "
+            f"{', '.join(layouts())}. Leave it out to take the fastest of them."
+        )
+    if layout != "auto":
+        return DecodePlan(layout)
+    timings = plan_timings(causal_lm, num_rows) if rows_to_prepack(causal_lm, num_rows, num_tokens) else {}
+    return _fastest(timings, num_tokens)
+
+
+def plan_timings(causal_lm: PreTrainedModel, num_rows: int) -> Mapping[DecodePlan, Timing]:
+    """Return what each plan takes here, from the cache or measured; empty if there is nothing to choose."""
+    layers = _sample(causal_lm)
+    if not layers:
+        return {}
+    key = {
+        "processor": processor_name(), "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": num_rows,
+        "layouts": list(layouts()), "shapes": [list(weight_and_bias(layer)[0].shape) for layer in layers],
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    with contextlib.suppress(OSError, KonicError):
+        folder = cache_folder()
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        require_own(folder)
+        file = folder / f"decode-{digest}.json"
+        with contextlib.suppress(OSError, KonicError, ValueError, TypeError, LookupError, RecursionError):
+            require_own(file)
+            return _read(read_regular(file), key)
+        timings = _measure(layers, num_rows)
+        plans = [{"plan": vars(plan), "seconds": timing} for plan, timing in timings.items()]
+        write_text(file, json.dumps({"of": key, "plans": plans}, indent=1))
+        return timings
+    return {}
+
+
+def _read(text: bytes, key: Mapping[str, Any]) -> Mapping[DecodePlan, Timing]:
+    """Return the timings of a file of the cache; another error than OSError says that it is broken."""
+    record = json.loads(text)
+    timings: dict[DecodePlan, Timing] = {}
+    for entry in record["plans"]:
+        plan, (pack, step) = plan_from(entry["plan"]), map(float, entry["seconds"])
+        if plan is None or not (0 < pack < math.inf and 0 < step < math.inf):
+            raise ValueError("no plan of this machine, or no time")
+        timings[plan] = pack, step
+    if record["of"] != key or not timings:
+        raise ValueError("not a measurement of this machine")
+    return timings
+
+
+def plan_from(record: Any) -> DecodePlan | None:
+    """Return the plan of a checkpoint's record; None if it is none, or cannot be followed here."""
+    if not isinstance(record, dict) or record.keys() != {"layout", "threads"}:
+        return None
+    layout, threads = record["layout"], record["threads"]
+    is_count = threads is None or (type(threads) is int and 1 <= threads <= torch.get_num_threads())
+    return DecodePlan(layout, threads) if layout in layouts() and is_count else None
+
+
+def _fastest(timings: Mapping[DecodePlan, Timing], num_tokens: int) -> DecodePlan:
+    """Return the default plan, or one that is clearly faster."""
+
+    def seconds(plan: DecodePlan) -> float:
+        pack, step = timings[plan]
+        return (pack + num_tokens * step) * (1.0 if plan == DecodePlan() else 1.0 / WORTH)
+
+    return min(timings, key=seconds, default=DecodePlan())
+
+
+def _sample(causal_lm: PreTrainedModel) -> list[Any]:
+    """Return the first layers of a model, of :data:`SAMPLE_BYTES` or all; none of a small model."""
+    layers, size = [], 0
+    for _, _, layer in plain_layers(causal_lm):
+        if size < SAMPLE_BYTES:
+            layers.append(layer)
+            size += layer.weight.numel() * layer.weight.element_size()
+    return layers if size >= SMALLEST_BYTES else []
+
+
+@torch.no_grad()
+def _measure(layers: list[Any], num_rows: int) -> dict[DecodePlan, Timing]:
+    """Return the time of every layout with all threads, and of the fastest with half of them, a quarter, ..."""
+    timings: dict[DecodePlan, Timing] = {}
+    for layout in layouts():
+        timings[DecodePlan(layout)] = _time(layers, num_rows, DecodePlan(layout))
+    best = min(timings, key=lambda plan: timings[plan][1])
+    for threads in _halves(torch.get_num_threads()):
+        plan = replace(best, threads=threads)
+        timings[plan] = timings[best][0], _time(layers, num_rows, plan)[1]
+        if timings[plan][1] > WORTH * timings[best][1]:
+            break
+        best = plan
+    return timings
+
+
+def _halves(count: int) -> Iterator[int]:
+    while count > 1:
+        count //= 2
+        yield count
+
+
+def _time(layers: list[Any], num_rows: int, plan: DecodePlan) -> Timing:
+    """Return the seconds of packing layers by a plan, and of multiplying with each once, at the fastest of a few."""
+    prepacking = None if plan.layout == "plain" else Prepacking(num_rows, plan.layout)
+    started = time.perf_counter()
+    products = []
+    for layer in layers:
+        weight, bias = weight_and_bias(layer)
+        products.append((Product([weight], bias, prepacking), torch.ones(num_rows, weight.shape[1])))
+    packed = time.perf_counter()
+    seconds: list[float] = []
+    with threads_of(plan):
+        while len(seconds) <= ROUNDS and (len(seconds) < 2 or time.perf_counter() - packed < SECONDS):
+            before = time.perf_counter()
+            for product, x in products:
+                product(x)
+            seconds.append(time.perf_counter() - before)
+    return packed - started, min(seconds[1:])  # the first one also plans its products
