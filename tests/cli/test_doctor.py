@@ -54,6 +54,12 @@ def test_a_job_that_is_well_is_tried_and_estimated(algorithm, model_folders, tmp
     assert found["before the first step"]["numbers"]["kl"] < 1e-6
     numbers = found["time"]["numbers"]
     assert numbers["seconds"] > 100 * numbers["iteration_seconds"] > 0
+    limits = found["what limits"]["numbers"]
+    assert 0 < limits["share"] <= 1
+    assert limits["sampling"] == (
+        "bandwidth" if limits["reading_seconds"] > limits["multiplying_seconds"] else "multiplications"
+    )
+    assert limits["head_share"] == pytest.approx(259 * 32 / (259 * 32 + 2 * (3072 + 6144 + 64) + 32 + 2 * 224))
     assert found["peak memory"]["numbers"]["peak_bytes"] > 100e6
     assert set(os.listdir(tmp_path)) <= {"job.py", "__pycache__"}
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from konic.doctor.findings import Finding
+from konic.doctor.limits import decoding, limits, token_costs
 from konic.finetuning import KonicFinetuningAgent, KonicFinetuningCallback, KonicFinetuningEngine, TrainingConfig
 from konic.finetuning.data.samples import Sample
 from konic.finetuning.data.tokenization import encode_prompt
@@ -52,11 +53,13 @@ def examine_job(agent: KonicFinetuningAgent, max_iterations: int, device: str) -
         session.check()
         model, loading_seconds = _model(session)
         yield model
+        yield from filter(None, [decoding(session)])
         yield _prompts(session)
         started = time.monotonic()
         samples = _few_responses(session)
         yield Finding("rollout", "ok", f"{len(samples)} responses in {time.monotonic() - started:.1f} s")
         yield from _rewards(session, samples)
+        costs = token_costs(session)
         del session, samples
         small = _try(tried, _whole_groups(_FEW, training), folder, device)
         most = int(small.result.num_samples * _SECONDS / small.result.total_time_sec)
@@ -67,6 +70,7 @@ def examine_job(agent: KonicFinetuningAgent, max_iterations: int, device: str) -
     evaluation = num_evaluated * large.result.generation_time_sec / large.result.num_samples
     whole = loading_seconds + large.saving_seconds + evaluation + max_iterations * seconds
     yield _time(whole, seconds, max_iterations, large.result.num_samples, training.batch_size)
+    yield from filter(None, [limits(costs, large.result)])
     yield _memory(large.result.num_samples < training.batch_size)
 
 

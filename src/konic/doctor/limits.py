@@ -1,0 +1,111 @@
+"""A job's model on this machine -> how it samples, and what limits it: memory, its bandwidth, or multiplications."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from konic.doctor.findings import Finding
+from konic.finetuning.models.decode_probe import plan_timings
+from konic.finetuning.models.prepacked import rows_to_prepack
+from konic.finetuning.results.iteration import FinetuningIterationResult
+from konic.finetuning.run.session import Session
+
+_MOST_READ = 2**29
+"""Bytes that are read to measure the bandwidth: more than the caches of most processors."""
+_SQUARE = 1024
+
+
+def decoding(session: Session) -> Finding | None:
+    """Return which layout of the weights the model is sampled with, and what each takes; None without a choice."""
+    model, rows = session.learner.policy.language_model.causal_lm, session.training.batch_size
+    plan = session.learner.policy.decode_plan
+    if model.device.type != "cpu":
+        return None
+    if rows_to_prepack(model, rows, session.generation.max_new_tokens) is None:
+        return Finding("decoding", "ok", "plain products: packing the weights would not pay, or not fit")
+    with session.learner.policy.merged_adapter() as merged:
+        timings = plan_timings(merged.causal_lm, rows)
+    steps = {f"{p.layout}, {p.threads or 'all'} threads": step for p, (_, step) in timings.items()}
+    shortest = min(steps.values(), default=1.0)
+    what = f"{plan.layout} products, {plan.threads or torch.get_num_threads()} threads"
+    if steps:
+        shares = ", ".join(f"{name}: {step / shortest:.2f}" for name, step in steps.items())
+        what = f"{what}; times of a product relative to the fastest: {shares}"
+    return Finding("decoding", "ok", what, numbers={"layout": plan.layout, "threads": plan.threads, "seconds": steps})
+
+
+@dataclass(frozen=True)
+class TokenCosts:
+    """The least that one decode step of a whole batch takes on this CPU."""
+
+    num_rows: int
+    num_bytes: int
+    """Of the weights that are read."""
+    reading_seconds: float
+    multiplying_seconds: float
+    head_share: float
+    """Of the head in those weights."""
+
+
+def token_costs(session: Session) -> TokenCosts | None:
+    """Return what a decode step of the job costs at rates that are measured now; None if not on a CPU."""
+    model, rows = session.learner.policy.language_model.causal_lm, session.training.batch_size
+    if model.device.type != "cpu":
+        return None
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    weights = sum(weight.numel() for weight in model.parameters())
+    weights -= 0 if embedding is head else embedding.numel()  # of which a token reads one row
+    size = weights * model.dtype.itemsize
+    multiplying = 2 * rows * weights / _rate(model.dtype)
+    return TokenCosts(rows, size, size / _bandwidth(model), multiplying, head.numel() / weights)
+
+
+def limits(costs: TokenCosts | None, result: FinetuningIterationResult) -> Finding | None:
+    """Return what takes most of an iteration, and what limits its sampling and its update on a CPU."""
+    if costs is None:
+        return None
+    stages = {
+        "sampling and scoring": result.generation_time_sec,
+        "the rewards": result.reward_compute_time_sec,
+        "the update": result.update_time_sec,
+    }
+    largest = max(stages, key=lambda name: stages[name])
+    share = stages[largest] / max(result.total_time_sec, 1e-9)
+    reads = costs.reading_seconds > costs.multiplying_seconds
+    limit = "memory bandwidth: a larger batch_size costs little more" if reads else "multiplications"
+    what = (
+        f"{largest} ({share:.0%} of an iteration). A token of {costs.num_rows} responses reads "
+        f"{costs.num_bytes / 1e6:.0f} MB of weights, in at least {1000 * costs.reading_seconds:.0f} ms, and multiplies "
+        f"for at least {1000 * costs.multiplying_seconds:.0f} ms, so that sampling is limited by {limit}. The "
+        f"update is limited by multiplications. The head has {costs.head_share:.0%} of the weights"
+    )
+    numbers = {"stage": largest, "share": share, "sampling": "bandwidth" if reads else "multiplications"}
+    return Finding("what limits", "ok", what, numbers=numbers | asdict(costs))
+
+
+def _bandwidth(model: torch.nn.Module) -> float:
+    """Return bytes per second of reading weights of the model."""
+    read, size = [], 0
+    for weight in model.parameters():
+        if size < _MOST_READ:
+            read.append(weight.detach())
+            size += weight.numel() * weight.element_size()
+    return size / _seconds(lambda: [weight.sum() for weight in read])
+
+
+def _rate(dtype: torch.dtype) -> float:
+    """Return multiplications and additions per second of a large product."""
+    square = torch.ones(_SQUARE, _SQUARE, dtype=dtype)
+    return 2 * _SQUARE**3 / _seconds(lambda: square @ square)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Return the seconds of the fastest of a few times."""
+    found = []
+    for _ in range(4):
+        started = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - started)
+    return min(found[1:])
