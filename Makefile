@@ -88,6 +88,11 @@ bench: $(READY) $(TRL_1)/.ready $(TRL_0)/.ready
 	@$(BIN)/python benchmarks/memory.py
 	@$(BIN)/python benchmarks/growth.py
 
+# float32 and bfloat16 side by side: the time of an iteration, and what they learn from the same number of responses.
+precision: $(READY)
+	@$(BIN)/python benchmarks/precision.py
+	@$(BIN)/python benchmarks/precision_curves.py run
+
 # GPU_PYTHON=python3 takes a Python that has a CUDA build of torch, instead of the one of `make setup`.
 gpu: $(if $(GPU_PYTHON),,$(READY))
 	@$(if $(GPU_PYTHON),PYTHONPATH=src $(GPU_PYTHON),$(BIN)/python) benchmarks/gpu.py \

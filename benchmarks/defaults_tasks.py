@@ -96,7 +96,7 @@ TASKS = ("kind", "details", "sums", "judge", "never")
 
 
 def agent_of(task, training, judge=None, dtype="float32"):
-    """The agent of a task; `judge` is the folder of its classifier."""
+    """The agent of a task; `judge` is the folder of its classifier. Without `dtype`, the precision says it."""
     composers = {"kind": ShortAndKind, "details": Details, "sums": Sums, "never": Never}
     if task == "judge":
         composer = KonicLLMRewardComposer([HuggingFaceRewardModel(judge, output="probability", label_index=1)])
@@ -104,7 +104,7 @@ def agent_of(task, training, judge=None, dtype="float32"):
         composer = composers[task]()
     return KonicFinetuningAgent(
         base_model="smollm2-135m",
-        model_kwargs={"dtype": dtype},
+        model_kwargs={} if dtype is None else {"dtype": dtype},
         reward_composer=composer,
         lora_config=LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj")),
         dataset_config=DatasetConfig(prompts=sums()) if task == "sums" else DatasetConfig(source=DatasetSource.BUNDLED),

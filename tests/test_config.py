@@ -80,6 +80,7 @@ BOUNDS = [  # field, the values at the edge that are valid, the ones past it
     (TrainingConfig, "gradient_checkpointing", [True, False], ["perhaps", None]),
     (TrainingConfig, "sharding", ["fsdp", None], ["ddp", True]),
     (TrainingConfig, "sharded_sampling", [None], ["perhaps", True]),  # True needs sharding
+    (TrainingConfig, "precision", ["float32", "bfloat16", "auto"], ["bf16", "float16", None]),
     (TrainingConfig, "eval_every", [1, None], [0, -1, 1.5]),
     (TrainingConfig, "max_minutes", [TINY, None], [0]),
     (TrainingConfig, "seed", [0, 2**63 - 1], [-1, 2**63]),
@@ -477,7 +478,7 @@ def test_bytes_are_no_text(kind, fields):
         (TrainingConfig, "max_iterations", r"It is engine\.train\(max_iterations=\.\.\.\)"),
         (TrainingConfig, "max_steps", r"It is engine\.train\(max_iterations"),
         (TrainingConfig, "output_dir", r"from_agent\(agent, checkpoint_dir"),
-        (TrainingConfig, "bf16", "model_kwargs={'dtype': 'bfloat16'}"),
+        (TrainingConfig, "bf16", r"TrainingConfig\(precision=.bfloat16.\)"),
         (GenerationConfig, "device", r"from_agent\(agent, device"),
         (DatasetConfig, "base_model", r"KonicFinetuningAgent\(base_model"),
         (LoraConfig, "modules_to_save", r"pass peft\.LoraConfig"),

@@ -141,7 +141,7 @@ FIELDS = {
         "missing_eos_penalty max_minutes reward_timeout_seconds divergence_limit gae_lambda_length value_gae_lambda",
         "flag": "gradient_checkpointing mask_truncated self_checks filter_equal_groups",
         "flag or None": "sharded_sampling",
-        "word": "algorithm lr_scheduler on_reward_error on_nonfinite divergence sampler_correction_level",
+        "word": "algorithm lr_scheduler on_reward_error on_nonfinite divergence sampler_correction_level precision",
         "word or None": "kl_placement sampler_correction sharding",
     },
     GenerationConfig: {

@@ -26,9 +26,9 @@ INSIDE = {
         "tokenization",
     ],
     "models": [
-        "positions", "distributions", "length_groups", "value_head", "prepacked", "sharding", "language_model", "fsdp",
-        "token_scores", "headers", "locations", "decode_probe", "tokenizer_rules", "containment", "model_kwargs",
-        "loading",
+        "positions", "distributions", "length_groups", "value_head", "prepacked", "sharding", "wide_head",
+        "language_model", "fsdp", "token_scores", "headers", "locations", "decode_probe", "tokenizer_rules",
+        "containment", "model_kwargs", "loading",
         "adapter_config", "adapters", "policy",
     ],
     "rewards": [

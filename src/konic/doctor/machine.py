@@ -65,7 +65,7 @@ def _device(name: str) -> Finding:
         free, total = torch.cuda.mem_get_info(device)
         what = f"{torch.cuda.get_device_name(device)}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free; fp32"
         return Finding("device", "ok", what)
-    return Finding("device", "ok", f"{device.type}; fp32 unless model_kwargs has a dtype")
+    return Finding("device", "ok", f"{device.type}; fp32 unless TrainingConfig has a precision")
 
 
 def _threads() -> Finding:

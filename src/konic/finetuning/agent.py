@@ -116,6 +116,13 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
                 f"TrainingConfig(eval_every={self._training_config.eval_every}) needs prompts to evaluate on: set "
                 "DatasetConfig(held_out=...)."
             )
+        dtype, training = self._model_kwargs.get("dtype"), self._training_config
+        says_both = dtype is not None and "precision" in training.model_fields_set
+        if says_both and str(dtype).removeprefix("torch.") != training.precision:
+            raise ConfigError(
+                f"TrainingConfig(precision={training.precision!r}) and model_kwargs={{'dtype': {str(dtype)!r}}} "
+                "contradict each other: both say in which numbers the base model computes. Leave dtype out."
+            )
         if self._dataset_config.prefer_undecided and self._training_config.responses_per_prompt < 2:
             raise ConfigError(
                 "DatasetConfig(prefer_undecided=True) compares the responses to one prompt: set "

@@ -147,6 +147,9 @@ class TrainingConfig(Settings):
     sharded_sampling: bool | None = None
     """With sharding: True leaves the weights divided in sampling too, which needs the least memory and exchanges every
     layer at every token. False gathers the whole weights once for each rollout. None gathers them where they fit."""
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """The numbers in which the frozen base model is kept and computes, in sampling and training. "bfloat16" needs half
+    the memory; the adapter, the value head, the optimizer, log-probs, KL and losses stay in float32."""
     eval_every: int | None = Field(default=None, ge=1)
     """Iterations between evaluations on the held-out prompts; without it there is one before and one after the run."""
     max_minutes: float | None = Field(default=None, gt=0)
@@ -228,6 +231,8 @@ class TrainingConfig(Settings):
             )
         if self.sharded_sampling is not None and self.sharding is None:
             raise ValueError(f"sharded_sampling={self.sharded_sampling} needs sharding='fsdp'")
+        if self.sharding is not None and self.precision == "bfloat16":
+            raise ValueError("sharding='fsdp' divides weights in float32 only: leave out precision")
         if self.reward_timeout_seconds is not None and not self.reward_workers:
             raise ValueError(
                 f"reward_timeout_seconds={self.reward_timeout_seconds:g} needs reward_workers, such as 2: only a "

@@ -47,7 +47,8 @@ _ELSEWHERE = {
     "KonicFinetuningCallback(max_samples_to_log=...)": "num_completions_to_print",
     "KonicFinetuningAgent(base_model=...)": "model_name model",
     "KonicFinetuningAgent(model_kwargs=...)": "model_init_kwargs trust_remote_code",
-    "KonicFinetuningAgent(model_kwargs={{'dtype': 'bfloat16'}})": "dtype torch_dtype bf16 fp16 precision",
+    "TrainingConfig(precision='bfloat16')": "bf16",
+    "KonicFinetuningAgent(model_kwargs={{'dtype': 'bfloat16'}})": "dtype torch_dtype fp16",
     "the composer's argument {}": "reward_weights reducer reward_models reward_functions",
 }
 """Where a name is given that is no field of any config."""

@@ -81,10 +81,15 @@ class SavedRun:
             base_model=model,
             reward_composer=_Unscored(),
             lora_config=None if (Path(model) / "adapter_config.json").exists() else self._smallest_adapter(),
-            training_config=TrainingConfig(seed=self.seed),
+            training_config=TrainingConfig(seed=self.seed, **self._precision(own)),
             generation_config=self.generation,
             model_kwargs=own | revision,
         )
+
+    def _precision(self, own_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the precision in which the run's base model computed, if `dtype` does not say it."""
+        is_half = self.run.settings.get("precision") == "bfloat16" and "dtype" not in own_kwargs
+        return {"precision": "bfloat16"} if is_half else {}
 
     def _smallest_adapter(self) -> LoraConfig:
         """Return an adapter that changes nothing while it is untrained, so that a model needs no frozen copy."""

@@ -1,24 +1,28 @@
 """Agent -> Learner: loads the model and builds everything that learning needs around it."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from konic.finetuning.agent import KonicFinetuningAgent
 from konic.finetuning.config import GenerationConfig
 from konic.finetuning.errors import ConfigError, ModelError
 from konic.finetuning.learning.update import make_optimizer
 from konic.finetuning.models.language_model import LanguageModel
-from konic.finetuning.models.loading import load_model
+from konic.finetuning.models.loading import LoadedModel, load_model
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.models.positions import length_limit
 from konic.finetuning.rollout.decoding import require_decodable
 from konic.finetuning.rollout.local_sampler import LocalSampler
 from konic.finetuning.rollout.sampler import Sampler, SpecialTokens, find_special_tokens
 from konic.finetuning.system.world import ALONE, World
+from konic.output import get_logger
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +68,14 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device, world: Worl
     With sharding, the weights are divided among the processes of `world`, if there are several.
 
     Raises:
-        ConfigError: Prompt and response do not fit into the model's context, or the model cannot be divided.
+        ConfigError: Prompt and response do not fit into the model's context, the model cannot be divided, or weights
+            would be trained rounded.
         ModelError: The tokenizer has more tokens than the model's vocabulary, or rows cannot leave its cache.
     """
     config, generation = agent.get_training_config(), agent.get_generation_config()
     divides = config.sharding is not None and world.size > 1
     # only parts of the weights have room on a GPU
-    loaded = load_model(agent.get_base_model(), agent.get_model_kwargs(), torch.device("cpu") if divides else device)
+    loaded, load_original = _load_base(agent, torch.device("cpu") if divides else device)
     model_config = loaded.model.config.get_text_config()
     _require_length(agent.get_base_model(), model_config, generation)
     vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
@@ -82,7 +87,9 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device, world: Worl
     base_sha256 = _fingerprint(loaded.model)
     if not divides:
         require_decodable(LanguageModel(loaded.model.eval()), agent.get_base_model())
-    policy = Policy(loaded, agent.get_lora_config(), config.gradient_checkpointing, config.seed)
+    policy = Policy(loaded, agent.get_lora_config(), config.gradient_checkpointing, config.seed, load_original)
+    if config.precision == "bfloat16":
+        _require_frozen_base(policy)
     if config.divergence_limit is not None and policy.language_model.head_learns:
         raise ConfigError(
             f"divergence_limit={config.divergence_limit:g} (algorithm={config.algorithm!r}) compares distributions "
@@ -96,6 +103,37 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device, world: Worl
             require_decodable(policy.language_model, agent.get_base_model())
     policy.check_reference()
     return make_learner(policy, make_optimizer(policy, config), special, loaded.location, base_sha256)
+
+
+_NEEDS_ADAPTER = "TrainingConfig(precision='bfloat16') rounds the weights of base_model, so they cannot be trained."
+_IN_FP32 = "set precision='float32'."
+
+
+def _load_base(
+    agent: KonicFinetuningAgent, device: torch.device
+) -> tuple[LoadedModel, Callable[[], PreTrainedModel] | None]:
+    """Load the base model in the precision of the run; return also what loads it unrounded, if it was rounded."""
+    name, kwargs, precision = agent.get_base_model(), agent.get_model_kwargs(), agent.get_training_config().precision
+    if precision == "auto":
+        logger.warning("precision='auto' takes float32: that bfloat16 learns as well is not shown (docs/precision.md).")
+    if precision != "bfloat16":
+        return load_model(name, kwargs, device), None
+    loaded = load_model(name, {**kwargs, "dtype": torch.bfloat16}, device)
+    if loaded.adapter is None and agent.get_lora_config() is None:
+        raise ConfigError(f"{_NEEDS_ADAPTER} lora_config=None trains every weight. Give a lora_config, or {_IN_FP32}")
+    if kwargs.get("dtype") is not None:
+        return loaded, None  # then bfloat16 is what the model itself has
+    return loaded, lambda: load_model(name, kwargs, torch.device("cpu")).model
+
+
+def _require_frozen_base(policy: Policy) -> None:
+    """Raise ConfigError if weights of a rounded model are trained or rewritten, rather than an adapter alone."""
+    is_rounded = any(weight.dtype.itemsize < 4 for weight in policy.trainable().values())
+    if policy.has_frozen_copy or is_rounded:
+        raise ConfigError(
+            f"{_NEEDS_ADAPTER} This lora_config trains or rewrites weights of the model itself. Leave out bias, "
+            f"modules_to_save and the like, or {_IN_FP32}"
+        )
 
 
 def _require_length(base_model: str, model_config: PreTrainedConfig, generation: GenerationConfig) -> None:

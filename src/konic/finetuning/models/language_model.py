@@ -21,6 +21,7 @@ from konic.finetuning.errors import ModelError
 from konic.finetuning.models.length_groups import cost_of_a_pass
 from konic.finetuning.models.positions import distinct_prompts, position_ids
 from konic.finetuning.models.prepacked import DecodePlan, Prepacking, Product, rows_to_prepack
+from konic.finetuning.models.wide_head import WideHead
 from konic.finetuning.system.signals import uninterrupted
 
 
@@ -43,6 +44,8 @@ class LanguageModel:
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._prepacked_head: Product | None = None
         self.decode_plan = DecodePlan()
+        self.wide_head: WideHead | None = None
+        """Computes the logits of a head in bfloat16; None leaves them to the head itself."""
         self.scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
 
     @property
@@ -114,7 +117,9 @@ class LanguageModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., V] of hidden states [..., H], in fp32 or better."""
-        if self._prepacked_head is None:
+        if self.wide_head is not None:
+            logits = self.wide_head(hidden)
+        elif self._prepacked_head is None:
             logits = self.causal_lm.get_output_embeddings()(hidden)
         else:
             logits = self._prepacked_head(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
@@ -125,6 +130,16 @@ class LanguageModel:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+    def widen_head(self) -> bool:
+        """From now on, form the logits of a plain, frozen head in bfloat16 as fp32 sums; return whether it is one.
+
+        On a CPU that keeps a copy of the head's weights in fp32.
+        """
+        head = self.causal_lm.get_output_embeddings()
+        if type(head) is nn.Linear and head.weight.dtype == torch.bfloat16 and not self.head_learns:
+            self.wide_head = WideHead(head)
+        return self.wide_head is not None
 
     @property
     def checkpointed_layers(self) -> list[nn.Module]:
@@ -172,7 +187,8 @@ class LanguageModel:
         The packed head has no gradient. A head packed for few rows also works for hundreds of rows.
         """
         head, is_prepacked = self.causal_lm.get_output_embeddings(), self._prepacked_head is not None
-        if num_rows is None or is_prepacked or type(head) is not nn.Linear:
+        is_other = type(head) is not nn.Linear or self.wide_head is not None
+        if num_rows is None or is_prepacked or is_other:
             yield
             return
         self._prepacked_head = Product([head.weight], head.bias, Prepacking(num_rows))

@@ -5,9 +5,10 @@ With a new LoRA adapter, the reference policy is the same weights with the adapt
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import peft
 import torch
@@ -23,8 +24,10 @@ from konic.finetuning.errors import ConfigError, TrainingError, safe_cause
 from konic.finetuning.models.adapter_config import adapter_off_is_base, peft_config
 from konic.finetuning.models.adapters import (
     REFERENCE_ADAPTER,
+    attach_adapter,
     can_merge,
     load_adapter,
+    merge_into_base,
     merged_layer,
     merged_model,
     moved_weights,
@@ -64,7 +67,9 @@ class Policy:
         lora: LoraConfig | peft.LoraConfig | None,
         gradient_checkpointing: bool = False,
         seed: int = 0,
+        load_original: Callable[[], PreTrainedModel] | None = None,
     ) -> None:
+        """Build a policy. `load_original` loads the base model for merging, if `loaded` holds it rounded."""
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         causal_lm = loaded.model
         self.language_model = LanguageModel(causal_lm)
@@ -102,8 +107,12 @@ class Policy:
         self.value_head = ValueHead(causal_lm.get_output_embeddings().weight, causal_lm.device)
         named = self._find_trainable()
         _check_precision(named)
+        self._load_original = load_original
         if self._adapted is not None:
             self._check_adapter(named.values())
+        if not self.has_frozen_copy and self.language_model.widen_head():
+            with self.reference() as reference:
+                self._reference_logits = self.reference_logits(self._probe_hidden(reference))
 
     def _find_trainable(self) -> dict[str, nn.Parameter]:
         """Find what is trained, the value head last; return those weights that are the model's."""
@@ -122,6 +131,8 @@ class Policy:
         """
         from konic.finetuning.models.fsdp import Sharded
 
+        if self.language_model.wide_head is not None:
+            raise ConfigError("TrainingConfig(sharding='fsdp') divides weights in float32 only: leave out dtype.")
         kept: set[nn.Parameter] = set()
         if self._adapted is not None:
             kept = {
@@ -140,6 +151,16 @@ class Policy:
     def device(self) -> torch.device:
         """The device of the weights."""
         return self.language_model.causal_lm.device
+
+    @property
+    def precision(self) -> str:
+        """The dtype in which the model computes, such as "bfloat16"."""
+        return str(self.language_model.causal_lm.dtype).removeprefix("torch.")
+
+    @property
+    def has_frozen_copy(self) -> bool:
+        """True if the reference is a copy of the model, because weights of the model itself change."""
+        return self._frozen_copy is not None
 
     @property
     def uses_lora(self) -> bool:
@@ -323,6 +344,10 @@ class Policy:
                 "save_pretrained(merge=True): with sharding, no process holds the whole model. Save the adapter "
                 "without merge, or merge it afterwards: konic export RUN --format merged"
             )
+        elif folder is not None and self._load_original is not None:
+            with TemporaryDirectory() as adapter:
+                self.save_model(Path(adapter))
+                self._save_full(folder, merge_into_base(attach_adapter(self._load_original(), Path(adapter))))
         elif folder is not None:
             self._save_full(folder, merged_model(self._adapted))
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from konic.finetuning.models.distributions import (
@@ -25,6 +24,7 @@ from konic.finetuning.models.distributions import (
     total_variation,
 )
 from konic.finetuning.models.language_model import LanguageModel
+from konic.finetuning.models.wide_head import WideHead
 
 MAX_LOGITS = {"cpu": 2**23, "cuda": 2**26}
 """Logits in one tensor when tokens are scored, for any batch, by device type. On a CPU that is 32 MB in fp32, a size
@@ -93,7 +93,7 @@ def score_tokens(
         if not closed_form:
             return _PerToken.apply(score, hidden, tokens, *ref_hidden)  # type: ignore[no-untyped-call]
         ref = None if reference is None else log_softmax_(reference[0](ref_hidden[0]), temperature)
-        return _LogProbs.apply(hidden, head.weight, head.bias, tokens, temperature, ref)  # type: ignore[no-untyped-call]
+        return _LogProbs.apply(hidden, model.wide_head or head, tokens, temperature, ref)  # type: ignore[no-untyped-call]
 
     inputs = (hidden, tokens) if reference is None else (hidden, tokens, reference[1])
     log_probs, *rest = map_tokens(score_chunk, mask, model.vocabulary_size, *inputs)
@@ -136,13 +136,12 @@ class _LogProbs(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        head: nn.Linear | WideHead,
         tokens: Tensor,
         temperature: float,
         ref_log_softmax: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        logits = functional.linear(hidden, weight, bias)
+        logits = head(hidden)
         logits = logits if logits.dtype.itemsize >= 4 else logits.float()
         log_softmax = log_softmax_(logits, temperature)
         log_probs = log_softmax.gather(-1, tokens[:, None])
@@ -152,15 +151,23 @@ class _LogProbs(torch.autograd.Function):
             terms = log_softmax.sub_(ref_log_softmax).mul_(probabilities)
             kl = terms.sum(dim=-1, keepdim=True)
             results.append(kl.squeeze(-1).clamp(min=0.0))
-            gradients.append(terms.addcmul_(probabilities, kl, value=-1.0).to(weight.dtype) @ weight)
+            gradients.append(_through(head, terms.addcmul_(probabilities, kl, value=-1.0)))
         minus_gradient = probabilities.scatter_add_(-1, tokens[:, None], torch.full_like(log_probs, -1.0))
-        gradients.insert(0, (minus_gradient.to(weight.dtype) @ weight).neg_())
+        gradients.insert(0, _through(head, minus_gradient).neg_())
         ctx.save_for_backward(*(gradient.div_(temperature) for gradient in gradients))
+        ctx.dtype = hidden.dtype
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *scales: Tensor) -> Any:
-        return _scaled(scales, ctx.saved_tensors), None, None, None, None, None
+        return _scaled(scales, ctx.saved_tensors).to(ctx.dtype), None, None, None, None
+
+
+def _through(head: nn.Linear | WideHead, of_logits: Tensor) -> Tensor:
+    """Return the gradient [n, H] of the hidden states for that of the logits [n, V] under a plain head."""
+    if isinstance(head, WideHead):
+        return head.gradient(of_logits)
+    return of_logits.to(head.weight.dtype) @ head.weight
 
 
 class _PerToken(torch.autograd.Function):

@@ -120,6 +120,9 @@ def require_same_run(
     if saved.get("kl_placement", "") is None:  # written before PPO's own place became the loss
         of_rewards = ("ppo", "rloo", "reinforce++")
         saved["kl_placement"] = "reward" if saved.get("algorithm") in of_rewards else "loss"
+    if "precision" not in saved:  # written when only model_kwargs named it
+        dtype = str((saved.get("model_kwargs") or {}).get("dtype") or "float32").removeprefix("torch.")
+        saved["precision"] = now.get("precision") if dtype == "auto" else dtype
     if isinstance(saved.get("generation_config"), dict):  # rewards did not see special tokens before
         before = {"skip_special_tokens": True, "decode_layout": "auto"}
         saved["generation_config"] = before | saved["generation_config"]

@@ -122,6 +122,7 @@ class Session:
             "prompts_sha256": self._prompts_sha256,
             "base_sha256": self.learner.base_sha256,
             "decode_plan": asdict(self.learner.policy.decode_plan),
+            "precision": self.learner.policy.precision,
         }
         return self.agent.settings(uses_lora=self.learner.policy.uses_lora) | more
 
