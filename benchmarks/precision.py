@@ -13,7 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import PROMPTS, TOKENS, Process, machine, make_models
+import torch
+
+from bench import PROMPTS, TOKENS, Process, machine, save_model
+from konic.finetuning.models.loading import load_model
 
 RESULTS = Path(__file__).parent / "results" / "precision.md"
 WORK = {"ppo": ("PPO, 4 epochs", PROMPTS), "grpo": ("GRPO, 1 pass", PROMPTS[:2])}
@@ -53,9 +56,12 @@ def main(rounds=5):
     lines = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = make_models(folder)["smollm2"]
+        loaded = load_model("smollm2-135m", {}, torch.device("cpu"))
+        model = save_model(loaded.model, loaded.tokenizer, folder / "model")
         for what, (_, prompts) in WORK.items():
-            lines += compare(what, prompts, model, rounds, folder)
+            for line in compare(what, prompts, model, rounds, folder):
+                print(line, flush=True)
+                lines.append(line)
     text = [
         "# float32 and bfloat16", "",
         f"{machine()}, {time.strftime('%Y-%m-%d')}; `python benchmarks/precision.py {rounds}`. SmolLM2-135M, LoRA r=8 "
@@ -67,7 +73,6 @@ def main(rounds=5):
         *lines,
     ]  # fmt: skip
     RESULTS.write_text("\n".join(text) + "\n")
-    print(RESULTS.read_text())
 
 
 if __name__ == "__main__":
