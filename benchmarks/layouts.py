@@ -2,8 +2,8 @@
 
 python benchmarks/layouts.py writes benchmarks/results/layouts.json, under the name of the processor, and layouts.md
 
-The products of all layers of SmolLM2-135M but its head, each by itself, as the plan is measured at load; here with all
-layers instead of the first 128 MB, which are measured too, to see whether they lead to the same plan.
+The products of all layers of SmolLM2-135M but its head, each by itself. They are measured twice: as at load, which
+gives the chosen plan, and once more, which gives the times of the table.
 """
 
 import json

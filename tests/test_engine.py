@@ -181,7 +181,9 @@ def test_a_resume_samples_by_the_plan_of_its_checkpoint_whatever_is_fastest_now(
 
     def train(run, layout, iterations, resume=None):
         monkeypatch.setattr(session_module, "choose_plan", lambda *_: DecodePlan(layout))
-        engine = make_engine(tmp_path / "model", tmp_path / run, generation={"max_new_tokens": 16})
+        engine = make_engine(
+            tmp_path / "model", tmp_path / run, generation={"max_new_tokens": 16, "decode_layout": "auto"}
+        )
         engine.train(iterations, resume_from_checkpoint=resume)
         policy = engine._session.learner.policy
         assert policy.decode_plan == policy.language_model.decode_plan
@@ -203,16 +205,15 @@ def test_a_checkpoint_without_a_plan_goes_on_with_the_one_of_its_time(model_fold
         file = tmp_path / "checkpoint-1" / "trainer_state.json"
         found = json.loads(file.read_text())
         found["settings"].pop("decode_plan", None)
-        found["settings"]["generation_config"].pop("decode_layout", None)
         file.write_text(json.dumps(found | {"settings": found["settings"] | record}))
         (file.parent / "complete.json").unlink()
         seal(file.parent)
-        engine = make_engine(model_folders["llama"], tmp_path)
+        engine = make_engine(model_folders["llama"], tmp_path, generation={"decode_layout": "auto"})
         engine.train(2, resume_from_checkpoint=tmp_path / "checkpoint-1")
         return engine._session.learner.policy.decode_plan
 
     monkeypatch.setattr(session_module, "choose_plan", lambda *_: DecodePlan("plain"))
-    make_engine(model_folders["llama"], tmp_path).train(1)
+    make_engine(model_folders["llama"], tmp_path, generation={"decode_layout": "auto"}).train(1)
     assert decode_plan({}) == DecodePlan("onednn")
     assert "decode_plan" not in caplog.text
     assert decode_plan({"decode_plan": {"layout": "gone", "threads": None}}) == DecodePlan("plain")

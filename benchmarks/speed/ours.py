@@ -23,7 +23,6 @@ from konic.finetuning import (
 from konic.finetuning.data.prompts import make_prompts
 from konic.finetuning.data.tokenization import make_prompt_batch
 from konic.finetuning.learning.learner import build_learner
-from konic.finetuning.models.decode_probe import choose_plan
 from konic.finetuning.rollout import decoding
 from konic.finetuning.rollout.sampler import RandomKey
 
@@ -75,8 +74,6 @@ if what.startswith("sample"):
     learner = build_learner(agent, torch.device("cuda" if ON_GPU else "cpu"))
     made = make_prompts(prompts, agent.get_dataset_config(), "bench")
     policy, generation = learner.policy, agent.get_generation_config()
-    with policy.merged_adapter() as merged:
-        policy.decode_plan = choose_plan(merged.causal_lm, len(prompts), generation.max_new_tokens)
     batch = make_prompt_batch(made, policy.tokenizer, 512, learner.special_tokens.pad, policy.device)
     for index, _ in enumerate(turn):
         samples = learner.sampler(batch, generation, RandomKey(0, index))

@@ -1,14 +1,14 @@
 """A job's model on this machine -> how it samples, and what limits it: memory, its bandwidth, or multiplications."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
 
 from konic.doctor.findings import Finding
-from konic.finetuning.models.decode_probe import plan_timings
-from konic.finetuning.models.prepacked import rows_to_prepack
+from konic.finetuning.models.decode_probe import Timing, plan_timings
+from konic.finetuning.models.prepacked import DecodePlan, rows_to_prepack
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.run.session import Session
 
@@ -25,8 +25,10 @@ def decoding(session: Session) -> Finding | None:
         return None
     if rows_to_prepack(model, rows, session.generation.max_new_tokens) is None:
         return Finding("decoding", "ok", "plain products: packing the weights would not pay, or not fit")
-    with session.learner.policy.merged_adapter() as merged:
-        timings = plan_timings(merged.causal_lm, rows)
+    timings: Mapping[DecodePlan, Timing] = {}
+    if session.generation.decode_layout == "auto":
+        with session.learner.policy.merged_adapter() as merged:
+            timings = plan_timings(merged.causal_lm, rows)
     steps = {f"{p.layout}, {p.threads or 'all'} threads": step for p, (_, step) in timings.items()}
     shortest = min(steps.values(), default=1.0)
     what = f"{plan.layout} products, {plan.threads or torch.get_num_threads()} threads"

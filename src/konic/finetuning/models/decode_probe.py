@@ -1,8 +1,8 @@
 """Model, rows and tokens -> the plan that decodes fastest on this machine: measured once, then remembered.
 
 Which layout of the weights multiplies few rows fastest differs from one processor, number of rows and version of torch
-to the next: by a factor of two on some, and not at all on others (docs/speed.md). No rule is known that would tell it,
-so that it is measured, in less than a second, on some layers of the model itself.
+to the next. With decode_layout="auto" it is measured, in about a second, on layers of the model itself. What is
+measured while other programs compute is wrong later (docs/speed.md), so that a run measures only if asked to.
 """
 
 import contextlib
@@ -34,21 +34,23 @@ from konic.finetuning.system.files import write_text
 from konic.finetuning.system.places import read_regular
 from konic.finetuning.system.processor import processor_name
 
-SAMPLE_BYTES = 2**27
-"""Bytes of the weights that are measured. Fewer could stay in a processor's cache, which decoding does not allow."""
+SAMPLE_BYTES = 2**29
+"""Bytes of the weights that are measured. Fewer stay in the cache of a large processor, which decoding does not allow:
+with 128 MB of SmolLM2-135M the plain layout won where with all of its layers it takes half as long again."""
 SMALLEST_BYTES = 2**24
 """A model with fewer bytes in its layers is not measured: its products are too short to differ from noise."""
-ROUNDS, SECONDS = 7, 0.15
-"""Every alternative is measured in so many rounds, or as many as the seconds allow; the fastest counts."""
-WORTH = 0.95
-"""Another plan than the default has to take at most this share of its time: less is noise."""
+ROUNDS, SECONDS = 8, 0.6
+"""Every layout is measured in so many rounds, or as many as the seconds allow; the fastest counts."""
+WORTH = 0.9
+"""Another plan than the default has to take at most this share of its time. On a machine that others use too, times of
+the same product differed by more than that within minutes, but seldom for one layout alone."""
 
 Timing = tuple[float, float]
 """Seconds of packing the measured layers, and of multiplying with them once."""
 
 
 def choose_plan(
-    causal_lm: PreTrainedModel, num_rows: int, num_tokens: int, layout: Literal["auto"] | Layout = "auto"
+    causal_lm: PreTrainedModel, num_rows: int, num_tokens: int, layout: Literal["auto"] | Layout
 ) -> DecodePlan:
     """Return the fastest plan to sample `num_tokens` tokens in each of `num_rows` rows; packing counts.
 
@@ -58,10 +60,10 @@ def choose_plan(
     Raises:
         ConfigError: This build of PyTorch does not have the layout.
     """
-    if layout != "auto" and layout not in layouts():
+    if layout not in ("auto", "onednn", *layouts()):
         raise ConfigError(
             f"GenerationConfig: decode_layout={layout!r} is not part of this build of torch, which has "
-            f"{', '.join(layouts())}. Leave it out to take the fastest of them."
+            f"{', '.join(layouts())}. Leave it out, or take 'auto' for the fastest of them."
         )
     if layout != "auto":
         return DecodePlan(layout)
@@ -139,14 +141,22 @@ def _sample(causal_lm: PreTrainedModel) -> list[Any]:
 
 @torch.no_grad()
 def _measure(layers: list[Any], num_rows: int) -> dict[DecodePlan, Timing]:
-    """Return the time of every layout with all threads, and of the fastest with half of them, a quarter, ..."""
-    timings: dict[DecodePlan, Timing] = {}
-    for layout in layouts():
-        timings[DecodePlan(layout)] = _time(layers, num_rows, DecodePlan(layout))
+    """Return the time of every layout with all threads, and of the fastest with half of them, a quarter, ...
+
+    The layouts are measured in turn, round after round, so that a slow moment of the machine meets all of them.
+    """
+    packed = {layout: _pack(layers, num_rows, layout) for layout in layouts()}
+    rounds: list[dict[DecodePlan, float]] = []
+    started = time.perf_counter()
+    while len(rounds) <= ROUNDS and (len(rounds) < 3 or time.perf_counter() - started < SECONDS):
+        rounds.append({DecodePlan(layout): _multiply(packed[layout][1], DecodePlan(layout)) for layout in packed})
+    timed = rounds[1:]  # the first round also plans the products
+    timings = {plan: (packed[plan.layout][0], min(each[plan] for each in timed)) for plan in rounds[0]}
     best = min(timings, key=lambda plan: timings[plan][1])
+    seconds, products = packed[best.layout]
     for threads in _halves(torch.get_num_threads()):
         plan = replace(best, threads=threads)
-        timings[plan] = timings[best][0], _time(layers, num_rows, plan)[1]
+        timings[plan] = seconds, min(_multiply(products, plan) for _ in range(2))
         if timings[plan][1] > WORTH * timings[best][1]:
             break
         best = plan
@@ -159,20 +169,21 @@ def _halves(count: int) -> Iterator[int]:
         yield count
 
 
-def _time(layers: list[Any], num_rows: int, plan: DecodePlan) -> Timing:
-    """Return the seconds of packing layers by a plan, and of multiplying with each once, at the fastest of a few."""
-    prepacking = None if plan.layout == "plain" else Prepacking(num_rows, plan.layout)
+def _pack(layers: list[Any], num_rows: int, layout: Layout) -> tuple[float, list[tuple[Product, torch.Tensor]]]:
+    """Return the seconds of packing layers, and each layer's product with rows for it."""
+    prepacking = None if layout == "plain" else Prepacking(num_rows, layout)
     started = time.perf_counter()
     products = []
     for layer in layers:
         weight, bias = weight_and_bias(layer)
         products.append((Product([weight], bias, prepacking), torch.ones(num_rows, weight.shape[1])))
-    packed = time.perf_counter()
-    seconds: list[float] = []
+    return time.perf_counter() - started, products
+
+
+def _multiply(products: list[tuple[Product, torch.Tensor]], plan: DecodePlan) -> float:
+    """Return the seconds of every product once, with the threads of a plan."""
     with threads_of(plan):
-        while len(seconds) <= ROUNDS and (len(seconds) < 2 or time.perf_counter() - packed < SECONDS):
-            before = time.perf_counter()
-            for product, x in products:
-                product(x)
-            seconds.append(time.perf_counter() - before)
-    return packed - started, min(seconds[1:])  # the first one also plans its products
+        started = time.perf_counter()
+        for product, x in products:
+            product(x)
+        return time.perf_counter() - started

@@ -383,9 +383,10 @@ class Session:
         Divided weights are not measured: no process holds a layer.
         """
         num_rows, generation = len(self.world.own_rows(self.training.batch_size)), self.generation
-        if policy.sharding is not NOT_SHARDED and generation.decode_layout == "auto":
+        is_measured = generation.decode_layout == "auto"
+        if policy.sharding is not NOT_SHARDED and is_measured:
             return DecodePlan()
-        with policy.merged_adapter() as model:
+        with policy.merged_adapter() if is_measured else contextlib.nullcontext(policy.language_model) as model:
             return choose_plan(model.causal_lm, max(1, num_rows), generation.max_new_tokens, generation.decode_layout)
 
 
