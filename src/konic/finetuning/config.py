@@ -327,6 +327,23 @@ class TrainingConfig(Settings):
         return self.ppo_epochs * self.num_minibatches
 
 
+LOWEST_VLLM_TEMPERATURE = 0.01
+"""vLLM 0.32 raises a lower temperature to this one."""
+FIXED_VLLM_ARGUMENTS = frozenset(
+    f"--{name}"
+    for name in (
+        "api-key", "config", "enable-lora", "generation-config", "host", "logprobs-mode", "model", "port",
+        "served-model-name", "trust-remote-code", "uds",
+    )
+)  # fmt: skip
+"""What a server of konic's own is always started with, or never."""
+
+
+def _flag(argument: str) -> str:
+    """Return the name of an argument such as --api_key=x as vLLM understands it."""
+    return argument.partition("=")[0].replace("_", "-")
+
+
 class GenerationConfig(Settings):
     """How responses are sampled, in training, `evaluate` and `generate` alike."""
 
@@ -360,6 +377,20 @@ class GenerationConfig(Settings):
     """Tokens that end a response; None takes those of the model and of the tokenizer."""
     pad_token_id: _TokenId | None = None
     """The token that fills padding. It never changes a result."""
+    engine: Literal["local", "vllm"] = "local"
+    """What samples the responses of a training: konic itself, or a vLLM server (docs/vllm.md). `evaluate` and
+    `generate` always sample with konic itself."""
+    vllm_address: str | None = None
+    """A running server, such as "http://127.0.0.1:8000". The variable VLLM_API_KEY holds its key."""
+    vllm_python: str | None = None
+    """The Python of an environment with vLLM. konic starts a server of its own there, and ends it with the run."""
+    vllm_arguments: tuple[str, ...] = ()
+    """More arguments of the command line for a server that konic starts, such as "--gpu-memory-utilization=0.4"."""
+    vllm_folder: str | None = None
+    """Where each iteration's weights are written, under a path that the server can read too; None takes a temporary
+    folder, which a server on the same machine can read."""
+    vllm_timeout_seconds: float = Field(default=600.0, gt=0)
+    """The most seconds that the server may take to start, to load weights, or to sample an iteration's responses."""
 
     @model_validator(mode="before")
     @classmethod
@@ -374,6 +405,34 @@ class GenerationConfig(Settings):
             raise ValueError(f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}")
         if self.stop is not None and not all(self.stop):
             raise ValueError("stop holds an empty string, which would end every response at once")
+        return self
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        if self.engine == "local":
+            named = self.vllm_address or self.vllm_python
+            if named and "engine" not in self.model_fields_set:
+                raise ValueError(f"{named!r} is for the engine 'vllm': set engine='vllm' too")
+            return self
+        if (self.vllm_address is None) == (self.vllm_python is None):
+            raise ValueError(
+                "engine='vllm' needs either vllm_address, a server that runs, or vllm_python, the Python of an "
+                "environment with vLLM, from which konic starts one"
+            )
+        if self.vllm_address is not None and self.vllm_arguments:
+            raise ValueError("vllm_arguments are for a server that konic starts; give those of vllm_address to it")
+        fixed = [name for name in map(_flag, self.vllm_arguments) if name in FIXED_VLLM_ARGUMENTS]
+        if fixed:
+            raise ValueError(f"vllm_arguments holds {fixed[0]}, which konic decides for its own server: leave it out")
+        if self.distribution_filters:
+            raise ValueError(
+                f"engine='vllm' cannot take {', '.join(self.distribution_filters)}: the log-probs of the server would "
+                "be of another distribution than the one trained. Leave it out, or use engine='local'"
+            )
+        if self.temperature < LOWEST_VLLM_TEMPERATURE:
+            raise ValueError(
+                f"temperature={self.temperature:g} is below {LOWEST_VLLM_TEMPERATURE:g}, to which vLLM would raise it"
+            )
         return self
 
     @property

@@ -67,6 +67,10 @@ class OutputError(KonicError):
     """A folder cannot be written, or does not hold what it should hold."""
 
 
+class SamplerError(KonicError):
+    """A server that samples cannot be started or reached, or answers wrongly. Nothing was updated by its answer."""
+
+
 class TrainingError(KonicError):
     """A number of the run violated an invariant; the weights are those from before the step."""
 

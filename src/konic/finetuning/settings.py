@@ -28,6 +28,7 @@ _OTHER_NAMES = MappingProxyType(
         "vllm_importance_sampling_mode": "sampler_correction",
         "vllm_importance_sampling_clip_max": "sampler_correction_limit",
         "vllm_importance_sampling_cap": "sampler_correction_limit",
+        "use_vllm": "engine", "vllm_server_base_url": "vllm_address", "vllm_server_timeout": "vllm_timeout_seconds",
         "max_completion_length": "max_new_tokens", "response_length": "max_new_tokens", "max_tokens": "max_new_tokens",
         "stop_strings": "stop", "rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
         "dataset_name": "name", "path": "name", "column": "prompt_column", "text_column": "prompt_column",

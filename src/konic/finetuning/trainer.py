@@ -178,7 +178,7 @@ class Trainer:
         config, learner = self._session.training, self._session.learner
         rollout = sample_rollout(
             learner.policy,
-            learner.sampler,
+            self._session.sampler,
             batch,
             self._session.generation,
             learner.special_tokens,
@@ -186,6 +186,8 @@ class Trainer:
             config.micro_batch_size,
             self._session.world,
         )
+        if self._session.served_check is not None:
+            self._session.served_check.require_current(rollout, iteration)
         if config.self_checks:
             require_sound_rollout(rollout, iteration)
         return rollout

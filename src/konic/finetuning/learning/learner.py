@@ -41,6 +41,8 @@ class Learner:
     """Where plain `transformers` loads the base model from: a Hub id or a folder."""
     base_sha256: str = ""
     """SHA-256 of a sample of the numbers of every base weight; it identifies the base model."""
+    revision: str | None = None
+    """The revision of the base model on the Hub; None for the main branch."""
 
 
 def make_learner(
@@ -49,6 +51,7 @@ def make_learner(
     special_tokens: SpecialTokens,
     location: str,
     base_sha256: str = "",
+    revision: str | None = None,
 ) -> Learner:
     """A learner whose responses are sampled by konic itself, from the weights that it trains."""
     return Learner(
@@ -59,6 +62,7 @@ def make_learner(
         reference_sampler=LocalSampler(policy, special_tokens, from_reference=True),
         location=location,
         base_sha256=base_sha256,
+        revision=revision,
     )
 
 
@@ -102,7 +106,7 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device, world: Worl
         with policy.sharding.rollout():  # and not before: a decoder may copy all weights
             require_decodable(policy.language_model, agent.get_base_model())
     policy.check_reference()
-    return make_learner(policy, make_optimizer(policy, config), special, loaded.location, base_sha256)
+    return make_learner(policy, make_optimizer(policy, config), special, loaded.location, base_sha256, loaded.revision)
 
 
 _NEEDS_ADAPTER = "TrainingConfig(precision='bfloat16') rounds the weights of base_model, so they cannot be trained."

@@ -327,9 +327,22 @@ class Policy:
         if self._adapted is None:
             self._save_full(folder, self.language_model.causal_lm)
         elif folder is not None:
+            self.save_adapter(folder)
             with quiet_transformers():
-                self._adapted.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
                 self.tokenizer.save_pretrained(folder)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter alone to a folder, as PEFT does; the policy has one."""
+        assert self._adapted is not None  # noqa: S101
+        with quiet_transformers():
+            self._adapted.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
+
+    def adapter_config(self) -> peft.LoraConfig:
+        """Return PEFT's config of the adapter that is trained; the policy has one."""
+        assert self._adapted is not None  # noqa: S101
+        config = self._adapted.peft_config["default"]
+        assert isinstance(config, peft.LoraConfig)  # noqa: S101
+        return config
 
     def save_merged(self, folder: Path | None) -> None:
         """Write the full model, with the adapter merged in, and the tokenizer to a folder.

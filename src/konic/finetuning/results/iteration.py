@@ -107,7 +107,7 @@ class FinetuningIterationResult:
         float,
         Metric(
             "mean difference between the log-probs of the sampler and those of the training forward pass, over the "
-            "tokens of the first step; only rounding or a bug makes it differ from 0",
+            "tokens of the first step; with konic's own sampler in fp32, only rounding or a bug makes it differ from 0",
             PER_TOKEN,
             "update",
         ),

@@ -219,7 +219,9 @@ def _load(model_id: str, device: torch.device, dtype: Any, model_kwargs: Mapping
     location = locate_model(model_id, option="model_id")
     dtype = dtype or model_kwargs.get("dtype") or ("auto" if device.type == "cuda" else torch.float32)
     kwargs = {"trust_remote_code": False, **model_kwargs, "dtype": dtype, "use_safetensors": True}
-    tokenizer_kwargs = {key: kwargs[key] for key in ("revision", "token", "trust_remote_code") if key in kwargs}
+    tokenizer_kwargs: dict[str, Any] = {
+        key: kwargs[key] for key in ("revision", "token", "trust_remote_code") if key in kwargs
+    }
     asked = f"reward model {model_id!r}"
     require_no_revision(location, asked, model_kwargs)
     try:

@@ -18,7 +18,7 @@ from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.length_groups import group_by_length
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.models.sharding import NOT_SHARDED, Sharding
-from konic.finetuning.models.token_scores import map_tokens
+from konic.finetuning.models.token_scores import map_tokens, score_tokens
 from konic.finetuning.rollout.sampler import RandomKey, Sampler, Samples, SpecialTokens, decode_responses
 from konic.finetuning.rollout.shares import pad_rows, share_samples
 from konic.finetuning.system.world import ALONE, World
@@ -176,6 +176,16 @@ def score_under_reference(
     with policy.reference() as reference:
         ref_hidden = _response_hidden(reference, batch, samples, micro_batch_size, policy.sharding)
     return _score(policy, samples, hidden, ref_hidden, temperature), States.of_all(hidden, ref_hidden)
+
+
+@torch.no_grad()
+def policy_log_probs(policy: Policy, rollout: Rollout, rows: range) -> Tensor:
+    """Return log π(token) [rows, R] of some responses under the policy as it is now, 0 outside the response mask."""
+    part = slice(rows.start, rows.stop)
+    mask, tokens = rollout.response_mask[part], rollout.samples.response_ids[part]
+    model = policy.language_model
+    hidden = model.response_hidden(rollout.ids[part], rollout.mask[part], mask.shape[1])
+    return score_tokens(model, hidden, tokens, mask, rollout.temperature, needs_entropy=False, reference=None).log_probs
 
 
 @torch.no_grad()

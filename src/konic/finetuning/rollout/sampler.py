@@ -49,7 +49,7 @@ class Sampler(Protocol):
     """The interface of a sampler, which may use a different engine than training does.
 
     The weights change between two calls. A sampler that keeps a copy of them must load the current ones when it is
-    called. `learning.learner.make_learner` chooses the samplers of a run.
+    called. `learning.learner.make_learner` chooses the samplers of a run, and `Session.sampler` that of its training.
     """
 
     def __call__(self, batch: PromptBatch, generation: GenerationConfig, rng_key: RandomKey) -> Samples:

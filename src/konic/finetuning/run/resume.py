@@ -124,8 +124,10 @@ def require_same_run(
         dtype = str((saved.get("model_kwargs") or {}).get("dtype") or "float32").removeprefix("torch.")
         saved["precision"] = now.get("precision") if dtype == "auto" else dtype
     if isinstance(saved.get("generation_config"), dict):  # rewards did not see special tokens before
-        before = {"skip_special_tokens": True, "decode_layout": "onednn"}
+        before = {"skip_special_tokens": True, "decode_layout": "onednn", "engine": "local"}
         saved["generation_config"] = before | saved["generation_config"]
+        for name in (name for name in now["generation_config"] if name.startswith("vllm_")):  # another server may do
+            saved["generation_config"][name] = now["generation_config"][name]
     for name in ("selection", "dataset_config"):  # fields added later have changed nothing that the run had done
         if isinstance(saved.get(name), dict) and isinstance(now.get(name), dict):
             saved[name] = now[name] | saved[name]

@@ -29,12 +29,15 @@ from konic.finetuning.rewards.reducers import WeightedSumReducer
 from konic.finetuning.rewards.scoring import Scorer
 from konic.finetuning.rewards.totals import evaluation_moments
 from konic.finetuning.rollout.evaluation import evaluate
+from konic.finetuning.rollout.sampler import Sampler
+from konic.finetuning.rollout.serving import check_server, serving
 from konic.finetuning.run.checkpoint import checkpoints, load_checkpoint, read_record
 from konic.finetuning.run.environment import environment
 from konic.finetuning.run.folder import ReadOnlyFolder, RunFolder
 from konic.finetuning.run.processes import require_equal_processes
 from konic.finetuning.run.resume import checkpoint_to_resume, newest_checkpoint, plan_to_follow, require_same_run
 from konic.finetuning.run.saving import NoSaver, Saver, write_card
+from konic.finetuning.run.served import ServedCheck
 from konic.finetuning.run.state import TrainerState
 from konic.finetuning.system.signals import uninterrupted
 from konic.finetuning.system.world import find_world, from_first
@@ -58,6 +61,9 @@ class Session:
         self.device = "auto"
         self.checkpoint_dir: str | os.PathLike[str] | None = None
         self.job_file: Path | None = None
+        self.served_check: ServedCheck | None = None
+        """Checks what a server samples; None where konic samples by itself."""
+        self._served_sampler: Sampler | None = None
         self._learner: Learner | None = None
         self._prompts: PromptSet | None = None
         self._prompts_sha256: str | None = None
@@ -98,6 +104,11 @@ class Session:
         elif self._learner.policy.device.type != device.type:
             raise ConfigError(f"device={self.device!r}: the model is already on {self._learner.policy.device}.")
         return self._learner
+
+    @property
+    def sampler(self) -> Sampler:
+        """Samples the responses of a training."""
+        return self._served_sampler or self.learner.sampler
 
     @property
     def prompts(self) -> PromptSet:
@@ -198,6 +209,10 @@ class Session:
             )
         if self.training.sharding is not None:
             self._check_sharding()
+        if self.generation.engine == "vllm":
+            if self.world.size > 1:
+                raise ConfigError("GenerationConfig: engine='vllm' runs in one process so far. Start no more of them.")
+            check_server(self.generation)
         if self.training.kl_target is not None and self.agent.kl_penalty_weight == 0:
             raise ConfigError("kl_target steers kl_penalty_weight by factors: start it above 0, such as 0.05.")
         reducer = self.agent.get_reward_composer().reducer
@@ -263,7 +278,24 @@ class Session:
             require_equal_processes(self.world, self.settings(last), self.learner.policy.trainable())
             device, composer = self.learner.policy.device, self.agent.get_reward_composer()
             self.folder.write_run(self.settings(last), environment(device), composer, self.job_file)
-            yield last
+            with self._served(last):
+                yield last
+
+    @contextlib.contextmanager
+    def _served(self, last_iteration: int) -> Iterator[None]:
+        """Within it, a server samples if the settings say so and there is something to sample."""
+        if self.generation.engine == "local" or self.state.iteration >= last_iteration:
+            yield
+            return
+        learner = self.learner
+        with serving(
+            self.generation, learner.policy, learner.special_tokens, learner.location, learner.revision
+        ) as sampler:
+            self._served_sampler, self.served_check = sampler, ServedCheck(learner.policy, sampler)
+            try:
+                yield
+            finally:
+                self._served_sampler = self.served_check = None
 
     @contextlib.contextmanager
     def _prepared(self, resume: bool | str | os.PathLike[str] | None) -> Iterator[Path | None]:
