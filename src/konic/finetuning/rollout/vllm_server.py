@@ -130,10 +130,11 @@ def _environment() -> dict[str, str]:
 
 
 def _end_of(log: IO[bytes], most: int = 6) -> list[str]:
-    """Return the lines of a log that name errors, or its last ones, without secrets."""
+    """Return the lines of a log that name errors, and its last one, without secrets."""
     log.flush()
     log.seek(max(0, log.seek(0, os.SEEK_END) - 2**18))
     lines = [printable(line)[:300] for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"\b\w*(Error|Exception): ", line)]
     named = [line for line in errors if not re.search("WARNING|root cause", line)]
-    return indented((named or lines)[-most:])
+    last = [line for line in lines[-1:] if line not in named]
+    return indented([*named[1 - most :], *last] if named else lines[-most:])
