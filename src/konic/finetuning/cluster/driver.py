@@ -4,7 +4,6 @@ Ray Train starts all workers again when one is lost. Where a run is then resumed
 decided here, in the one process that outlives them.
 """
 
-import logging
 import os
 import sys
 import tempfile
@@ -115,7 +114,7 @@ class Desk:
             write_line(text, sys.stdout if stream == "stdout" else sys.stderr)
         elif kind == "log":
             name, level, text = content
-            logging.getLogger(name).log(level, "%s", text)
+            get_logger(name).log(level, "%s", text)
         else:
             self.losses += 1
             if self.losses <= MAX_RESTARTS:
