@@ -11,6 +11,7 @@ from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
 from konic.finetuning.errors import TrainingError
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
+from konic.output import get_logger
 from konic.text import describe_error
 
 INTERRUPT, FAILED = "interrupt", "failed"
@@ -86,7 +87,7 @@ class Line:
     def take_over_output(self) -> None:
         """Send the driver what this process prints and logs from here on."""
         sys.stdout, sys.stderr = _Stream(self, "stdout"), _Stream(self, "stderr")
-        logger = logging.getLogger("konic")
+        logger = get_logger("konic")
         logger.handlers, logger.propagate = [_LogHandler(self)], False
 
 
