@@ -65,7 +65,7 @@ def token_costs(session: Session) -> TokenCosts | None:
 
 
 def limits(costs: TokenCosts | None, result: FinetuningIterationResult) -> Finding | None:
-    """Return what takes most of an iteration, and what limits its sampling and its update on a CPU."""
+    """Return what takes most of an iteration, and what limits its sampling on a CPU."""
     if costs is None:
         return None
     stages = {
@@ -81,7 +81,7 @@ def limits(costs: TokenCosts | None, result: FinetuningIterationResult) -> Findi
         f"{largest} ({share:.0%} of an iteration). A token of {costs.num_rows} responses reads "
         f"{costs.num_bytes / 1e6:.0f} MB of weights, in at least {1000 * costs.reading_seconds:.0f} ms, and multiplies "
         f"for at least {1000 * costs.multiplying_seconds:.0f} ms, so that sampling is limited by {limit}. The "
-        f"update is limited by multiplications. The head has {costs.head_share:.0%} of the weights"
+        f"head has {costs.head_share:.0%} of the weights"
     )
     numbers = {"stage": largest, "share": share, "sampling": "bandwidth" if reads else "multiplications"}
     return Finding("what limits", "ok", what, numbers=numbers | asdict(costs))
