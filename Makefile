@@ -35,7 +35,7 @@ reward-model: $(READY)
 		--output $(OUTPUT) $(if $(TEST),--test $(TEST)) \
 		$(if $(TEST_TEXT),--test-text $(TEST_TEXT)) $(if $(TEST_LABEL),--test-label $(TEST_LABEL))
 
-# JOBS processes doctor-check trackers at a time, each with one thread (tests/conftest.py): the models are too small to gain from more.
+# JOBS processes at a time, each with one thread (tests/conftest.py): the models are too small to gain from more.
 JOBS ?= 2
 test: $(READY)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal

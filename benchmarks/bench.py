@@ -5,8 +5,8 @@ python benchmarks/bench.py show
 python benchmarks/bench.py versus CHECKOUT [--rounds 5] [--only NAME ...]    this code and an older one, in turn
 
 Every system is a process of its own (benchmarks/speed/) that does one step when it is its turn. The first step of each
-is left out. `run` writes its figures to benchmarks/results/bench.json under the name of the processor, `show` those of
-all processors to benchmarks/results/bench.md, which the docs show. Run it on a machine that does nothing else.
+is left out. `run` writes its figures to benchmarks/results/bench.json under the processor and the day, `show` all of
+them to benchmarks/results/bench.md, which the docs show. Run it on a machine that does nothing else.
 """
 
 import argparse
@@ -195,7 +195,8 @@ def machine():
 def run(options):
     pythons = {"trl026": options.trl026, "trl116": options.trl116, "here": sys.executable}
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    found = results.setdefault(processor_name(), {})
+    day = time.strftime("%Y-%m-%d")
+    found = results.setdefault(f"{processor_name()}, {day}", {})
 
     def write():
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
@@ -208,7 +209,7 @@ def run(options):
                 continue
             (work := folder / comparison.name.replace(" ", "-")).mkdir()
             row = compare(comparison, pythons, models, options.rounds, work)
-            found[comparison.name] = row | {"machine": machine(), "day": time.strftime("%Y-%m-%d")}
+            found[comparison.name] = row | {"machine": machine(), "day": day}
             write()
             print(line_of(row), flush=True)
         if not options.only or "floor" in options.only:
