@@ -26,7 +26,7 @@ INSIDE = {
         "tokenization",
     ],
     "models": [
-        "positions", "distributions", "length_groups", "value_head", "prepacked", "sharding", "wide_head",
+        "positions", "distributions", "length_groups", "value_head", "prepacked", "products", "sharding", "wide_head",
         "language_model", "fsdp", "token_scores", "headers", "locations", "decode_probe", "tokenizer_rules",
         "containment", "model_kwargs", "loading",
         "adapter_config", "adapters", "policy",

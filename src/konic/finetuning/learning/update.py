@@ -114,7 +114,7 @@ def update(
     num_nonfinite = 0
     train_policy = schedule.train_policy and (advantages.has_signal or config.entropy_coef > 0)
     learns = train_policy or advantages.value_loss_weight > 0
-    with policy.saving_memory(), _gradients_dropped_after(optimizer):
+    with policy.saving_memory(), policy.fast_products(), _gradients_dropped_after(optimizer):
         for index, rows in enumerate(_minibatches(len(rollout.batch), config, schedule.first_step)):
             num_tokens = int(advantages.mask[rows].sum())
             if num_tokens == 0 or not learns:

@@ -6,7 +6,7 @@ With a new LoRA adapter, the reference policy is the same weights with the adapt
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,6 +40,7 @@ from konic.finetuning.models.loading import LoadedModel
 from konic.finetuning.models.locations import quiet_transformers
 from konic.finetuning.models.positions import position_ids
 from konic.finetuning.models.prepacked import DecodePlan
+from konic.finetuning.models.products import fast_products
 from konic.finetuning.models.sharding import NOT_SHARDED, Sharding, divided_like, gathered, own_part
 from konic.finetuning.models.value_head import ValueHead
 from konic.finetuning.system.memory import eager_free
@@ -192,6 +193,10 @@ class Policy:
         checkpointed = self.language_model.checkpointed() if self._gradient_checkpointing else nullcontext()
         with eager_free(self._gradient_checkpointing), checkpointed:
             yield
+
+    def fast_products(self) -> AbstractContextManager[None]:
+        """Return a context manager: whole sequences are read by the library that is fastest on this processor."""
+        return fast_products(self.model) if self.sharding is NOT_SHARDED else nullcontext()
 
     @contextmanager
     def reference(self) -> Iterator[LanguageModel]:

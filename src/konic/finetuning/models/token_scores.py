@@ -24,6 +24,7 @@ from konic.finetuning.models.distributions import (
     total_variation,
 )
 from konic.finetuning.models.language_model import LanguageModel
+from konic.finetuning.models.products import back_through
 from konic.finetuning.models.wide_head import WideHead
 
 MAX_LOGITS = {"cpu": 2**23, "cuda": 2**26}
@@ -167,7 +168,7 @@ def _through(head: nn.Linear | WideHead, of_logits: Tensor) -> Tensor:
     """Return the gradient [n, H] of the hidden states for that of the logits [n, V] under a plain head."""
     if isinstance(head, WideHead):
         return head.gradient(of_logits)
-    return of_logits.to(head.weight.dtype) @ head.weight
+    return back_through(head, of_logits)
 
 
 class _PerToken(torch.autograd.Function):

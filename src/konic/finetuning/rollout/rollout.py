@@ -172,9 +172,10 @@ def score_under_reference(
     policy: Policy, batch: PromptBatch, samples: Samples, temperature: float, micro_batch_size: int | None = None
 ) -> tuple[TokenNumbers, States]:
     """Score responses, sampled from the policy's current weights, under policy and reference."""
-    hidden = _policy_hidden(policy, batch, samples, micro_batch_size)
-    with policy.reference() as reference:
-        ref_hidden = _response_hidden(reference, batch, samples, micro_batch_size, policy.sharding)
+    with policy.fast_products():
+        hidden = _policy_hidden(policy, batch, samples, micro_batch_size)
+        with policy.reference() as reference:
+            ref_hidden = _response_hidden(reference, batch, samples, micro_batch_size, policy.sharding)
     return _score(policy, samples, hidden, ref_hidden, temperature), States.of_all(hidden, ref_hidden)
 
 

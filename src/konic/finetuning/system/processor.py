@@ -1,4 +1,4 @@
-"""The name of this machine's processor."""
+"""The processor of this machine."""
 
 import platform
 from pathlib import Path
@@ -6,8 +6,18 @@ from pathlib import Path
 
 def processor_name() -> str:
     """Return the name of the processor if the system has it, else its kind."""
+    return _field("model name") or platform.machine()
+
+
+def is_amd() -> bool:
+    """Return True if the processor says that AMD made it."""
+    return "AuthenticAMD" in (_field("vendor_id") or platform.processor())
+
+
+def _field(name: str) -> str:
+    """Return what the system says of the first core; empty where it says nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
