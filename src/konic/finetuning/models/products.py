@@ -1,7 +1,7 @@
 """Layers -> layers whose products oneDNN computes, on processors where that is faster than what PyTorch takes.
 
-PyTorch multiplies in fp32 with MKL, which is made for Intel's processors. On two cores of an AMD EPYC the products of an
-update take 5.1 s with oneDNN instead of 5.7 to 6.5 s, from the same weights in the same layout (docs/speed.md).
+PyTorch multiplies in fp32 with MKL, which is made for Intel's processors. On two cores of an AMD EPYC the products of
+an update take 5.1 s with oneDNN instead of 5.7 to 6.5 s, from the same weights in the same layout (docs/speed.md).
 """
 
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ def back_through(layer: nn.Linear, of_result: Tensor) -> Tensor:
     return of_result.to(layer.weight.dtype) @ layer.weight
 
 
-def _can_be_faster(layer: nn.Module) -> bool:
+def _can_be_faster(layer: Any) -> bool:
     if type(layer) not in (nn.Linear, Conv1D) or layer.weight.numel() < SMALLEST:
         return False
     return all(
@@ -69,7 +69,8 @@ def _forward(layer: nn.Linear | Conv1D, x: Tensor) -> Tensor:
     """Return the layer's output [..., out] for x [..., in]."""
     weight, bias = weight_and_bias(layer)
     if x.dtype != torch.float32 or x.numel() == 0:
-        return type(layer).forward(layer, x)
+        plain: Tensor = type(layer).forward(layer, x)
+        return plain
     result: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
     return result.view(*x.shape[:-1], -1)
 
