@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import byte_tokenizer, prompt_batch, roll, shake_adapter
 from konic.finetuning import KonicError, KonicFinetuningAgent, KonicLLMRewardComposer, LoraConfig
 from konic.finetuning.learning.learner import build_learner
+from konic.finetuning.models.policy_files import save_merged, save_model
 from konic.finetuning.models.positions import position_ids
 from konic.finetuning.rollout.local_sampler import draw, uniforms
 from konic.finetuning.rollout.sampler import RandomKey
@@ -236,12 +237,12 @@ def differences(base, folder, lora):
         mask = torch.ones_like(IDS, dtype=torch.bool)
         hidden = reference.decode(IDS, mask, position_ids(mask))
     found["reference"] = largest(policy.reference_logits(hidden), logits_of(base))
-    policy.save_merged(folder / "merged")
+    save_merged(policy, folder / "merged")
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
     found["saved"] = largest(logits_of(merged), own)
     found["sampler, trained"], _ = sampled_difference(learner, generation, merged)
     if lora is not None:
-        policy.save_model(folder / "adapter")
+        save_model(policy, folder / "adapter")
         plain = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder / "adapter")
         found["adapter"] = largest(logits_of(plain.eval()), own)
     return found

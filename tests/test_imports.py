@@ -29,7 +29,7 @@ INSIDE = {
         "positions", "distributions", "length_groups", "value_head", "prepacked", "products", "sharding", "wide_head",
         "language_model", "fsdp", "token_scores", "headers", "locations", "decode_probe", "tokenizer_rules",
         "containment", "model_kwargs", "loading",
-        "adapter_config", "adapters", "policy",
+        "adapter_config", "adapters", "adapter_check", "trained_weights", "policy", "policy_files",
     ],
     "rewards": [
         "moments", "named_parts", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "validation",
@@ -51,7 +51,7 @@ INSIDE = {
     "konic_0_1": ["callback", "reward", "dataset", "environment", "module", "backends"],
     "run": [
         "environment", "card", "state", "checkpoint", "resume", "processes", "checks", "served", "measures", "tables",
-        "folder", "saving",
+        "folder", "saving", "preflight",
         "session",
     ],
 }  # fmt: skip

@@ -17,6 +17,7 @@ from konic.export.modelfile import modelfile
 from konic.export.private import without_paths
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.policy import Policy
+from konic.finetuning.models.policy_files import save_model
 from test_engine import make_engine
 
 TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
@@ -36,7 +37,7 @@ def run_of(trained, folder, policy):
     folder.mkdir()
     for name in ("run.json", "metrics.jsonl"):
         shutil.copyfile(trained / name, folder / name)
-    policy.save_model(folder / "final")
+    save_model(policy, folder / "final")
     return folder
 
 

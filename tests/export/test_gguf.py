@@ -24,6 +24,7 @@ from konic.export.modelfile import CHATML
 from konic.finetuning.config import LoraConfig
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.policy import Policy
+from konic.finetuning.models.policy_files import save_model
 from test_engine import make_engine
 
 TEXTS = [
@@ -83,7 +84,7 @@ def runs(tmp_path_factory):
         )
         shake_adapter(policy)
         shutil.rmtree(run / "final")
-        policy.save_model(run / "final")
+        save_model(policy, run / "final")
         found[kind] = run, policy.language_model.causal_lm, policy.tokenizer
     return found
 

@@ -15,6 +15,7 @@ from konic.finetuning import ConfigError, LoraConfig, ModelError
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.policy import Policy
+from konic.finetuning.models.policy_files import save_policy
 
 ATTENTION = ["q_proj", "v_proj"]
 ADAPTERS = {
@@ -139,7 +140,7 @@ def test_the_config_of_a_saved_adapter_starts_a_new_one(tmp_path):
 
 
 def test_a_saved_adapter_names_the_revision_of_its_base(tmp_path):
-    Policy(replace(loaded_model("llama"), revision="v1"), adapter()).save(tmp_path)
+    save_policy(Policy(replace(loaded_model("llama"), revision="v1"), adapter()), tmp_path)
     saved = peft.LoraConfig.from_pretrained(tmp_path)
     assert saved.revision == "v1"
     with pytest.raises(ConfigError, match=r"lora_config: revision='v1' is not the revision .* Set model_kwargs="):

@@ -11,6 +11,7 @@ import peft
 
 from konic.finetuning.errors import SamplerError
 from konic.finetuning.models.policy import Policy
+from konic.finetuning.models.policy_files import save_adapter, save_merged
 from konic.finetuning.rollout.vllm_client import RequestRefusedError, VllmClient
 from konic.finetuning.system.files import replacing_folder
 
@@ -74,7 +75,7 @@ class ServedWeights:
         path, merges = self._folder / name, self._merges_because is not None
         try:
             with replacing_folder(path) as target:
-                (self._policy.save_merged if merges else self._policy.save_adapter)(target)
+                (save_merged if merges else save_adapter)(self._policy, target)
             (self._load_merged if merges else self._load_adapter)(name, path)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from konic.finetuning.algorithms import ALGORITHMS
 from konic.finetuning.errors import NotFiniteError, OutputError, safe_cause
 from konic.finetuning.models.policy import Policy
+from konic.finetuning.models.policy_files import load_policy, save_policy
 from konic.finetuning.models.sharding import divided_like, gathered, is_divided, own_part
 from konic.finetuning.run.environment import environment
 from konic.finetuning.run.state import TrainerState
@@ -65,10 +66,10 @@ def save_checkpoint(
             with swapped_weights(policy, best):
                 best = gathered(policy.trainable(), keep=writes)
     if folder is None:
-        policy.save(None)
+        save_policy(policy, None)
         return
     with replacing_folder(folder) as target:
-        policy.save(target)
+        save_policy(policy, target)
         save_file(moments, target / _OPTIMIZER_FILE)
         if best is not None:
             save_file(best, target / _BEST_FILE)
@@ -117,7 +118,7 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
     """
     state = read_record(folder).state
     try:
-        policy.load(folder)
+        load_policy(policy, folder)
         _restore_optimizer(policy, optimizer, load_file(folder / _OPTIMIZER_FILE))
         best_file = folder / _BEST_FILE
         best_weights = _own(load_file(best_file), policy) if best_file.is_file() else None

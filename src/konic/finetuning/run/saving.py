@@ -9,6 +9,7 @@ from typing import Any
 from konic.finetuning.callbacks.composite import Callbacks
 from konic.finetuning.errors import KonicError, TrainingError
 from konic.finetuning.learning.learner import Learner
+from konic.finetuning.models.policy_files import save_merged, save_model
 from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.run.card import model_card
 from konic.finetuning.run.checkpoint import checkpoints, save_checkpoint, swapped_weights
@@ -133,7 +134,7 @@ class NoSaver(Saver):
 
     def _model(self, path: Path, result: FinetuningResult) -> None:
         """Nothing is written."""
-        self._learner.policy.save_model(None)
+        save_model(self._learner.policy, None)
 
 
 def write_model(
@@ -144,9 +145,9 @@ def write_model(
     None for the folder is for a process that only gives its part of the weights to the first one.
     """
     if merge:
-        learner.policy.save_merged(folder)
+        save_merged(learner.policy, folder)
     else:
-        learner.policy.save_model(folder)
+        save_model(learner.policy, folder)
     if folder is not None:
         write_card(learner, folder, result, settings, merge)
 

@@ -22,18 +22,18 @@ from konic.finetuning.models.prepacked import DecodePlan
 from konic.finetuning.models.sharding import NOT_SHARDED
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.summary import FinetuningResult, Selection
-from konic.finetuning.rewards.composer import KonicLLMRewardComposer, find_override
+from konic.finetuning.rewards.composer import KonicLLMRewardComposer
 from konic.finetuning.rewards.listing import list_rewards
 from konic.finetuning.rewards.moments import RunningMoments
-from konic.finetuning.rewards.reducers import WeightedSumReducer
 from konic.finetuning.rewards.scoring import Scorer
 from konic.finetuning.rewards.totals import evaluation_moments
 from konic.finetuning.rollout.evaluation import evaluate
 from konic.finetuning.rollout.sampler import Sampler
-from konic.finetuning.rollout.serving import check_server, serving
+from konic.finetuning.rollout.serving import serving
 from konic.finetuning.run.checkpoint import checkpoints, load_checkpoint, read_record
 from konic.finetuning.run.environment import environment
 from konic.finetuning.run.folder import ReadOnlyFolder, RunFolder
+from konic.finetuning.run.preflight import check_settings
 from konic.finetuning.run.processes import require_equal_processes
 from konic.finetuning.run.resume import checkpoint_to_resume, newest_checkpoint, plan_to_follow, require_same_run
 from konic.finetuning.run.saving import NoSaver, Saver, write_card
@@ -202,58 +202,10 @@ class Session:
                 "An error in an update left the weights of this engine between two iterations. Create a new engine; if "
                 "there is a checkpoint, resume with train(resume_from_checkpoint=...)."
             )
-        if self.world.size > self.training.batch_size:
-            raise ConfigError(
-                f"TrainingConfig: batch_size={self.training.batch_size} is fewer responses than the "
-                f"{self.world.size} processes of this run. Raise it, or start fewer processes."
-            )
-        if self.training.sharding is not None:
-            self._check_sharding()
-        if self.generation.engine == "vllm":
-            if self.world.size > 1:
-                raise ConfigError("GenerationConfig: engine='vllm' runs in one process so far. Start no more of them.")
-            check_server(self.generation)
-        if self.training.kl_target is not None and self.agent.kl_penalty_weight == 0:
-            raise ConfigError("kl_target steers kl_penalty_weight by factors: start it above 0, such as 0.05.")
-        reducer = self.agent.get_reward_composer().reducer
-        kind = reducer if isinstance(reducer, type) else type(reducer)
-        is_plain_sum = kind is WeightedSumReducer and (reducer is kind or vars(reducer) == vars(WeightedSumReducer()))
-        if self.training.algorithm_row.advantages == "parts_normalised" and not is_plain_sum:
-            raise ConfigError(
-                f"algorithm={self.training.algorithm!r} weights and sums the parts of the reward itself: it cannot use "
-                f"the reducer {kind.__name__}. Use WeightedSumReducer without arguments, or algorithm='grpo'."
-            )
-        override = find_override(self.agent.get_reward_composer())
-        if self.training.algorithm_row.advantages == "parts_normalised" and override is not None:
-            raise ConfigError(
-                f"algorithm={self.training.algorithm!r} weights and sums the parts of the reward itself: it cannot use "
-                f"{override.name}. Use algorithm='grpo'."
-            )
+        check_settings(self.agent, self.world.size, self.device)
         first = self.prompts.rows[0]
         names = dict.fromkeys([*first.columns, *collect_columns([first])[0]])
         KonicLLMRewardComposer.check_columns(self.agent.get_reward_composer(), names)
-        if self.generation.distribution_filters:
-            logger.warning(
-                "Sampling with %s draws from another distribution than the one trained: the ratio and the KL shown "
-                "describe the unfiltered policy.",
-                ", ".join(self.generation.distribution_filters),
-            )
-
-    def _check_sharding(self) -> None:
-        """Raise ConfigError if the weights cannot be divided among these processes, on this device."""
-        start, device = f"TrainingConfig: sharding={self.training.sharding!r}", pick_device(self.device).type
-        if self.world.size == 1:
-            raise ConfigError(
-                f"{start} divides the weights among the processes of a run, and this is one alone. Start several, such "
-                "as torchrun --nproc-per-node 2 SCRIPT, or leave sharding out."
-            )
-        if device not in ("cpu", "cuda"):
-            raise ConfigError(f"{start} works with device='cpu' or 'cuda', not {self.device!r}.")
-        if self.agent.get_model_kwargs().get("quantization_config") is not None:
-            raise ConfigError(
-                f"{start} divides floating-point weights only: leave quantization_config out of model_kwargs, or "
-                "sharding."
-            )
 
     @contextlib.contextmanager
     def opened(

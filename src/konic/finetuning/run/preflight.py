@@ -1,0 +1,81 @@
+"""Agent -> ConfigError, or nothing: settings that are right by themselves and cannot go together in a run."""
+
+from konic.finetuning.agent import KonicFinetuningAgent
+from konic.finetuning.errors import ConfigError
+from konic.finetuning.models.loading import pick_device
+from konic.finetuning.rewards.composer import find_override
+from konic.finetuning.rewards.reducers import WeightedSumReducer
+from konic.finetuning.rollout.serving import check_server
+from konic.output import get_logger
+
+logger = get_logger(__name__)
+
+
+def check_settings(agent: KonicFinetuningAgent, num_processes: int, device: str) -> None:
+    """Check what can be checked before prompts and model are loaded.
+
+    Args:
+        agent: What the run is made of.
+        num_processes: Processes of the run.
+        device: As the user named it, such as "auto".
+
+    Raises:
+        ConfigError: The run cannot start.
+    """
+    training, generation = agent.get_training_config(), agent.get_generation_config()
+    if num_processes > training.batch_size:
+        raise ConfigError(
+            f"TrainingConfig: batch_size={training.batch_size} is fewer responses than the {num_processes} processes "
+            "of this run. Raise it, or start fewer processes."
+        )
+    if training.sharding is not None:
+        _check_sharding(agent, num_processes, device)
+    if generation.engine == "vllm":
+        if num_processes > 1:
+            raise ConfigError("GenerationConfig: engine='vllm' runs in one process so far. Start no more of them.")
+        check_server(generation)
+    if training.kl_target is not None and agent.kl_penalty_weight == 0:
+        raise ConfigError("kl_target steers kl_penalty_weight by factors: start it above 0, such as 0.05.")
+    if training.algorithm_row.advantages == "parts_normalised":
+        _check_parts(agent)
+    if generation.distribution_filters:
+        logger.warning(
+            "Sampling with %s draws from another distribution than the one trained: the ratio and the KL shown "
+            "describe the unfiltered policy.",
+            ", ".join(generation.distribution_filters),
+        )
+
+
+def _check_sharding(agent: KonicFinetuningAgent, num_processes: int, device: str) -> None:
+    """Raise ConfigError if the weights cannot be divided among these processes, on this device."""
+    start = f"TrainingConfig: sharding={agent.get_training_config().sharding!r}"
+    if num_processes == 1:
+        raise ConfigError(
+            f"{start} divides the weights among the processes of a run, and this is one alone. Start several, such as "
+            "torchrun --nproc-per-node 2 SCRIPT, or leave sharding out."
+        )
+    if pick_device(device).type not in ("cpu", "cuda"):
+        raise ConfigError(f"{start} works with device='cpu' or 'cuda', not {device!r}.")
+    if agent.get_model_kwargs().get("quantization_config") is not None:
+        raise ConfigError(
+            f"{start} divides floating-point weights only: leave quantization_config out of model_kwargs, or sharding."
+        )
+
+
+def _check_parts(agent: KonicFinetuningAgent) -> None:
+    """Raise ConfigError unless the parts of the reward are just weighted and summed: the algorithm does that itself."""
+    start = (
+        f"algorithm={agent.get_training_config().algorithm!r} weights and sums the parts of the reward itself: it "
+        "cannot use"
+    )
+    composer = agent.get_reward_composer()
+    reducer = composer.reducer
+    kind = reducer if isinstance(reducer, type) else type(reducer)
+    is_plain_sum = kind is WeightedSumReducer and (reducer is kind or vars(reducer) == vars(WeightedSumReducer()))
+    if not is_plain_sum:
+        raise ConfigError(
+            f"{start} the reducer {kind.__name__}. Use WeightedSumReducer without arguments, or algorithm='grpo'."
+        )
+    override = find_override(composer)
+    if override is not None:
+        raise ConfigError(f"{start} {override.name}. Use algorithm='grpo'.")
