@@ -305,7 +305,7 @@ def test_the_fault_of_a_library_that_reads_a_table_is_one_error():
 
     with pytest.raises(ConfigError, match="prompts cannot be read: KeyError: 'no such column'"):
         load(LazyFrame())
-    with pytest.raises(ConfigError, match="prompts, column 'when', cannot be read: Panic: out-of-range date"):
+    with pytest.raises(ConfigError, match="prompts, column 'when', cannot be read: PanicError: out-of-range date"):
         load(DataFrame())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from konic.finetuning.errors import ModelError
+from konic.finetuning.errors import ModelError, panics_as_errors
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.tokenizer_rules import find_unbounded_rule, repeats_a_repetition
 
@@ -57,6 +57,30 @@ def test_a_tokenizer_cannot_take_for_ever_or_fill_the_memory(part, rule, told, m
     (folder / "tokenizer.json").write_text(json.dumps(rules | {part: rule}))
     with pytest.raises(ModelError, match=f"tokenizer.json: .*{told}"):
         load_model(str(folder), {}, torch.device("cpu"))
+
+
+PANICS = {
+    "when it is read": ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+    "when it reads": ("post_processor", {
+        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "none", "type_id": 0}}], "pair": [],
+        "special_tokens": {},
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("when", PANICS)
+def test_a_tokenizer_that_panics_is_one_error(when, model_folders, tmp_path):
+    folder, (part, rule) = Path(shutil.copytree(model_folders["llama"], tmp_path / "model")), PANICS[when]
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(rules | {part: rule}))
+    with pytest.raises(ModelError, match=r"model'.*PanicError: "):
+        load_model(str(folder), {}, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, KeyError])
+def test_what_is_no_panic_passes(kind):
+    with pytest.raises(kind), panics_as_errors():
+        raise kind
 
 
 def test_a_tokenizer_that_is_no_object_has_no_rules(tmp_path):

@@ -128,7 +128,9 @@ class SavedModel:
         try:
             with quiet_transformers():
                 require_bounded_tokenizer(str(self.folder), str(self.folder), {})
-                return AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
+                tokenizer = AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=False)
+                tokenizer("", verbose=False)  # some faults are noticed only in use
+                return tokenizer
         except ModelError:
             raise
         except Exception as error:

@@ -5,6 +5,7 @@ import inspect
 import os
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from konic.text import describe_error, indented, printable, printable_lines
 
@@ -41,6 +42,21 @@ def safe_cause(error: BaseException) -> BaseException:
     shown = "".join(traceback.format_exception(error))
     safe = printable_lines(shown)
     return error if safe == shown else RedactedError("\n".join(["", "", *indented(safe.split("\n"))]))
+
+
+class PanicError(Exception):
+    """Stands for a panic of a library written in Rust, which is no Exception."""
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raise a panic of a library written in Rust as a PanicError of the same words."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as panic:
+        raise PanicError(str(panic)) from safe_cause(panic)
 
 
 class ConfigError(KonicError, ValueError):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from konic.finetuning.errors import safe_cause
+from konic.finetuning.errors import panics_as_errors, safe_cause
 from konic.finetuning.settings import short_repr
 from konic.text import describe_error
 
@@ -84,10 +84,9 @@ def _read_polars(table: Any) -> list[Any]:
     if read is None:
         raise _not_rows(table)
     try:
-        return list(read())
-    except BaseException as error:  # a panic of Rust is no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
+        with panics_as_errors():
+            return list(read())
+    except Exception as error:
         columns = [(name, table[name].to_list) for name in getattr(table, "columns", ())]
         what = f"prompts{_unreadable_column(columns)} cannot be read: {describe_error(error)}"
         raise ValueError(what) from safe_cause(error)

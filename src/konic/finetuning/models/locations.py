@@ -20,7 +20,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers.utils import logging as transformers_logging
 
-from konic.finetuning.errors import ModelError, OutputError, did_you_mean, explain_hub_error, safe_cause
+from konic.finetuning.errors import (
+    ModelError,
+    OutputError,
+    did_you_mean,
+    explain_hub_error,
+    panics_as_errors,
+    safe_cause,
+)
 from konic.finetuning.models.headers import gguf_header, weights_within
 from konic.finetuning.system.files import as_path, creating_folder, unwritable
 from konic.finetuning.system.places import looks_like_path
@@ -204,12 +211,15 @@ def _dequantise(gguf_file: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence the progress bars and advice that `transformers` prints while loading. Failures still raise errors."""
+    """Silence the progress bars and advice that `transformers` prints while loading. Failures still raise errors.
+
+    A tokenizer of others can panic; that is an Exception too.
+    """
     bars_were_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), panics_as_errors():
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
