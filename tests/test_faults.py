@@ -1392,6 +1392,9 @@ def test_what_is_no_agent_is_refused(agent):
         case("threshold NaN", {"early_stop_kl_threshold": math.nan}, "early_stop_kl_threshold"),
         case("samples word", {"max_samples_to_log": "3"}, "max_samples_to_log"),
         case("samples negative", {"max_samples_to_log": -1}, "max_samples_to_log"),
+        case("True as a number", {"log_interval": True}, "log_interval=True"),
+        case("True as a threshold", {"early_stop_kl_threshold": True}, "early_stop_kl_threshold=True"),
+        case("a flag as text", {"log_samples": "false"}, "log_samples='false'): it must be True or False"),
     ],
 )
 def test_a_callbacks_argument_that_cannot_be_is_named(options, told):

@@ -798,7 +798,7 @@ def test_a_template_makes_text_of_a_rows_columns_and_leaves_them_to_the_rewards(
     assert rows[1].columns == {"title": "Down", "text": "dull"}
 
 
-@pytest.mark.parametrize("template", ["no columns", "{}", "{text.__class__}", "{0}", "{text", "{a b}"])
+@pytest.mark.parametrize("template", ["no columns", "{}", "{text.__class__}", "{0}", "{text", "{a b}", "{text:>10000}"])
 def test_a_template_must_name_columns(template):
     with pytest.raises(ConfigError, match="prompt_template="):
         DatasetConfig(prompts=["x"], prompt_template=template)

@@ -34,7 +34,18 @@ def with_known_arguments(method: Callable[P, R]) -> Callable[P, R]:
 def check_counts(max_iterations: Any, **others: Any) -> None:
     """Raise ConfigError for an argument of `train` that is no whole number of at least 0, or is below its least."""
     for name, value in {"max_iterations": max_iterations, **others}.items():
-        least = 1 if name == "save_total_limit" else 0
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        if not is_count and (value is not None or name == "max_iterations"):
-            raise ConfigError(f"train({name}={value!r}): it must be a whole number of at least {least}.")
+        if value is not None or name == "max_iterations":
+            require_count("train", name, value, least=1 if name == "save_total_limit" else 0)
+
+
+def require_count(where: str, name: str, value: Any, least: int) -> None:
+    """Raise ConfigError for an argument that is no whole number, or is below its least; True is no number."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{where}({name}={value!r}): it must be a whole number of at least {least}.")
+
+
+def require_flags(where: str, **flags: Any) -> None:
+    """Raise ConfigError for an argument that is neither True nor False: the text "false" would count as True."""
+    for name, value in flags.items():
+        if value not in (True, False):
+            raise ConfigError(f"{where}({name}={value!r}): it must be True or False.")

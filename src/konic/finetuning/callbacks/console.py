@@ -4,6 +4,7 @@ import sys
 import time
 from typing import Any
 
+from konic.finetuning.arguments import require_count, require_flags
 from konic.finetuning.callbacks.display import Display, open_display, peak_memory_bytes
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
 from konic.finetuning.callbacks.live import LiveState
@@ -40,12 +41,11 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
     ) -> None:
         counts = (("log_interval", log_interval, 1), ("early_stop_patience", early_stop_patience, 1))
         for name, value, least in (*counts, ("max_samples_to_log", max_samples_to_log, 0)):
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(
-                    f"KonicFinetuningCallback({name}={value!r}): it must be a whole number of at least {least}."
-                )
+            require_count("KonicFinetuningCallback", name, value, least)
+        require_flags("KonicFinetuningCallback", log_samples=log_samples, use_mlflow=use_mlflow, verbose=verbose)
         threshold = early_stop_kl_threshold
-        if threshold is not None and not (isinstance(threshold, int | float) and threshold >= 0):
+        is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+        if threshold is not None and not (is_number and threshold >= 0):
             raise ConfigError(
                 f"KonicFinetuningCallback(early_stop_kl_threshold={threshold!r}): it must be a number of at least 0 "
                 "(nats per token), or None."

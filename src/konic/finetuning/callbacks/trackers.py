@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
+from konic.finetuning.arguments import require_count
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
 from konic.finetuning.errors import ConfigError
 from konic.finetuning.results.iteration import FinetuningIterationResult
@@ -57,8 +58,7 @@ class Tracker(BaseKonicFinetuningCallback):
 
     def __init__(self, samples_every: int = 10, max_samples: int = 4) -> None:
         for name, value in {"samples_every": samples_every, "max_samples": max_samples}.items():
-            if not isinstance(value, int) or value < 0:
-                raise ConfigError(f"{type(self).__name__}({name}={value!r}): it must be a whole number of at least 0.")
+            require_count(type(self).__name__, name, value, least=0)
         self._samples_every, self._max_samples = samples_every, max_samples
         try:
             self._package: Any = import_module(self.module)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from konic.finetuning.arguments import require_count
 from konic.finetuning.errors import ConfigError, ModelError, did_you_mean, no_attribute, safe_cause
 from konic.finetuning.models.containment import require_bounded_tokenizer, require_contained
 from konic.finetuning.models.headers import bounded_by_files
@@ -76,8 +77,7 @@ class HuggingFaceRewardModel(BaseRewardModel):
             raise ConfigError(f"HuggingFaceRewardModel has no argument {option!r}.{hint}")
         _check(output=(output, _OUTPUTS), text_format=(text_format, ("auto", *TEXT_FORMATS)))
         for option, number in (("max_length", max_length), ("batch_size", batch_size)):
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise ConfigError(f"HuggingFaceRewardModel({option}={number!r}) must be a whole number of at least 1.")
+            require_count("HuggingFaceRewardModel", option, number, least=1)
         self.model_id = str(model_id)
         self.name = name or reward_name(model_id)
         self.normalize = normalize
