@@ -31,6 +31,8 @@ from ray_job import Rewards, make_agent
 
 JOB = Path(__file__).with_name("ray_job.py")
 ITERATIONS = 6
+OPEN = os.environ | {"RAY_AUTH_MODE": "disabled"}
+"""Of a cluster of several nodes, and of who joins it."""
 
 
 class Watching(KonicFinetuningCallback):
@@ -55,9 +57,10 @@ def train(model, run, rewards=None, scaling=None, callback=None):
     return engine.train(ITERATIONS, save_every=1)
 
 
-def workers():
+def workers(pid=None):
+    """The workers below a process: this one, or that of a node."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.cmdline() and "RayTrainWorker" in process.cmdline()[0]:
                 found.append(process)
@@ -111,37 +114,47 @@ def user_error(folder, model):
     raise AssertionError("no error")
 
 
-def job(folder, model, what, *, env=None, workers=2):
+def job(folder, model, what, iterations=4, address=None):
+    """A driver that trains in `folder / what`: in the cluster of an address, or in one of its own."""
+    env = OPEN | {"RAY_ADDRESS": address} if address else os.environ
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", JOB, model, folder / what, str(workers), what],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | (env or {}),
+        [sys.executable, "-W", "ignore", JOB, model, folder / what, what, str(iterations)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env,
     )  # fmt: skip
 
 
-def wait_for_lines(file, count, seconds=120):
+def wait_for(condition, explain, seconds=120):
     end = time.monotonic() + seconds
-    while not (file.exists() and file.read_text().count("\n") >= count):
-        assert time.monotonic() < end, f"{file}: nothing came"
+    while not condition():
+        assert time.monotonic() < end, explain()
         time.sleep(0.1)
 
 
+def wait_for_iterations(run, count):
+    metrics = run / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= count, lambda: f"{metrics}: nothing came")
+
+
 def dead_driver(folder, model):
-    """Seconds until no process of a training is left whose driver was killed."""
-    driver = job(folder, model, "slow")
-    wait_for_lines(folder / "slow" / "metrics.jsonl", 2)
+    """Kill a driver. The processes below it, and the seconds until no worker is left, and none of the others."""
+    driver = job(folder, model, "slow", 200)
+    wait_for_iterations(folder / "slow", 2)
+    working = workers(driver.pid)
     family = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
-    start = time.monotonic()
-    _, alive = psutil.wait_procs(family, timeout=60)
+    start, seconds = time.monotonic(), []
+    for processes in (working, family):
+        _, alive = psutil.wait_procs(processes, timeout=180)
+        assert not alive, alive
+        seconds.append(time.monotonic() - start)
     driver.communicate()
-    assert not alive, alive
-    return len(family), time.monotonic() - start
+    return len(family), *seconds
 
 
 def interrupted(folder, model):
     (folder / "ctrl-c").mkdir()
-    driver = job(folder / "ctrl-c", model, "slow")
-    wait_for_lines(folder / "ctrl-c" / "slow" / "metrics.jsonl", 2)
+    driver = job(folder / "ctrl-c", model, "slow", 200)
+    wait_for_iterations(folder / "ctrl-c" / "slow", 2)
     start = time.monotonic()
     os.killpg(driver.pid, signal.SIGINT)
     output, errors = driver.communicate(timeout=60)
@@ -154,31 +167,40 @@ def hung(folder, model):
     start = time.monotonic()
     output, errors = job(folder, model, "hang").communicate(timeout=180)
     assert "STOPPED None" in output, errors
+    return time.monotonic() - start, loss(errors)
+
+
+def loss(errors):
+    """The line that says which worker was lost; there is one."""
     (line,) = [line for line in errors.splitlines() if "A worker was lost" in line]
-    return time.monotonic() - start, line
+    return line
+
+
+def node_folder():
+    """A folder with a short name: the sockets of a node have paths of at most 107 bytes."""
+    return tempfile.TemporaryDirectory(prefix="ray")
 
 
 @contextlib.contextmanager
-def two_nodes(folder):
-    """A cluster of two nodes, each with one CPU; yields its address and the processes of the second node."""
+def nodes(folder, count):
+    """A cluster of nodes with one CPU each; yields its address and the process of each node, the head first."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    common = ["--num-cpus", "1", "--object-store-memory", str(100 * 2**20), "--node-ip-address", "127.0.0.1", "--block"]
-    ray_command = [str(Path(sys.executable).with_name("ray")), "start"]
-    env = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
-    heads = ["--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", str(folder)]
+    common = ["--num-cpus", "1", "--object-store-memory", str(100 * 2**20), "--block"]
+    head = ["--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", str(folder)]
+    others = [
+        ["--address", f"127.0.0.1:{port}", "--node-ip-address", f"127.0.0.{number}"] for number in range(2, count + 1)
+    ]
     started = []
     try:
-        for more in (heads, ["--address", f"127.0.0.1:{port}"]):
-            started.append(
-                subprocess.Popen(
-                    [*ray_command, *more, *common], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-                )
-            )
-            said = next((line for line in started[-1].stdout if "runtime started" in line), None)
-            assert said, f"ray start {more} failed"
-        yield f"127.0.0.1:{port}", started[1]
+        for number, more in enumerate((head, *others)):
+            log = folder / f"node-{number}.log"
+            with log.open("w") as file:
+                command = [Path(sys.executable).with_name("ray"), "start", *more, *common]
+                started.append(subprocess.Popen(command, env=OPEN, stdout=file, stderr=file))
+            wait_for(lambda log=log: "runtime started" in log.read_text(), log.read_text)
+        yield f"127.0.0.1:{port}", started
     finally:
         for process in started[::-1]:
             end_family(process)
@@ -186,8 +208,7 @@ def two_nodes(folder):
 
 def end_family(process):
     with contextlib.suppress(psutil.NoSuchProcess):
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         for each in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
@@ -195,12 +216,37 @@ def end_family(process):
 
 
 def on_two_nodes(folder, model):
-    """The lines that a training prints whose two workers are on two nodes."""
-    with tempfile.TemporaryDirectory(prefix="ray") as short, two_nodes(Path(short)) as (address, _):
-        env = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-        output, errors = job(folder, model, "nothing", env=env).communicate(timeout=180)
+    """The iterations that a training on two nodes reports, and on how many of them it had a worker."""
+    with nodes(folder, 2) as (address, processes):
+        driver = job(folder, model, "slow", address=address)
+        wait_for_iterations(folder / "slow", 2)
+        used = sum(bool(workers(process.pid)) for process in processes)
+        output, errors = driver.communicate(timeout=180)
         assert "STOPPED None" in output, errors
-        return sum(line.startswith("[Iter") for line in output.splitlines())
+        return sum(line.startswith("[Iter") for line in output.splitlines()), used
+
+
+def lost_node(folder, model, count):
+    """Kill a node with a worker, not the head, of `count` nodes. Seconds from then on, what is printed, its errors."""
+    with nodes(folder, count) as (address, processes):
+        driver = job(folder, model, "slow", 10, address)
+        wait_for_iterations(folder / "slow", 2)
+        end_family(next(process for process in processes[1:] if workers(process.pid)))
+        start = time.monotonic()
+        output, errors = driver.communicate(timeout=240)
+        return time.monotonic() - start, output, errors
+
+
+def survived_node(folder, model):
+    seconds, output, errors = lost_node(folder, model, 3)
+    assert "STOPPED None" in output, errors
+    return seconds, loss(errors)
+
+
+def no_room_left(folder, model):
+    seconds, output, errors = lost_node(folder, model, 2)
+    assert "STOPPED" not in output
+    return seconds, next(line for line in errors.splitlines() if "TrainingError" in line)
 
 
 def main():
@@ -233,11 +279,21 @@ def main():
             row("", problem)
         seconds, line = hung(folder, model)
         row("a worker hangs, `process_timeout_seconds=5`", f"started again, finished in {seconds:.0f} s: “{line}”")
-        processes, seconds = dead_driver(folder, model)
-        row("the driver is killed (SIGKILL)", f"all its {processes} processes have ended after {seconds:.1f} s")
+        count, first, last = dead_driver(folder, model)
+        row(
+            "the driver is killed (SIGKILL)",
+            f"both workers ended after {first:.1f} s, all {count} processes after {last:.0f} s",
+        )
         row("Ctrl-C", f"saved and ended after {interrupted(folder, model):.1f} s")
-        printed = on_two_nodes(folder, model)
-        row("two `ray start` nodes on one machine, a worker on each", f"trained: {printed} of 4 iterations reported")
+        with node_folder() as short:
+            printed, used = on_two_nodes(short, model)
+        row("two `ray start` nodes on one machine", f"workers on {used} of them; {printed} of 4 iterations reported")
+        with node_folder() as short:
+            seconds, line = survived_node(short, model)
+        row("one of three nodes is killed, with its worker", f"finished {seconds:.0f} s later: “{line}”")
+        with node_folder() as short:
+            seconds, line = no_room_left(short, model)
+        row("one of two nodes is killed, with its worker", f"ended {seconds:.0f} s later: “{line}”")
     sys.exit(bool(wrong))
 
 

@@ -1,6 +1,6 @@
 """A job on Ray for benchmarks/cluster.py and tests/test_ray.py: rewards of a tiny model that go wrong when told to.
 
-python ray_job.py MODEL RUN_FOLDER WORKERS WHAT     WHAT: nothing, hang, slow
+python ray_job.py MODEL RUN_FOLDER WHAT ITERATIONS     WHAT: nothing, hang, slow
 """
 
 import os
@@ -71,11 +71,11 @@ def make_agent(model, rewards, **training):
 if __name__ == "__main__":
     from ray.train import ScalingConfig
 
-    model, run, workers, what = sys.argv[1:]
+    model, run, what, iterations = sys.argv[1:]
     agent = make_agent(model, Rewards(what, f"{run}.marker"), process_timeout_seconds=5 if what == "hang" else 60)
-    scaling = ScalingConfig(num_workers=int(workers), resources_per_worker={"CPU": 1})
+    scaling = ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1})
     engine = KonicFinetuningEngine.from_agent(
         agent, checkpoint_dir=run, scaling=scaling, callback=KonicFinetuningCallback()
     )
-    result = engine.train(200 if what == "slow" else 4, save_every=1)
+    result = engine.train(int(iterations), save_every=1)
     print("STOPPED", result.stopped_because)

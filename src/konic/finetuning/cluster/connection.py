@@ -73,15 +73,16 @@ def connected(scaling: Any) -> Iterator[tuple[Any, Any]]:
     import ray
 
     if ray.is_initialized():
-        _require_room(ray, scaling)
+        require_room(ray, scaling)
         yield ray, scaling
         return
     address = os.environ.get("RAY_ADDRESS")
     if address and address != "local":
         _connect(ray, address)
         try:
-            _require_room(ray, scaling)
-            yield ray, scaling
+            require_room(ray, scaling)
+            with _quiet():
+                yield ray, scaling
         finally:
             ray.shutdown()
         return
@@ -90,8 +91,9 @@ def connected(scaling: Any) -> Iterator[tuple[Any, Any]]:
         if scaling.resources_per_worker is None:  # each worker gets as many threads as it has CPUs
             share = max(1, (os.cpu_count() or 1) // scaling.max_workers)
             own = replace(scaling, resources_per_worker={"CPU": share} | ({"GPU": 1} if scaling.use_gpu else {}))
-        _require_room(ray, own)
-        yield ray, own
+        require_room(ray, own)
+        with _quiet():
+            yield ray, own
 
 
 def _connect(ray: Any, address: str) -> None:
@@ -149,6 +151,18 @@ def _embedded(ray: Any, num_workers: int) -> Iterator[None]:
 
 
 @contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it Ray prints nothing of its own: of a lost worker it has ten lines, and konic one."""
+    from ray._private import worker
+
+    before, worker._worker_logs_enabled = worker._worker_logs_enabled, False
+    try:
+        yield
+    finally:
+        worker._worker_logs_enabled = before
+
+
+@contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -162,7 +176,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _require_room(ray: Any, scaling: Any) -> None:
+def require_room(ray: Any, scaling: Any) -> None:
     """Raise ConfigError if the nodes lack what the workers need, and no autoscaler can add any."""
     from ray._private.state import state
 

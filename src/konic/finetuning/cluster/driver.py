@@ -8,15 +8,15 @@ import os
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from konic.finetuning.callbacks.composite import Callbacks
-from konic.finetuning.cluster.connection import connected, require_equal_nodes
-from konic.finetuning.cluster.mailbox import FAILED, INTERRUPT, Mailbox, describe_losses
+from konic.finetuning.cluster.connection import connected, require_equal_nodes, require_room
+from konic.finetuning.cluster.desk import MAX_RESTARTS, Desk
+from konic.finetuning.cluster.mailbox import Mailbox, describe_losses
 from konic.finetuning.cluster.worker import Job, Outcome
 from konic.finetuning.errors import ConfigError, KonicError, OutputError, TrainingError, safe_cause
 from konic.finetuning.results.summary import FinetuningResult
@@ -24,19 +24,14 @@ from konic.finetuning.run.folder import RunFolder
 from konic.finetuning.system.files import as_path
 from konic.finetuning.system.pickling import pickled_by_value
 from konic.finetuning.system.signals import uninterrupted
-from konic.output import get_logger, write_line
+from konic.output import get_logger
 from konic.text import describe_error
 
 logger = get_logger(__name__)
 
-MAX_RESTARTS = 3
-"""How often a training is started again because a worker was lost."""
 _POLL_SECONDS = 0.2
 _PATIENCE_SECONDS = 60.0
 """After this long without workers, a warning says that the cluster has no room yet."""
-_OF_ITERATION = ("on_generation_begin", "on_generation_end", "on_reward_computed", "on_iteration_end")
-_MAY_STOP = ("on_attempt", "on_iteration_begin", *_OF_ITERATION[:3], "should_stop_early")
-"""Where Ctrl-C ends a training: between two iterations, or in one that then does not count."""
 
 
 class RayTraining:
@@ -90,100 +85,6 @@ class RayTraining:
             raise KeyboardInterrupt
         self._iterations = outcome.result.total_iterations
         return outcome.result
-
-
-class Desk:
-    """Answers the workers: calls the callbacks, each event once, although a restarted run repeats iterations."""
-
-    def __init__(self, callbacks: Callbacks, resume: Any) -> None:
-        self._callbacks = callbacks
-        self._resume = resume
-        self.checkpoint: Path | None = None
-        self.failure: BaseException | None = None
-        """The error of a callback."""
-        self.is_interrupted = False
-        self.attempts = self.losses = 0
-        self._has_begun = self._has_ended = False
-        self._iteration = self._last_ended = self._last_saved = 0
-        self._stops: dict[int, bool] = {}
-
-    def note(self, kind: str, *content: Any) -> None:
-        """Print or log what a worker has printed or logged."""
-        if kind == "text":
-            stream, text = content
-            write_line(text, sys.stdout if stream == "stdout" else sys.stderr)
-        elif kind == "log":
-            name, level, text = content
-            get_logger(name).log(level, "%s", text)
-        else:
-            self.losses += 1
-            if self.losses <= MAX_RESTARTS:
-                where = self.checkpoint.name if self.checkpoint else "where it began"
-                logger.warning(
-                    "A worker was lost (%s). All are started again (%d of %d), and go on from %s.",
-                    content[0], self.losses, MAX_RESTARTS, where,
-                )  # fmt: skip
-
-    def answer(self, hook: str, *values: Any) -> Any:
-        """Return the answer to an event, or INTERRUPT or FAILED. A run that ends still saves."""
-        if self.failure is not None and hook != "on_checkpoint_saved":
-            return FAILED
-        if self.is_interrupted and hook in _MAY_STOP:
-            return INTERRUPT
-        try:
-            own = getattr(self, hook, None)
-            return self._once(hook, *values) if own is None else own(*values)
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                self.is_interrupted = True
-                return INTERRUPT
-            self.failure = error
-            return FAILED
-
-    def on_attempt(self, num_workers: int) -> dict[str, Any]:
-        """The workers have started: return what differs from the options given. After a loss, the run is resumed.
-
-        A run that saved nothing yet starts as it did at first.
-        """
-        self.attempts += 1
-        return {"resume_from_checkpoint": True} if self.checkpoint else {"resume_from_checkpoint": self._resume}
-
-    def on_train_begin(self, config: dict[str, Any]) -> None:
-        """Call the callbacks, once."""
-        if not self._has_begun:
-            self._has_begun = True
-            self._callbacks.on_train_begin(config)
-
-    def on_iteration_begin(self, iteration: int) -> None:
-        """Call the callbacks, unless it is repeated."""
-        self._iteration = iteration
-        self._once("on_iteration_begin", iteration)
-
-    def should_stop_early(self, result: Any) -> bool:
-        """Return the answer of the callbacks, also when it is asked again."""
-        if result.iteration not in self._stops:
-            self._stops[result.iteration] = self._callbacks.should_stop_early(result)
-        return self._stops[result.iteration]
-
-    def on_checkpoint_saved(self, path: str, iteration: int) -> None:
-        """Remember the checkpoint; call the callbacks, unless it is repeated."""
-        self.checkpoint = Path(path)
-        if iteration > self._last_saved:
-            self._last_saved = iteration
-            self._callbacks.on_checkpoint_saved(path, iteration)
-
-    def on_train_end(self, result: FinetuningResult) -> None:
-        """Call the callbacks, once."""
-        if not self._has_ended:
-            self._has_ended = True
-            self._callbacks.on_train_end(result)
-
-    def _once(self, hook: str, *values: Any) -> Any:
-        if self._iteration <= self._last_ended:
-            return None
-        if hook == "on_iteration_end":
-            self._last_ended = self._iteration
-        return getattr(self._callbacks, hook)(*values)
 
 
 def _run(ray: Any, scaling: Any, job: Job, desk: Desk) -> Outcome:
@@ -242,14 +143,14 @@ def _trainer(scaling: Any, job: Job, mailbox: Any, storage: str) -> Any:
             failure_config=FailureConfig(max_failures=MAX_RESTARTS),
             callbacks=[Losses()],
             worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
-            logging_config=LoggingConfig(log_level="ERROR"),
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # the driver tells the errors of workers
         ),
     )
 
 
 def _serve(ray: Any, mailbox: Any, desk: Desk, thread: threading.Thread, scaling: Any) -> None:
     """Answer events until the training has ended. The first Ctrl-C ends it at its next event, the second at once."""
-    pending, start, has_warned = mailbox.next.remote(), time.monotonic(), False
+    pending = mailbox.next.remote()
     while True:
         try:
             with uninterrupted():
@@ -261,16 +162,28 @@ def _serve(ray: Any, mailbox: Any, desk: Desk, thread: threading.Thread, scaling
                     _handle(events, desk, mailbox)
                 elif not is_alive:
                     return
-                elif not desk.attempts and not has_warned and time.monotonic() > start + _PATIENCE_SECONDS:
-                    has_warned = True
-                    logger.warning(
-                        "No worker has started for %.0f s: the cluster has to find room for %s of them, and has free: "
-                        "%s.", _PATIENCE_SECONDS, scaling.num_workers, ray.available_resources(),
-                    )  # fmt: skip
+                elif desk.has_waited(_PATIENCE_SECONDS):
+                    _explain_waiting(ray, desk, scaling)
         except KeyboardInterrupt:
             if desk.is_interrupted:
                 raise
             desk.is_interrupted = True
+
+
+def _explain_waiting(ray: Any, desk: Desk, scaling: Any) -> None:
+    """Warn that no worker has started.
+
+    Raises:
+        TrainingError: A node was lost, and the others have no room for the workers.
+    """
+    try:
+        require_room(ray, scaling)
+    except ConfigError as error:
+        raise TrainingError(f"The workers cannot be started again: {error}", _newest(desk)) from None
+    logger.warning(
+        "No worker has started for %.0f s: the cluster has to find room for %s of them, and has free: %s.",
+        _PATIENCE_SECONDS, scaling.num_workers, ray.available_resources(),
+    )  # fmt: skip
 
 
 def _handle(events: Iterable[tuple[int | None, tuple[Any, ...]]], desk: Desk, mailbox: Any) -> None:
@@ -285,9 +198,12 @@ def _lost_too_often(error: Exception, desk: Desk) -> KonicError:
     if not desk.attempts:
         return ConfigError(f"Ray could not start the workers: {describe_error(error)}")
     return TrainingError(
-        f"Workers were lost {desk.losses} times, and are not started again: {describe_error(error)}",
-        f"The newest checkpoint is {desk.checkpoint}." if desk.checkpoint else "There is no checkpoint.",
+        f"Workers were lost {desk.losses} times, and are not started again: {describe_error(error)}", _newest(desk)
     )
+
+
+def _newest(desk: Desk) -> str:
+    return f"The newest checkpoint is {desk.checkpoint}." if desk.checkpoint else "There is no checkpoint."
 
 
 def _pickled(engine: Any) -> bytes:

@@ -93,12 +93,13 @@ class Line:
 
 def describe_losses(errors: Mapping[int, BaseException]) -> str:
     """Return why workers were lost, as one line; `errors` has the error of each of them by its number."""
+    ended = [rank for rank, error in sorted(errors.items()) if hasattr(error, "health_check_failure")]  # Ray's
+    if ended:  # what others say is that they miss these
+        return "; ".join(f"worker {rank}: its process ended" for rank in ended)
     return "; ".join(f"worker {rank}: {_describe_loss(error)}" for rank, error in sorted(errors.items()))
 
 
 def _describe_loss(error: BaseException) -> str:
-    if hasattr(error, "health_check_failure"):  # Ray's, of a process that it cannot ask
-        return "its process ended"
     return f"{describe_error(getattr(error, '_base_exc', error)):.500}"  # Ray wraps what the worker raised
 
 
