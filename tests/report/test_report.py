@@ -137,6 +137,17 @@ def test_without_held_out_prompts_the_ends_of_the_run_are_compared(tmp_path):
     assert "kind 1.0 0.100 0.900 +0.800" in page.text, "each reward is compared where the whole is"
 
 
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [
+        ([0.25], "In the only iteration, the mean reward was 0.250"),
+        ([0.25, 0.25], "Between the first and the last iteration, the mean reward was 0.250"),
+    ],
+)
+def test_a_reward_that_did_not_move_is_said_once(tmp_path, rewards, said):
+    assert outcome(Run.read(make_run(tmp_path / "run", rewards))).sentence().startswith(said)
+
+
 def test_a_rise_is_questioned_where_length_words_or_one_reward_explain_it(tmp_path):
     run = make_run(tmp_path / "run", settings={"reward_weights": {"kind": 2.0, "short": 1.0}},
                    reward_breakdown={"kind": 0.0, "short": 0.0})  # fmt: skip

@@ -42,7 +42,9 @@ class Outcome:
         if math.isnan(self.before) or math.isnan(self.after):
             return f"There is no reward to compare {self.where}."
         if self.gain is None:
-            verb = "rose" if self.after > self.before else "fell" if self.after < self.before else "stayed"
+            if self.after == self.before:
+                return f"{self.where}, the mean reward was {self.after:.3f}{paid}."
+            verb = "rose" if self.after > self.before else "fell"
             return f"{self.where}, the mean reward {verb} {change}{paid}."
         interval = f"{self.gain.mean:+.3f} (95 % interval {self.gain.low:+.3f} to {self.gain.high:+.3f})"
         if self.gain.low > 0 or self.gain.high < 0:
@@ -68,10 +70,10 @@ def outcome(run: Run) -> Outcome:
                 ),
             )
     count = _tenth(run.history)
-    between = f"the first and the last {count} iterations" if count > 1 else "the first and the last iteration"
+    ends = f"the first and the last {count} iterations" if count > 1 else "the first and the last iteration"
     rewards = _at_ends(run.values("reward_mean"))
     return Outcome(
-        where=f"Between {between}",
+        where=f"Between {ends}" if len(run.history) > 1 else "In the only iteration",
         before=rewards[0],
         after=rewards[1],
         gain=None,
