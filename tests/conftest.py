@@ -5,6 +5,8 @@ import logging
 import os
 import re
 import signal
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models compute longer with more
@@ -125,6 +127,16 @@ def shake_adapter(policy, scale=0.05, seed=1):
     with torch.no_grad():
         for weight in policy.trainable().values():
             weight.add_(torch.randn(weight.shape, generator=generator, dtype=weight.dtype) * scale)
+
+
+@pytest.fixture(autouse=True)
+def _no_test_meets_the_scripts_of_another(tmp_path_factory):
+    before, folder = {*sys.modules}, tmp_path_factory.getbasetemp()
+    yield
+    for name in {*sys.modules} - before:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and Path(file).is_relative_to(folder):
+            del sys.modules[name]
 
 
 @pytest.fixture(params=ARCHITECTURES)
