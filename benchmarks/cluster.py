@@ -246,7 +246,7 @@ def survived_node(folder, model):
 def no_room_left(folder, model):
     seconds, output, errors = lost_node(folder, model, 2)
     assert "STOPPED" not in output
-    return seconds, next(line for line in errors.splitlines() if "TrainingError" in line)
+    return seconds, next(line for line in errors.splitlines() if line.startswith("konic") and "TrainingError" in line)
 
 
 def main():

@@ -6,9 +6,11 @@ import os
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 pytest.importorskip("ray")
 
@@ -19,8 +21,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from command import konic_here, script
 from conftest import byte_tokenizer, tiny_model
-from konic.finetuning import ConfigError, KonicFinetuningCallback, KonicFinetuningEngine, RewardError
-from konic.finetuning.cluster import connection
+from konic.finetuning import (
+    ConfigError,
+    KonicFinetuningCallback,
+    KonicFinetuningEngine,
+    RewardError,
+    TrainingError,
+)
+from konic.finetuning.callbacks.composite import Callbacks
+from konic.finetuning.cluster import connection, driver
+from konic.finetuning.cluster.desk import Desk
+from konic.finetuning.cluster.mailbox import describe_losses
 from ray_job import Rewards, make_agent
 from test_processes import same
 
@@ -154,6 +165,36 @@ def test_another_konic_on_a_node_is_named(cluster, monkeypatch):
     monkeypatch.setattr(connection.konic, "__version__", "9.9")
     with pytest.raises(ConfigError, match=r"Node 127\.0\.0\.1 \(.*\) has konic .*, and this process has konic 9\.9"):
         connection.require_equal_nodes(ray, ScalingConfig(num_workers=2))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_node_where_torch_finds_no_gpu_is_named(cluster):
+    needs = SimpleNamespace(_resources_per_worker_not_none={"CPU": 1}, use_gpu=True)  # as if the node had announced one
+    with pytest.raises(ConfigError, match=r"Node 127\.0\.0\.1 \(.*\): torch finds no GPU there"):
+        connection.require_equal_nodes(ray, needs)
+
+
+def test_a_process_that_ended_is_named_rather_than_what_the_others_say():
+    ended = RuntimeError("gone")
+    ended.health_check_failure = True
+    assert describe_losses({0: ValueError("connection reset"), 1: ended}) == "worker 1: its process ended"
+    assert describe_losses({0: ValueError("it hangs")}) == "worker 0: ValueError: it hangs"
+
+
+def test_without_room_to_start_again_a_training_ends_with_the_newest_checkpoint(cluster, monkeypatch):
+    desk = Desk(Callbacks([]), None)
+    assert not desk.has_waited(60)
+    assert desk.has_waited(0)
+    assert not desk.has_waited(0)  # it is told once
+    desk.note("lost", "worker 1: its process ended")
+    assert desk.has_waited(0)
+    desk.on_attempt(2)
+    assert not desk.has_waited(0)
+    desk.checkpoint = Path("runs/kind/checkpoint-3")
+    scaling = ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1000})
+    with pytest.raises(TrainingError, match=r"cannot be started again: num_workers=2.*room for 0") as caught:
+        driver._explain_waiting(ray, desk, scaling)
+    assert caught.value.args[1] == "The newest checkpoint is runs/kind/checkpoint-3."
 
 
 def test_the_extra_is_named_where_ray_is_missing(model, monkeypatch):

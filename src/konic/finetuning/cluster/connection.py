@@ -192,22 +192,28 @@ def require_room(ray: Any, scaling: Any) -> None:
 
 
 def require_equal_nodes(ray: Any, scaling: Any) -> None:
-    """Check that every node which can take a worker has this konic.
+    """Check that every node which can take a worker has this konic, and a GPU for torch where workers need one.
 
     Raises:
-        ConfigError: One has another version, or none; the message names the node.
+        ConfigError: One has another version, or none, or torch finds no GPU; the message names the node.
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def found() -> tuple[str, str]:  # sent by value: the node may have no konic
+    def found(needs_gpu: bool) -> tuple[str, str, bool]:  # sent by value: the node may have no konic
+        import os
         import socket
 
         try:
             import konic
-
-            return socket.gethostname(), f"konic {konic.__version__}"
         except ImportError:
-            return socket.gethostname(), "no konic"
+            return socket.gethostname(), "no konic", False
+        has_gpu = False
+        if needs_gpu:
+            import torch
+
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides the GPUs from a task that takes none
+            has_gpu = torch.cuda.is_available()
+        return socket.gethostname(), f"konic {konic.__version__}", has_gpu
 
     per_worker, task = scaling._resources_per_worker_not_none, ray.remote(num_cpus=0, max_retries=0)(found)
     nodes = [
@@ -216,15 +222,20 @@ def require_equal_nodes(ray: Any, scaling: Any) -> None:
         if node["Alive"] and all(node["Resources"].get(name, 0) >= amount for name, amount in per_worker.items())
     ]
     affinities = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-    answers = [task.options(scheduling_strategy=affinity).remote() for affinity in affinities]
+    answers = [task.options(scheduling_strategy=affinity).remote(scaling.use_gpu) for affinity in affinities]
     for node, answer in zip(nodes, answers, strict=True):
         where = f"Node {node['NodeManagerAddress']}"
         try:
-            host, version = ray.get(answer, timeout=_PROBE_SECONDS)
+            host, version, has_gpu = ray.get(answer, timeout=_PROBE_SECONDS)
         except Exception as error:
             raise ConfigError(f"{where} cannot start a worker: {describe_error(error)}") from safe_cause(error)
         if version != f"konic {konic.__version__}":
             raise ConfigError(
                 f"{where} ({host}) has {version}, and this process has konic {konic.__version__}. Install the same "
                 "version on every node."
+            )
+        if scaling.use_gpu and not has_gpu:
+            raise ConfigError(
+                f"{where} ({host}): torch finds no GPU there, and every worker needs one. Install the driver and a "
+                "torch for CUDA on it, or train with device='cpu'."
             )
