@@ -184,11 +184,15 @@ def require_room(ray: Any, scaling: Any) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(min(int(node.get(name, 0) // amount) for name, amount in per_worker.items() if amount) for node in nodes)
     if room < scaling.min_workers and not state.get_max_resources_from_cluster_config():
-        needs = ", ".join(f"{amount:g} {name}" for name, amount in per_worker.items())
         raise ConfigError(
-            f"num_workers={scaling.num_workers}: each worker takes {needs}, and this Ray of {len(nodes)} nodes has "
-            f"room for {room}. Ask for fewer workers or resources, or add nodes."
+            f"num_workers={scaling.num_workers}: each worker takes {describe_resources(per_worker)}, and this Ray of "
+            f"{len(nodes)} nodes has room for {room}. Ask for fewer workers or resources, or add nodes."
         )
+
+
+def describe_resources(amounts: Mapping[str, float]) -> str:
+    """Return amounts by resource, such as {"CPU": 2, "GPU": 1}, as "2 CPU, 1 GPU"."""
+    return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items())
 
 
 def require_equal_nodes(ray: Any, scaling: Any) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from konic.finetuning.callbacks.composite import Callbacks
-from konic.finetuning.cluster.connection import connected, require_equal_nodes, require_room
+from konic.finetuning.cluster.connection import connected, describe_resources, require_equal_nodes, require_room
 from konic.finetuning.cluster.desk import MAX_RESTARTS, Desk
 from konic.finetuning.cluster.mailbox import Mailbox, describe_losses
 from konic.finetuning.cluster.worker import Job, Outcome
@@ -180,9 +180,10 @@ def _explain_waiting(ray: Any, desk: Desk, scaling: Any) -> None:
         require_room(ray, scaling)
     except ConfigError as error:
         raise TrainingError(f"The workers cannot be started again: {error}", _newest(desk)) from None
+    needs, free = scaling._resources_per_worker_not_none, ray.available_resources()
     logger.warning(
-        "No worker has started for %.0f s: the cluster has to find room for %s of them, and has free: %s.",
-        _PATIENCE_SECONDS, scaling.num_workers, ray.available_resources(),
+        "No worker has started for %.0f s: they are slow to start, or wait for room. Each takes %s, and free is %s.",
+        _PATIENCE_SECONDS, describe_resources(needs), describe_resources({name: free.get(name, 0) for name in needs}),
     )  # fmt: skip
 
 
