@@ -45,6 +45,7 @@ BOUNDS = [  # field, the values at the edge that are valid, the ones past it
     (TrainingConfig, "max_error_rate", [0, 1], [-TINY, 1.001]),
     (TrainingConfig, "reward_workers", [0, 4], [-1, 1.5]),
     (TrainingConfig, "reward_timeout_seconds", [TINY, None], [0]),
+    (TrainingConfig, "reward_resources", [{}, {"CPU": 0, "GPU": 0.5}, None], ["CPU", 4]),
     (TrainingConfig, "process_timeout_seconds", [TINY, 1800], [0]),
     (TrainingConfig, "self_checks", [True, False], ["perhaps", None]),
     (TrainingConfig, "learning_rate", [TINY, None], [0, -1e-5]),
@@ -133,8 +134,14 @@ def test_every_field_has_its_bounds_tested(kind):
 @pytest.mark.parametrize(("kind", "field", "value"), VALID)
 def test_a_value_at_the_edge_is_taken(kind, field, value):
     companions = {"batch_size": 8} if field in ("num_minibatches", "gradient_accumulation_steps") else {}
-    companions |= {"reward_workers": 1} if field == "reward_timeout_seconds" else {}
+    companions |= {"reward_workers": 1} if field in ("reward_timeout_seconds", "reward_resources") else {}
     assert getattr(kind(**companions, **{field: value}), field) == value
+
+
+@pytest.mark.parametrize(("amount", "problem"), [(-1, "at least 0, got -1"), ("many", "a number, got 'many'")])
+def test_an_amount_of_a_resource_that_cannot_be_is_refused(amount, problem):
+    with pytest.raises(ConfigError, match=f"reward_resources: it must be {problem}"):
+        TrainingConfig(reward_workers=1, reward_resources={"CPU": amount})
 
 
 @pytest.mark.parametrize(("kind", "field", "value"), INVALID)

@@ -33,7 +33,7 @@ INSIDE = {
     ],
     "rewards": [
         "moments", "named_parts", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "validation",
-        "old_names", "listing", "composer", "overrides", "workers", "scoring", "responses", "trial",
+        "old_names", "listing", "composer", "overrides", "workers", "remote", "scoring", "responses", "trial",
     ],
     "rollout": [
         "sampler", "streaming", "shares", "fused_transformer", "fused_decoder", "graphed_decoder", "decoding",

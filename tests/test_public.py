@@ -10,8 +10,9 @@ BaseKonicFinetuningAgent BaseKonicFinetuningCallback BaseKonicLLMRewardComposer 
 CompositeCallback ConfigError DatasetConfig DatasetError DatasetSource FinetuningIterationResult
 FinetuningResult GenerationConfig HuggingFaceRewardModel KonicError KonicFinetuningAgent KonicFinetuningCallback
 KonicFinetuningEngine KonicFinetuningMethodType KonicLLMRewardComposer LoraConfig
-MLflowCallback MaxReducer MeanReducer ModelError OutputError RewardError SamplerError
-TensorBoardCallback TrackioCallback TrainingConfig TrainingError WandbCallback WeightedSumReducer llm_reward
+MLflowCallback MaxReducer MeanReducer ModelError OutputError RemoteRewardModel RewardError
+SamplerError TensorBoardCallback TrackioCallback TrainingConfig TrainingError WandbCallback WeightedSumReducer
+llm_reward
 """.split()
 
 RESULT_FIELDS = """

@@ -70,9 +70,9 @@ class Watching(KonicFinetuningCallback):
         super().on_iteration_end(result)
 
 
-def train(model, run, rewards, scaling=None, callback=None):
+def train(model, run, rewards, scaling=None, callback=None, **training):
     engine = KonicFinetuningEngine.from_agent(
-        make_agent(model, rewards),
+        make_agent(model, rewards, **training),
         checkpoint_dir=run,
         scaling=scaling,
         device="cpu",

@@ -36,6 +36,7 @@ from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.rewards.composer import BaseRewardModel, KonicLLMRewardComposer
 from konic.finetuning.rewards.marks import llm_reward
 from konic.finetuning.rewards.reducers import BaseRewardReducer, MaxReducer, MeanReducer, WeightedSumReducer
+from konic.finetuning.rewards.remote import RemoteRewardModel
 from konic.finetuning.successors import name_not_found
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ __all__ = [
     "MeanReducer",
     "ModelError",
     "OutputError",
+    "RemoteRewardModel",
     "RewardError",
     "SamplerError",
     "TensorBoardCallback",

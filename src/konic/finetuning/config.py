@@ -165,6 +165,9 @@ class TrainingConfig(Settings):
     models are always called."""
     reward_timeout_seconds: float | None = Field(default=None, gt=0)
     """Seconds that a worker may take for one response, or for the batch of a batch method, before it is killed."""
+    reward_resources: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """What the reward workers of each process of a training on Ray take of the cluster, such as `{"CPU": 4}`: they run
+    beside an actor of Ray, on any node. None runs them on the machine of the process."""
     process_timeout_seconds: float = Field(default=1800.0, gt=0)
     """Seconds that each of several processes waits for the others, before the run ends with the name of one that is
     missing."""
@@ -238,6 +241,8 @@ class TrainingConfig(Settings):
                 f"reward_timeout_seconds={self.reward_timeout_seconds:g} needs reward_workers, such as 2: only a "
                 "process of its own can be stopped"
             )
+        if self.reward_resources is not None and not self.reward_workers:
+            raise ValueError(f"reward_resources={self.reward_resources} needs reward_workers, such as 2")
         return self
 
     @classmethod

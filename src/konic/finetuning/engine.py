@@ -165,6 +165,11 @@ class KonicFinetuningEngine:
         self.scaling, self._ray = scaling, None if scaling is None else RayTraining(scaling)
         if scaling is None:
             pick_device(self.device)
+            if agent.get_training_config().reward_resources is not None:
+                raise ConfigError(
+                    "TrainingConfig: reward_resources places reward workers in a Ray cluster, and this training is not "
+                    "on Ray: give scaling=ScalingConfig(...) or --num-workers, or leave it out."
+                )
         else:
             check_scaling(scaling, self.device, agent.get_training_config().batch_size, checkpoint_dir)
         if checkpoint_dir is not None:

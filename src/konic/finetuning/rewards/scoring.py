@@ -20,6 +20,7 @@ from konic.finetuning.rewards.composer import KonicLLMRewardComposer, describe_w
 from konic.finetuning.rewards.moments import RunningMoments
 from konic.finetuning.rewards.outcomes import Fault, Outcome, Reward
 from konic.finetuning.rewards.overrides import compose_totals
+from konic.finetuning.rewards.remote import RemoteRewardPool, is_connected
 from konic.finetuning.rewards.totals import (
     collect_breakdown,
     collect_parts,
@@ -128,7 +129,7 @@ class Scorer:
         self._composer = composer
         self._config = config
         self._world = world
-        self._pool = RewardPool(composer, config.reward_workers, config.reward_timeout_seconds)
+        self._pool = _pool(composer, config)
         self._shown: dict[tuple[str, str], int] = {}
 
     def __enter__(self) -> Self:
@@ -230,6 +231,13 @@ class Scorer:
         if self._shown[kind] <= _FAULTS_SHOWN:
             last = " Further errors like this are only counted." if self._shown[kind] == _FAULTS_SHOWN else ""
             logger.warning("Skipped a response: %s%s", fault.error(sample.prompt, sample.response), last)
+
+
+def _pool(composer: KonicLLMRewardComposer, config: TrainingConfig) -> RewardPool | RemoteRewardPool:
+    given = composer, config.reward_workers, config.reward_timeout_seconds
+    if config.reward_resources is None or not is_connected():
+        return RewardPool(*given)
+    return RemoteRewardPool(*given, config.reward_resources)
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ class RewardPool:
                 max_workers=self._workers,
                 max_tasks=CALLS_PER_WORKER,
                 initializer=_begin_worker,
-                initargs=(_pickled(self._composer),),
+                initargs=(pickled_composer(self._composer),),
                 context=_Context(),
             )
             self._loaded = self._pool.schedule(_load_error, timeout=START_SECONDS)
@@ -246,7 +246,7 @@ def _main_left_alone() -> Iterator[None]:
             spawn.get_preparation_data = original
 
 
-def _pickled(composer: KonicLLMRewardComposer) -> bytes:
+def pickled_composer(composer: KonicLLMRewardComposer) -> bytes:
     """Pickle the composer without its reward models, together with the code of the user's own modules."""
     bare = without_models(composer)
     functions = [reward.call for reward in list_rewards(bare)]

@@ -22,7 +22,8 @@ _FIXED = ("model_name", "use_lora", "lora_config")
 """Settings that the weights of a checkpoint depend on."""
 _FREE = (
     "max_iterations", "iterations_done", "max_minutes", "eval_every", "device", "on_reward_error", "max_error_rate",
-    "reward_workers", "reward_timeout_seconds", "process_timeout_seconds", "sharding", "sharded_sampling",
+    "reward_workers", "reward_timeout_seconds", "reward_resources", "process_timeout_seconds",
+    "sharding", "sharded_sampling",
     "decode_plan",  # a resume keeps that of the checkpoint
 )  # fmt: skip
 """Settings that change no number of any iteration that both runs contain."""
