@@ -4,6 +4,7 @@ python benchmarks/export_check.py RUN PYTHON_WITH_XLLAMACPP RESULT.md
 """
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -46,6 +47,7 @@ def main(run, python, result):
 
     from konic.export.gguf_file import write_gguf
     from konic.export.saved import SavedModel
+    from konic.finetuning.system.processor import processor_name
 
     model, tokenizer = SavedModel.find(Path(run), None).load()
     rows, failed = [], []
@@ -71,7 +73,7 @@ def main(run, python, result):
         failed += [dtype] if same < len(TEXTS) or worst > tolerance else []
     lines = [
         "# Exported GGUF files, opened by llama.cpp", "",
-        f"`make export-check` on {platform.machine()} with {platform.python_implementation()} "
+        f"`make export-check` on {os.cpu_count()} cores of {processor_name()} with {platform.python_implementation()} "
         f"{platform.python_version()}, torch {torch.__version__}, xllamacpp {version}: a run of "
         f"{model.config.model_type} ({sum(p.numel() for p in model.parameters()) / 1e6:.0f}M weights).", "",
         f"{len(TEXTS)} texts with spaces, unicode and special tokens. The difference is that of the log-probs of "

@@ -151,13 +151,27 @@ def test_on_a_terminal_the_lines_stand_above_the_view_and_it_is_gone_at_the_end(
     logging.getLogger("someone").removeHandler(handler)
     text = terminal.getvalue()
     assert "╭" in text and "iteration" in text
-    for line in (*BANNER.split("\n")[:3], FIRST_LINE[:60], "the user's own", "kept its stream", "Total Iterations: 50"):
+    for line in (
+        *BANNER.split("\n")[:3],
+        FIRST_LINE,
+        "the user's own",
+        "kept its stream",
+        "Total Iterations: 50",
+    ):
         assert line in text
     for spoken in ("the user's own", "kept its stream"):  # the line before it is erased, and the view drawn again
         before, after = text.split(spoken)
         assert before.rstrip("\r\n").endswith("\x1b[2K") and "╭" in after
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor is back
     assert sys.stdout is sys.stderr is terminal and handler.stream is terminal
+
+
+@pytest.mark.parametrize(("columns", "line"), [("79", " ".join(FIRST_LINE.split())), ("80", FIRST_LINE)])
+def test_the_line_of_an_iteration_loses_its_padding_before_it_wraps(terminal, monkeypatch, columns, line):
+    terminal = terminal()
+    monkeypatch.setenv("COLUMNS", columns)
+    run(KonicFinetuningCallback())
+    assert f"{line}\n" in terminal.getvalue()
 
 
 def test_an_error_or_ctrl_c_leaves_a_clean_terminal(terminal):

@@ -151,7 +151,9 @@ def test_what_cannot_be_evaluated_is_one_error(run, rewards, data, folder, tmp_p
     assert "both 'final'" in refused(*scored, "--against", "final")
     assert "there is no such file" in refused(*scored, "--prompts", tmp_path / "no.csv")
     assert "empty.txt" in refused(*scored, "--prompts", empty)
-    assert "no column 'text'" in refused(*scored, "--prompts", data, "--prompt-column", "text")
+    wrong_column = refused(*scored, "--prompts", data, "--prompt-column", "text")
+    assert "no column 'text'" in wrong_column
+    assert "Name the right one in --prompt-column." in wrong_column
     assert "give --prompts" in refused(*scored, "--prompt-column", "text")
     assert "--k 3 is more than --samples 2" in refused(*scored, "--samples", 2, "--k", 3)
     assert "--output" in refused(*scored, "--output", tmp_path / "no" / "all.json")

@@ -1,5 +1,6 @@
 """A file, the command line or a run's record -> the prompts that saved weights respond to."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from konic.finetuning import ConfigError, DatasetConfig, DatasetSource
 from konic.finetuning.data.prompts import Prompt, load_prompts, make_prompts, with_system_prompt
+from konic.finetuning.errors import DatasetError
 from konic.report.run import Run
 from konic.saved.agents import recorded
 
@@ -34,7 +36,12 @@ def read_prompts(
         fields["prompt_column"] = column or "text"
     named = {"split": split} if split else {}
     config = DatasetConfig(source=DatasetSource.LOCAL, name=file, shuffle=False, max_samples=most, **fields | named)
-    return [_for_run(prompt, run, as_chats) for prompt in load_prompts(config).rows]
+    try:
+        rows = load_prompts(config).rows
+    except DatasetError as error:
+        message = re.sub(r"DatasetConfig\(prompt_(column|template)=\.\.\.\)", "--prompt-column", str(error))
+        raise DatasetError(message) from None
+    return [_for_run(prompt, run, as_chats) for prompt in rows]
 
 
 def held_out_prompts(run: Run, most: int | None = None) -> list[Prompt]:

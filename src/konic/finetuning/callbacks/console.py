@@ -1,5 +1,7 @@
 """The callback that prints a run's lines, shows it live on a terminal and stops it early."""
 
+import re
+import shutil
 import sys
 import time
 from typing import Any
@@ -12,7 +14,7 @@ from konic.finetuning.callbacks.mlflow import MLflowCallback
 from konic.finetuning.errors import ConfigError
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
-from konic.output import write_line
+from konic.output import is_terminal, write_line
 from konic.text import printable
 
 
@@ -112,7 +114,8 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
             self._live.memory_bytes = peak_memory_bytes()
             self._live.add(result, time.monotonic())
         if self.verbose and (result.iteration % self.log_interval == 0 or result.iteration == 1):
-            _print(iteration_line(result))
+            line = iteration_line(result)
+            _print(line if self._display is None else _fitted(line))
 
     def on_checkpoint_saved(self, path: str, iteration: int) -> None:
         """Show the phase."""
@@ -156,6 +159,12 @@ def iteration_line(result: FinetuningIterationResult) -> str:
         f"[Iter {result.iteration:4d}] Reward: {result.reward_mean:7.3f} (+/- {result.reward_std:.3f}) | "
         f"KL: {abs(result.kl_divergence):.4f} | Loss: {result.total_loss:.4f} | Time: {result.total_time_sec:.1f}s"
     )
+
+
+def _fitted(line: str) -> str:
+    """The line for a terminal: without its padding where it is wider than the terminal, and would wrap."""
+    is_too_long = is_terminal(sys.stdout) and len(line) > shutil.get_terminal_size().columns
+    return re.sub(" {2,}", " ", line) if is_too_long else line
 
 
 def _print(text: str) -> None:
