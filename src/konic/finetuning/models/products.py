@@ -2,8 +2,6 @@
 
 PyTorch multiplies in fp32 with MKL, which is made for Intel's processors. On two cores of an AMD EPYC the products of
 an update take 5.1 s with oneDNN instead of 5.7 to 6.5 s, from the same weights in the same layout (docs/speed.md).
-PyTorch multiplies in fp32 with MKL, which is made for Intel processors. On two cores of an AMD EPYC the products of an
-update take 5.1 s with oneDNN instead of 5.7 to 6.5 s, from the same weights in the same layout (docs/speed.md).
 """
 
 from collections.abc import Iterator
@@ -56,10 +54,6 @@ def back_through(layer: nn.Linear, of_result: Tensor) -> Tensor:
 
 def _can_be_faster(layer: Any) -> bool:
     if type(layer) not in (nn.Linear, Conv1D) or layer.weight.numel() < SMALLEST:
-def _can_be_faster(layer: nn.Module) -> bool:
-    if type(layer) not in (nn.Linear, Conv1D):
-        return False
-    if not isinstance(layer.weight, nn.Parameter) or layer.weight.numel() < SMALLEST:
         return False
     return all(
         type(tensor) is nn.Parameter
