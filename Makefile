@@ -107,6 +107,11 @@ chaos: $(READY)
 processes: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/processes.py benchmarks/results/processes.md
 
+# Time and bytes of one and two processes, and a model of more of them.
+scale: $(READY)
+	@$(BIN)/python -W ignore benchmarks/scale.py run
+	@$(BIN)/python benchmarks/scale_model.py
+
 # The time and memory that konic doctor expects, against real runs.
 doctor-check: $(READY)
 	@$(BIN)/python -W ignore benchmarks/doctor.py benchmarks/results/doctor.md

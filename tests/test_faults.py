@@ -143,6 +143,7 @@ FIELDS = {
         "flag or None": "sharded_sampling",
         "word": "algorithm lr_scheduler on_reward_error on_nonfinite divergence sampler_correction_level precision",
         "word or None": "kl_placement sampler_correction sharding",
+        "amounts or None": "reward_resources",
     },
     GenerationConfig: {
         "whole": "max_new_tokens min_new_tokens max_prompt_length top_k",
@@ -186,6 +187,16 @@ MISTAKES = {
     "text": {"number": 3, "list": ["prompt"], "bytes": b"\xff", "flag": True},
     "texts": {"number": 3, "numbers": [1, 2], "nested": [["a"]], "flag": True, "none inside": ["a", None]},
     "rows": {"text": "only one", "number": 3, "dict": {"prompt": "a"}, "bytes": b"ab", "set": {"a", "b"}},
+    "amounts": {
+        "word": "CPU",
+        "number": 3,
+        "list": ["CPU"],
+        "below": {"CPU": -1},
+        "nan": {"CPU": math.nan},
+        "infinite": {"CPU": math.inf},
+        "word inside": {"CPU": "many"},
+        "number keys": {1: 2},
+    },
     "values": {"text": "a=b", "list": [["a", 1]], "number keys": {1: 2}, "object": {"a": object()}, "set": {"a"}},
 }
 
