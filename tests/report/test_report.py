@@ -17,6 +17,7 @@ import pytest
 from command import konic_here
 from konic.finetuning.errors import OutputError
 from konic.report import Run, write_report
+from konic.report import run as report_run
 from konic.report.words import duration, outcome, suspicions, thinned
 
 HOSTILE = "<script>alert(1)</script> <b>bold</b> & \x1b[2J \u202e\u0645\u0631\u062d\u0628\u0627"
@@ -311,6 +312,15 @@ def test_metrics_of_others_have_a_bound(tmp_path, monkeypatch):
         file.write('{"iteration": 4}\n' * 1000)
     read = Run.read(run)
     assert len(read.history) < 200 and "is left out from line" in read.notes[-1]
+
+
+def test_a_fiftieth_of_the_bound_is_two_thousand_iterations(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    row = {"iteration": 1, "reward_mean": 0.5} | {f"metric_{number}": 0.5 for number in range(60)}
+    (run / "metrics.jsonl").write_text((json.dumps(row) + "\n") * 2000)
+    monkeypatch.setattr(report_run, "_MOST_BYTES", report_run._MOST_BYTES / 50)  # so 100,000 fit into the whole
+    read = Run.read(run)
+    assert len(read.history) == 2000 and read.notes == []
 
 
 def test_a_small_table_that_unpacks_to_gigabytes_is_left_out(tmp_path):

@@ -23,8 +23,8 @@ MOST_PARTS = 100
 """Rewards that are shown."""
 _LONGEST_NAME = 200
 """Characters of the name of a reward that is shown."""
-_BYTES_OF_VALUE, _MOST_BYTES = 150, 500 * 10**6
-"""What a metric takes in memory, and all of them."""
+_BYTES_OF_VALUE, _MOST_BYTES = 150, 10**9
+"""What a metric takes in memory, and the most that all of them may: enough for 100,000 iterations of six rewards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,8 @@ def _read_metrics(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(io.BytesIO(content), 1):
         taken += _BYTES_OF_VALUE * (4 + sum(line.count(mark) for mark in b",[{"))
         if taken > _MOST_BYTES:
-            notes.append(f"metrics.jsonl is left out from line {number} on: it holds far more than a run writes.")
+            most = f"{_MOST_BYTES / 10**9:g} GB of memory"
+            notes.append(f"metrics.jsonl is left out from line {number} on: all of it would take more than {most}.")
             return
         try:
             row = json.loads(line)
