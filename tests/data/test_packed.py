@@ -1,8 +1,10 @@
 """Small files that unpack to gigabytes are one error, soon and in little memory; large files are read as needed."""
 
+import io
 import os
 import subprocess
 import sys
+import types
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -12,6 +14,7 @@ import pytest
 from konic.finetuning.data import formats, packed
 from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.data.loaders import read_local
+from konic.finetuning.data.pages import page_claims
 from konic.finetuning.data.prompts import load_prompts
 from konic.finetuning.errors import DatasetError
 
@@ -237,3 +240,21 @@ def test_lists_of_texts_are_read_as_they_are(tmp_path):
             file = tmp_path / f"{compression}{with_dictionary}.parquet"
             pa.parquet.write_table(table, file, compression=compression, use_dictionary=with_dictionary)
             assert read_local(str(file)) == table.to_pylist()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\x2c\x00\x00",  # what it unpacks to is a struct
+        b"\x21\x00",  # ... is true
+        b"\x35\x01\x00",  # its size is below 0
+        b"\x5c\x1c\x00\x00\x00",  # how many values it has is a struct
+        b"\x5c\x15\x01\x00\x00",  # ... is below 0
+    ],
+)
+def test_a_page_whose_header_counts_nothing_is_damaged(header):
+    column = types.SimpleNamespace(
+        dictionary_page_offset=None, data_page_offset=4, total_compressed_size=len(header), num_values=1
+    )
+    with pytest.raises(ValueError, match="the header of a page is damaged"):
+        page_claims(io.BytesIO(b"PAR1" + header), column)

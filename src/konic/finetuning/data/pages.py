@@ -28,13 +28,18 @@ def page_claims(file: BinaryIO, column: Any) -> tuple[int, int]:
     end, num_bytes, num_values = at + column.total_compressed_size, 0, 0
     while at < end and num_values < column.num_values:
         header, size = _read_header(file, at, end)
-        unpacked, packed = header.get(_UNPACKED, 0), header.get(_PACKED, 0)
-        if unpacked < 0 or packed < 0:
-            raise ValueError("the header of a page is damaged")
-        num_bytes += unpacked
-        num_values += sum(header[kind].get(1, 0) for kind in (_DATA, _DATA_V2) if isinstance(header.get(kind), dict))
-        at += size + packed
+        num_bytes += _count(header, _UNPACKED)
+        num_values += sum(_count(header[kind], 1) for kind in (_DATA, _DATA_V2) if isinstance(header.get(kind), dict))
+        at += size + _count(header, _PACKED)
     return num_bytes, num_values
+
+
+def _count(fields: dict[int, Any], number: int) -> int:
+    """Return a field that counts something, 0 where it is not there."""
+    value = fields.get(number, 0)
+    if type(value) is not int or value < 0:
+        raise ValueError("the header of a page is damaged")
+    return value
 
 
 def _read_header(file: BinaryIO, at: int, end: int) -> tuple[dict[int, Any], int]:
