@@ -644,7 +644,7 @@ def test_a_row_that_is_no_labelled_text_is_named(tmp_path, row, told):
 
 
 def test_data_without_rows_or_out_of_reach_is_said(tmp_path):
-    with pytest.raises(DatasetError, match="holds no rows"):
+    with pytest.raises(DatasetError, match=r"holds no rows\. Give examples, with the columns chosen, rejected\."):
         read_preferences(written(tmp_path, []))
     with pytest.raises(DatasetError, match="some/preferences"):
         read_preferences("some/preferences")

@@ -593,7 +593,7 @@ def test_prompts_in_a_file_may_be_chats(tmp_path):
         ([ROWS[0], "just text"], r"texts\.jsonl, row 1: needs a text"),
         ([ROWS[0], {"response": "r", "promt": "p"}], r"texts\.jsonl, row 1: has no column 'prompt'\. Did you mean"),
         ([{"response": "r", "prompt": " "}] * 2, r"texts\.jsonl: 2 of 2 prompts .*row 1 \(empty\)"),
-        ([], r"texts\.jsonl: holds no rows"),
+        ([], r"texts\.jsonl: holds no rows\. Give at least one"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_used_is_told_with_its_row(rows, told, tmp_path):

@@ -94,7 +94,7 @@ def _rows(data: str) -> list[Any]:
 
 def _require_columns(data: str, rows: Sequence[Any], names: Sequence[str]) -> None:
     if not rows:
-        raise DatasetError(f"{data}: holds no rows.")
+        raise DatasetError(f"{data}: holds no rows. Give examples, with the columns {', '.join(names)}.")
     for name in names:
         missing = next(
             (number for number, row in enumerate(rows) if not isinstance(row, Mapping) or name not in row), None

@@ -34,7 +34,7 @@ def read_responses(
         if not isinstance(row, Mapping) or not isinstance(row.get("response"), str):
             raise DatasetError(f"{name}, row {number}: needs a text in the column 'response'.")
     if not rows:
-        raise DatasetError(f"{name}: holds no rows.")
+        raise DatasetError(f"{name}: holds no rows. Give at least one, with a text in the column 'response'.")
     if prompt_template is not None and _columns_of(prompt_template) <= {name for row in rows for name in row}:
         return _samples(rows, DatasetConfig(prompt_template=prompt_template), name, None)
     column = prompt_column if any(prompt_column in row for row in rows) else "prompt"
