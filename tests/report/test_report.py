@@ -239,6 +239,12 @@ def test_what_is_no_run_is_one_error(tmp_path):
     (tmp_path / "runs" / "mine" / "final").mkdir()
     with pytest.raises(OutputError, match=r"Did you mean .*runs/mine\?"):
         Run.read(tmp_path / "runs" / "mine" / "final")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "inner").mkdir()
+    with pytest.raises(
+        OutputError, match=r"no run.json\. Give the folder that a training wrote, not an exported model\."
+    ):
+        Run.read(tmp_path / "model" / "inner")
     (tmp_path / "runs" / "mine" / "metrics.jsonl").unlink()
     with pytest.raises(OutputError, match="has not finished an iteration"):
         Run.read(tmp_path / "runs" / "mine")

@@ -52,7 +52,11 @@ class Run:
             raise OutputError(f"{path}: there is no such folder. Name the folder of a run, such as runs/my-run.")
         if not (path / "run.json").exists():
             runs = sorted(file.parent for file in (*path.glob("*/run.json"), path.parent / "run.json") if file.exists())
-            hint = f" Did you mean {runs[-1]}?" if runs else ""
+            hint = (
+                f" Did you mean {runs[-1]}?"
+                if runs
+                else " Give the folder that a training wrote, not an exported model."
+            )
             raise OutputError(f"{path} is not the folder of a run: it has no run.json.{hint}")
         notes: list[str] = []
         history = list(_read_metrics(path, notes))
