@@ -176,9 +176,11 @@ def loss(errors):
     return line
 
 
+@contextlib.contextmanager
 def node_folder():
     """A folder with a short name: the sockets of a node have paths of at most 107 bytes."""
-    return tempfile.TemporaryDirectory(prefix="ray")
+    with tempfile.TemporaryDirectory(prefix="ray") as name:
+        yield Path(name)
 
 
 @contextlib.contextmanager
