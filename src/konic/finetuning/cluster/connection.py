@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import konic
@@ -127,7 +128,7 @@ def _embedded(ray: Any, num_workers: int) -> Iterator[None]:
     from ray._private import ray_constants
 
     if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray asks for one, and would keep its own in a file
+        os.environ["RAY_AUTH_TOKEN"] = _token()  # Ray asks for one, and would keep its own in a file
     loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray's own switch; it has no setting for Linux
     folder = tempfile.mkdtemp(prefix="konic-ray-")
     was_cluster, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
@@ -148,6 +149,12 @@ def _embedded(ray: Any, num_workers: int) -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = was_cluster
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@cache
+def _token() -> str:
+    """One for this process, because Ray reads it once."""
+    return secrets.token_hex(32)
 
 
 @contextmanager
