@@ -129,6 +129,16 @@ def shake_adapter(policy, scale=0.05, seed=1):
             weight.add_(torch.randn(weight.shape, generator=generator, dtype=weight.dtype) * scale)
 
 
+LONGEST = (
+    "test_processes", "test_docs", "test_ray", "test_ray_rewards", "test_gpu_benchmark", "test_engine", "test_hub",
+)  # fmt: skip
+"""Files whose tests come first: what starts last should be short, or one core waits for the other."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def _no_test_meets_the_scripts_of_another(tmp_path_factory):
     before, folder = {*sys.modules}, tmp_path_factory.getbasetemp()
