@@ -214,7 +214,7 @@ $(VLLM)/.ready:
 	@touch $@
 
 vllm: $(READY) $(if $(VLLM_PYTHON),,$(VLLM)/.ready)
-	@$(BIN)/python benchmarks/vllm.py $(or $(VLLM_PYTHON),$(VLLM)/bin/python) benchmarks/results/vllm.md
+	@$(BIN)/python benchmarks/vllm_check.py $(or $(VLLM_PYTHON),$(VLLM)/bin/python) benchmarks/results/vllm.md
 
 mutation: $(READY)
 	@$(PIP) install --upgrade --target $(PEERS)/mutmut mutmut==3.8.1

@@ -111,14 +111,22 @@ def test_an_error_of_one_worker_is_raised_here_with_its_name_and_is_not_tried_ag
     assert str(caught.value).startswith(f"In process 1 of 2 on {socket.gethostname()}: {what}")
 
 
-def test_ray_listens_on_loopback_alone_and_keeps_its_files_to_the_user(cluster):
-    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    listening = []
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            listening += [c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-    assert listening
-    assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+class Listening(KonicFinetuningCallback):
+    """Remembers the addresses on which Ray and its workers listen while they train."""
+
+    def on_iteration_end(self, result):
+        self.addresses = []
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found = [each for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+                self.addresses += [(process.name(), each.laddr.ip.removeprefix("::ffff:")) for each in found]
+
+
+def test_ray_and_its_workers_listen_on_loopback_alone_and_its_files_are_the_users(cluster, model, tmp_path):
+    seen = Listening(verbose=False)
+    train(model, tmp_path / "run", Rewards(), ScalingConfig(num_workers=2), seen)
+    assert any("RayTrainWorker" in name for name, _ in seen.addresses)
+    assert {address for _, address in seen.addresses} == {"127.0.0.1"}
     folder = Path(ray._private.worker._global_node.get_session_dir_path()).parents[1]
     assert folder.stat().st_mode & 0o077 == 0
     assert os.environ["RAY_AUTH_MODE"] == "token"

@@ -121,11 +121,18 @@ def _run(ray: Any, scaling: Any, job: Job, desk: Desk) -> Outcome:
 def _trainer(scaling: Any, job: Job, mailbox: Any, storage: str) -> Any:
     """Return Ray's trainer. The function of a worker is sent by value: where konic is missing, an error says so."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, UserCallback
+    from ray.train.backend import Backend
     from ray.train.torch import TorchConfig, TorchTrainer
 
     class Losses(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: Any) -> None:
             mailbox.post.remote("lost", describe_losses(worker_exceptions))
+
+    class Apart(Backend):  # rendezvous.py joins the workers
+        share_cuda_visible_devices = True
+
+    class Workers(TorchConfig):
+        backend_cls = Apart
 
     def work() -> Any:
         from konic.finetuning.cluster.worker import work
@@ -134,9 +141,7 @@ def _trainer(scaling: Any, job: Job, mailbox: Any, storage: str) -> Any:
 
     return TorchTrainer(
         work,
-        torch_config=TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if scaling.use_gpu else "gloo", timeout_s=max(1, round(job.limit_seconds))
-        ),
+        torch_config=Workers(),
         scaling_config=scaling,
         run_config=RunConfig(
             storage_path=storage,  # konic's checkpoints are in the run's folder; nothing is reported to Ray

@@ -1,4 +1,4 @@
-"""A pickled engine -> its training, in one of the workers that Ray Train has started as a process group."""
+"""A pickled engine -> its training, in one of the workers that Ray Train has started."""
 
 import os
 import socket
@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 import konic
 from konic.finetuning.cluster.mailbox import Line, Reporter
+from konic.finetuning.cluster.rendezvous import join_workers
 from konic.finetuning.errors import ConfigError, KonicError, OutputError, TrainingError, safe_cause
 from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.system.group import ProcessLostError
@@ -66,6 +67,7 @@ def work(job: Job, mailbox: Any) -> Outcome:
 
 
 def _outcome(job: Job, line: Line) -> Outcome:
+    join_workers(job.limit_seconds)
     world = find_world(job.limit_seconds)
     try:
         with world.telling_errors():

@@ -1,6 +1,6 @@
 """A vLLM server as the sampler against konic's own, on SmolLM2-135M: the gap of log-probs, the times, the reward.
 
-python benchmarks/vllm.py PYTHON_WITH_VLLM OUTPUT
+python benchmarks/vllm_check.py PYTHON_WITH_VLLM OUTPUT
 """
 
 import contextlib
