@@ -123,6 +123,17 @@ cluster: $(READY)
 	@$(PIP) install --require-hashes --no-deps -r .ci/ray.lock
 	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/cluster.py $(KILLS) benchmarks/results/cluster.md
 
+# Runs that are named by a URL of an S3 server on loopback, moto's, in an environment of its own.
+S3 := $(PEERS)/s3
+$(S3)/.ready:
+	@$(PYTHON) -m venv $(dir $@)
+	@$(PEER_PIP) install 'moto[server]==5.2.5'
+	@touch $@
+
+storage: $(READY) $(S3)/.ready
+	@$(PIP) install --require-hashes --no-deps -r .ci/ray.lock
+	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/storage.py $(S3)/bin/moto_server benchmarks/results/storage.md
+
 # Memory of each process with divided weights, against whole ones.
 sharding: $(READY)
 	@$(BIN)/python -W ignore benchmarks/sharding.py

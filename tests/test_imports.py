@@ -18,7 +18,9 @@ ORDER = [
 ]  # fmt: skip
 """Modules and packages of konic.finetuning; each imports only from those before it."""
 INSIDE = {
-    "system": ["memory", "signals", "user_code", "places", "files", "pickling", "processor", "group", "world"],
+    "system": [
+        "memory", "signals", "user_code", "places", "files", "mirror", "pickling", "processor", "group", "world",
+    ],
     "results": ["metrics", "intervals", "at_k", "iteration", "evaluation", "summary"],
     "data": [
         "pages", "packed", "rows", "chats", "columns", "fingerprint", "hub", "formats", "loaders", "config", "prompts",
@@ -51,7 +53,7 @@ INSIDE = {
     "konic_0_1": ["callback", "reward", "dataset", "environment", "module", "backends"],
     "run": [
         "environment", "card", "state", "checkpoint", "resume", "processes", "checks", "served", "measures", "tables",
-        "folder", "saving", "preflight",
+        "folder", "remote", "saving", "preflight",
         "session",
     ],
 }  # fmt: skip

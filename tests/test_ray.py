@@ -111,6 +111,19 @@ def test_an_error_of_one_worker_is_raised_here_with_its_name_and_is_not_tried_ag
     assert str(caught.value).startswith(f"In process 1 of 2 on {socket.gethostname()}: {what}")
 
 
+def test_workers_train_into_a_url_and_the_engine_goes_on_with_their_weights(cluster, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("KONIC_CACHE", str(tmp_path / "cache"))
+    url = f"file://{tmp_path}/bucket/run"
+    rewards = Rewards("killed", tmp_path / "marker")
+    engine, result = train(model, url, rewards, ScalingConfig(num_workers=2))
+    one_engine, one = train(model, tmp_path / "one", Rewards())
+    same([each.to_dict() for each in one.history], [each.to_dict() for each in result.history])
+    assert result.model_path == f"{url}/final"
+    assert (tmp_path / "bucket" / "run" / "final" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "marker").exists()
+    assert engine.generate(["ab", "why not"]) == one_engine.generate(["ab", "why not"])
+
+
 class Listening(KonicFinetuningCallback):
     """Remembers the addresses on which Ray and its workers listen while they train."""
 
@@ -140,7 +153,6 @@ def test_ray_and_its_workers_listen_on_loopback_alone_and_its_files_are_the_user
         ({"num_workers": 13}, {}, "batch_size=12 is fewer responses than num_workers=13"),
         ({"num_workers": 2}, {"device": "cuda"}, "ScalingConfig\\(use_gpu=True\\)"),
         ({"num_workers": 2, "use_gpu": True}, {"device": "cpu"}, "would not use"),
-        ({"num_workers": 2}, {"checkpoint_dir": "s3://bucket/run"}, "s3://bucket/run.*a folder"),
     ],
 )
 def test_what_cannot_be_is_refused_before_ray_starts(model, scaling, options, message):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from konic.cli.completion import complete_run, complete_weights
-from konic.cli.paths import read_name, read_path
+from konic.cli.paths import read_name, read_path, read_run
 from konic.output import is_terminal, write_line
 from konic.text import printable
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def evaluate(
     run: Annotated[
-        Path, typer.Argument(help="The folder of a run.", parser=read_path, metavar="RUN", autocompletion=complete_run)
+        Path,
+        typer.Argument(help="The folder or URL of a run.", parser=read_run, metavar="RUN", autocompletion=complete_run),
     ],
     prompts: Annotated[
         str | None,

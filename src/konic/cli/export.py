@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from konic.cli.paths import read_name, read_path
+from konic.cli.paths import read_name, read_path, read_run
 from konic.output import is_terminal, write_line
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Format(StrEnum):
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.", parser=read_path, metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="The folder or URL of a run.", parser=read_run, metavar="RUN")],
     kind: Annotated[
         Format,
         typer.Option("--format", help="adapter: for PEFT. merged: for transformers. gguf: for llama.cpp and Ollama."),

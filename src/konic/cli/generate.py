@@ -11,14 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from konic.cli.completion import complete_run, complete_weights
-from konic.cli.paths import read_name, read_path
+from konic.cli.paths import read_name, read_path, read_run
 from konic.cli.typewriter import Typewriter
 from konic.output import is_terminal, write_line
 
 
 def generate(
     run: Annotated[
-        Path, typer.Argument(help="The folder of a run.", parser=read_path, metavar="RUN", autocompletion=complete_run)
+        Path,
+        typer.Argument(help="The folder or URL of a run.", parser=read_run, metavar="RUN", autocompletion=complete_run),
     ],
     prompts: Annotated[
         list[str] | None,

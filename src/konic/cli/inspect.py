@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from konic.cli.paths import read_path
+from konic.cli.paths import read_run
 from konic.output import write_line
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Number(StrEnum):
 
 
 def inspect(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.", parser=read_path, metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="The folder or URL of a run.", parser=read_run, metavar="RUN")],
     iteration: Annotated[int | None, typer.Option(help="Default: the last one.", min=1)] = None,
     sample: Annotated[int | None, typer.Option(help="A response of the iteration, from 1.", min=1)] = None,
     best: Annotated[bool, typer.Option("--best", help="The response with the highest reward.")] = False,

@@ -139,7 +139,7 @@ class _YamlJob:
             raise self._document.error(f"base_model must be a text, got {describe(base_model)}.", "base_model")
         configs = {name: self.config(name) for name in _CONFIGS}
         options = self._made("train", TrainOptions)
-        if options.output is not None:
+        if options.output is not None and "://" not in options.output:
             options = options.with_fields({"output": str(self._folder / Path(options.output).expanduser())})
         base_model = self._place(base_model, "base_model")
         try:

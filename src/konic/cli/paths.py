@@ -21,6 +21,20 @@ def read_path(value: str) -> Path:
     return Path(read_name(value))
 
 
+def read_place(value: str) -> str:
+    """Return the path or the URL given, which may not be empty."""
+    return value if "://" in value else str(read_path(value))
+
+
+def read_run(value: str) -> Path:
+    """Return the folder of a run; of a URL, that of its copy, which is made or renewed."""
+    if "://" not in value:
+        return read_path(value)
+    from konic.finetuning.run.remote import fetched
+
+    return Path(fetched(value, only_reads=True))
+
+
 def is_yaml(file: Path) -> bool:
     """Return True for a file whose name ends as those of YAML do."""
     return file.suffix.lower() in (".yaml", ".yml")

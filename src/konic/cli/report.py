@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from konic.cli.completion import complete_run
-from konic.cli.paths import read_path
+from konic.cli.paths import read_path, read_run
 from konic.output import write_line
 
 
@@ -15,8 +15,8 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders of runs, finished or going on.",
-            parser=read_path,
+            help="Folders or URLs of runs, finished or going on.",
+            parser=read_run,
             metavar="RUN...",
             autocompletion=complete_run,
         ),

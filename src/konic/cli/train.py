@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from konic.cli.paths import is_yaml, read_path
+from konic.cli.paths import is_yaml, read_path, read_place
 from konic.output import reserved_output, write_line
 
 
@@ -46,10 +46,11 @@ def train(
         str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... Default: the YAML file's, or auto.")
     ] = None,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="The run's folder. Default: the YAML file's, or a new one under runs/.",
-            parser=read_path,
+            help="The run's folder, or its URL, such as s3://bucket/run. Default: the YAML file's, or a new one under "
+            "runs/.",
+            parser=read_place,
             metavar="<path>",
             rich_help_panel=_FOLDER,
         ),
@@ -137,7 +138,7 @@ def train(
             write_line(line, sys.stderr)
         given = {
             "max_iterations": max_iterations,
-            "output": output and str(output),
+            "output": output,
             "device": device,
             "save_every": save_every,
             "save_total_limit": save_total_limit,

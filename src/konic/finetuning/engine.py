@@ -25,10 +25,12 @@ from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer
 from konic.finetuning.rollout.evaluation import respond
+from konic.finetuning.run.remote import mirror_of
 from konic.finetuning.run.saving import write_model
 from konic.finetuning.run.session import INTERRUPTED, Session
 from konic.finetuning.successors import name_not_found
 from konic.finetuning.system.files import as_path, filling_folder
+from konic.finetuning.system.places import is_url
 from konic.finetuning.system.signals import raising_on_signals, stopping_on_signals, uninterrupted
 from konic.finetuning.system.user_code import standard_torch_modes
 from konic.finetuning.trainer import Trainer
@@ -87,7 +89,7 @@ class KonicFinetuningEngine:
         training_config: How to train.
         generation_config: How to sample responses.
         callback: One callback or a list; see BaseKonicFinetuningCallback.
-        checkpoint_dir: The run's folder; None makes a new one under `runs/`.
+        checkpoint_dir: The run's folder, or its URL, such as `s3://bucket/run`; None makes a new one under `runs/`.
         device: "auto" or None (CUDA if there is one, else the CPU), or a torch device such as "cpu" or "cuda:0".
         method: A KonicFinetuningMethodType of konic 0.1; here `training_config` has the `algorithm`.
     """
@@ -171,8 +173,10 @@ class KonicFinetuningEngine:
                     "on Ray: give scaling=ScalingConfig(...) or --num-workers, or leave it out."
                 )
         else:
-            check_scaling(scaling, self.device, agent.get_training_config().batch_size, checkpoint_dir)
-        if checkpoint_dir is not None:
+            check_scaling(scaling, self.device, agent.get_training_config().batch_size)
+        if is_url(checkpoint_dir):
+            mirror_of(str(checkpoint_dir)).check()
+        elif checkpoint_dir is not None:
             as_path(checkpoint_dir, "checkpoint_dir", OutputError)
 
     @cached_property

@@ -29,18 +29,13 @@ def require_ray() -> None:
         raise ConfigError("Training with several workers needs Ray: pip install 'konic[ray]'.")
 
 
-def check_scaling(scaling: Any, device: str, batch_size: int, folder: Any) -> None:
+def check_scaling(scaling: Any, device: str, batch_size: int) -> None:
     """Check what can be checked without Ray running.
 
     Raises:
-        ConfigError: It is no ScalingConfig, or does not go with the device, the batch or the run's folder.
+        ConfigError: It is no ScalingConfig, or does not go with the device or the batch.
     """
     require_ray()
-    if "://" in str(folder):
-        raise ConfigError(
-            f"checkpoint_dir={str(folder)!r}: it must be a folder that every worker sees. Mount the storage, and give "
-            "its path."
-        )
     from ray.train import ScalingConfig
 
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):

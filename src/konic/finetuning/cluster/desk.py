@@ -2,7 +2,6 @@
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from konic.finetuning.callbacks.composite import Callbacks
@@ -22,10 +21,11 @@ _MAY_STOP = ("on_attempt", "on_iteration_begin", *_OF_ITERATION[:3], "should_sto
 class Desk:
     """Answers the workers: calls the callbacks, each event once, although a restarted run repeats iterations."""
 
-    def __init__(self, callbacks: Callbacks, resume: Any) -> None:
-        self._callbacks = callbacks
+    def __init__(self, callbacks: Callbacks, resume: Any, is_remote: bool = False) -> None:
+        self._callbacks, self._is_remote = callbacks, is_remote
         self._resume = resume
-        self.checkpoint: Path | None = None
+        self.checkpoint: str | None = None
+        """The newest one, as the workers name it."""
         self.failure: BaseException | None = None
         """The error of a callback."""
         self.is_interrupted = False
@@ -48,7 +48,7 @@ class Desk:
             self.losses += 1
             self._idle_since = time.monotonic()
             if self.losses <= MAX_RESTARTS:
-                where = self.checkpoint.name if self.checkpoint else "where it began"
+                where = self.checkpoint.rpartition("/")[2] if self.checkpoint else "where it began"
                 logger.warning(
                     "A worker was lost (%s). All are started again (%d of %d), and go on from %s.",
                     content[0], self.losses, MAX_RESTARTS, where,
@@ -90,6 +90,8 @@ class Desk:
         """Call the callbacks, once."""
         if not self._has_begun:
             self._has_begun = True
+            if self._is_remote:
+                del config["run_folder"]  # is that of a worker's machine
             self._callbacks.on_train_begin(config)
 
     def on_iteration_begin(self, iteration: int) -> None:
@@ -105,7 +107,7 @@ class Desk:
 
     def on_checkpoint_saved(self, path: str, iteration: int) -> None:
         """Remember the checkpoint; call the callbacks, unless it is repeated."""
-        self.checkpoint = Path(path)
+        self.checkpoint = path
         if iteration > self._last_saved:
             self._last_saved = iteration
             self._callbacks.on_checkpoint_saved(path, iteration)

@@ -10,7 +10,6 @@ import tempfile
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from konic.finetuning.callbacks.composite import Callbacks
@@ -23,6 +22,7 @@ from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.run.folder import RunFolder
 from konic.finetuning.system.files import as_path
 from konic.finetuning.system.pickling import pickled_by_value
+from konic.finetuning.system.places import is_url
 from konic.finetuning.system.signals import uninterrupted
 from konic.output import get_logger
 from konic.text import describe_error
@@ -39,9 +39,9 @@ class RayTraining:
 
     def __init__(self, scaling: Any) -> None:
         self.scaling = scaling
-        self.checkpoint: Path | None = None
+        self.checkpoint: str | None = None
         """The newest checkpoint, as the workers name it; None before the first one."""
-        self._folder: Path | None = None
+        self._folder = ""
         self._iterations = 0
 
     def train(
@@ -60,18 +60,20 @@ class RayTraining:
             KonicError: As in one process; or Ray has no room for the workers, or lost them too often.
         """
         options = dict(options)
-        if isinstance(options["resume_from_checkpoint"], str | os.PathLike):
-            options["resume_from_checkpoint"] = str(as_path(options["resume_from_checkpoint"], "resume", OutputError))
-        if folder is not None or self._folder is None:
-            folder = RunFolder.named(folder, engine.agent.get_base_model()).path.absolute()
+        resume = options["resume_from_checkpoint"]
+        if isinstance(resume, str | os.PathLike) and not is_url(resume):
+            options["resume_from_checkpoint"] = str(as_path(resume, "resume", OutputError))
+        if folder is not None or not self._folder:
+            named = folder if is_url(folder) else RunFolder.named(folder, engine.agent.get_base_model()).path.absolute()
+            folder = str(named)
             if folder != self._folder:
                 self._folder, self.checkpoint, self._iterations = folder, None, 0
         if self._iterations and not options["resume_from_checkpoint"]:
-            options["resume_from_checkpoint"] = self.checkpoint and str(self.checkpoint)
+            options["resume_from_checkpoint"] = self.checkpoint
             options["max_iterations"] += self._iterations
-        engine.checkpoint_dir = str(self._folder)
-        job = Job(_pickled(engine), str(self._folder), options, _current_folder(), limit_seconds)
-        desk = Desk(callbacks, options["resume_from_checkpoint"])
+        engine.checkpoint_dir = self._folder
+        job = Job(_pickled(engine), self._folder, options, _current_folder(), limit_seconds)
+        desk = Desk(callbacks, options["resume_from_checkpoint"], is_url(self._folder))
         try:
             with connected(self.scaling) as (ray, scaling):
                 outcome = _run(ray, scaling, job, desk)

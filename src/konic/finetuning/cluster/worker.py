@@ -18,7 +18,9 @@ from konic.finetuning.cluster.mailbox import Line, Reporter
 from konic.finetuning.cluster.rendezvous import join_workers
 from konic.finetuning.errors import ConfigError, KonicError, OutputError, TrainingError, safe_cause
 from konic.finetuning.results.summary import FinetuningResult
+from konic.finetuning.run.remote import copy_of
 from konic.finetuning.system.group import ProcessLostError
+from konic.finetuning.system.places import is_url
 from konic.finetuning.system.world import World, find_world, from_first
 from konic.text import describe_error, indented
 
@@ -33,7 +35,7 @@ class Job:
     engine: bytes
     """The engine, pickled by value."""
     folder: str
-    """The run's folder."""
+    """The run's folder, or its URL."""
     options: Mapping[str, Any]
     """Arguments of `engine.train`."""
     current_folder: str
@@ -74,10 +76,11 @@ def _outcome(job: Job, line: Line) -> Outcome:
             engine = _loaded(job)
             options = dict(job.options)
             options |= from_first(world, line.ask("on_attempt", world.size) if world.rank == 0 else None)
-            if any(message["host"] != socket.gethostname() for message in world.gather({"host": socket.gethostname()})):
+            hosts = {message["host"] for message in world.gather({"host": socket.gethostname()})}
+            if len(hosts) > 1 and not is_url(job.folder):
                 _require_shared(Path(job.folder), world)
             if world.rank == 0:
-                _wait_for_lock(Path(job.folder))
+                _wait_for_lock(Path(copy_of(job.folder)))
         engine.callback = Reporter(line)
         return Outcome(engine.train(**options))
     except ProcessLostError:

@@ -116,6 +116,13 @@ class RunFolder:
         except OSError as error:
             raise unwritable(error.filename or self.path, error) from None
 
+    def publish(self, is_last: bool = False) -> None:
+        """Let others have what was written: on a disk they have it."""
+
+    def address(self, path: Path) -> str:
+        """How others name a file or folder of the run."""
+        return str(path)
+
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Within it the folder exists and is locked. Folders that were created for nothing are removed at the end.

@@ -91,7 +91,8 @@ class Saver:
                 except OSError as error:
                     raise unwritable(old, error) from None
         if is_new:
-            self._callbacks.on_checkpoint_saved(str(path), iteration)
+            self._folder.publish()
+            self._callbacks.on_checkpoint_saved(self._folder.address(path), iteration)
 
     def best(self, result: FinetuningResult) -> None:
         """Write the weights of the best iteration so far, if there is one."""

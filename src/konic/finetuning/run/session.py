@@ -35,10 +35,12 @@ from konic.finetuning.run.environment import environment
 from konic.finetuning.run.folder import ReadOnlyFolder, RunFolder
 from konic.finetuning.run.preflight import check_settings
 from konic.finetuning.run.processes import require_equal_processes
+from konic.finetuning.run.remote import copy_of, fetched, named_folder, renew_copies
 from konic.finetuning.run.resume import checkpoint_to_resume, newest_checkpoint, plan_to_follow, require_same_run
 from konic.finetuning.run.saving import NoSaver, Saver, write_card
 from konic.finetuning.run.served import ServedCheck
 from konic.finetuning.run.state import TrainerState
+from konic.finetuning.system.places import is_url
 from konic.finetuning.system.signals import uninterrupted
 from konic.finetuning.system.world import find_world, from_first
 from konic.output import get_logger
@@ -69,7 +71,7 @@ class Session:
         self._prompts_sha256: str | None = None
         self._folder: RunFolder | None = None
         self._folder_named: str | os.PathLike[str] | None = None
-        self._adopted: Path | None = None
+        self._adopted: str | None = None
 
     @property
     def training(self) -> TrainingConfig:
@@ -175,7 +177,7 @@ class Session:
         self.folder.write_evaluation(iterations_done, evaluation)
         return evaluation
 
-    def adopt(self, checkpoint: Path | None) -> None:
+    def adopt(self, checkpoint: str | None) -> None:
         """Take over, once, the weights and the state of a checkpoint that workers of this run wrote.
 
         Raises:
@@ -183,12 +185,13 @@ class Session:
         """
         if checkpoint is None or checkpoint == self._adopted:
             return
-        if not checkpoint.is_dir():
+        path = Path(fetched(checkpoint, self.checkpoint_dir))
+        if not path.is_dir():
             raise OutputError(
                 f"{checkpoint}: the workers wrote it where this machine does not see it. Name a checkpoint_dir on "
                 "storage that all share, or use the model there."
             )
-        self.state = load_checkpoint(checkpoint, self.learner.policy, self.learner.optimizer)
+        self.state = load_checkpoint(path, self.learner.policy, self.learner.optimizer)
         self._adopted = checkpoint
 
     def check(self) -> None:
@@ -254,10 +257,15 @@ class Session:
         """Within it the folder is locked. Yields the checkpoint to resume from, which the first process chooses."""
         if self.world.rank > 0:
             told = from_first(self.world, None)
-            self._folder = ReadOnlyFolder(Path(told["folder"]))
-            yield Path(told["checkpoint"]) if told["checkpoint"] else None
+            renew_copies(self.world, self.checkpoint_dir, resume)
+            folder, checkpoint = told["folder"], told["checkpoint"]
+            self._folder = ReadOnlyFolder(Path(copy_of(folder)))
+            yield Path(copy_of(checkpoint)) if checkpoint else None
             return
-        checkpoint = checkpoint_to_resume(resume, self.checkpoint_dir) if resume is not True else None
+        if is_url(resume) and self.checkpoint_dir is None:
+            raise ConfigError(f"train(resume_from_checkpoint={resume!r}) needs checkpoint_dir, the URL of the run.")
+        local = fetched(resume, self.checkpoint_dir)
+        checkpoint = checkpoint_to_resume(local, copy_of(self.checkpoint_dir)) if resume is not True else None
         self._folder = folder = self._choose_folder(checkpoint, resume is True)
         with folder.opened():
             if checkpoint is None and not resume and not self.state.iteration:
@@ -265,8 +273,9 @@ class Session:
             folder.require_own_files()
             if resume is True:
                 checkpoint = self._newest_checkpoint()
-            named = str(checkpoint.absolute()) if checkpoint else None
-            from_first(self.world, {"folder": str(folder.path.absolute()), "checkpoint": named})
+            named = checkpoint and (str(resume) if is_url(resume) else folder.address(checkpoint.absolute()))
+            from_first(self.world, {"folder": folder.address(folder.path.absolute()), "checkpoint": named})
+            renew_copies(self.world, self.checkpoint_dir, resume)
             yield checkpoint
 
     def saver(
@@ -289,7 +298,7 @@ class Session:
     def finish(self, saver: Saver, last_iteration: int, stopped: str | None) -> FinetuningResult:
         """Write the last checkpoint, the final and the best model; then evaluate the held-out prompts once more."""
         final = self.folder.path / "final"
-        result, is_saved = self.result(str(final), stopped), False
+        result, is_saved = self.result(self.folder.address(final), stopped), False
         with contextlib.suppress(KeyboardInterrupt), uninterrupted():
             saver.final(result)
             is_saved = True
@@ -304,6 +313,7 @@ class Session:
                 result = replace(result, before=before, after=after)
                 if self.world.rank == 0:
                     write_card(self.learner, final, result, self.settings(last_iteration))
+        self.folder.publish(is_last=True)
         return result
 
     def _before_and_after(self) -> tuple[Evaluation, Evaluation]:
@@ -324,7 +334,7 @@ class Session:
         folder = self._folder
         if folder is None or self.checkpoint_dir != self._folder_named:
             given = _run_folder_of(checkpoint) if checkpoint is not None else None
-            folder = RunFolder.named(self.checkpoint_dir or given, self.agent.get_base_model())
+            folder = named_folder(self.checkpoint_dir or given, self.agent.get_base_model())
             self._folder_named = self.checkpoint_dir
         is_own = checkpoint is not None and _run_folder_of(checkpoint).resolve() == folder.path.resolve()
         if checkpoint is not None and not is_own and folder.holds_a_run:

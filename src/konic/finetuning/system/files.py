@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError
 
 from konic.finetuning.errors import ConfigError, KonicError, OutputError, is_valid_text, safe_cause
-from konic.finetuning.system.places import find_stray, read_regular
+from konic.finetuning.system.places import find_stray, is_url, read_regular
 from konic.text import describe_error
 
 
@@ -31,6 +31,8 @@ def as_path(value: Any, option: str, error: type[KonicError]) -> Path:
     if not os.fspath(value).strip():
         raise ConfigError(f"{option} takes a path, got {value!r}, which is empty. The current folder is '.'.")
     shown = f"{option}={str(value)[:400]!r}"
+    if error is OutputError and is_url(value):
+        raise error(f"{shown}: this is a URL, and it takes a path on this machine.")
     try:
         path = Path(value).expanduser().absolute()
     except FileNotFoundError:

@@ -16,8 +16,14 @@ _FILE_SUFFIXES = frozenset(
         "yml zip zst"
     ).split()
 )
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 _OF_A_RUN = re.compile(r"final|best|checkpoint-\d+|earlier-\d+")
 """Folders that a run writes."""
+
+
+def is_url(place: Any) -> bool:
+    """Return True for text such as `s3://bucket/run`; a Path has lost one of the slashes, and counts too."""
+    return isinstance(place, str | os.PathLike) and _URL.match(str(place)) is not None
 
 
 def is_file_name(name: str) -> bool:
