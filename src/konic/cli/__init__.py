@@ -1,5 +1,6 @@
 """The `konic` command. Each subcommand has its own file, and imports the library only when it runs."""
 
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -72,4 +73,6 @@ def main() -> None:
         write_line(shown, sys.stderr, RED)
         sys.exit(1)
     finally:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python ends, another Ctrl-C prints no traceback
         end_streams()
