@@ -83,8 +83,20 @@ def test_it_has_no_colour_of_its_own_background():
     assert codes <= {"0", "1", "31", "32", "36"}  # reset, bold, red, green, cyan
 
 
+@pytest.mark.parametrize(
+    ("width", "shown"), [(64, "4 of 50       --------  0:10"), (63, "0:10 passed, 1:32 left"), (40, "1:32 left")]
+)
+def test_the_time_left_is_the_last_to_go_where_the_terminal_is_narrow(width, shown):
+    line = next(line for line in drawn(state(), width).splitlines() if "iteration " in line)
+    assert shown in line and "1:32 left" in line and ("---" in line) == (width >= 64)
+
+
 def test_it_draws_in_ascii_where_the_terminal_has_no_more():
-    assert drawn(state(), ascii_only=True).replace("±", "").isascii()
+    made = state(reward_breakdown={"größe": 0.5})
+    made.set_sample("Café 漢字 " * 20, "漢字 and more, " * 40, 0.5)
+    lines = drawn(made, ascii_only=True).splitlines()
+    assert "".join(lines).isascii() and {len(line) for line in lines} == {80}
+    assert "0.300 +/- 0.156" in lines[2] and "Caf? ???? Caf?" in "".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -162,8 +174,26 @@ def test_on_a_terminal_the_lines_stand_above_the_view_and_it_is_gone_at_the_end(
     for spoken in ("the user's own", "kept its stream"):  # the line before it is erased, and the view drawn again
         before, after = text.split(spoken)
         assert before.rstrip("\r\n").endswith("\x1b[2K") and "╭" in after
-    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor is back
+    assert "\x1b[?25l" not in text.split("\x1b[?25h", 1)[1]  # the cursor is back at once: a kill may come at any time
     assert sys.stdout is sys.stderr is terminal and handler.stream is terminal
+
+
+def test_of_a_progress_bar_the_last_state_of_its_line_stands_above(terminal):
+    terminal = terminal()
+
+    def show_bars():
+        for text in ("\rone   0%", "\rone  50%", "\rone 100%", "\n", "\rtwo   0%", "\rtwo 100%\r", "        \r"):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        print("a line\r\nits end", end=" ")
+        print("and more", end="", flush=True)
+        print("\rthree 100%", end="", file=sys.stderr, flush=True)
+
+    run(KonicFinetuningCallback(), show_bars)
+    text = terminal.getvalue()
+    assert [state for state in ("one   0%", "one  50%", "two") if state in text] == []
+    for line in ("one 100%\n", "a line\n", "its end and more\n", "three 100%\n"):
+        assert text.count(line) == 1, line
 
 
 @pytest.mark.parametrize(("columns", "line"), [("79", " ".join(FIRST_LINE.split())), ("80", FIRST_LINE)])

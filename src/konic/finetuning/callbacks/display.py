@@ -11,11 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, Protocol
 
 from rich.console import Console, ConsoleRenderable
 from rich.control import Control
+from rich.file_proxy import FileProxy
 from rich.live import Live
 from rich.segment import ControlType
 from rich.text import Text
@@ -49,25 +50,59 @@ def open_display(state: LiveState) -> Display | None:
 
 
 class _Terminal:
+    """The cursor stays visible, so that a process that is stopped or killed leaves the terminal as it was."""
+
     def __init__(self, state: LiveState, console: Console) -> None:
         self._live = _ResizedLive(
             console=console,
             get_renderable=lambda: _drawn(state, console.width, console.height, console.options.ascii_only),
             refresh_per_second=_DRAWS_PER_SECOND,
-            redirect_stdout=is_terminal(sys.stdout),
-            redirect_stderr=is_terminal(sys.stderr),
+            redirect_stdout=False,
+            redirect_stderr=False,
             transient=True,
         )
         self._live.start(refresh=True)
-        self._logging = _logging_above()
-        self._logging.__enter__()
+        console.show_cursor()
+        self._restored = ExitStack()
+        for stream, redirected in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
+            if is_terminal(stream):
+                above = _Above(console, stream)
+                self._restored.enter_context(redirected(above))
+                self._restored.callback(above.end)
+        self._restored.enter_context(_logging_above())
 
     def show(self) -> None:
         """Nothing: the thread draws what has changed."""
 
     def stop(self) -> None:
-        self._logging.__exit__(None, None, None)
+        self._restored.close()
         self._live.stop()
+
+
+class _Above(FileProxy):
+    """What is printed -> lines above the picture. Of a line that a progress bar writes anew, only its last state."""
+
+    _line = ""
+    """The line that has not ended, from its last return to the start on."""
+
+    def write(self, text: str) -> int:
+        """See the base class."""
+        *lines, last = (self._line + text).split("\n")
+        self._line = last[max(0, last.rfind("\r")) :]
+        if lines:
+            super().write("".join(line.rstrip("\r").rpartition("\r")[2] + "\n" for line in lines))
+        return len(text)
+
+    def flush(self) -> None:
+        """Print a line that has not ended, unless it may still be written anew."""
+        if "\r" not in self._line:
+            self.end()
+
+    def end(self) -> None:
+        """Print the line that has not ended."""
+        line, self._line = self._line.strip("\r"), ""
+        if line.strip():
+            super().write(f"{line}\n")
 
 
 class _ResizedLive(Live):

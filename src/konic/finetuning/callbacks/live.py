@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box
-from rich.cells import set_cell_size
-from rich.console import Group, RenderableType
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.panel import Panel
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -113,7 +114,7 @@ def draw(state: LiveState, width: int, height: int, now: float, ascii_only: bool
     else:
         body = Group(*numbers, *sample)
     used = min(lines_inside, len(numbers) + (0 if is_wide else 4 if height < 36 else 8))
-    return Panel(
+    panel = Panel(
         body,
         title=Text(printable(str(state.settings["model_name"]))[: width // 2], style="bold"),
         subtitle=Text(state.phase, style="cyan"),
@@ -123,6 +124,19 @@ def draw(state: LiveState, width: int, height: int, now: float, ascii_only: bool
         height=max(used, min(lines_inside, 8)) + 2,
         width=width,
     )
+    return _Ascii(panel) if ascii_only else panel
+
+
+class _Ascii:
+    """A picture with ? in the place of what is not ASCII, so that each line keeps its width."""
+
+    def __init__(self, picture: RenderableType) -> None:
+        self._picture = picture
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self._picture, options):
+            text = segment.text.replace("…", ".")
+            yield segment._replace(text="".join(x if x.isascii() else "?" * cell_len(x) for x in text))
 
 
 def sparkline(values: Iterable[float], width: int, blocks: str = _BLOCKS) -> str:
@@ -155,17 +169,19 @@ def _numbers(state: LiveState, width: int, now: float, blocks: str, most_parts: 
 
 
 def _progress(state: LiveState, width: int, now: float) -> Text:
-    left = state.seconds_left(now)
-    times = f"{_clock(now - state.started)} passed, {'?' if left is None else _clock(left)} left"
-    text = f"{min(state.done + 1, state.total)} of {state.total}"
-    return _named("iteration", text.ljust(14), _bar(state.done / max(1, state.total), max(8, width - 60)), f"  {times}")
+    """The time left matters most: without room, the bar is left out, and then the time passed."""
+    seconds = state.seconds_left(now)
+    left = f"{'?' if seconds is None else _clock(seconds)} left"
+    times = f"{_clock(now - state.started)} passed, {left}" if width >= 50 else left
+    bar = _bar(state.done / max(1, state.total), max(8, width - 60)) if width >= 60 else ""
+    return _named("iteration", f"{min(state.done + 1, state.total)} of {state.total}".ljust(14), bar, f"  {times}")
 
 
 def _reward(state: LiveState, curve: int, blocks: str) -> Text:
     last, best = _last(state), state.best
     if last is None:
         return _named("reward", "after the first iteration")
-    text = f"{last.reward_mean:.3f} ± {last.reward_std:.3f}"
+    text = f"{last.reward_mean:.3f} {'±' if blocks is _BLOCKS else '+/-'} {last.reward_std:.3f}"
     highest = f"  best {best.reward_mean:.3f} (iteration {best.iteration})" if best else ""
     return _named("reward", text.ljust(17), _curve((r.reward_mean for r in state.history), curve, blocks), highest)
 
