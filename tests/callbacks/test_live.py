@@ -213,6 +213,14 @@ def test_an_error_or_ctrl_c_leaves_a_clean_terminal(terminal):
     assert sys.stderr is terminal
 
 
+def test_the_cursor_waits_at_the_start_of_a_line_where_ctrl_c_shows_itself(terminal):
+    terminal = terminal()
+    callback = KonicFinetuningCallback()
+    callback.on_train_begin(CONFIG)
+    assert terminal.getvalue().replace("\x1b[?25h", "").endswith("╯\r")
+    callback.on_train_error(KeyboardInterrupt())
+
+
 def test_a_narrower_terminal_keeps_no_rest_of_the_picture(terminal, monkeypatch):
     terminal = terminal()
     monkeypatch.setenv("COLUMNS", "80")

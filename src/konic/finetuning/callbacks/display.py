@@ -106,7 +106,11 @@ class _Above(FileProxy):
 
 
 class _ResizedLive(Live):
-    """A live picture that leaves no rest behind when the terminal gets narrower, which wraps each of its lines."""
+    """A live picture that leaves no rest behind.
+
+    A terminal that gets narrower wraps each of its lines. The ^C that it shows stands at the start of the last line,
+    not behind it, where it would take a line more.
+    """
 
     _drawn_width = 0
 
@@ -117,7 +121,8 @@ class _ResizedLive(Live):
             wrapped = height * (math.ceil(self._drawn_width / max(1, width)) - 1) if self._drawn_width else 0
             self._drawn_width = width
             clear_lines = ((ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)) * wrapped
-            return [Control(*clear_lines), *super().process_renderables(renderables)]
+            shown = super().process_renderables(renderables)
+            return [Control(*clear_lines), *shown, Control(ControlType.CARRIAGE_RETURN)]
 
 
 class _Notebook:
