@@ -16,6 +16,7 @@ import pytest
 
 from command import konic_here
 from konic.finetuning.errors import OutputError
+from konic.finetuning.results.intervals import Interval
 from konic.report import Run, write_report
 from konic.report import run as report_run
 from konic.report.words import duration, outcome, suspicions, thinned
@@ -131,16 +132,30 @@ def test_an_outcome_that_is_no_gain_is_called_so(tmp_path, before, after, said):
 def test_without_held_out_prompts_the_ends_of_the_run_are_compared(tmp_path):
     run = Run.read(make_run(tmp_path / "run", [0.0] * 2 + [0.5] * 16 + [1.0] * 2))
     result = outcome(run)
-    assert (result.before, result.after, result.gain) == (0.0, 1.0, None)
+    error = math.sqrt(4 * 0.5**2 / 8) / 2  # of four batches of 8 rewards with deviation 0.5, two at each end
+    assert (result.before, result.after) == (0.0, 1.0)
+    assert result.gain == pytest.approx(Interval(1.0, 1.0 - 1.96 * error, 1.0 + 1.96 * error))
     assert "first and the last 2 iterations" in result.sentence()
     _, page = page_of(make_run(tmp_path / "run", [0.0, 0.2, *[0.5] * 16, 0.8, 1.0]), output=tmp_path / "report.html")
     assert "rose from 0.100 to 0.900" in page.text
     assert "kind 1.0 0.100 0.900 +0.800" in page.text, "each reward is compared where the whole is"
 
 
+def test_a_gain_of_batches_that_may_be_chance_is_called_so(tmp_path):
+    run = Run.read(make_run(tmp_path / "run", [0.3, 0.5]))
+    result = outcome(run)
+    assert "went from 0.300 to 0.500, which may be chance: +0.200 (95 % interval -0.290 to +0.690)" in result.sentence()
+    assert not result.rose and suspicions(run, result) == []
+    without = outcome(Run.read(make_run(tmp_path / "run", [0.3, 0.5], reward_std=None)))
+    assert without.gain is None and "rose from 0.300 to 0.500, for" in without.sentence()
+    unscored = outcome(Run.read(make_run(tmp_path / "run", [0.3, 0.5], num_unscored=6)))
+    assert unscored.gain.high == pytest.approx(0.2 + 1.96 * 0.5)
+
+
 @pytest.mark.parametrize(
     ("rewards", "said"),
     [
+        ([0.2501, 0.2499], "Between the first and the last iteration, the mean reward was 0.250,"),
         ([0.25], "In the only iteration, the mean reward was 0.250"),
         ([0.25, 0.25], "Between the first and the last iteration, the mean reward was 0.250"),
     ],
@@ -402,7 +417,10 @@ def test_the_command_writes_the_page_into_the_run_and_says_the_outcome(tmp_path,
     run = make_run(tmp_path / "run")
     done = konic_here("report", run)
     assert done.returncode == 0, done.stderr
-    assert "run: Between the first and the last iteration, the mean reward rose from 0.100 to 0.300" in done.stdout
+    assert (
+        "run: Between the first and the last iteration, the mean reward went from 0.100 to 0.300, which may"
+        in done.stdout
+    )
     assert f"Open {run / 'report.html'} in a browser." in done.stdout
     assert (run / "report.html").is_file()
     monkeypatch.chdir(tmp_path)

@@ -98,6 +98,8 @@ def test_a_served_page_follows_its_run_and_keeps_what_the_reader_did(browser, tm
     with Server(LivePage([run]), 0) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         page.goto(server.url)
+        page.evaluate("""window.told = 0; new MutationObserver(() => window.told++).observe(
+            document.getElementById("live"), { childList: true, subtree: true, characterData: true })""")
         page.select_option("#sort", "gain")
         page.fill("#search", "cat")
         page.click("#all summary")
@@ -113,6 +115,7 @@ def test_a_served_page_follows_its_run_and_keeps_what_the_reader_did(browser, tm
         page.fill("#search", "")
         assert page.inner_text("#count") == "4 prompts"
         assert said == []
+        assert page.evaluate("window.told") == 0  # a screen reader would read it aloud at each look
         server.shutdown()
     page.wait_for_selector("#live:has-text('no longer answers')", timeout=20_000)
     page.close()

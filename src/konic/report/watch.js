@@ -3,6 +3,11 @@ const stateOf = (page) => page.querySelector("meta[name=state]").content;
 const live = document.getElementById("live");
 let shown = stateOf(document);
 
+// a screen reader reads it aloud each time that it is set
+const say = (text) => {
+  if (live.textContent !== text) live.textContent = text;
+};
+
 // what the reader has done to the page -> a function that does it to the next one
 const keep = () => {
   const place = [window.scrollX, window.scrollY];
@@ -32,7 +37,7 @@ const keep = () => {
 
 const refresh = async () => {
   const told = await (await fetch("state")).json();
-  live.textContent = "This page follows the run.";
+  say("This page follows the run.");
   if (told.state === shown) return;
   const fresh = new DOMParser().parseFromString(await (await fetch("./")).text(), "text/html");
   if (stateOf(fresh) === shown) return;
@@ -46,6 +51,6 @@ const refresh = async () => {
 };
 
 const follow = () => refresh()
-  .catch(() => { live.textContent = "konic report no longer answers: this is what it last said."; })
+  .catch(() => say("konic report no longer answers: this is what it last said."))
   .finally(() => setTimeout(follow, PAUSE));
 setTimeout(follow, PAUSE);

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from konic.finetuning.results.intervals import Interval, distinct_n, nanmean, paired_bootstrap
+from konic.finetuning.results.intervals import Interval, distinct_n, nanmean, of_standard_error, paired_bootstrap
 from konic.report.run import PART, Run, as_number
 
 DOMINATES = 0.8
@@ -24,7 +24,7 @@ class Outcome:
     before: float
     after: float
     gain: Interval | None
-    """On held-out prompts, with a 95 % interval; None without them."""
+    """With a 95 % interval; None where the run does not say how much its rewards vary."""
     kl: float
     """Nats per response, after."""
     tokens: tuple[float, float]
@@ -41,14 +41,14 @@ class Outcome:
         change = f"from {self.before:.3f} to {self.after:.3f}"
         if math.isnan(self.before) or math.isnan(self.after):
             return f"There is no reward to compare {self.where}."
+        is_known = self.gain is None or self.gain.low > 0 or self.gain.high < 0
+        if f"{self.before:.3f}" == f"{self.after:.3f}" and not (self.gain and is_known):
+            return f"{self.where}, the mean reward was {self.after:.3f}{paid}."
+        verb = "rose" if self.after > self.before else "fell"
         if self.gain is None:
-            if self.after == self.before:
-                return f"{self.where}, the mean reward was {self.after:.3f}{paid}."
-            verb = "rose" if self.after > self.before else "fell"
             return f"{self.where}, the mean reward {verb} {change}{paid}."
         interval = f"{self.gain.mean:+.3f} (95 % interval {self.gain.low:+.3f} to {self.gain.high:+.3f})"
-        if self.gain.low > 0 or self.gain.high < 0:
-            verb = "rose" if self.gain.low > 0 else "fell"
+        if is_known:
             return f"{self.where}, the mean reward {verb} {change}: {interval}{paid}."
         return f"{self.where}, the mean reward went {change}, which may be chance: {interval}{paid}."
 
@@ -76,10 +76,24 @@ def outcome(run: Run) -> Outcome:
         where=f"Between {ends}" if len(run.history) > 1 else "In the only iteration",
         before=rewards[0],
         after=rewards[1],
-        gain=None,
+        gain=_gain_of_batches(run),
         kl=_at_ends(run.values("kl_per_response"))[1],
         tokens=_at_ends(run.values("response_length_mean")),
     )
+
+
+def _gain_of_batches(run: Run) -> Interval | None:
+    """The gain between the ends of a run, by the standard errors of their mean rewards."""
+    if len(run.history) < 2:
+        return None
+    scored = zip(run.values("num_samples"), run.values("num_unscored"), strict=True)
+    counts = [samples - (0.0 if math.isnan(unscored) else unscored) for samples, unscored in scored]
+    deviations = zip(run.values("reward_std"), counts, strict=True)
+    errors = [deviation / math.sqrt(max(1.0, count)) for deviation, count in deviations]
+    count = _tenth(errors)
+    error = math.hypot(*errors[:count], *errors[-count:]) / count
+    before, after = _at_ends(run.values("reward_mean"))
+    return None if math.isnan(after - before) or math.isnan(error) else of_standard_error(after - before, error)
 
 
 def suspicions(run: Run, result: Outcome) -> list[str]:

@@ -35,6 +35,11 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(counted) if len(counted) > 1 else 0.0
 
 
+def of_standard_error(mean: float, error: float) -> Interval:
+    """A mean that is normally distributed with this standard error, with its 95 % interval."""
+    return Interval(mean, mean - 1.96 * error, mean + 1.96 * error)
+
+
 def paired_bootstrap(
     before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000
 ) -> Interval:
