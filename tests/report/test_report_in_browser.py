@@ -53,6 +53,15 @@ def test_the_page_fits_and_asks_for_nothing(browser, address, theme, width):
     page.close()
 
 
+def test_it_prints_in_the_light_theme_from_a_dark_system_too(browser, address):
+    page = browser.new_page(color_scheme="dark")
+    page.goto(address)
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(251, 251, 250)"
+    assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light"
+    page.close()
+
+
 def test_samples_are_searched_and_sorted(browser, address):
     page = browser.new_page()
     page.goto(address)
