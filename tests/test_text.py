@@ -160,6 +160,8 @@ def test_an_address_in_escaped_text_is_no_link():
 def test_an_error_is_described_on_one_line_and_cut_only_after_its_secrets_are_hidden():
     assert describe_error(ValueError("a\n  b\tc")) == "ValueError: a b c"
     assert describe_error(ValueError()) == "ValueError"
+    assert describe_error(ValueError("It ends.")) == "ValueError: It ends"
+    assert describe_error(ValueError("and so on ...")) == "ValueError: and so on ..."
     assert describe_error(OSError(2, f"no\n{STEERING}")).startswith("FileNotFoundError: [Errno 2] no")
     assert is_plain(describe_error(OSError(2, f"no\n{STEERING}")))
     for size in range(280, 305):

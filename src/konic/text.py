@@ -124,7 +124,10 @@ def escape_markdown(text: str) -> str:
 
 
 def describe_error(error: BaseException, most: int = 300) -> str:
-    """Return `ValueError: its message` on one line, printable, of which at most so many characters are the message."""
+    """Return `ValueError: its message` on one line, printable, of which at most so many characters are the message.
+
+    It has no full stop at its end: what it stands in has its own.
+    """
     try:
         whole = str(error)
     except Exception:
@@ -132,4 +135,5 @@ def describe_error(error: BaseException, most: int = 300) -> str:
     message = printable(" ".join(whole[: 20 * most].split()))  # no secret may be cut before it is found
     if len(message) > most:
         message = f"{message[:most]} … ({len(whole)} characters)"
+    message = message if message.endswith("..") else message.removesuffix(".")
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

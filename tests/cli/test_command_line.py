@@ -48,6 +48,7 @@ def test_settings_are_named_as_they_are_set():
     [
         (["--help"], 0, ""),
         (["train", "absent.py"], 1, "there is no such file"),
+        (["train", "."], 1, ".: is a folder. Name a Python or YAML file."),
         (["train", "absent.yaml"], 1, "there is no such file"),
         (["trian"], 2, "Did you mean 'train'?"),
         (["train", "x.py", "--max-iteration", 3], 2, "--max-iterations"),

@@ -261,7 +261,10 @@ def test_what_is_no_run_is_one_error(tmp_path):
     ):
         Run.read(tmp_path / "model" / "inner")
     (tmp_path / "runs" / "mine" / "metrics.jsonl").unlink()
-    with pytest.raises(OutputError, match="has not finished an iteration"):
+    with pytest.raises(OutputError, match=r"has not finished an iteration yet, so there is nothing to show\.$"):
+        Run.read(tmp_path / "runs" / "mine")
+    (tmp_path / "runs" / "mine" / "metrics.jsonl").write_text('{"iteration": 1, "rew')
+    with pytest.raises(OutputError, match=r"nothing to show\. metrics\.jsonl, line 1 is left out: "):
         Run.read(tmp_path / "runs" / "mine")
 
 

@@ -28,7 +28,9 @@ def demo(
 ) -> None:
     """Teach a small chat model to end movie reviews briefly, kindly and coherently, and show what changed.
 
-    Needs no GPU, no account and no network: about six minutes on two CPU cores. Example: konic demo --quick
+    Needs no GPU, no account and no network: about six minutes on two CPU cores.
+
+    Example: konic demo --quick
     """
     write_line("konic demo: loading a 135M-parameter chat model (at first it is unpacked into a cache) ...", sys.stderr)
     from konic.demo import FULL, QUICK, run_demo

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from konic.cli.documents import Document
-from konic.cli.paths import is_yaml
+from konic.cli.paths import is_yaml, require_file
 from konic.cli.scripts import import_script, load_agent, load_composer, load_composer_and_dataset, run_user_code
 from konic.cli.wording import with_config_names
 from konic.finetuning import (
@@ -109,8 +109,7 @@ def load_rewards(file: Path) -> tuple[KonicLLMRewardComposer, DatasetConfig]:
 
 
 def _read(file: Path) -> Document:
-    if not file.is_file():
-        raise ConfigError(f"{file}: there is no such file.")
+    require_file(file)
     return Document(file)
 
 

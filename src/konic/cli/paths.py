@@ -38,3 +38,19 @@ def read_run(value: str) -> Path:
 def is_yaml(file: Path) -> bool:
     """Return True for a file whose name ends as those of YAML do."""
     return file.suffix.lower() in (".yaml", ".yml")
+
+
+def require_file(file: Path) -> None:
+    """Raise an error unless a path is that of a file.
+
+    Raises:
+        ConfigError: There is no such file, or it is a folder.
+    """
+    from konic.finetuning.errors import ConfigError
+
+    if file.is_dir():
+        is_run = (file / "run.json").exists()
+        hint = f" To go on with this run, give that file, --output {file} and --resume." if is_run else ""
+        raise ConfigError(f"{file}: is a folder. Name a Python or YAML file.{hint}")
+    if not file.is_file():
+        raise ConfigError(f"{file}: there is no such file.")

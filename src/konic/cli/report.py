@@ -32,7 +32,9 @@ def report(
     watch: Annotated[
         bool, typer.Option("--watch", help="Serve the page on this machine, and follow the run. Ctrl-C ends it.")
     ] = False,
-    port: Annotated[int, typer.Option(help="Of --watch. Default: a free one.", min=0, max=65535)] = 0,
+    port: Annotated[
+        int, typer.Option(help="Of --watch. Default: a free one.", min=0, max=65535, show_default=False)
+    ] = 0,
 ) -> None:
     """Write one HTML page that shows what came of a run: outcome, curves, samples, settings.
 

@@ -23,7 +23,7 @@ def train(
     data: Annotated[
         str,
         typer.Argument(
-            help="A csv, json, jsonl or parquet file, or a dataset of the Hub.", parser=read_name, metavar="data"
+            help="A csv, json, jsonl or parquet file, or a dataset of the Hub.", parser=read_name, metavar="DATA"
         ),
     ],
     base: Annotated[
@@ -51,8 +51,9 @@ def train(
 ) -> None:
     """Train a reward model on pairs (prompt, chosen, rejected), or on labelled texts with --text and --label.
 
-    Examples: konic reward-model train pairs.jsonl --base all-minilm-l6-v2
-              konic reward-model train films.csv --base all-minilm-l6-v2 --text review --label sentiment
+    Examples:
+    konic reward-model train pairs.jsonl --base all-minilm-l6-v2
+    konic reward-model train films.csv --base all-minilm-l6-v2 --text review --label sentiment
     """
     write_line(f"Loading {data} and {base} ...", sys.stderr)
     from konic.finetuning.errors import ConfigError

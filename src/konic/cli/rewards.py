@@ -42,8 +42,9 @@ def rewards(
     Shows what each reward does, what moves the total, and what could go wrong, before you spend time on training.
     With --texts, a script needs only a composer. Without it, a script needs an agent, which names the base model.
 
-    Examples: konic rewards my_rewards.py
-              konic rewards my_rewards.py --texts responses.jsonl
+    Examples:
+    konic rewards my_rewards.py
+    konic rewards my_rewards.py --texts responses.jsonl
     """
     write_line(f"Loading {script} ...", sys.stderr)
     from konic.cli.jobs import load_job, load_rewards

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
+from konic.cli.paths import require_file
 from konic.finetuning import ConfigError, DatasetConfig, KonicError, KonicFinetuningAgent, KonicLLMRewardComposer
 from konic.finetuning.agent import read_agent
 from konic.finetuning.system.signals import raising_on_signals
@@ -22,8 +23,7 @@ def load_agent(script: Path) -> KonicFinetuningAgent:
     Raises:
         ConfigError: The file does not exist, defines no agent, or raised an error while it was imported.
     """
-    if not script.is_file():
-        raise ConfigError(f"{script}: there is no such file.")
+    require_file(script)
     return _find_agent(script, import_script(script))
 
 
@@ -51,8 +51,7 @@ def load_composer(script: Path) -> KonicLLMRewardComposer:
 
 def load_composer_and_dataset(script: Path) -> tuple[KonicLLMRewardComposer, DatasetConfig]:
     """Load a script's composer, and the dataset config of its agent, which says what a prompt is."""
-    if not script.is_file():
-        raise ConfigError(f"{script}: there is no such file.")
+    require_file(script)
     module = import_script(script)
     if get_registered_agent()[0] or hasattr(module, "agent") or hasattr(module, "build_agent"):
         agent = _find_agent(script, module)

@@ -61,7 +61,8 @@ class Run:
         notes: list[str] = []
         history = list(_read_metrics(path, notes))
         if not history:
-            raise OutputError(f"{path}: its run has not finished an iteration yet, so there is nothing to show.")
+            why = f" {notes[0]}" if notes else ""
+            raise OutputError(f"{path}: its run has not finished an iteration yet, so there is nothing to show.{why}")
         return cls(
             path=path,
             record=_read_record(path, notes),
