@@ -91,6 +91,16 @@ def test_on_the_held_out_prompts_it_finds_what_the_run_found(model_folders, data
     assert found["measures"]["KL (nats/response)"]["weights"]["mean"] > 0
 
 
+def test_a_yaml_file_has_the_rewards_with_their_weights(run, rewards, folder):
+    job = folder / "job.yaml"
+    composer = f"{{path: '{rewards.name}:Rewards', arguments: {{reward_weights: {{letters: 10}}}}}}"
+    job.write_text(f"base_model: not/loaded\nreward_composer: {composer}\n")
+    plain, weighted = (evaluated(run, "--rewards", file)["measures"] for file in (rewards, job))
+    for side in ("against", "weights"):
+        letters = plain["letters"][side]["mean"]
+        assert weighted["mean reward"][side]["mean"] == pytest.approx(plain["mean reward"][side]["mean"] + 9 * letters)
+
+
 def test_any_weights_against_any_on_a_file_with_several_responses(run, folder, tmp_path):
     prompts = tmp_path / "prompts.csv"
     prompts.write_text("question\none\ntwo\nthree\n")

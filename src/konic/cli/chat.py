@@ -38,7 +38,11 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message. Default: the run's.")] = None,
     rewards: Annotated[
         Path | None,
-        typer.Option(help="Score the answers with this script. It is imported.", parser=read_path, metavar="<script>"),
+        typer.Option(
+            help="Score the answers with the rewards of this script or YAML file. They are imported.",
+            parser=read_path,
+            metavar="<file>",
+        ),
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Default: the run's.", min=1)] = None,
     temperature: Annotated[float | None, typer.Option(help="Default: the run's.", min=0.01)] = None,

@@ -39,7 +39,9 @@ def evaluate(
     chat: Annotated[bool, typer.Option("--chat", help="Give each plain prompt as a chat with one message.")] = False,
     rewards: Annotated[
         Path | None,
-        typer.Option(help="The script of the rewards. It is imported.", parser=read_path, metavar="<script>"),
+        typer.Option(
+            help="The script or YAML file of the rewards. They are imported.", parser=read_path, metavar="<file>"
+        ),
     ] = None,
     recorded_rewards: Annotated[
         bool,

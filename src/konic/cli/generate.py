@@ -46,7 +46,9 @@ def generate(
     rewards: Annotated[
         Path | None,
         typer.Option(
-            help="Score the responses with this script. It is imported.", parser=read_path, metavar="<script>"
+            help="Score the responses with the rewards of this script or YAML file. They are imported.",
+            parser=read_path,
+            metavar="<file>",
         ),
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Default: the run's.", min=1)] = None,
