@@ -229,6 +229,14 @@ def test_text_of_others_is_only_text(tmp_path):
     assert "alert(1)</script>" not in text
 
 
+@pytest.mark.parametrize("name", ["half a character \ud83d", r"a \d backslash \1", "\x1b[31mred\0\x0b", "\ufffe\uffff"])
+def test_a_reward_may_have_any_name(tmp_path, name):
+    run = make_run(tmp_path / "run", reward_breakdown={name: 0.5, "other": 0.1}, settings={name: name})
+    text, _ = page_of(run, output=tmp_path / "report.html")
+    shown = name.encode("utf-8", "replace").decode()
+    assert f"{shown} from 0.5 to 0.5" in text
+
+
 def test_the_page_loads_nothing_and_runs_only_its_own_program(tmp_path):
     text, page = page_of(make_run(tmp_path / "run"), output=tmp_path / "report.html")
     policy = next(value for tag, name, value in page.attributes if name == "content" and "default-src" in value)

@@ -16,6 +16,8 @@ from konic.report.words import thinned
 MOST_POINTS = 250
 """Points of a line; beyond that, neighbouring iterations are averaged."""
 WIDTH, HEIGHT = 420, 190
+_NO_CHARACTER = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What XML has no character for: nearly all control characters, and halves of surrogate pairs."""
 COLOURS = [f"var(--line-{number})" for number in range(1, 9)]
 _STYLE = {
     "background": "transparent",
@@ -184,10 +186,19 @@ def _described(series: Series, title: str) -> str:
     return f"{title}: {'; '.join(ends) or 'no values'}"
 
 
+def _drawable(value: Any) -> Any:
+    """A specification with ? for what SVG has no character for: vl-convert would end the process at it."""
+    if isinstance(value, str):
+        return _NO_CHARACTER.sub("?", value)
+    if isinstance(value, Mapping):
+        return {_drawable(key): _drawable(each) for key, each in value.items()}
+    return [*map(_drawable, value)] if isinstance(value, list | tuple) else value
+
+
 def _draw(spec: dict[str, Any], about: str) -> str:
     """Draw a chart. What a mark says becomes its `<title>`, which a browser shows where the pointer rests."""
     whole = {"$schema": "https://vega.github.io/schema/vega-lite/v5.json", "config": _STYLE, "width": WIDTH}
-    svg = vl_convert.vegalite_to_svg({"height": HEIGHT, **whole, **spec})
+    svg = vl_convert.vegalite_to_svg(_drawable({"height": HEIGHT, **whole, **spec}))
     labelled = r'<path ([^>]*?)aria-label="([^"]*)"([^>]*?)/>'
     svg = re.sub(labelled, r"<path \1\3><title>\2</title></path>", svg)
     svg = re.sub(r' (?:aria-[a-z]+|role)="[^"]*"', "", svg)
@@ -196,5 +207,8 @@ def _draw(spec: dict[str, Any], about: str) -> str:
     size = re.search(r'width="([0-9.]+)" height="([0-9.]+)"', svg)
     shown = f' style="max-width:{size[1]}px"' if size else ""
     return re.sub(
-        r"<svg [^>]*?(viewBox=\"[^\"]*\")>", rf'<svg role="img" aria-label="{label}" \1{shown}>', svg, count=1
+        r"<svg [^>]*?(viewBox=\"[^\"]*\")>",
+        lambda found: f'<svg role="img" aria-label="{label}" {found[1]}{shown}>',
+        svg,
+        count=1,
     )
