@@ -631,7 +631,7 @@ def test_the_umask_holds_for_everything_that_is_written(mask, tmp_path, model_fo
     before = os.umask(mask)
     try:
         with replacing_folder(tmp_path / "a" / "final") as folder:
-            (folder / "weights").write_text("x")
+            (folder / "weights").touch(mode=0o600)  # as safetensors makes its files
         write_text(tmp_path / "a" / "run.json", "{}")
         if mask == 0o077:
             make_engine(model_folders["llama"], tmp_path / "a" / "run").train(1)
@@ -643,3 +643,4 @@ def test_the_umask_holds_for_everything_that_is_written(mask, tmp_path, model_fo
         allowed = 0o777 & ~mask if path.is_dir() else 0o666 & ~mask
         assert stat.S_IMODE(path.stat().st_mode) | allowed == allowed, path
     assert stat.S_IMODE((tmp_path / "a" / "final").stat().st_mode) == 0o777 & ~mask
+    assert stat.S_IMODE((tmp_path / "a" / "final" / "weights").stat().st_mode) == 0o666 & ~mask

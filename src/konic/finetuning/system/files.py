@@ -255,7 +255,12 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
 
 
 def _sync_tree(folder: Path) -> None:
+    """Write a folder to the disk. Its files get the rights that the umask gives: those of safetensors are private."""
+    rights = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            with suppress(OSError):  # a disk without rights
+                file.chmod(rights)
         _sync(file)
     _sync(folder)
 
