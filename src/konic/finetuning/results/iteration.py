@@ -206,7 +206,7 @@ class FinetuningIterationResult:
     checks: Annotated[
         tuple[str, ...],
         Metric(
-            "self-checks that failed for the first time in this iteration ([checks.md](checks.md))", "names", "checks"
+            "self-checks that failed for the first time in this iteration ([Self-checks](checks.md))", "names", "checks"
         ),
     ] = ()
     check_messages: Annotated[
