@@ -76,11 +76,12 @@ def test_it_fits_every_terminal_and_keeps_its_height(width, height, iterations):
     assert not iterations or width < 80 or "more rewards" in "".join(lines)
 
 
-def test_it_has_no_colour_of_its_own_background():
+@pytest.mark.parametrize(("kl", "colours"), [(8.9, set()), (9.1, {"31"})])
+def test_only_what_needs_attention_has_a_colour(kl, colours):
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="truecolor")
-    console.print(draw(state(), 80, 24, 10.0))
+    console.print(draw(state(kl_per_response=kl), 80, 24, 10.0))
     codes = {code for part in console.file.getvalue().split("\x1b[")[1:] for code in part.split("m")[0].split(";")}
-    assert codes <= {"0", "1", "31", "32", "36"}  # reset, bold, red, green, cyan
+    assert codes == {"0", "1"} | colours  # reset, bold, red
 
 
 @pytest.mark.parametrize(
@@ -242,12 +243,17 @@ def test_a_terminal_that_cannot_draw_gets_the_plain_lines(terminal, monkeypatch,
     assert terminal.getvalue().startswith(BANNER + FIRST_LINE + "\n") and "\x1b" not in terminal.getvalue()
 
 
-def test_without_colour_there_is_none(terminal, monkeypatch):
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_without_colour_there_is_none(terminal, monkeypatch, no_color):
     terminal = terminal()
-    monkeypatch.setenv("NO_COLOR", "1")
-    run(KonicFinetuningCallback())
-    assert "╭" in terminal.getvalue()
-    assert not any(f"\x1b[{code}m" in terminal.getvalue() for code in (31, 32, 36))
+    monkeypatch.setenv("NO_COLOR", no_color)
+    callback = KonicFinetuningCallback()
+    callback.on_train_begin(CONFIG)
+    callback.on_iteration_end(iteration(checks=("kl_runaway",)))
+    callback._display._live.refresh()
+    callback.on_train_error(KeyboardInterrupt())
+    assert "kl_runaway" in terminal.getvalue()
+    assert ("\x1b[31m" in terminal.getvalue()) == (not no_color)
 
 
 def test_piped_lines_are_the_same_beside_a_view_on_standard_error(terminal, monkeypatch):

@@ -1,6 +1,6 @@
 """State of a run -> the picture that a terminal or a notebook shows of it; pure, in the colours of the terminal.
 
-The text has the terminal's own colour and marks come from its 16 colours, so both read on light and dark backgrounds.
+It has the terminal's own colour, which reads on light and dark backgrounds; red of its 16 colours needs attention.
 """
 
 import math
@@ -117,7 +117,7 @@ def draw(state: LiveState, width: int, height: int, now: float, ascii_only: bool
     panel = Panel(
         body,
         title=Text(printable(str(state.settings["model_name"]))[: width // 2], style="bold"),
-        subtitle=Text(state.phase, style="cyan"),
+        subtitle=Text(state.phase),
         title_align="left",
         subtitle_align="right",
         box=box.ASCII if ascii_only else box.ROUNDED,
@@ -212,7 +212,7 @@ def _kl(state: LiveState, curve: int, blocks: str) -> Text:
         share = last.kl_per_response / settings[limit]
         text += f" of {settings[limit]:g}"
         note += f", {limit}"
-        values.stylize("red" if share > 0.9 else "green")
+        values.stylize("red" if share > 0.9 else "")
     return _named("KL", text.ljust(17), values, note)
 
 
@@ -260,12 +260,12 @@ def _named(name: str, *parts: str | Text) -> Text:
 
 
 def _curve(values: Iterable[float], width: int, blocks: str) -> Text:
-    return Text(sparkline(values, width, blocks), style="cyan")
+    return Text(sparkline(values, width, blocks))
 
 
 def _bar(share: float, width: int) -> Text:
     full = round(min(1.0, max(0.0, share)) * width)
-    return Text.assemble(("=" * full, "green"), "-" * (width - full))
+    return Text("=" * full + "-" * (width - full))
 
 
 def _last(state: LiveState) -> FinetuningIterationResult | None:
