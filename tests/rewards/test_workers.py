@@ -55,8 +55,8 @@ class Rewards(KonicLLMRewardComposer):
             time.sleep(100)
         if response == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        if response == "exit":
-            os._exit(7)
+        if response.startswith("exit"):
+            os._exit(int(response[4:]))
         return 0.0
 
 
@@ -128,12 +128,20 @@ def test_a_hang_is_stopped_within_a_second_of_its_limit_and_the_rest_is_scored(r
         assert len(workers_alive()) == 2
 
 
-@pytest.mark.parametrize(("response", "code"), [("die", -9), ("exit", 7)])
+@pytest.mark.parametrize(("response", "code"), [("die", -9), ("exit7", 7), ("exit0", 0)])
 def test_a_worker_that_dies_is_a_fault_of_its_sample_alone(response, code):
     scores = scored(Rewards(), ["a", response, "b"], 2, on_reward_error="skip")
     assert [fault and fault.what for fault in scores.faults] == [
         None, f"ended its worker process (exit code {code}).", None,
     ]  # fmt: skip
+
+
+def test_a_worker_that_has_done_its_calls_is_replaced_without_a_fault(monkeypatch):
+    monkeypatch.setattr("konic.finetuning.rewards.workers.CALLS_PER_WORKER", 3)
+    with Scorer(Rewards(), TrainingConfig(reward_workers=1)) as scorer:
+        prompts = [Prompt(row, "p", {"number": 0}) for row in range(4)]
+        for _ in range(2):
+            assert scorer.score(make_samples(prompts, ["p"] * 4, ["a"] * 4)).faults == [None] * 4
 
 
 def test_workers_killed_while_idle_are_replaced():

@@ -41,6 +41,8 @@ RESTARTS = 3
 CALLS_PER_WORKER = 10_000
 """Number of calls after which a worker is replaced, so that leaks of a reward stay bounded."""
 START_SECONDS = 120.0
+_DONE = 219
+"""The exit code of a worker that has done its calls."""
 _GRACE_SECONDS = 0.5
 """The event loop stops an async reward. If the loop is blocked, the process is killed this much later."""
 
@@ -178,7 +180,8 @@ class _Call:
             except TimeoutError:
                 return self._failed(timeout_fault(self._reward, self._owner.timeout))
             except pebble.ProcessExpired as error:
-                return self._failed(Fault(self._reward.who, f"ended its worker process (exit code {error.exitcode})."))
+                code = error.exitcode or 0
+                return self._failed(Fault(self._reward.who, f"ended its worker process (exit code {code})."))
             except Exception as error:  # the arguments cannot be pickled
                 message = f"cannot be called in a worker process: {describe_error(error)}"
                 return self._failed(Fault(self._reward.who, message))
@@ -201,7 +204,23 @@ def _timed(calls: Sequence[_Call], seconds: list[float]) -> Iterator[Outcome]:
 
 
 class _Process(SpawnProcess):
-    """A new Python process that does not import the user's script, and that is killed instead of terminated."""
+    """A new Python process that does not import the user's script, and that is killed instead of terminated.
+
+    pebble takes the exit code 0 for a worker that has done its calls. A reward can also exit with 0 (`os._exit(0)`), in
+    the middle of a call that would then be waited for without an end. So a worker that has done its calls has a code of
+    its own.
+    """
+
+    def run(self) -> None:
+        """Work until there are no more calls for this worker."""
+        super().run()
+        sys.exit(_DONE)
+
+    @property
+    def exitcode(self) -> int | None:
+        """0 for a worker that has done its calls, and None for one that a reward ended with 0."""
+        code = super().exitcode
+        return {_DONE: 0, 0: None}.get(code, code) if code is not None else None
 
     def terminate(self) -> None:
         """Kill the process and its children; SIGTERM does not stop a reward that hangs in C code or ignores it."""
