@@ -285,13 +285,16 @@ def test_a_callback_that_exits_is_named_and_what_is_done_is_saved(model_folders,
     assert (tmp_path / "checkpoint-2").is_dir()
 
 
-class Full:
-    """A stream to a full disk."""
+class Broken:
+    """A stream to a full disk, or an object of the user's that fails in its own way."""
+
+    def __init__(self, error):
+        self.error = error
 
     def write(self, text=""):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise self.error
 
-    flush = write
+    flush = isatty = fileno = write
 
 
 class Prints(KonicLLMRewardComposer):
@@ -302,10 +305,9 @@ class Prints(KonicLLMRewardComposer):
         return float(len(response))
 
 
-def test_a_full_disk_under_the_output_stops_neither_a_run_nor_a_reward_that_prints(
-    model_folders, tmp_path, monkeypatch
-):
-    streams = Full(), Full()
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("not yet set up")])
+def test_output_that_breaks_stops_neither_a_run_nor_a_reward_that_prints(model_folders, tmp_path, monkeypatch, error):
+    streams = Broken(error), Broken(error)
     monkeypatch.setattr(sys, "stdout", streams[0])
     monkeypatch.setattr(sys, "stderr", streams[1])
     engine = make_engine(model_folders["llama"], tmp_path, KonicFinetuningCallback(log_samples=True), composer=Prints())
