@@ -50,6 +50,10 @@ HARMS = {
     "denormals": (lambda: torch.set_flush_denormal(True), denormals_are_flushed),
     "anomaly detection": (lambda: torch.autograd.set_detect_anomaly(True), torch.is_anomaly_enabled),
     "cudnn attention": (lambda: torch.backends.cuda.enable_cudnn_sdp(False), torch.backends.cuda.cudnn_sdp_enabled),
+    "reduced sums": (
+        lambda: setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+        lambda: torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+    ),
     "onednn": (lambda: setattr(torch.backends.mkldnn, "enabled", False), lambda: torch.backends.mkldnn.enabled),
     "attention": (no_attention_kernels, torch.backends.cuda.math_sdp_enabled),
     "working directory": (lambda: os.chdir("/"), os.getcwd),

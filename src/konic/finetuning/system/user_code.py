@@ -180,6 +180,17 @@ def _torch_settings(torch: ModuleType) -> tuple[Setting, ...]:
     def set_mkldnn(on: bool) -> None:
         torch.backends.mkldnn.enabled = on
 
+    sums = (
+        (
+            f"torch's {name}",
+            functools.partial(getattr, torch.backends.cuda.matmul, name, None),
+            functools.partial(setattr, torch.backends.cuda.matmul, name),
+        )
+        for name in (
+            "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction",
+            "allow_fp16_accumulation",  # from 2.7
+        )
+    )  # fmt: skip
     attention = (
         (f"torch's {name} attention", getattr(torch.backends.cuda, f"{name}_sdp_enabled"), set_it)
         for name, set_it in (
@@ -212,6 +223,7 @@ def _torch_settings(torch: ModuleType) -> tuple[Setting, ...]:
         ("torch's use of oneDNN", lambda: torch.backends.mkldnn.enabled, set_mkldnn),
         *autocast,
         *attention,
+        *sums,
     )
 
 
