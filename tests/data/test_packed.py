@@ -83,6 +83,12 @@ BOMBS = {
     "texts.arrow": lambda path: write_arrow(path, list_of(pa.array(["a" * 10**6] * 60).cast(pa.string_view()))),
     "list_of_texts.parquet": lambda path: write_parquet(path, list_of(repeated(BIG, 500))),
     "list_of_texts.arrow": lambda path: write_arrow(path, list_of(repeated(BIG, 500))),
+    "map_of_texts.arrow": lambda path: write_arrow(
+        path,
+        pa.table(
+            {"prompt": ["hi"], "other": pa.MapArray.from_arrays([0, 500], pa.array(range(500)), repeated(BIG, 500))}
+        ),
+    ),
     "list_of_numbers.parquet": lambda path: write_parquet(path, list_of(pa.array([1000] * 3_000_000))),
     "columns.parquet": lambda path: write_parquet(path, pa.table({f"c{i}": repeated(BIG * 9, 5) for i in range(9)})),
     "lists.jsonl.gz": lambda path: write_packed(path, b'{"x":[', b"[]," * 4_000_000, b"[]]}"),
@@ -110,6 +116,7 @@ BOMBS = {
 CLAIMS = {
     "list_of_texts.parquet": "unpacks, in column 'other'",
     "list_of_texts.arrow": "unpacks, in column 'other'",
+    "map_of_texts.arrow": "unpacks, in column 'other'",
     "pages.parquet": "unpacks, up to column 'prompt'",
     "views.arrow": "column 'other' is of the type list_view<item: null>, which is not read",
     "ends.arrow": "column 'other' is of the type run_end_encoded",
@@ -240,6 +247,17 @@ def test_lists_of_texts_are_read_as_they_are(tmp_path):
             file = tmp_path / f"{compression}{with_dictionary}.parquet"
             pa.parquet.write_table(table, file, compression=compression, use_dictionary=with_dictionary)
             assert read_local(str(file)) == table.to_pylist()
+
+
+def test_maps_are_read_as_they_are_also_inside_of_lists_and_from_part_of_a_batch(tmp_path):
+    kind = pa.map_(pa.string(), pa.string())
+    maps = pa.array([[("a", "b"), ("c", None)], None, []] * 50, kind)
+    lists = pa.array([[[("a", "b")], None], None, []] * 50, pa.list_(kind))
+    table = pa.table({"prompt": [str(i) for i in range(150)], "maps": maps, "lists": lists})
+    write_parquet(tmp_path / "a.parquet", table)
+    write_arrow(tmp_path / "a.arrow", table)
+    for name in ("a.parquet", "a.arrow"):
+        assert read_local(str(tmp_path / name)) == table.to_pylist()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 
 from konic.finetuning.data.formats import FORMATS, decode_text, read_rows
 from konic.finetuning.data.packed import COMPRESSIONS, Content, TooLargeError
@@ -103,7 +104,7 @@ class LocalRows:
             raise DatasetError(f"{named} is not UTF-8 text: {_explain_encoding(error)}") from None
         except TooLargeError as error:
             raise DatasetError(f"{named} {error}") from None
-        except (OSError, ValueError, RecursionError, MemoryError, csv.Error) as error:
+        except (OSError, ValueError, RecursionError, MemoryError, csv.Error, pyarrow.ArrowException) as error:
             what = str(error).rstrip(".") or type(error).__name__
             raise DatasetError(
                 f"{named} cannot be read as {kind[1:]}: {what}. Fix the file, or rename it with the extension of "

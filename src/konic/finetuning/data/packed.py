@@ -173,15 +173,21 @@ def _written_out_bytes(array: Any) -> int:
             return int(len(array) * values.nbytes / max(1, len(values)))
         lengths = pyarrow.compute.binary_length(values).take(array.indices)
         return pyarrow.compute.sum(lengths).as_py() or 0
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_map(kind):
-        values = array.flatten()
-        each = 8 if types.is_null(values.type) or types.is_boolean(values.type) else _BYTES_OF_VALUE
-        return each * len(values) + _written_out_bytes(values)
+    if types.is_map(kind):
+        offsets = array.offsets.to_pylist() or [0]
+        return sum(_listed_bytes(part[offsets[0] : offsets[-1]]) for part in (array.keys, array.items))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _listed_bytes(array.flatten())
     if types.is_string_view(kind) or types.is_binary_view(kind):  # a view begins with the length of its text
         start, end = 4 * array.offset, 4 * (array.offset + len(array))
         lengths = np.frombuffer(array.buffers()[1], np.int32)[start:end:4] if len(array) else np.zeros(0)
         return int(lengths[array.is_valid().to_numpy(zero_copy_only=False)].sum(dtype=np.int64))
     return sum(map(_written_out_bytes, array.flatten())) if types.is_struct(kind) else 0
+
+
+def _listed_bytes(values: Any) -> int:
+    each = 8 if pyarrow.types.is_null(values.type) or pyarrow.types.is_boolean(values.type) else _BYTES_OF_VALUE
+    return each * len(values) + _written_out_bytes(values)
 
 
 def require_honest_messages(file: BinaryIO, num_bytes: int) -> None:
