@@ -307,6 +307,9 @@ def test_a_cell_may_hold_megabytes(tmp_path):
         ("prompt,answer\na,b,c\n", "line 2: it has 3 cells, the header 2"),
         ('prompt\n"a\n', "unexpected end of data"),
         ("", "the file is empty"),
+        ("prompt;answer\na;b\n", "Its cells seem to be separated by ';': save it with commas"),
+        ("prompt|answer\na, b|c\n", "line 2: it has 2 cells, the header 1. Its cells seem to be separated by '|'"),
+        ("prompt\tanswer\na\tb\n", "separated by '\\t': save it with commas as .csv, or with tabs as .tsv"),
     ],
 )
 def test_a_csv_that_does_not_add_up_is_told_with_its_line(tmp_path, text, told):

@@ -6,6 +6,9 @@ from typing import Any
 from konic.finetuning.data.chats import is_message, is_missing
 from konic.finetuning.errors import DatasetError, did_you_mean
 
+SEPARATORS = (";", "\t", "|", ",")
+"""What other programs write between the cells of a row."""
+
 
 class _Blank(str):
     """The text of a missing value, empty in every format."""
@@ -34,7 +37,17 @@ def missing_column(name: str, index: int, columns: Mapping[str, Any], where: str
     hint = did_you_mean(name, map(str, columns))
     if is_message(columns):
         hint = " This is one chat, not a list of chats: give [[{'role': ..., 'content': ...}]]."
+    separator = next(
+        (sign for sign in SEPARATORS if len(columns) == 1 and name in next(iter(columns)).split(sign)), None
+    )
+    if separator is not None:
+        hint = separated_by(separator)
     present = ", ".join(map(repr, columns)) or "none"
     return DatasetError(
         f"{where}: row {index} has no column {name!r}.{hint} Its columns: {present}. Name the right one in {setting}."
     )
+
+
+def separated_by(separator: str) -> str:
+    """Return the sentence for a csv or tsv file that has another separator than its extension says."""
+    return f" Its cells seem to be separated by {separator!r}: save it with commas as .csv, or with tabs as .tsv."

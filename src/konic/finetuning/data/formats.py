@@ -15,6 +15,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from konic.finetuning.data.chats import is_chat, read_json
+from konic.finetuning.data.columns import SEPARATORS, separated_by
 from konic.finetuning.data.packed import (
     Content,
     TooLargeError,
@@ -64,7 +65,9 @@ def _read_table(content: Content, delimiter: str) -> Iterator[Any]:
         require_distinct(header)
         for line in lines:
             if len(line) != len(header) and line:
-                raise ValueError(f"line {lines.line_num}: it has {len(line)} cells, the header {len(header)}")
+                separator = next((sign for sign in SEPARATORS if len(header) == 1 and sign in header[0]), None)
+                hint = separated_by(separator) if separator else ""
+                raise ValueError(f"line {lines.line_num}: it has {len(line)} cells, the header {len(header)}.{hint}")
             if line or len(header) == 1:
                 yield dict(zip(header, line or [""], strict=True))
     finally:
