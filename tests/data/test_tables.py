@@ -1,5 +1,6 @@
 import json
 from collections import namedtuple
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -69,6 +70,7 @@ NO_ROWS = [
     (lambda: np.array([["a", "b"]]), "ndarray"),
     (lambda: np.str_("a"), "str_"),
     (lambda: "text", "str"),
+    (lambda: "", "str"),
     (lambda: b"text", "bytes"),
     (lambda: {"prompt": ["a"]}, "dict"),
     (lambda: Row("a", 1), "Row"),
@@ -82,6 +84,30 @@ def test_what_is_not_rows_is_named_with_the_fix(make, kind):
         ConfigError, match=rf"prompts is of the type {kind}, which is not a list of rows.*Give a list of"
     ):
         DatasetConfig(prompts=make())
+
+
+@pytest.mark.parametrize("prompts", ["rows.csv", Path("rows")])
+def test_a_path_in_place_of_prompts_is_told_where_it_goes(prompts):
+    with pytest.raises(ConfigError, match=r"prompts is of the type .*; for those of a file, DatasetConfig\(name="):
+        DatasetConfig(prompts=prompts)
+
+
+def test_an_index_of_pandas_that_has_a_name_is_a_column():
+    frame = pandas.DataFrame({"prompt": ["a", "b"], "zip": ["01", "02"]})
+    assert [row.columns for row in load(frame.set_index("zip"))] == [{"zip": "01"}, {"zip": "02"}]
+    assert [row.content for row in load(frame.set_index("prompt"))] == ["a", "b"]
+    both = frame.set_index("zip", drop=False)
+    both.index = both.index + "0"
+    assert [row.columns for row in load(both)] == [{"zip": "01"}, {"zip": "02"}]
+    assert load(frame.rename(index={0: 5}))[0].columns == {"zip": "01"}
+
+
+def test_columns_that_are_numbers_go_by_their_text():
+    (row,) = load(pandas.DataFrame([["a", "x"]]), prompt_column="0")
+    assert (row.content, row.columns) == ("a", {"1": "x"})
+    assert collect_columns([row]) == [{"1": "x"}]
+    with pytest.raises(DatasetError, match=r"row 0 \(two of its columns have one name"):
+        load([{"prompt": "a", 0: "x", "0": "y"}])
 
 
 @pytest.mark.parametrize(

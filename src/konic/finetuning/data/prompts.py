@@ -257,7 +257,10 @@ def _with_equal_columns(prompts: list[Prompt]) -> list[Prompt]:
 
 def _make_prompt(index: int, row: Any, config: DatasetConfig, where: str) -> tuple[int, Prompt | str]:
     """Return the row's number with its prompt, or with the reason why the row has no usable prompt."""
-    columns = copy_columns(row if isinstance(row, Mapping) else {config.prompt_column: row})
+    cells = copy_columns(row if isinstance(row, Mapping) else {config.prompt_column: row})
+    columns = {str(name): cell for name, cell in cells.items()}  # a table may number its columns
+    if len(columns) < len(cells):
+        return index, "two of its columns have one name, as a number and as text"
     content: Any
     if config.prompt_template is not None:
         content = fill_template(config.prompt_template, index, columns, where)

@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from typing import Any
 
 from konic.finetuning.errors import panics_as_errors, safe_cause
 from konic.finetuning.settings import short_repr
+from konic.finetuning.system.places import looks_like_path
 from konic.text import describe_error
 
 
@@ -42,9 +44,11 @@ def _read(table: Any, read: Callable[[Any], list[Any]]) -> list[Any]:
 
 
 def _not_rows(prompts: Any) -> ValueError:
+    is_path = isinstance(prompts, PathLike) or (isinstance(prompts, str) and prompts != "" and looks_like_path(prompts))
+    hint = "; for those of a file, DatasetConfig(name=...)" if is_path else ""
     return ValueError(
         f"prompts is of the type {type(prompts).__name__}, which is not a list of rows: {short_repr(prompts)}. Give "
-        "a list of strings, of chats or of dicts, or a table"
+        f"a list of strings, of chats or of dicts, or a table{hint}"
     )
 
 
@@ -60,6 +64,8 @@ def _read_pandas(table: Any) -> list[Any]:
     is_frame = isinstance(table, pandas.DataFrame)
     if is_frame:
         require_distinct(table.columns)
+        named = [level for level in table.index.names if level is not None and level not in table.columns]
+        table = table.reset_index(level=named) if named else table
     elif isinstance(table, pandas.Series | pandas.Index | pandas.api.extensions.ExtensionArray):
         table = pandas.Series(table)
     else:
