@@ -351,6 +351,7 @@ def train_on(**dataset):
 
 
 RUBBISH = bytes(range(255, -1, -1)) * 40
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 GOOD = rows_file([{"prompt": "a"}, {"prompt": "b"}])
 TWICE = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["prompt", "prompt"])
 
@@ -378,6 +379,10 @@ TWICE = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["prompt", "pro
         case("csv zipped", "a.csv", gzip.compress(b"prompt\na\n"), "rename it to a.csv.gz"),
         case("jsonl zipped", "a.jsonl", gzip.compress(GOOD), "rename it to a.jsonl.gz"),
         case("txt zipped", "a.txt", gzip.compress(b"a\n"), "rename it to a.txt.gz"),
+        case("csv is Excel", "a.csv", b"PK\x03\x04rest", "an Excel file or a zip archive: save what is inside as csv"),
+        case("jsonl is arrow", "a.jsonl", b"ARROW1\0\0", "holds a table of arrow: rename it to a.arrow"),
+        case("txt is a pointer", "a.txt", LFS_POINTER, "a pointer of Git LFS in place of the data: fetch them by"),
+        case("parquet is a pointer", "a.parquet", LFS_POINTER, "by `git lfs pull`"),
         case("csv empty", "a.csv", b"", "cannot be read as csv"),
         case("json empty", "a.json", b"", "cannot be read as json"),
         case("jsonl empty", "a.jsonl", b"", "no rows"),
@@ -437,7 +442,7 @@ TWICE = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["prompt", "pro
         case("parquet cut start", "a.parquet", parquet({"prompt": ["a"]}, slice(9, None)), "cannot be read as parq"),
         case("parquet cut half", "a.parquet", parquet({"prompt": ["a"]}, slice(200)), "cannot be read as parquet"),
         case("parquet is csv", "a.parquet", b"prompt\na\n", "cannot be read as parquet"),
-        case("csv is parquet", "a.csv", parquet({"prompt": ["a"]}), "a.csv"),
+        case("csv is parquet", "a.csv", parquet({"prompt": ["a"]}), "holds a table of parquet: rename it to a.parquet"),
         case("parquet no rows", "a.parquet", parquet({"prompt": pa.array([], pa.string())}), "no rows"),
         case("parquet other column", "a.parquet", parquet({"text": ["a"]}), "no column 'prompt'"),
         case("parquet numbers", "a.parquet", parquet({"prompt": [1, 2]}), "row 0 (int"),

@@ -17,6 +17,7 @@ import pyarrow.parquet
 from konic.finetuning.data.chats import is_chat, read_json
 from konic.finetuning.data.columns import SEPARATORS, separated_by
 from konic.finetuning.data.packed import (
+    COMPRESSIONS,
     Content,
     TooLargeError,
     allowance,
@@ -28,7 +29,7 @@ from konic.finetuning.data.packed import (
     texts_in_lists,
 )
 from konic.finetuning.data.rows import read_cells, require_distinct
-from konic.finetuning.system.places import find_stray
+from konic.finetuning.system.places import find_stray, open_regular
 
 _ROWS_AT_ONCE = 64
 """Of a table; fewer where each of them may be large."""
@@ -201,6 +202,32 @@ _TABLES: dict[str, Callable[[BinaryIO, int, Container[int] | None], Iterator[Any
 }
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".txt")
 """The extensions of the formats."""
+
+
+_STARTS = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet", b"ARROW1": ".arrow"}
+_START_OF_ZIP = b"PK\x03\x04"
+_START_OF_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def find_other_format(file: Path, kind: str) -> str | None:
+    """Return what a file is instead of one of its kind, and what to do about it; None if its first bytes do not say.
+
+    Args:
+        file: A regular file.
+        kind: One of :data:`FORMATS`, by the file's name.
+    """
+    with open_regular(file) as opened:
+        start = opened.read(len(_START_OF_POINTER))
+    if start == _START_OF_POINTER:
+        return "is a pointer of Git LFS in place of the data: fetch them by `git lfs pull`"
+    if kind in _TABLES or file.suffix.lower() in COMPRESSIONS:
+        return None
+    if start.startswith(_START_OF_ZIP):
+        return "is an Excel file or a zip archive: save what is inside as csv or jsonl"
+    ending = next((ending for magic, ending in _STARTS.items() if start.startswith(magic)), None)
+    if ending in COMPRESSIONS:
+        return f"is compressed: rename it to {file.name}{ending}"
+    return ending and f"holds a table of {ending[1:]}: rename it to {file.stem}{ending}"
 
 
 def read_rows(content: Content, kind: str, wanted: Container[int] | None) -> Iterator[Any]:

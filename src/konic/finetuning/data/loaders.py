@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 
-from konic.finetuning.data.formats import FORMATS, decode_text, read_rows
+from konic.finetuning.data.formats import FORMATS, decode_text, find_other_format, read_rows
 from konic.finetuning.data.packed import COMPRESSIONS, Content, TooLargeError
 from konic.finetuning.data.rows import read_dataset
 from konic.finetuning.errors import ConfigError, DatasetError, did_you_mean
@@ -92,15 +92,15 @@ class LocalRows:
         kind = self._kind or ".arrow"  # of which a folder of save_to_disk is made
         named = f"Dataset {self._name!r}" + (f", file {file.name!r}," if self._path.is_dir() else "")
         try:
+            other = find_other_format(file, kind)
+            if other is not None:
+                raise DatasetError(f"{named} {other}.")
             with Content(file) as content:
                 try:
                     yield from read_rows(content, kind, wanted)
                 except UnicodeDecodeError as error:
                     raise _in_whole(file, content.num_read, error) from None
         except UnicodeDecodeError as error:
-            compressed = next((end for end, magic in _MAGIC.items() if error.object.startswith(magic)), None)
-            if compressed:
-                raise DatasetError(f"{named} is compressed: rename it to {file.name}{compressed}.") from None
             raise DatasetError(f"{named} is not UTF-8 text: {_explain_encoding(error)}") from None
         except TooLargeError as error:
             raise DatasetError(f"{named} {error}") from None
@@ -314,8 +314,6 @@ def _explain_encoding(error: UnicodeDecodeError) -> str:
     return f"it may be {guess}.{where} Save it as UTF-8."
 
 
-_MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
-"""The first bytes of a compressed file."""
 _NO_DATA = (".", "README", "LICENSE", "dataset_info", "_SUCCESS")
 """How the names of hidden files and of documents begin."""
 _SHOWN = 5
