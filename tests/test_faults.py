@@ -514,6 +514,8 @@ def test_a_path_that_is_no_file_is_named(put, told, tmp_path):
         case("path of nobody", "~no_such_user_here/a.csv", "no_such_user_here"),
         case("path in a file", "file.txt/a.csv", "no such file"),
         case("a device", "/dev/null", "/dev/null"),
+        case("an address", "https://example.com/a.csv", "is an address: download the file and give its path"),
+        case("a pattern", "data/*.csv", "patterns are not expanded. Name the folder"),
     ],
 )
 def test_a_path_that_cannot_be_is_named(name, told, tmp_path):

@@ -120,6 +120,13 @@ def read_local(name: str, split: str = "train") -> list[Any]:
 def _locate(path: Path, name: str, split: str) -> tuple[str, list[Path]]:
     """Return the kind of a dataset's files, and the files; none for a folder of save_to_disk."""
     if not path.exists():
+        if "://" in name:
+            raise DatasetError(
+                f"Dataset {name!r} is an address: download the file and give its path, or give the name of a dataset "
+                "on the Hub, such as 'openai/gsm8k'."
+            )
+        if "*" in path.name:
+            raise DatasetError(f"Dataset {name!r}: patterns are not expanded. Name the folder, whose files are read.")
         beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, beside)
         raise DatasetError(f"Dataset {name!r}: there is no such file or folder: {str(path)!r}.{hint}")
