@@ -1,11 +1,12 @@
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
-from conftest import byte_tokenizer
+from conftest import CHAT_TEMPLATE, byte_tokenizer
 from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.data.prompts import Prompt, load_prompts, make_prompts
-from konic.finetuning.data.tokenization import encode_prompt, make_prompt_batch
+from konic.finetuning.data.tokenization import encode_prompt, make_prompt_batch, read_response
 from konic.finetuning.errors import ConfigError, DatasetError, ModelError
 from konic.finetuning.models.positions import position_ids
 
@@ -329,6 +330,61 @@ def test_special_tokens_of_a_prompt_stay_in_its_text_when_it_is_cut():
     assert encode_prompt(prompt, byte_tokenizer("gpt2"), 3)[1] == " <eos>b"
 
 
+def space_tokenizer():
+    """Words that begin with a space, which decoding leaves out of the first one, as Llama 2's tokenizer does."""
+    words = ["<unk>", "<s>", "▁a", "▁the", "▁film", "s", "<think>"]
+    tokenizer = Tokenizer(models.Unigram([(word, -float(len(word) < 3)) for word in words], unk_id=0))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+    fast.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    return fast
+
+
+@pytest.mark.parametrize(
+    ("tokens", "skip", "text"),
+    [
+        (["▁the", "▁film"], False, " the film"),
+        (["s", "▁film"], False, "s film"),
+        (["<think>", "▁film"], False, "<think> film"),
+        (["<think>", "▁film"], True, " film"),
+        ([], False, ""),
+    ],
+)
+def test_a_response_keeps_the_space_of_its_first_token(tokens, skip, text):
+    tokenizer = space_tokenizer()
+    assert tokenizer.decode(tokenizer.convert_tokens_to_ids(["▁the", "▁film"])) == "the film"
+    assert read_response(tokenizer.convert_tokens_to_ids(tokens), tokenizer, skip) == text
+
+
+def test_bytes_of_a_character_that_begin_a_response_are_shown_as_they_are_alone():
+    tokenizer = byte_tokenizer("gpt2")
+    for ids in (tokenizer("é").input_ids, tokenizer("é").input_ids[1:], [0, *tokenizer("x").input_ids]):
+        assert read_response(ids, tokenizer) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("limit", [40, 9])
+def test_text_that_begins_with_what_the_tokenizer_adds_does_not_get_it_twice(limit):
+    tokenizer = byte_tokenizer("llama")
+    tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
+    chat = [{"role": "user", "content": "hi"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    own = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert own[0] == 257
+    ids, kept = encode_prompt(Prompt(0, text), tokenizer, limit)
+    assert ids == (own if limit == 40 else [257, *own[-8:]])
+    assert kept == (text if limit == 40 else text[-8:])
+
+
+def test_what_a_tokenizer_without_ordinary_text_adds_is_kept():
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "1": 1, "+": 2}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    assert encode_prompt(Prompt(0, "1 + 1"), fast, 8)[0] == [0, 1, 2, 1]
+    assert read_response([1, 2], fast) == "1 +"
+
+
 def test_what_the_tokenizer_adds_is_found_once_for_all_prompts(monkeypatch):
     tokenizer, texts = byte_tokenizer("llama"), []
     kind = type(tokenizer)
@@ -336,4 +392,4 @@ def test_what_the_tokenizer_adds_is_found_once_for_all_prompts(monkeypatch):
     monkeypatch.setattr(kind, "__call__", lambda self, text, **rest: texts.append(text) or call(self, text, **rest))
     for prompt in make_prompts(["x", "y", "z"], DatasetConfig(), "test"):
         encode_prompt(prompt, tokenizer, 8)
-    assert texts == ["a", "a", "x", "y", "z"]
+    assert texts == ["a", "a", "a", "x", "y", "z"]

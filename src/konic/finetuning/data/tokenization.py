@@ -22,6 +22,8 @@ from konic.text import printable
 
 _HALF_A_CHARACTER = "\ufffd"
 """The replacement character, which decoding gives for a character that a cut split."""
+_ORDINARY = "a"
+"""A text without a special token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +115,28 @@ def read_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, skip_speci
     return str(text)
 
 
+def read_response(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = False) -> str:
+    """Return the text that tokens add to the text before them: many tokenizers leave out the space of a first token."""
+    before = _ordinary_tokens(tokenizer)
+    start = read_text(before, tokenizer, skip_special_tokens)
+    whole = read_text([*before, *ids], tokenizer, skip_special_tokens)
+    return whole[len(start) :] if whole.startswith(start) else read_text(ids, tokenizer, skip_special_tokens)
+
+
+@lru_cache(maxsize=8)
+def _ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the tokens of an ordinary text; none if that is not in the vocabulary."""
+    try:
+        return tuple(tokenizer(_ORDINARY, add_special_tokens=False, verbose=False).input_ids)
+    except Exception:  # the tokenizers of Rust raise no class of their own
+        return ()
+
+
 def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], str]:
-    head = _added_before(tokenizer)
+    head = _added_before(tokenizer, _ORDINARY if _ordinary_tokens(tokenizer) else text)
     own = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    if head and own[: len(head)] == head:  # text that a chat template made begins with them already
+        own = own[len(head) :]
     if len(head) + len(own) <= max_length:
         return head + own, text
     head = head if len(head) < max_length else []
@@ -124,13 +145,13 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int)
 
 
 @lru_cache(maxsize=8)
-def _added_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _added_before(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the tokens that the tokenizer adds before a text, such as a beginning of sequence.
 
     What it adds after a text, such as an end of sequence, would end the prompt and is not wanted.
     """
-    ids = tokenizer("a", verbose=False).input_ids
-    own = tokenizer("a", add_special_tokens=False, verbose=False).input_ids
+    ids = tokenizer(text, verbose=False).input_ids
+    own = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     starts = range(len(ids) - len(own) + 1)
     return ids[: next((start for start in starts if ids[start : start + len(own)] == own), 0)]
 

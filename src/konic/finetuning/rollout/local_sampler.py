@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWarper
 
 from konic.finetuning.config import GenerationConfig
-from konic.finetuning.data.tokenization import PromptBatch, read_text
+from konic.finetuning.data.tokenization import PromptBatch, read_response
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.models.positions import distinct_prompts
@@ -160,7 +160,7 @@ class _Responses:
         """Return True [n] where the response of a row so far contains a stop string."""
         ids, mask = self._ids[rows, : step + 1], self._mask[rows, : step + 1]
         texts = [
-            read_text(row[keep].tolist(), tokenizer, generation.skip_special_tokens)
+            read_response(row[keep].tolist(), tokenizer, generation.skip_special_tokens)
             for row, keep in zip(ids, mask, strict=True)
         ]
         stop = generation.stop or ()

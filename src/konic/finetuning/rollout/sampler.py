@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from konic.finetuning.config import GenerationConfig
-from konic.finetuning.data.tokenization import PromptBatch, read_text
+from konic.finetuning.data.tokenization import PromptBatch, read_response
 from konic.finetuning.errors import ConfigError, ModelError
 from konic.finetuning.models.language_model import LanguageModel
 
@@ -123,6 +123,6 @@ def decode_response(
     """Return the text of the tokens of one response, without its end token and cut before a stop string."""
     if ids and ids[-1] in special.eos:
         ids = ids[:-1]
-    text = read_text(ids, tokenizer, generation.skip_special_tokens)
+    text = read_response(ids, tokenizer, generation.skip_special_tokens)
     ends = [text.find(string) for string in generation.stop or () if string in text]
     return text[: min(ends)] if ends else text

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from konic.finetuning.config import GenerationConfig
-from konic.finetuning.data.tokenization import PromptBatch, read_text
+from konic.finetuning.data.tokenization import PromptBatch, read_response
 from konic.finetuning.errors import SamplerError
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.rollout.sampler import RandomKey, Samples, SpecialTokens
@@ -120,7 +120,7 @@ class VllmSampler:
         stop = generation.stop or ()
 
         def stops(length: int) -> bool:
-            text = read_text(ids[:length], self._policy.tokenizer, generation.skip_special_tokens)
+            text = read_response(ids[:length], self._policy.tokenizer, generation.skip_special_tokens)
             return any(string in text for string in stop)
 
         if stop and stops(len(ids)):
