@@ -150,6 +150,8 @@ TEXTS = [
     '[INST] Write {"role": "user", "content": "hi"} [/INST]', "(as in {'role': 'user', 'content': 1})",
     '["role", "content"]', '{"role": "user", "id": 3}', '[{"role": "admin"}, {"role": "user"}] How many?',
     '{"from": "USD", "to": "EUR", "value": 5}', '{"from": "USD", "to": "EUR", "value": 5} Convert it.',
+    "Role: user\nContent: what they see", "- role: admin\n  content: x", "- role: user",
+    "Turn - role: user\n  content: x",
     '[{"content": "a long text"}] Summarise it.', '{"name": "f", "arguments": {"value": "user"}}',
 ]  # fmt: skip
 
@@ -198,6 +200,18 @@ DAMAGED = [
 @pytest.mark.parametrize("text", DAMAGED)
 def test_a_chat_whose_text_is_damaged_is_refused(text):
     with pytest.raises(DatasetError, match=r"row 0 .*begins as a chat but cannot be read as one"):
+        load([text])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- role: user\n  content: hi\n", "messages:\n  - role: 'system'\n    content: |\n      a\n      b\n",
+        "- content: hi\n  role: user\n", "\n- from: human\n  value: hi\n",
+    ],
+)  # fmt: skip
+def test_a_chat_in_yaml_is_refused_with_the_fix(text):
+    with pytest.raises(DatasetError, match=r"row 0 \(text that begins as a chat in YAML: write .* as JSON"):
         load([text])
 
 

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import CHAT_TEMPLATE, byte_tokenizer
 from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.data.prompts import Prompt, load_prompts, make_prompts
-from konic.finetuning.data.tokenization import encode_prompt, make_prompt_batch, read_response
+from konic.finetuning.data.tokenization import _warn_of_markup, encode_prompt, make_prompt_batch, read_response
 from konic.finetuning.errors import ConfigError, DatasetError, ModelError
 from konic.finetuning.models.positions import position_ids
 
@@ -374,6 +374,27 @@ def test_text_that_begins_with_what_the_tokenizer_adds_does_not_get_it_twice(lim
     ids, kept = encode_prompt(Prompt(0, text), tokenizer, limit)
     assert ids == (own if limit == 40 else [257, *own[-8:]])
     assert kept == (text if limit == 40 else text[-8:])
+
+
+MARKED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_markup_of_another_model_in_plain_text_is_told_once(caplog):
+    _warn_of_markup.cache_clear()
+    make_prompt_batch([Prompt(0, MARKED), Prompt(1, MARKED)], byte_tokenizer("gpt2"), 99, 0, CPU)
+    (record,) = caplog.records
+    assert "Prompts of plain text hold '<|im_start|>'" in record.getMessage()
+    assert "Give lists of messages" in record.getMessage()
+
+
+def test_the_markup_of_the_model_itself_is_no_mistake(caplog):
+    _warn_of_markup.cache_clear()
+    with_tokens, with_template = byte_tokenizer("gpt2"), byte_tokenizer("gpt2")
+    with_tokens.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    with_template.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}{{ m['content'] }}{% endfor %}"
+    for tokenizer in (with_tokens, with_template):
+        assert encode_prompt(Prompt(0, MARKED), tokenizer, 99) == (tokenizer(MARKED).input_ids, MARKED)
+    assert not caplog.records
 
 
 def test_what_a_tokenizer_without_ordinary_text_adds_is_kept():

@@ -25,8 +25,20 @@ _SPEAKER = re.compile(
     r"""\b(?:role|from)\\*["'”]?\s*:\s*\\*["'“](?:user|assistant|system|developer|tool|human|gpt|model)\b""",
     re.IGNORECASE,
 )
+_YAML = re.compile(
+    r"""(?:\w+:\s*\n\s*)?-\s+(?:(?:role|from):\s*["']?(?:user|assistant|system|developer|tool|human|gpt|model)\b.*\n"""
+    r"""\s+(?:content|value):|(?:content|value):[^\n]*\n\s+(?:role|from):)""",
+    re.IGNORECASE,
+)
+"""How a chat in YAML begins."""
 _SPEECH = re.compile(r"""\b(?:content|value|parts)\\*["'”]?\s*:""", re.IGNORECASE)
 """What every chat's text holds: who speaks, and what is said."""
+
+_MARKUP = re.compile(
+    r"<\|(?:im_start|start_header_id|header_start|start_of_role|start|turn|user|User|START_OF_TURN_TOKEN)\|>"
+    r"|<start_of_turn>|<｜User｜>|\[INST\]"
+)
+"""With what the chat templates of known models begin a message."""
 
 
 def read_json(text: str) -> Any:
@@ -45,6 +57,8 @@ def read_chat(text: str) -> Any:
         ValueError: The text begins as a chat, but it cannot be read, or is cut off.
     """
     bare = text.strip("\ufeff \t\r\n")
+    if _YAML.match(bare):
+        raise ValueError("text that begins as a chat in YAML: write the list of messages as JSON")
     if not (_OBJECT.match(bare) and _SPEAKER.search(bare) and _SPEECH.search(bare)):
         return text
     for read in (read_json, _read_literal):
@@ -58,6 +72,12 @@ def read_chat(text: str) -> Any:
     raise ValueError(
         "text that begins as a chat but cannot be read as one: write the list of messages as JSON, with each key once"
     )
+
+
+def find_markup(text: str) -> str | None:
+    """Return the first mark of a chat template in a text, such as `<|im_start|>`; None if there is none."""
+    found = _MARKUP.search(text)
+    return found and found[0]
 
 
 def is_chat(value: Any) -> bool:

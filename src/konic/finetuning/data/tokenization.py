@@ -16,9 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from konic.finetuning.data.chat_templates import render_chat
+from konic.finetuning.data.chats import find_markup
 from konic.finetuning.data.prompts import Prompt
 from konic.finetuning.errors import ConfigError, DatasetError, ModelError, did_you_mean
+from konic.output import get_logger
 from konic.text import printable
+
+logger = get_logger(__name__)
 
 _HALF_A_CHARACTER = "\ufffd"
 """The replacement character, which decoding gives for a character that a cut split."""
@@ -96,6 +100,9 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, max_length
             message out.
     """
     if isinstance(prompt.content, str):
+        markup = find_markup(prompt.content)
+        if markup is not None and not _knows(tokenizer, markup):
+            _warn_of_markup(markup)
         ids, text = _encode_text(prompt.content, tokenizer, max_length)
         if prompt.content and not text:
             raise DatasetError(
@@ -142,6 +149,21 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int)
     head = head if len(head) < max_length else []
     kept = own[_next_character(len(own) - max_length + len(head), own, tokenizer) :]
     return head + kept, read_text(kept, tokenizer)
+
+
+def _knows(tokenizer: PreTrainedTokenizerBase, markup: str) -> bool:
+    """True if a mark of a chat template is a token of this model, or text that its own template writes."""
+    is_token = len(tokenizer(markup, add_special_tokens=False, verbose=False).input_ids) == 1
+    return is_token or markup in str(tokenizer.chat_template or "")
+
+
+@lru_cache(maxsize=8)
+def _warn_of_markup(markup: str) -> None:
+    logger.warning(
+        "Prompts of plain text hold %r, which begins a message of a chat, and this model reads it as ordinary text. "
+        "Give lists of messages, [{'role': 'user', 'content': ...}], or take the model that the text was made for.",
+        markup,
+    )
 
 
 @lru_cache(maxsize=8)
