@@ -70,8 +70,8 @@ class StandIn(types.ModuleType):
         self.metrics[step] = metrics
 
     def end_run(self, status):
-        self._request()
         self.run = None
+        self._request()
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_a_tracker_gets_no_secret(mlflow, caplog):
     assert "MLflow: ConnectionError: https://***@host?***." in caplog.text
 
 
-def test_a_server_that_dies_costs_three_calls_and_two_lines(mlflow, caplog):
+def test_a_server_that_dies_costs_four_calls_and_two_lines_and_no_run_stays_open(mlflow, caplog):
     tracker = MLflowCallback()
     tracker.on_train_begin({"lr": 0.1})
     tracker.on_iteration_end(result(1))
@@ -118,7 +118,8 @@ def test_a_server_that_dies_costs_three_calls_and_two_lines(mlflow, caplog):
     for iteration in range(2, 50):
         tracker.on_iteration_end(result(iteration))
     tracker.on_train_end(None)
-    assert mlflow.calls - before == 3
+    assert mlflow.calls - before == 4
+    assert mlflow.run is None
     assert [record.message.split(":")[0] for record in caplog.records] == ["MLflow"] * 2
 
 

@@ -43,9 +43,9 @@ class TensorBoardCallback(Tracker):
         self._writer.flush()
 
     def _finish(self, has_failed: bool) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
 
 def _cell(value: Any) -> str:

@@ -129,11 +129,16 @@ class Tracker(BaseKonicFinetuningCallback):
 
     def on_train_end(self, result: FinetuningResult) -> None:
         """End the tracker's run."""
-        self._tried(lambda: self._finish(has_failed=False))
+        self._end(has_failed=False)
 
     def on_train_error(self, error: BaseException) -> None:
         """End the tracker's run as failed."""
-        self._tried(lambda: self._finish(has_failed=True))
+        self._end(has_failed=True)
+
+    def _end(self, has_failed: bool) -> None:
+        """End what was started, also where nothing more is logged: the next training must not go on in an open run."""
+        self._failures_in_a_row = 0
+        self._tried(lambda: self._finish(has_failed))
 
     def _tried(self, call: Callable[[], Any]) -> bool:
         """Make a call; return False if it fails, with a warning the first time and when it is given up."""
@@ -145,7 +150,7 @@ class Tracker(BaseKonicFinetuningCallback):
         except Exception as error:  # a tracker may raise anything
             self._failures_in_a_row += 1
             if not self._has_warned:
-                logger.warning("%s: %s. The run goes on without it.", self.label, describe_error(error))
+                logger.warning("%s: %s. The run goes on without it.", self.label, describe_error(error).rstrip("."))
             if self._failures_in_a_row == _MAX_FAILURES:
                 logger.warning(
                     "%s: %d calls in a row failed: this run logs nothing more to it.", self.label, _MAX_FAILURES

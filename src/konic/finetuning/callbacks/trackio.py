@@ -42,6 +42,6 @@ class TrackioCallback(Tracker):
         self._run.log(logged, step=step)
 
     def _finish(self, has_failed: bool) -> None:
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
+        run, self._run = self._run, None
+        if run is not None:
+            run.finish()

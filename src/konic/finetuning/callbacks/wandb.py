@@ -55,6 +55,6 @@ class WandbCallback(Tracker):
         self._run.log(logged)
 
     def _finish(self, has_failed: bool) -> None:
-        if self._run is not None:
-            self._run.finish(exit_code=int(has_failed))
-            self._run = None
+        run, self._run = self._run, None
+        if run is not None:
+            run.finish(exit_code=int(has_failed))
