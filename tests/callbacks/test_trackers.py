@@ -1,5 +1,6 @@
 """The MLflow tracker, against a stand-in that refuses what MLflow 3.17 refuses."""
 
+import json
 import os
 import posixpath
 import re
@@ -45,8 +46,10 @@ class StandIn(types.ModuleType):
     def active_run(self):
         return self.run
 
-    def start_run(self):
+    def start_run(self, run_id="r"):
         self._request()
+        if run_id != "r":
+            raise Refused("it is in the deleted state.")
         self.run = types.SimpleNamespace(
             info=types.SimpleNamespace(run_id="r"), data=types.SimpleNamespace(params=self.params)
         )
@@ -59,8 +62,9 @@ class StandIn(types.ModuleType):
         self._request()
         self.params |= params
 
-    def log_metrics(self, metrics, step):
+    def log_metrics(self, metrics, step, run_id):
         self._request()
+        assert run_id == "r"
         for name in metrics:
             norm = posixpath.normpath(name)
             if len(name) > 250 or norm != name or norm == "." or norm[0] in "/" or norm.startswith(".."):
@@ -121,6 +125,29 @@ def test_a_server_that_dies_costs_four_calls_and_two_lines_and_no_run_stays_open
     assert mlflow.calls - before == 4
     assert mlflow.run is None
     assert [record.message.split(":")[0] for record in caplog.records] == ["MLflow"] * 2
+
+
+def test_a_run_that_cannot_be_continued_is_told_and_a_new_one_is_started(mlflow, caplog, tmp_path):
+    (tmp_path / "trackers").mkdir()
+    (tmp_path / "trackers" / "runs.json").write_text('{"mlflow": "deleted"}')
+    tracker = MLflowCallback()
+    tracker.on_train_begin({"run_folder": str(tmp_path), "iterations_done": 2})
+    tracker.on_iteration_end(result(3))
+    tracker.on_train_end(None)
+    assert caplog.messages == [
+        "MLflow: the run so far cannot be continued: Refused: it is in the deleted state. A new one is started."
+    ]
+    assert list(mlflow.metrics) == [3]
+    assert mlflow.run is None
+    assert json.loads((tmp_path / "trackers" / "runs.json").read_text()) == {"mlflow": "r"}
+
+
+def test_without_a_run_nothing_is_logged(mlflow):
+    mlflow.is_gone, tracker = True, MLflowCallback()
+    tracker.on_train_begin({"lr": 0.1})
+    mlflow.is_gone = False
+    tracker.on_iteration_end(result(1))
+    assert not mlflow.metrics
 
 
 def test_a_server_that_comes_back_gets_the_next_iterations(mlflow):
