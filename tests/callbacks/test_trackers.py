@@ -60,7 +60,7 @@ class StandIn(types.ModuleType):
 
     def log_params(self, params):
         self._request()
-        self.params |= params
+        self.params |= {name: str(value) for name, value in params.items()}
 
     def log_metrics(self, metrics, step, run_id):
         self._request()
@@ -140,6 +140,15 @@ def test_a_run_that_cannot_be_continued_is_told_and_a_new_one_is_started(mlflow,
     assert list(mlflow.metrics) == [3]
     assert mlflow.run is None
     assert json.loads((tmp_path / "trackers" / "runs.json").read_text()) == {"mlflow": "r"}
+
+
+def test_settings_that_mlflow_does_not_change_are_named(mlflow, caplog):
+    tracker = MLflowCallback()
+    for settings in ({"lr": 0.1, "max_iterations": 1}, {"lr": 0.1, "max_iterations": 2}, {"lr": 0.2}):
+        assert not caplog.messages
+        tracker.on_train_begin(settings)
+    assert caplog.messages == ["MLflow keeps the first values of a run for lr: see this run's run.json."]
+    assert mlflow.params["lr"] == "0.1"
 
 
 def test_without_a_run_nothing_is_logged(mlflow):

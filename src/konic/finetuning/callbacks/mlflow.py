@@ -15,6 +15,8 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 """MLflow's own settings, where the user has not set them: by default it retries a single call for two minutes."""
+_GROWING = {"max_iterations", "iterations_done"}
+"""Settings that a resume changes as a rule."""
 
 
 class MLflowCallback(Tracker):
@@ -36,6 +38,9 @@ class MLflowCallback(Tracker):
         self._run_id = str(self._package.active_run().info.run_id)
         known = self._package.get_run(self._run_id).data.params  # it refuses another value for the same name
         self._package.log_params({name: value for name, value in settings.items() if name not in known})
+        other = [name for name in settings if known.get(name, str(settings[name])) != str(settings[name])]
+        if set(other) - _GROWING:
+            logger.warning("MLflow keeps the first values of a run for %s: see this run's run.json.", ", ".join(other))
         return self._run_id if self._owns_run else None
 
     def _open(self, run_id: str | None) -> None:
