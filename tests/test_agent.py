@@ -65,6 +65,8 @@ def test_a_peft_lora_config_is_taken_and_prompt_learning_is_not():
         KonicFinetuningAgent("gpt2", Rewards(), peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
     with pytest.raises(ConfigError, match=r"PromptTuningConfig is not supported.*Use LoraConfig\(r=8"):
         KonicFinetuningAgent("gpt2", Rewards(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ConfigError, match=r"AdaLoraConfig is not supported.*Use LoraConfig\(r=8"):
+        KonicFinetuningAgent("gpt2", Rewards(), peft.AdaLoraConfig(task_type="CAUSAL_LM", total_step=10))
     with pytest.raises(ConfigError, match="lora_config must be a LoraConfig"):
         KonicFinetuningAgent("gpt2", Rewards(), "lora")
 

@@ -31,7 +31,7 @@ INSIDE = {
         "positions", "distributions", "length_groups", "value_head", "prepacked", "products", "sharding", "wide_head",
         "language_model", "fsdp", "token_scores", "headers", "locations", "decode_probe", "tokenizer_rules",
         "containment", "model_kwargs", "loading",
-        "adapter_config", "adapters", "adapter_check", "trained_weights", "policy", "policy_files",
+        "adapter_config", "adapters", "merging", "adapter_check", "trained_weights", "policy", "policy_files",
     ],
     "rewards": [
         "moments", "named_parts", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "validation",

@@ -10,8 +10,10 @@ from test_families import ROUNDING
 from transformers import AutoModelForCausalLM
 
 from conftest import loaded_model, shake_adapter
-from families import IDS, differences, largest, learner_of, logits_of, save_base
+from families import IDS, differences, largest, learner_of, logits_of
+from family_models import EXPERTS, FAMILIES, LATENT, save_base
 from konic.finetuning import ConfigError, LoraConfig, ModelError
+from konic.finetuning.models.adapter_config import peft_config
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.policy import Policy
@@ -41,6 +43,8 @@ ADAPTERS = {
     "olora": ("llama", {"init_lora_weights": "olora"}),
     "orthogonal": ("llama", {"init_lora_weights": "orthogonal"}),
     "mica": ("llama", {"init_lora_weights": "mica"}),
+    "whole blocks": ("llama", {"modules_to_save": ["mlp"]}),
+    "dropout": ("llama", {"lora_dropout": 0.5}),
     "experts": ("mixtral", {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}),
 }
 
@@ -112,6 +116,7 @@ def test_an_adapter_is_switched_off_merged_saved_and_gone_on_from_without_a_diff
         ({"trainable_token_indices": [-1]}, "trainable_token_indices: index -1 is out of bounds"),
         ({"trainable_token_indices": {"lm_head": [-1]}}, "trainable_token_indices: index -1 is out of bounds"),
         ({"lora_alpha": 0}, "lora_alpha=0 multiplies the adapter by 0"),
+        ({"velora_config": peft.VeloraConfig()}, "velora_config has no effect: .* Leave it out"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -150,6 +155,37 @@ def test_a_saved_adapter_names_the_revision_of_its_base(tmp_path):
 def test_an_adapter_that_peft_itself_cannot_run_is_one_error():
     with pytest.raises(ConfigError, match="lora_config: GPT2LMHeadModel cannot be run with this adapter: RuntimeError"):
         Policy(loaded_model("gpt2", torch.float32), adapter(target_modules=["c_attn"], init_lora_weights="olora"))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT's
+def test_a_start_that_rewrites_a_tied_weight_is_one_error(tmp_path):
+    save_base("qwen2", tmp_path)
+    loaded = load_model(str(tmp_path), {}, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"with the untrained adapter, the logits .* Set init_lora_weights=True"):
+        Policy(loaded, adapter(target_modules=["q_proj", "lm_head"], init_lora_weights="pissa"))
+
+
+def test_an_adapter_that_peft_does_not_find_again_on_loading_is_one_error(tmp_path):
+    save_base("laguna", tmp_path)
+    loaded = load_model(str(tmp_path), {}, torch.device("cpu"))
+    with pytest.raises(
+        ConfigError, match=r"PEFT saves an adapter of model.layers.1.mlp.shared_experts.\w+, and does not find it again"
+    ):
+        Policy(loaded, LoraConfig())
+    assert Policy(load_model(str(tmp_path), {}, torch.device("cpu")), adapter()).uses_lora
+
+
+def test_a_saved_adapter_that_peft_reads_in_part_is_one_error(tmp_path, monkeypatch):
+    saved_adapter(tmp_path)
+    read = peft.set_peft_model_state_dict
+    monkeypatch.setattr(
+        "peft.peft_model.set_peft_model_state_dict",
+        lambda model, weights, *args, **kwargs: read(
+            model, {name: weight for name, weight in weights.items() if "v_proj" not in name}, *args, **kwargs
+        ),
+    )
+    with pytest.raises(ModelError, match=r"PEFT does not read '\S+v_proj\S+' as adapter_model.safetensors holds it"):
+        continued(tmp_path)
 
 
 def test_an_adapter_that_changes_the_base_at_random_is_not_gone_on_from(tmp_path):
@@ -254,6 +290,19 @@ def test_peft_names_the_default_layers_of_some_models_by_a_pattern(tmp_path):
     names = list(Policy(load_model(str(tmp_path), {}, torch.device("cpu")), LoraConfig()).trainable())[:-2]
     assert names
     assert all("language_model" in name and ("q_proj" in name or "v_proj" in name) for name in names)
+
+
+def test_all_linear_leaves_out_a_layer_that_its_router_never_calls(tmp_path, monkeypatch):
+    sizes = (
+        EXPERTS | LATENT | {"ffn_hidden_size": 64, "expert_ffn_hidden_size": 32, "moe_topk": 2, "zero_expert_num": 2}
+    )
+    monkeypatch.setitem(FAMILIES, "longcat_flash", ("", sizes))
+    save_base("longcat_flash", tmp_path)
+    loaded = load_model(str(tmp_path), {}, torch.device("cpu"))
+    layers = {name for name, layer in loaded.model.named_modules() if name.endswith("router.classifier")}
+    assert layers
+    assert peft_config(LoraConfig(target_modules="all-linear"), loaded.model).exclude_modules == layers
+    Policy(loaded, LoraConfig(target_modules="all-linear"))
 
 
 @pytest.mark.parametrize("kind", ["phimoe", "llama4_text"])

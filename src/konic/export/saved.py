@@ -10,10 +10,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from konic.finetuning.errors import ModelError, OutputError
-from konic.finetuning.models.adapters import attach_adapter, merge_into_base
+from konic.finetuning.models.adapters import attach_adapter
 from konic.finetuning.models.containment import find_outside, require_bounded_tokenizer
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.locations import PACKAGED_MODELS, quiet_transformers
+from konic.finetuning.models.merging import merge_into_base
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult, Selection
 from konic.finetuning.system.places import find_stray, looks_like_path, read_json

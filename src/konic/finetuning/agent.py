@@ -287,7 +287,7 @@ def _lora_config(value: Any) -> Any:
         return None if value is None else LoraConfig.from_value(value)
     import peft
 
-    if isinstance(value, peft.LoraConfig):
+    if isinstance(value, peft.LoraConfig) and not isinstance(value, peft.AdaLoraConfig):
         if value.init_lora_weights is False:
             raise ConfigError(
                 "lora_config: init_lora_weights=False starts from a random change of the model, so the reference "

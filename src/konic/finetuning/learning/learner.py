@@ -145,7 +145,7 @@ def _require_length(base_model: str, model_config: PreTrainedConfig, generation:
     length = generation.max_prompt_length + generation.max_new_tokens
     problem = None
     context = getattr(model_config, "max_position_embeddings", None)
-    if context is not None and length > context:
+    if context is not None and 0 < context < length:  # XLNet says -1
         problem = f"is over the {context} positions of {base_model!r}"
     limit, setting = length_limit(model_config)
     if length > limit:

@@ -11,10 +11,12 @@ from konic.text import describe_error
 
 MAX_REFERENCE_DIFFERENCE = 1e-4
 """Largest difference between the logits of the reference and those of the loaded model."""
-MAX_MERGED_DIFFERENCE = 0.2
+MAX_STARTING_DIFFERENCE = 1e-3
+"""Largest difference that an untrained adapter makes, relative to the logits."""
+MAX_MERGED_DIFFERENCE, MAX_MERGED_DIFFERENCE_IN_16_BITS = 0.01, 0.2
 """Largest difference of the logits of the merged and the unmerged adapter, relative to what the adapter changes."""
 ROUNDING_IN_16_BITS = 0.1
-"""What rounding may add to that difference in 16 bits, relative to the logits; it adds some hundredths."""
+"""What rounding may add to both in 16 bits, relative to the logits; it adds some hundredths."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,32 @@ class AdapterCheck:
             ) from safe_cause(error)
 
     def require_sound(
-        self, at_start: Tensor, moved: Tensor, merged: Tensor, reference_difference: float, in_16_bits: bool
+        self,
+        at_start: Tensor,
+        untrained: Tensor,
+        moved: Tensor,
+        merged: Tensor,
+        reference_difference: float,
+        in_16_bits: bool,
     ) -> None:
-        """Raise ConfigError unless the adapter can be switched off, and merged.
+        """Raise ConfigError unless the adapter changes nothing at its start, and can be switched off and merged.
 
         Args:
             at_start: [1, T, V] logits of the loaded model.
+            untrained: [1, T, V] those with the adapter as it starts.
             moved: [1, T, V] those with the adapter's weights moved away from their start.
             merged: [1, T, V] those with the moved adapter merged into the model's layers.
             reference_difference: Largest difference from `at_start` with the moved adapter switched off.
             in_16_bits: Whether the model computes in 16 bits.
         """
+        rounding = ROUNDING_IN_16_BITS if in_16_bits else 0.0
+        if not (untrained - at_start).norm() <= (MAX_STARTING_DIFFERENCE + rounding) * at_start.norm():
+            raise ConfigError(
+                f"{self.name}: with the untrained adapter, the logits of {self.kind} differ by "
+                f"{(untrained - at_start).abs().max().item():.2g} from those of the loaded model, as where its start "
+                "rewrites weights that another layer shares. "
+                f"{self._advice('Set init_lora_weights=True, or name other target_modules.')}"
+            )
         effect = (moved - at_start).norm()
         if effect == 0:
             raise ConfigError(
@@ -63,8 +80,8 @@ class AdapterCheck:
                 f"{reference_difference:.2g} from those of the loaded model. "
                 f"{self._advice('Use target_modules without other options of PEFT.')}"
             )
-        rounding = ROUNDING_IN_16_BITS if in_16_bits else 0.0
-        if not (merged - moved).norm() <= MAX_MERGED_DIFFERENCE * effect + rounding * at_start.norm():
+        share = MAX_MERGED_DIFFERENCE_IN_16_BITS if in_16_bits else MAX_MERGED_DIFFERENCE
+        if not (merged - moved).norm() <= share * effect + rounding * at_start.norm():
             advice = (
                 "Name other target_modules; a layer whose weights are used without calling it, such as some routers, "
                 "cannot be adapted."

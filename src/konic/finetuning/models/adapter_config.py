@@ -45,8 +45,7 @@ def peft_config(lora: LoraConfig | peft.LoraConfig, causal_lm: PreTrainedModel) 
         default = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(causal_lm.config.model_type)
         lora.target_modules = set(default) if isinstance(default, list) else default or "all-linear"
     if lora.target_modules == "all-linear" and not lora.exclude_modules:
-        # a router returns a tuple, which PEFT cannot add to
-        lora.exclude_modules = {name for name, layer in layers.items() if "Router" in type(layer).__name__} or None
+        lora.exclude_modules = _in_routers(causal_lm, layers) or None
     if isinstance(lora.target_modules, str):
         _require_matching_pattern(lora.target_modules, causal_lm, layers)
     elif lora.target_modules or not lora.target_parameters:
@@ -61,6 +60,15 @@ def peft_config(lora: LoraConfig | peft.LoraConfig, causal_lm: PreTrainedModel) 
     return lora
 
 
+def _in_routers(causal_lm: PreTrainedModel, layers: Iterable[str]) -> set[str]:
+    """Return the layers that are routers or stand in one.
+
+    A router returns a tuple, to which PEFT cannot add, or it reads the weights of its layer without calling it.
+    """
+    routers = [name for name, module in causal_lm.named_modules() if "Router" in type(module).__name__]
+    return {name for name in layers if any(f"{name}.".startswith(f"{router}.") for router in routers)}
+
+
 def require_quick_patterns(lora: peft.LoraConfig, causal_lm: PreTrainedModel) -> None:
     """Try the regular expressions of an adapter on the names of the model's modules, in a process that can be stopped.
 
@@ -69,7 +77,7 @@ def require_quick_patterns(lora: peft.LoraConfig, causal_lm: PreTrainedModel) ->
     """
     names = [name for name, _ in causal_lm.named_modules()]
     single = {option: getattr(lora, option, None) for option in ("target_modules", "exclude_modules")}
-    patterns = [(option, pattern, pattern) for option, pattern in single.items() if isinstance(pattern, str)]
+    patterns = [(option, text, text) for option, text in single.items() if isinstance(text, str)]
     layers = lora.layers_pattern or ()
     for pattern in [layers] if isinstance(layers, str) else layers:
         patterns.append(("layers_pattern", pattern, rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."))
@@ -268,6 +276,8 @@ def _require_supported(lora: peft.LoraConfig) -> None:
     if problem is not None:
         advice = "Use a positive number, such as 16." if lora.lora_alpha == 0 else "Leave that option out."
         raise ConfigError(f"lora_config: {problem} {advice}")
+    if getattr(lora, "velora_config", None) is not None:
+        raise ConfigError("lora_config: velora_config has no effect: konic never uses train mode. Leave it out.")
     if lora.init_lora_weights not in (*_BASE_STAYS, *_BASE_CHANGES):
         raise ConfigError(
             f"lora_config: init_lora_weights={lora.init_lora_weights!r} starts from data or random numbers that the "

@@ -1,4 +1,4 @@
-"""PEFT's config -> adapter: creates, loads and merges adapters, and switches dropout off."""
+"""PEFT's config -> adapter: creates and loads adapters, and switches dropout off."""
 
 import copy
 import re
@@ -6,12 +6,10 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -71,7 +69,21 @@ def new_adapter(
     flaw = _find_flaw(causal_lm, adapter)
     if flaw is not None:
         raise ConfigError(f"lora_config: {flaw} or target only other layers.")
+    _require_readable(adapted)
     return adapted
+
+
+def _require_readable(adapted: peft.PeftModel) -> None:
+    """Raise ConfigError if PEFT would not find weights that it saves: it renames those of some models on loading."""
+    with _without_peft_advice():
+        weights = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        found = peft.set_peft_model_state_dict(adapted, weights)
+    if found.unexpected_keys:
+        lost = next(key for key in found.missing_keys if ".default" in key)
+        raise ConfigError(
+            f"lora_config: PEFT saves an adapter of {lost.removeprefix('base_model.model.').partition('.lora_')[0]}, "
+            "and does not find it again on loading. Name other target_modules, such as the layers of attention."
+        )
 
 
 def _find_flaw(causal_lm: PreTrainedModel, adapter: peft.LoraConfig) -> str | None:
@@ -128,11 +140,14 @@ def load_adapter(causal_lm: PreTrainedModel, folder: Path, revision: str | None)
             f"{unmatched[0]!r} and {len(unmatched) - 1} more are in only one of the two files. Use both files of the "
             "same adapter."
         )
+    lost = next((name for name, weight in weights.items() if not torch.equal(weight.to(own[name]), own[name])), None)
     broken = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
     if broken is not None:
         raise ModelError(
             f"{folder}: the adapter's weights {broken} are not finite (NaN or infinity). Use an undamaged adapter."
         )
+    if lost is not None:
+        raise ModelError(f"{folder}: PEFT does not read {lost!r} as adapter_model.safetensors holds it. {MERGE_FIRST}")
     flaw = _find_flaw(causal_lm, config)
     if flaw is not None:
         raise ModelError(f"{folder}: {flaw} target only other layers, and train the adapter again.")
@@ -200,9 +215,10 @@ def _without_base_weights(
         if ".modules_to_save." in key and key.replace(".modules_to_save.", ".") in weights:
             continue  # the same weights once more
         name = re.sub(r"\.(base_layer|original_module)\.", ".", key.removeprefix("base_model.model."))
-        base = base_weights.get(name)
+        base, parts = base_weights.get(name), name.split(".")
+        modules = [".".join(parts[:length]) for length in range(1, len(parts))]
         is_trained = ".original_module." not in key and any(
-            name.rpartition(".")[0].endswith(module) for module in config.modules_to_save or ()
+            module.endswith(trained) for module in modules for trained in config.modules_to_save or ()
         )
         if base is None or (is_trained and weight.shape == base.shape):
             kept[key] = weight
@@ -231,7 +247,11 @@ def _without_peft_advice() -> Iterator[None]:
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0. With dropout, the first ratio of an update is not 1 and the KL is noise."""
+    """Leave train mode, and set every dropout probability to 0.
+
+    With dropout, the first ratio of an update is not 1 and the KL is noise.
+    """
+    model.eval()
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -252,60 +272,3 @@ def moved_weights(weights: Iterable[nn.Parameter]) -> Iterator[None]:
         finally:
             for weight, original in originals:
                 weight.copy_(original)
-
-
-def merged_model(adapted: peft.PeftModel) -> PreTrainedModel:
-    """Return a copy of a model with its adapter merged in.
-
-    Input embedding and head that share their weights are separated if the adapter changes only one of them.
-    """
-    return merge_into_base(copy.deepcopy(adapted))
-
-
-def merge_into_base(adapted: peft.PeftModel) -> PreTrainedModel:
-    """Return the base model of an adapter, changed: the adapter is merged in, as :func:`merged_model` says."""
-    causal_lm = adapted.base_model.model
-    embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    adapted_ends = [end for end in (embedding, head) if isinstance(end, LoraLayer | AuxiliaryTrainingWrapper)]
-    follows_embedding = isinstance(head, TrainableTokensWrapper) and head.token_adapter.tied_adapter is not None
-    if adapted_ends and not follows_embedding:
-        inner = getattr(head, "original_module", head)
-        inner = inner.get_base_layer() if isinstance(inner, LoraLayer) else inner
-        inner.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
-        for config in (causal_lm.config, causal_lm.config.get_text_config()):
-            config.tie_word_embeddings = False
-    return adapted.merge_and_unload()
-
-
-def can_merge(layer: Any) -> bool:
-    """Return True for plain layers with floating-point weights.
-
-    Quantised layers keep the adapter unmerged during sampling.
-    """
-    base = layer.get_base_layer()
-    return isinstance(base, nn.Linear | Conv1D | nn.Embedding) and base.weight.is_floating_point()
-
-
-def merged_layer(layer: Any) -> nn.Module:
-    """Return a copy of an adapted layer's base layer with the adapter merged in.
-
-    Only the base layer's weights are copied. A deep copy of the whole layer takes 2 ms, which is much on a GPU.
-    """
-    base = _shallow_copy(layer.get_base_layer())
-    for name, weight in base.named_parameters(recurse=False):
-        base._parameters[name] = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    layer_copy = _shallow_copy(layer)
-    layer_copy.merged_adapters = []
-    layer_copy.base_layer = base
-    with torch.no_grad():
-        layer_copy.merge()
-    return base
-
-
-def _shallow_copy(module: Any) -> Any:
-    """Return a copy of a module that shares its parameters and submodules until they are replaced."""
-    shallow = copy.copy(module)
-    for name, value in vars(module).items():
-        if isinstance(value, dict):
-            vars(shallow)[name] = value.copy()
-    return shallow

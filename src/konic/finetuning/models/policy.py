@@ -22,15 +22,14 @@ from konic.finetuning.models.adapter_check import MAX_REFERENCE_DIFFERENCE, Adap
 from konic.finetuning.models.adapter_config import adapter_off_is_base, peft_config
 from konic.finetuning.models.adapters import (
     REFERENCE_ADAPTER,
-    can_merge,
     load_adapter,
-    merged_layer,
     moved_weights,
     new_adapter,
     switch_off_dropout,
 )
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.loading import LoadedModel
+from konic.finetuning.models.merging import can_merge, merged_layer
 from konic.finetuning.models.positions import position_ids
 from konic.finetuning.models.prepacked import DecodePlan
 from konic.finetuning.models.products import fast_products
@@ -66,7 +65,6 @@ class Policy:
         switch_off_dropout(causal_lm)
         self._gradient_checkpointing = gradient_checkpointing
         self._probe = self.language_model.probe_ids(8)[None]
-        causal_lm.eval()
         self.adapted: peft.PeftModel | None = None
         self._frozen_copy: LanguageModel | None = None
         self._resumes_adapter = loaded.adapter is not None
@@ -75,6 +73,7 @@ class Policy:
         )
         if loaded.adapter is not None:
             self.adapted = load_adapter(causal_lm, loaded.adapter, loaded.revision)
+            switch_off_dropout(causal_lm)
         with self._adapter_check.errors() if self._resumes_adapter else nullcontext():
             self._reference_logits = self._probe_logits(self.language_model)
         if loaded.adapter is None:
@@ -87,7 +86,6 @@ class Policy:
         elif lora is not None:
             logger.warning("%s is an adapter with its own settings: lora_config is ignored.", loaded.name)
         switch_off_dropout(causal_lm)
-        causal_lm.eval()
         if gradient_checkpointing and not self.language_model.checkpointed_layers:
             raise ConfigError(
                 f"gradient_checkpointing=True: {type(causal_lm).__name__} has no layers that support it. Set it to "
@@ -258,13 +256,14 @@ class Policy:
 
     def _check_adapter(self, weights: Iterable[nn.Parameter]) -> None:
         """Raise ConfigError unless the adapter can be switched off, and merged, however far its weights move."""
-        with self._adapter_check.errors(), moved_weights(weights):
-            adapted = self._probe_logits(self.language_model)
-            difference = self._reference_difference()
-            with self.merged_adapter() as model:
-                merged = self._probe_logits(model)
+        with self._adapter_check.errors():
+            untrained = self._probe_logits(self.language_model)
+            with moved_weights(weights):
+                moved, difference = self._probe_logits(self.language_model), self._reference_difference()
+                with self.merged_adapter() as model:
+                    merged = self._probe_logits(model)
         in_16_bits = self.language_model.causal_lm.dtype.itemsize < 4
-        self._adapter_check.require_sound(self._reference_logits, adapted, merged, difference, in_16_bits)
+        self._adapter_check.require_sound(self._reference_logits, untrained, moved, merged, difference, in_16_bits)
 
     def _reference_difference(self) -> float:
         """Return how far the reference's logits are from those of the loaded model."""

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from konic.finetuning.errors import ConfigError
-from konic.finetuning.models.adapters import attach_adapter, merge_into_base, merged_model
+from konic.finetuning.models.adapters import attach_adapter
 from konic.finetuning.models.containment import find_outside
 from konic.finetuning.models.locations import quiet_transformers
+from konic.finetuning.models.merging import merge_into_base, merged_model
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.models.sharding import NOT_SHARDED, divided_like, gathered, own_part
 

@@ -17,7 +17,8 @@ def length_limit(config: PreTrainedConfig) -> tuple[float, str]:
 
     With rope_type="longrope", `transformers` chooses the frequencies by the length of the whole batch; Llama 4 scales
     its attention by the position in the padded batch. (rope_type="dynamic" does so only beyond
-    `max_position_embeddings`, where no model is run.)
+    `max_position_embeddings`, where no model is run.) Sparse attention reads only the best of the earlier tokens once
+    there are more than it may read; which of equally good ones these are depends on the padding.
 
     Args:
         config: Of the model, or of its text part.
@@ -30,6 +31,9 @@ def length_limit(config: PreTrainedConfig) -> tuple[float, str]:
     for rope in parameters.values() if all(isinstance(part, dict) for part in parameters.values()) else [parameters]:
         if rope.get("rope_type") == "longrope":
             limits.append((rope["original_max_position_embeddings"], "rope_type='longrope'"))
+    for setting in ("index_topk", "keep_window_size"):
+        if getattr(config, setting, None):
+            limits.append((getattr(config, setting), setting))
     if getattr(config, "attn_temperature_tuning", False):
         limits.append((config.floor_scale, "attn_temperature_tuning"))
     return min(limits)
@@ -45,4 +49,5 @@ def distinct_prompts(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]
     distinct, prompt_of_row = torch.unique(torch.where(mask, ids, -1), dim=0, return_inverse=True)
     if len(distinct) == len(ids):
         return ids, mask, torch.arange(len(ids), device=ids.device)
-    return distinct.clamp(min=0), distinct >= 0, prompt_of_row
+    mask = distinct >= 0
+    return torch.where(mask, distinct, distinct[:, -1:]), mask, prompt_of_row

@@ -23,9 +23,27 @@ def check_base_weights(causal_lm: PreTrainedModel, adapter: peft.LoraConfig | No
             f"lora_config=None trains every weight, but those of {type(causal_lm).__name__} are quantised or frozen. "
             "Give a lora_config."
         )
+    if adapter is None and _loading_clears_padding(causal_lm):
+        raise ConfigError(
+            f"lora_config=None trains every weight, but loading a {type(causal_lm).__name__} sets the embedding of its "
+            "padding token to 0, so that a saved model would differ from the trained one. Give a lora_config."
+        )
     if adapter is not None:
         trained = {name: weight for name, weight in trained.items() if adapter.bias != "none" and name.endswith("bias")}
     _require_no_float16(trained)
+
+
+def _loading_clears_padding(causal_lm: PreTrainedModel) -> bool:
+    """Return True if `transformers` overwrites an embedding's row of padding after it has loaded it from a file."""
+    embedding = causal_lm.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) is None:
+        return False
+    probe = nn.Embedding(2, 1, padding_idx=0)
+    with torch.no_grad():
+        probe.weight.fill_(1.0)
+        probe.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # what is loaded is marked so
+        causal_lm._init_weights(probe)
+    return not bool((probe.weight == 1.0).all())
 
 
 def _require_no_float16(trained: Mapping[str, nn.Parameter]) -> None:

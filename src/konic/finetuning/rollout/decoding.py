@@ -95,9 +95,9 @@ def require_decodable(model: LanguageModel, name: str) -> None:
             )
         model.check_logits()
         ours, truth = _logits_in_a_batch_and_alone(model)
-    except torch.OutOfMemoryError:
+    except (ModelError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
         raise ModelError(
             f"{start} cannot be run with the cache and the positions that konic passes to them: "
             f"{describe_error(error)}. {advice}"
