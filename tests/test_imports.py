@@ -19,7 +19,8 @@ ORDER = [
 """Modules and packages of konic.finetuning; each imports only from those before it."""
 INSIDE = {
     "system": [
-        "memory", "signals", "user_code", "places", "files", "mirror", "pickling", "processor", "group", "world",
+        "memory", "signals", "user_code", "places", "files", "mirror", "pickling", "processor", "child", "group",
+        "world",
     ],
     "results": ["metrics", "intervals", "at_k", "iteration", "evaluation", "summary"],
     "data": [

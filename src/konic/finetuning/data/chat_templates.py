@@ -21,12 +21,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from konic.finetuning.errors import ModelError
+from konic.finetuning.system.child import child_environment
 from konic.text import printable
 
 SECONDS = 5.0
 """Seconds of a processor that one chat may take."""
-_ENVIRONMENT = ("PATH", "HOME", "PYTHONHOME", "LD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL", "LC_TIME")
-"""What the child gets of the environment: no access tokens."""
 
 
 def render_chat(
@@ -130,11 +129,9 @@ def _ending(code: int) -> str:
 
 def _start() -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-P", str(Path(__file__).with_name("template_process.py"))]
-    own = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    own |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1"}
     return subprocess.Popen(  # noqa: S603 - this Python, with a file of this package
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=own,
-        start_new_session=True,
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env=child_environment(), start_new_session=True,
     )  # fmt: skip
 
 

@@ -12,12 +12,15 @@ from transformers.utils import find_adapter_config_file
 from konic.finetuning.errors import ModelError
 from konic.finetuning.models.headers import find_file
 from konic.finetuning.models.tokenizer_rules import find_unbounded_rule
-from konic.finetuning.system.places import find_stray, read_regular
-from konic.text import describe_error
+from konic.finetuning.system.places import find_stray, read_json, read_regular
+from konic.text import describe_error, printable
 
 _TEMPLATES = "additional_chat_templates"
 _KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Where a config can name a kernel of the Hub, which is native code."""
+_LISTS = ("fast_tokenizer_files", "init_inputs")
+_OTHER_FILES = ("gguf_file", "merges", "tokenizer_object", "vocab", *_LISTS)
+"""Settings of a tokenizer that may name files anywhere; none of them is written by `save_pretrained`."""
 _FLASH_PACKAGES = {
     "flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flash_attention_4": "flash_attn",
 }  # fmt: skip
@@ -51,18 +54,39 @@ def require_contained(location: str, asked: str, model_kwargs: Mapping[str, Any]
 
 
 def require_bounded_tokenizer(location: str, asked: str, model_kwargs: Mapping[str, Any]) -> None:
-    """Check the rules of the tokenizer.json of a folder or a Hub id, if it has one.
+    """Check that the tokenizer of a folder or a Hub id reads no other files, and the rules of its tokenizer.json.
 
     Raises:
-        ModelError: It cannot be read, or a rule may take for ever or fill the memory.
+        ModelError: A file of it cannot be read, or names another file; or a rule may take for ever or fill the memory.
     """
-    path = find_file("tokenizer.json", location, model_kwargs)
-    try:
-        problem = find_unbounded_rule(path) if path is not None else None
-    except (OSError, ValueError) as error:
-        problem = f"it cannot be read: {describe_error(error)}"
-    if problem is not None:
-        raise ModelError(f"{asked}: tokenizer.json: {problem}. Use another tokenizer.")
+    checks = {
+        "tokenizer_config.json": _find_other_file, "special_tokens_map.json": _find_no_token,
+        "tokenizer.json": find_unbounded_rule,
+    }  # fmt: skip
+    for name, check in checks.items():
+        path = find_file(name, location, model_kwargs)
+        try:
+            problem = check(path) if path is not None else None
+        except (OSError, ValueError) as error:
+            problem = f"it cannot be read: {describe_error(error)}"
+        if problem is not None:
+            raise ModelError(f"{asked}: {name}: {problem}. Correct that file, or use another tokenizer.")
+
+
+def _find_other_file(path: Path) -> str | None:
+    """Return what in a tokenizer_config.json would make `transformers` read a file that is named there, or None."""
+    settings = read_json(path)
+    given = {name: settings.get(name) for name in _OTHER_FILES} if isinstance(settings, dict) else {}
+    found = next((name for name, value in given.items() if value and (isinstance(value, str) or name in _LISTS)), None)
+    return None if found is None else f"{found}={printable(str(given[found])[:200])!r} names another file to read"
+
+
+def _find_no_token(path: Path) -> str | None:
+    """Return what in a special_tokens_map.json is no token: `transformers` takes any setting from there."""
+    settings = read_json(path)
+    names = settings if isinstance(settings, dict) else ()
+    found = next((name for name in names if not name.endswith(("_token", "_tokens"))), None)
+    return None if found is None else f"{printable(found[:200])!r} is not the name of a token"
 
 
 def require_inside(folder: Path, asked: str) -> None:
