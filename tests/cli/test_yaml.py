@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import time
 
@@ -114,14 +115,36 @@ def test_a_composer_is_found_by_its_import_path(composer, weights, tmp_path, mon
         ("{path: 'my_rewards.py:made', arguments: {most: 1}}", "is made already"),
         ("{pth: 'my_rewards.py:Brief'}", "line 2: reward_composer has no key 'pth'. Did you mean 'path'?"),
         ("[1]", "give file.py:Name"),
-        ("{path: 'subprocess:run', arguments: {args: 'touch ran', shell: true}}", "function of an installed package"),
-        ("{path: 'subprocess:Popen', arguments: {args: 'touch ran', shell: true}}", "not a composer"),
+        ("{path: 'torch:save', arguments: {obj: 1, f: ran}}", "function of an installed package"),
+        ("{path: 'psutil:Popen', arguments: {args: 'touch ran', shell: true}}", "not a composer"),
+        ("{path: 'subprocess:run', arguments: {args: 'touch ran', shell: true}}", "is a module of Python itself"),
     ],
 )
 def test_a_composer_that_cannot_be_used_is_one_message(composer, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert told in refused(job(tmp_path, JOB.replace("my_rewards.py:Brief", composer)))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_job_of_an_installed_class_runs_no_file_beside_it(tmp_path):
+    """Modules that are imported later would be taken from there."""
+    for name in ("datasets", "peft", "matplotlib", "colorsys"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    file = job(tmp_path, JOB.replace("my_rewards.py:Brief", "konic.cli.init:Nothing"))
+    lines = ["import sys", "from pathlib import Path", "from konic.cli.jobs import load_job", "try:",
+             f"    load_job(Path({str(file)!r}))", "except Exception as error:", "    print(error)",
+             "import colorsys, datasets, peft"]  # fmt: skip
+    child = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=100)
+    assert "konic.cli.init has no 'Nothing'" in child.stdout, child.stderr
+    assert child.returncode == 0 and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["antigravity", "this", "idlelib.idle"])
+def test_a_job_imports_no_module_of_python_itself(name, tmp_path):
+    """Some of them do something when they are imported, such as opening a browser."""
+    told = "is a module of Python itself, which has no rewards"
+    assert told in refused(job(tmp_path, JOB.replace("my_rewards.py:Brief", f"{name}:Rewards")))
+    assert name not in sys.modules
 
 
 @pytest.mark.parametrize(

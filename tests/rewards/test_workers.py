@@ -342,3 +342,27 @@ def test_a_batch_of_the_wrong_length_is_a_fault_of_every_sample_here_and_in_work
     serial, pool = (scored(WrongLength(), ["a", "b"], workers, on_reward_error="skip") for workers in (0, 1))
     assert repr(pool) == repr(serial)
     assert [fault.what for fault in pool.faults] == ["returned 1 values for 2 responses."] * 2
+
+
+def test_a_worker_imports_nothing_from_the_current_folder(tmp_path):
+    """As the `konic` command starts it, which stands in a folder of its own."""
+    (tmp_path / "command").mkdir()
+    (tmp_path / "command" / "run.py").write_text(
+        "from konic.finetuning.rewards.workers import RewardPool\n"
+        "from test_workers import Rewards\n"
+        "pool = RewardPool(Rewards(), 1, None)\n"
+        "pool.start()\n"
+        "print(pool._loaded.result())\n"
+        "pool.close()\n"
+    )
+    (tmp_path / "here").mkdir()
+    for name in ("multiprocessing", "pickle", "socket", "runpy"):
+        (tmp_path / "here" / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    places = [*filter(None, sys.path), os.path.dirname(__file__)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    child = subprocess.run(
+        [sys.executable, tmp_path / "command" / "run.py"], cwd=tmp_path / "here", timeout=100, capture_output=True,
+        text=True, env=environment | {"PYTHONPATH": os.pathsep.join(places)},
+    )  # fmt: skip
+    assert not (tmp_path / "ran").exists()
+    assert child.stdout == "None\n", child.stderr

@@ -22,6 +22,7 @@ from konic.finetuning import ConfigError, GenerationConfig, KonicError, OutputEr
 from konic.finetuning.rollout import vllm_guard
 from konic.finetuning.rollout.sampler import RandomKey
 from konic.finetuning.rollout.vllm_sampler import request_seed
+from konic.finetuning.rollout.vllm_server import require_vllm
 from konic.finetuning.run.served import is_other, share_of_other
 from loopback_vllm import FAULTS, KEY, LoopbackVllm
 from test_engine import completions, make_engine, metrics
@@ -324,6 +325,13 @@ def test_a_python_without_vllm_is_refused_before_the_model_is_loaded(model_folde
     with pytest.raises(ConfigError, match=told):
         engine.train(1)
     assert engine._session._learner is None
+
+
+def test_vllm_is_not_taken_from_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "vllm.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="has no vLLM"):
+        require_vllm(sys.executable)
 
 
 @pytest.mark.parametrize(

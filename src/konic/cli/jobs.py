@@ -180,9 +180,13 @@ class _YamlJob:
                 raise self._bad_composer(f"there is no file {script}")
             module = import_script(script)
         else:
-            sys.path.insert(0, str(self._folder.absolute()))
             if not all(part.isidentifier() for part in place.split(".")):
                 raise self._bad_composer("give file.py:Name or package.module:Name")
+            first = place.partition(".")[0]
+            if first in sys.stdlib_module_names:
+                raise self._bad_composer(f"{first} is a module of Python itself, which has no rewards")
+            if (self._folder / first).is_dir() or (self._folder / f"{first}.py").is_file():
+                sys.path.insert(0, str(self._folder.absolute()))  # only then: its files may have names of other modules
             module = run_user_code(self._document.file, importlib.import_module, place)
         if not hasattr(module, name):
             own = [each for each in vars(module) if not each.startswith("_")]

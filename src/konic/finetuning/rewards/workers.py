@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection, spawn
+from multiprocessing import connection, resource_tracker, spawn
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
@@ -30,6 +30,7 @@ from konic.finetuning.rewards.composer import KonicLLMRewardComposer, without_mo
 from konic.finetuning.rewards.listing import list_rewards
 from konic.finetuning.rewards.outcomes import Fault, Outcome, Reward, timeout_fault
 from konic.finetuning.rewards.signatures import requested_columns
+from konic.finetuning.system.child import importing_nothing_from_here
 from konic.finetuning.system.pickling import pickled_by_value
 from konic.output import tolerate_broken_streams
 from konic.text import describe_error
@@ -77,6 +78,9 @@ class RewardPool:
                 raise RewardError(
                     "reward_workers: the current folder no longer exists: change to one that does."
                 ) from None
+            if os.name == "posix":
+                with _main_left_alone():
+                    resource_tracker.ensure_running()  # the pool would start it, and from the current folder
             self._pool = pebble.ProcessPool(
                 max_workers=self._workers,
                 max_tasks=CALLS_PER_WORKER,
@@ -260,7 +264,8 @@ def _main_left_alone() -> Iterator[None]:
 
         spawn.get_preparation_data = without_main
         try:
-            yield
+            with importing_nothing_from_here():
+                yield
         finally:
             spawn.get_preparation_data = original
 

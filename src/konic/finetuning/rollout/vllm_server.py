@@ -125,8 +125,12 @@ def _wait_until_ready(client: VllmClient, path: Path, seconds: float, log: IO[by
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment of this process without what belongs to its own Python."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    """Return the environment of this process without what belongs to its own Python.
+
+    Nothing is imported from the current folder, which may be a stranger's.
+    """
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return own | {"PYTHONSAFEPATH": "1"}
 
 
 def _end_of(log: IO[bytes], most: int = 6) -> list[str]:
