@@ -6,11 +6,14 @@ import json
 import os
 import pickle
 import re
+import shlex
 import subprocess
 import sys
 import traceback
 import unicodedata
+from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from hypothesis import example, given, settings
@@ -83,6 +86,22 @@ def test_a_secret_is_hidden(text):
     for shown in (redact(text), printable(text), escape_markdown(text)):
         assert not any(secret in shown for secret in (SECRET, SECRET.upper(), HF, PLANTED)), shown
         assert "***" in html.unescape(shown)
+
+
+@pytest.mark.parametrize(
+    "secret", ["p\\w\\d9x", "it's9hidden", 'pa"ss9word', "pässwörd9", "p@ss/w?rd9", "line1a\nline2d"]
+)
+def test_a_secret_is_hidden_in_every_way_to_write_it(secret, monkeypatch):
+    monkeypatch.setenv("MY_DATABASE_PASSWORD", secret)
+    for write in (str, repr, json.dumps, quote, partial(quote, safe=""), shlex.quote, KeyError, lambda text: {1: text}):
+        written = str(write(secret))
+        for shown in (redact(f"a {written} b"), printable(f"a {written} b"), describe_error(ValueError(written))):
+            assert "***" in shown and not set(re.findall(r"\w{4,}", written)) & set(re.findall(r"\w{4,}", shown)), shown
+
+
+def test_a_secret_is_not_hidden_as_a_word_of_a_few_characters(monkeypatch):
+    monkeypatch.setenv("MY_DATABASE_PASSWORD", "a     b")
+    assert redact("a b") == "a b" and redact("'a     b'") == "'***'"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """Text of others -> text that is safe to show: it holds no secret, steers no terminal and marks up no page."""
 
+import json
 import os
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
+from urllib.parse import quote
 
 _SHORTEST_SECRET = 6
 _SECRET_VARIABLES = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "API_KEY", "APIKEY", "ACCESS_KEY")
@@ -62,8 +66,15 @@ def redact(text: str) -> str:
 
 def _known_secrets() -> list[str]:
     of_environment = (os.environ.get(name, "") for name in os.environ if name.upper().endswith(_SECRET_VARIABLES))
-    known = (secret for secret in (*_given, *of_environment) if len(secret) >= _SHORTEST_SECRET)
-    return sorted(known, key=len, reverse=True)
+    forms = {form for secret in (*_given, *of_environment) if secret for form in _forms(secret)}
+    return sorted((form for form in forms if len(form) >= _SHORTEST_SECRET), key=len, reverse=True)
+
+
+@lru_cache(maxsize=256)
+def _forms(secret: str) -> set[str]:
+    """Return a secret as it stands in a text: as it is, in Python, JSON, an address or a command, and on one line."""
+    written = repr(secret)[1:-1], json.dumps(secret)[1:-1], shlex.quote(secret).strip("'"), " ".join(secret.split())
+    return {secret, quote(secret), quote(secret, safe=""), *written}
 
 
 def find_secret(text: str, is_vocabulary: bool = False) -> int | None:
