@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaForSequenceClassification
 
 import konic
-from conftest import byte_tokenizer, tiny_model
+from conftest import PROMPTS, byte_tokenizer, tiny_model
 from konic.cli.scripts import import_script
 from konic.finetuning import (
     BaseKonicFinetuningCallback,
@@ -555,6 +555,20 @@ def test_a_file_that_becomes_a_link_while_it_is_written_is_not_followed(run, mod
     with replacing_file(run / "page.html") as file:
         plant(run / ".page.html", outside / "precious.txt")
         file.write(b"mine")
+    assert unchanged(outside)
+
+
+@pytest.mark.parametrize("name", ["completions", "evaluations"])
+def test_a_folder_that_becomes_a_link_while_the_run_goes_on_is_not_written_into(name, run, model_folders, outside):
+    class Swap(BaseKonicFinetuningCallback):
+        def on_iteration_begin(self, iteration):
+            plant(run / name, outside)
+
+    engine = make_engine(
+        model_folders["llama"], run, callback=Swap(), dataset=DatasetConfig(prompts=PROMPTS, held_out=2), eval_every=1
+    )
+    with pytest.raises(OutputError, match=f"{name}: is a link to"):
+        engine.train(1)
     assert unchanged(outside)
 
 

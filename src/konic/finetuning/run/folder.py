@@ -287,6 +287,7 @@ class RunFolder:
 
     def _write_table(self, folder_name: str, number: int, columns: dict[str, Any]) -> None:
         folder = self.path / folder_name
+        require_no_link(folder, self.path)
         try:
             folder.mkdir(exist_ok=True)
         except OSError as error:
