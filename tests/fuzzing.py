@@ -15,9 +15,12 @@ import tempfile
 import time
 import traceback
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import gguf
 import numpy
 import pyarrow
@@ -26,6 +29,7 @@ import pyarrow.parquet
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from transformers import LlamaForSequenceClassification
 
 from conftest import CHAT_TEMPLATE, byte_tokenizer, tiny_model
 from konic.cli.documents import Document
@@ -35,6 +39,7 @@ from konic.export.saved import SavedModel
 from konic.finetuning import (
     DatasetConfig,
     GenerationConfig,
+    HuggingFaceRewardModel,
     KonicError,
     KonicFinetuningAgent,
     KonicFinetuningEngine,
@@ -45,10 +50,14 @@ from konic.finetuning import (
 )
 from konic.finetuning.callbacks.trackers import FOLDER, _read_runs
 from konic.finetuning.data.prompts import load_prompts, make_prompts
-from konic.finetuning.data.tokenization import encode_prompt
+from konic.finetuning.data.tokenization import encode_prompt, make_prompt_batch
 from konic.finetuning.learning.update import make_optimizer
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.policy import Policy
+from konic.finetuning.reward_models.feedback import read_labelled, read_preferences
+from konic.finetuning.rollout.sampler import RandomKey, SpecialTokens
+from konic.finetuning.rollout.vllm_client import VllmClient
+from konic.finetuning.rollout.vllm_sampler import VllmSampler
 from konic.finetuning.run.checkpoint import load_checkpoint, read_record
 from konic.finetuning.run.folder import RunFolder
 from konic.finetuning.run.resume import checkpoint_to_resume, require_same_run
@@ -197,6 +206,31 @@ def write_data(folder: Path) -> None:
         file.write((folder / "rows.csv").read_bytes())
 
 
+def write_classifier(folder: Path, tokenizer: Any) -> None:
+    """A classifier of one tiny layer with one label, as a reward model is saved."""
+    config = tiny_model("llama", torch.float32).config
+    config.num_labels, config.pad_token_id = 1, 256
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_saved_dataset(folder: Path) -> None:
+    """A folder of `save_to_disk`."""
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict({"prompt": ["ab", "x"], "label": [1, 2]}).save_to_disk(folder)
+    datasets.enable_progress_bars()
+
+
+def write_feedback(folder: Path) -> None:
+    """Preferences as texts and as chats, and labelled texts."""
+    folder.mkdir()
+    chats = {name: [{"role": "user", "content": "p"}, {"role": "assistant", "content": name}] for name in ("a", "b")}
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"chosen": chats["a"], "rejected": chats["b"]}]
+    for number, row in enumerate(rows):
+        (folder / f"{number}.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "labelled.csv").write_text("text,label\nab,1\nx,2\n")
+
+
 @dataclass
 class Inputs:
     """Folders of whole inputs, made once, and the place where each example works."""
@@ -209,6 +243,10 @@ class Inputs:
         tiny_model("llama", torch.float32).save_pretrained(self.root / "model")
         self.tokenizer.save_pretrained(self.root / "model")
         write_data(self.root / "data")
+        (self.root / "model" / "special_tokens_map.json").write_text('{"pad_token": "<pad>"}')
+        write_classifier(self.root / "classifier", self.tokenizer)
+        write_saved_dataset(self.root / "saved")
+        write_feedback(self.root / "feedback")
         write_gguf(self.root / "tiny.gguf")
         (self.root / "documents").mkdir()
         (self.root / "documents" / "job.yaml").write_bytes(JOB)
@@ -336,6 +374,41 @@ def read_other_process(inputs: Inputs, name: str, content: bytes) -> None:
         raise _told(message["error"], 1, 2)
 
 
+def read_saved_dataset(inputs: Inputs, name: str, content: bytes) -> None:
+    folder = inputs.fresh("saved")
+    (folder / name).write_bytes(content)
+    load_prompts(DatasetConfig(name=str(folder)))
+
+
+def read_feedback(inputs: Inputs, name: str, content: bytes) -> None:
+    file = inputs.fresh(f"feedback/{name}")
+    file.write_bytes(content)
+    for read in (read_preferences, lambda data: read_labelled(data, "text", "label")):
+        with contextlib.suppress(KonicError):
+            read(str(file))
+
+
+def read_reward_model(inputs: Inputs, name: str, content: bytes) -> None:
+    folder = inputs.fresh("classifier")
+    (folder / name).write_bytes(content)
+    HuggingFaceRewardModel(str(folder), device="cpu").score(["a", "b"], ["c", "d"])
+
+
+def read_answer_of_vllm(inputs: Inputs, name: str, content: bytes) -> None:
+    client = VllmClient("http://127.0.0.1:1", 1.0)
+    for status in (200, 400):
+        answer = partial(client._read, "/v1/completions", status, content)
+        server: Any = SimpleNamespace(name=client.name, post_all=lambda path, bodies, answer=answer: [answer()])
+        policy: Any = SimpleNamespace(
+            tokenizer=inputs.tokenizer, language_model=SimpleNamespace(vocabulary_size=len(inputs.tokenizer))
+        )
+        special = SpecialTokens(eos=(258,), pad=256)
+        sampler = VllmSampler(policy, special, server, SimpleNamespace(load=lambda iteration: "konic"))  # type: ignore[arg-type]
+        batch = make_prompt_batch(make_prompts(["a"], DatasetConfig(), "test"), inputs.tokenizer, 8, 256, CPU)
+        with contextlib.suppress(KonicError):
+            sampler(batch, GenerationConfig(max_new_tokens=2), RandomKey(0, iteration=0))
+
+
 def read_template(inputs: Inputs, name: str, content: bytes) -> None:
     inputs.tokenizer.chat_template = content.decode("utf-8", "replace")
     encode_prompt(*_chat(), inputs.tokenizer, 16)
@@ -368,6 +441,10 @@ dataset_config: {name: rows.csv, held_out: 0, system_prompt: |
   }
 training_config: {learning_rate: 1e-3, seed: 0x1, also: *lora}
 """
+ANSWER = json.dumps({"model": "konic", "choices": [{
+    "token_ids": [97, 258], "prompt_token_ids": [257, 97], "logprobs": {"token_logprobs": [-1.0, -0.5]},
+    "finish_reason": "stop", "stop_reason": 258, "text": "a",
+}]}).encode()  # fmt: skip
 RECORDS = ("run.json", "metrics", "evaluations", "completions")
 TEMPLATES = (CHAT_TEMPLATE, "{{ messages | tojson }}", "{% if x %}{{ raise_exception('no\nError: yes') }}{% endif %}a")
 TARGETS = {
@@ -393,6 +470,17 @@ TARGETS = {
             "error": _write({"error": {"kind": "RewardError", "lines": ["it failed"], "host": "one"}}),
         },
     ),
+    "saved": (
+        read_saved_dataset, lambda inputs: {name: inputs.root / "saved" / name for name in inputs.names("saved")},
+    ),
+    "feedback": (
+        read_feedback, lambda inputs: {name: inputs.root / "feedback" / name for name in inputs.names("feedback")},
+    ),
+    "classifier": (
+        read_reward_model,
+        lambda inputs: {name: inputs.root / "classifier" / name for name in inputs.names("classifier")},
+    ),
+    "vllm": (read_answer_of_vllm, lambda inputs: {"answer.json": ANSWER}),
     "template": (read_template, lambda inputs: {str(i): text.encode() for i, text in enumerate(TEMPLATES)}),
     "settings": (
         read_settings,

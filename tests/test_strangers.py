@@ -226,6 +226,14 @@ def test_a_worker_without_a_process_kills_nothing(monkeypatch):
     assert killed == []
 
 
+def test_a_tokenizer_of_another_model_is_one_error(model, tmp_path):
+    rules = json.loads((model / "tokenizer.json").read_text())
+    rules["model"]["vocab"]["e"] = 5000
+    (model / "tokenizer.json").write_text(json.dumps(rules))
+    with pytest.raises(ModelError, match=r"makes the token id 5000 of dataset row [0-9]+, outside the"):
+        make_engine(str(model), tmp_path / "run").train(1)
+
+
 # ---- reads ----
 
 

@@ -20,6 +20,7 @@ from konic.finetuning.errors import ConfigError, DatasetError, did_you_mean
 from konic.finetuning.system.files import as_path
 from konic.finetuning.system.places import find_stray, looks_like_path, read_regular
 from konic.output import get_logger
+from konic.text import describe_error
 
 logger = get_logger(__name__)
 
@@ -267,8 +268,9 @@ def _read_saved(folder: Path, name: str, split: str) -> list[Any]:
     try:
         _require_plain_names(folder)
         saved = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DatasetError(f"Dataset {name!r} cannot be read as a folder of save_to_disk: {error}.") from None
+    except Exception as error:  # of a damaged folder, `datasets` and pyarrow raise anything
+        what = describe_error(error)
+        raise DatasetError(f"Dataset {name!r} cannot be read as a folder of save_to_disk: {what}.") from None
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise DatasetError(f"Dataset {name!r} has no split {split!r}; it has {', '.join(map(repr, saved))}.")

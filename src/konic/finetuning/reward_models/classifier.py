@@ -180,9 +180,19 @@ def batches_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
 
 
 def forward(model: Any, encoded: Sequence[Mapping[str, list[int]]]) -> Tensor:
-    """Return the logits [B, labels] of texts, padded on the right. Padding does not change the logits of a text."""
+    """Return the logits [B, labels] of texts, padded on the right. Padding does not change the logits of a text.
+
+    Raises:
+        ModelError: A text holds a token that the model does not have.
+    """
     length = max(len(text["input_ids"]) for text in encoded)
     present = {token for text in encoded for token in text["input_ids"]}
+    size = model.get_input_embeddings().weight.shape[0]
+    if max(present, default=0) >= size:
+        raise ModelError(
+            f"The reward model's tokenizer makes the token {max(present)}; the model has {size}. Use the model with "
+            "its own tokenizer."
+        )
     with _padding(model, present) as pad, torch.set_grad_enabled(model.training):
         padded = {
             name: [

@@ -22,7 +22,7 @@ from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.models.positions import distinct_prompts
 from konic.finetuning.rollout.decoding import open_decoder
-from konic.finetuning.rollout.sampler import RandomKey, Samples, SpecialTokens
+from konic.finetuning.rollout.sampler import RandomKey, Samples, SpecialTokens, require_known_tokens
 
 MAX_SHARE_TO_SHRINK = 0.75
 """Ended rows leave the batch if at most this share of it still runs. Leaving copies the cache of the other rows."""
@@ -58,7 +58,12 @@ class LocalSampler:
     """Called after each step with the new token of every row of the batch that still runs, for those who read along."""
 
     def __call__(self, batch: PromptBatch, generation: GenerationConfig, rng_key: RandomKey) -> Samples:
-        """Return a response to every prompt; see :class:`Sampler`."""
+        """Return a response to every prompt; see :class:`Sampler`.
+
+        Raises:
+            ModelError: A prompt holds a token that the model does not have.
+        """
+        require_known_tokens(batch, self.policy.language_model.causal_lm)
         with self.policy.merged_adapter(self.from_reference) as model:
             return sample(
                 model, self.policy.tokenizer, batch, generation, self.special, rng_key, self.on_tokens,

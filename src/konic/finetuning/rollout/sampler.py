@@ -110,6 +110,17 @@ def _require_in_vocabulary(name: str, token: Any, file: str, vocabulary: int) ->
     )
 
 
+def require_known_tokens(batch: PromptBatch, causal_lm: Any) -> None:
+    """Raise ModelError if the tokenizer made a token of a prompt that the model does not have."""
+    largest, vocabulary = int(batch.ids.max()), causal_lm.get_input_embeddings().weight.shape[0]
+    if largest >= vocabulary:
+        row = batch.prompts[int(batch.ids.max(dim=1).values.argmax())].row
+        raise ModelError(
+            f"base_model: its tokenizer makes the token id {largest} of dataset row {row}, outside the model's "
+            f"vocabulary of {vocabulary}. Use the model with its own tokenizer."
+        )
+
+
 def decode_responses(
     samples: Samples, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, generation: GenerationConfig
 ) -> list[str]:
