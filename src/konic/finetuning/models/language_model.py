@@ -93,9 +93,8 @@ class LanguageModel:
         first, last = int(columns[0]), int(columns[-1])  # nothing is predicted from the last token
         length, unused = ids.shape[1] - num_response_tokens - first, ids.shape[1] - last - 1
         ids, mask = ids[:, first:last], mask[:, first:last]
-        ids = torch.where(
-            mask, ids, ids[:, length - 1 : length]
-        )  # embeddings of 0, as of padding, can have no gradient
+        # padding is read as a token of the prompt: where its embedding is 0, some models have no gradient
+        ids = torch.where(mask, ids, ids[:, length - 1 : length])
         positions = position_ids(mask)
         prompts, prompt_mask, prompt_of_row = distinct_prompts(ids[:, :length], mask[:, :length])
         cache = DynamicCache(config=self.causal_lm.config)
