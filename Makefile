@@ -106,6 +106,7 @@ chaos: $(READY)
 # Every algorithm in two and in four processes, compared with one.
 processes: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/processes.py benchmarks/results/processes.md
+	@OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/processes_tokens.py benchmarks/results/processes_tokens.md
 
 # Time and bytes of one and two processes, and a model of more of them.
 scale: $(READY)
