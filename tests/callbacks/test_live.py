@@ -326,5 +326,5 @@ def test_a_notebook_shows_one_output_and_replaces_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "IPython.display", package.display)
     run(KonicFinetuningCallback())
     assert len(shown) == len(updates) == 1  # the run took less than a second
-    assert "sampling" not in updates[0]["text/plain"] and "0.423" in updates[0]["text/plain"]
+    assert " ended ─╯" in updates[0]["text/plain"] and "0.423" in updates[0]["text/plain"]
     assert capsys.readouterr().out.startswith(BANNER + FIRST_LINE + "\n")

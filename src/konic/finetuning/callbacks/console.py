@@ -149,6 +149,7 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
 
     def _end_display(self) -> None:
         if self._display is not None:
+            self._phase("ended")
             self._display.stop()
             self._display = None
 
