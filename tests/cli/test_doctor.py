@@ -2,10 +2,14 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
 from command import konic_here, script
+from konic.doctor import limits as limits_of_sampling
+from konic.finetuning import GenerationConfig, TrainingConfig
+from konic.finetuning.models.prepacked import DecodePlan
 
 SCRIPT = """
 import random
@@ -88,3 +92,14 @@ def test_a_job_that_cannot_run_is_a_finding(options, told, model_folders, tmp_pa
     run, found = examine(tmp_path, model_folders["llama"], *options)
     assert (run.returncode, found["job"]["status"]) == (1, "fail")
     assert told in found["job"]["what"]
+
+
+@pytest.mark.parametrize(("threads", "said"), [(1, "onednn products, 1 thread"), (2, "onednn products, 2 threads")])
+def test_the_layout_is_named_with_its_threads(monkeypatch, threads, said):
+    monkeypatch.setattr(limits_of_sampling, "rows_to_prepack", lambda *_: 8)
+    model = SimpleNamespace(device=SimpleNamespace(type="cpu"))
+    policy = SimpleNamespace(language_model=SimpleNamespace(causal_lm=model), decode_plan=DecodePlan("onednn", threads))
+    session = SimpleNamespace(
+        learner=SimpleNamespace(policy=policy), training=TrainingConfig(), generation=GenerationConfig()
+    )
+    assert limits_of_sampling.decoding(session).what == said

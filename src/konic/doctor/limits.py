@@ -31,7 +31,8 @@ def decoding(session: Session) -> Finding | None:
             timings = plan_timings(merged.causal_lm, rows)
     steps = {f"{p.layout}, {p.threads or 'all'} threads": step for p, (_, step) in timings.items()}
     shortest = min(steps.values(), default=1.0)
-    what = f"{plan.layout} products, {plan.threads or torch.get_num_threads()} threads"
+    threads = plan.threads or torch.get_num_threads()
+    what = f"{plan.layout} products, {threads} {'thread' if threads == 1 else 'threads'}"
     if steps:
         shares = ", ".join(f"{name}: {step / shortest:.2f}" for name, step in steps.items())
         what = f"{what}; times of a product relative to the fastest: {shares}"
