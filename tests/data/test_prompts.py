@@ -187,7 +187,7 @@ def test_a_folder_of_several_kinds_is_refused_with_what_was_found(tmp_path):
     write(tmp_path / "b.txt", "x\n")
     message = complaint(local, tmp_path)
     assert "expected one kind of file" in message
-    assert message.endswith("found .csv (a.csv), .txt (b.txt).")
+    assert message.endswith("found .csv (a.csv), .txt (b.txt). Name one file, or a folder with files of one kind.")
 
 
 @pytest.mark.parametrize("name", ["nowhere.csv", "empty_folder", "notes.docx"])
@@ -360,7 +360,7 @@ def test_a_file_that_is_no_data_is_named_and_the_marker_of_spark_is_none(tmp_pat
     write(tmp_path / "_SUCCESS", "")
     assert contents(local(tmp_path).rows) == ["a"]
     write(tmp_path / "part-0.csv~", "prompt\nb\n")
-    assert complaint(local, tmp_path).endswith("found .csv (part-0.csv), .csv~ (part-0.csv~).")
+    assert "found .csv (part-0.csv), .csv~ (part-0.csv~). Name one file" in complaint(local, tmp_path)
 
 
 def test_folders_of_save_to_disk_are_read_by_split(tmp_path):
@@ -606,7 +606,7 @@ def test_many_bad_rows_are_counted_and_the_first_ten_named():
     message = complaint(make_prompts, ["good", *[""] * 25], DatasetConfig(), "Here")
     assert message.startswith("Here: 25 of 26 prompts")
     assert re.findall(r"row (\d+)", message) == [str(number) for number in range(1, 11)]
-    assert message.endswith("and 15 more.")
+    assert message.endswith("and 15 more. Remove these rows, or name another column in prompt_column.")
 
 
 def test_empty_prompts_of_a_dataset_are_left_out_and_told_unless_they_are_most(tmp_path, caplog):

@@ -92,7 +92,9 @@ def _read_json(content: Content) -> Iterator[Any]:
         hint = ". If each line is a row, rename it to .jsonl" if error.msg == "Extra data" else ""
         raise ValueError(f"{error}{hint}") from None
     if not isinstance(rows, list):
-        raise ValueError(f"the top level is a {type(rows).__name__}, not a list of rows")
+        raise ValueError(
+            f"the top level is a {type(rows).__name__}, not a list of rows: write it as [{{'prompt': ...}}, ...]"
+        )
     return iter(rows)
 
 

@@ -139,10 +139,13 @@ def _locate(path: Path, name: str, split: str) -> tuple[str, list[Path]]:
     _require_inside(paths, path, name)
     kinds = {_kind(file) for file in paths}
     if len(kinds) != 1 or not kinds <= set(FORMATS):
+        remedy = _hint_at_subfolders(path, name)
+        if kinds and not remedy:
+            one_kind = " Name one file, or a folder with files of one kind."
+            remedy = one_kind if kinds & set(FORMATS) else " Save it as one of these."
         raise DatasetError(
             f"Dataset {name!r}: expected one kind of file ({', '.join(FORMATS)}; also with .gz or .zst), found "
-            f"{_shown_kinds(paths) or 'nothing'}."
-            f"{_hint_at_subfolders(path, name)}"
+            f"{_shown_kinds(paths) or 'nothing'}.{remedy}"
         )
     _require_each_once(paths, name)
     return kinds.pop(), paths

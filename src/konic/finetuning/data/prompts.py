@@ -217,7 +217,14 @@ def _prompts(
         more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
         is_made = config.prompt_template is not None
         origin = "made by prompt_template" if is_made else f"in column {config.prompt_column!r}"
-        raise DatasetError(f"{where}: {len(bad)} of {len(results)} prompts {origin} cannot be used: {named}{more}.")
+        remedy = ""
+        if any(problem.endswith("not text") for _, problem in bad):
+            remedy = " A prompt is text, or a chat: [{'role': 'user', 'content': ...}]."
+        elif all(problem in SKIPPABLE for _, problem in bad):
+            remedy = " Remove these rows" + ("." if is_made else ", or name another column in prompt_column.")
+        raise DatasetError(
+            f"{where}: {len(bad)} of {len(results)} prompts {origin} cannot be used: {named}{more}.{remedy}"
+        )
     return _with_equal_columns([prompt for _, prompt in results if isinstance(prompt, Prompt)])
 
 
