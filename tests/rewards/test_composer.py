@@ -309,6 +309,18 @@ def test_weights_multiply_the_parts_and_the_breakdown_shows_them_without():
     assert breakdown == {"length": [1, 2, 3], "vowels": [1, 1, 0]}
 
 
+def test_weights_of_the_class_count_without_an_init():
+    class Weighted(LengthAndVowels):
+        reward_weights = {"length": 0.5}  # noqa: RUF012
+
+        def __init__(self):
+            pass
+
+    assert Weighted().compose("p", "abc") == 0.5 * 3 + 1
+    with pytest.raises(ConfigError, match=r"reward_weights\['length'\] must be a finite number"):
+        type("Wrong", (LengthAndVowels,), {"reward_weights": {"length": "x"}})()
+
+
 def test_a_weight_defaults_to_one_and_may_be_set_later_and_chained():
     composer = LengthAndVowels()
     assert composer.compose("p", "abc") == 4

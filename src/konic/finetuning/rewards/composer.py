@@ -51,8 +51,8 @@ class KonicLLMRewardComposer(OldNames):
 
     Args:
         reward_models: Objects with a `name` and `score(prompts, responses)`, each with weight 1.
-        reward_weights: Weight per reward name; the default is 1. A reward that returns a dict has parts named
-            `reward.key`, and each part may have its own weight.
+        reward_weights: Weight per reward name; the default is 1, or what the class has under this name. A reward that
+            returns a dict has parts named `reward.key`, and each part may have its own weight.
         reducer: A class or instance with `reduce(dict[str, float]) -> float`; None uses the class attribute. A class
             that can be called with `weights=` gets the weights so, and the parts before weights.
         kl_penalty_weight: Overrides TrainingConfig's, if given.
@@ -82,7 +82,8 @@ class KonicLLMRewardComposer(OldNames):
         It starts from what the class has under these names.
         """
         self = super().__new__(cls)
-        models, weights = (getattr(cls, name, None) for name in ("_reward_models", "_reward_weights"))
+        models = getattr(cls, "_reward_models", None)
+        weights = getattr(cls, "reward_weights", getattr(cls, "_reward_weights", None))
         self._added, self._reward_models = {}, list(models) if isinstance(models, list | tuple) else models or []
         self._reward_weights = checked_weights(weights or {})
         return self
