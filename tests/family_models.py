@@ -117,7 +117,6 @@ FAMILIES = {
     "olmo3": ("dense, sliding window, norms after the layers", SLIDING),
     "hunyuan_v1_dense": ("dense, normed queries and keys", {}),
     "minicpm3": ("dense, latent attention", LATENT),
-    "doge": ("dense, attention to the best of the earlier tokens", {}),
     "hunyuan_v1_moe": ("mixture of experts", EXPERTS),
     "glm4_moe": ("mixture of experts", EXPERTS | LATENT),
     "dots1": ("mixture of experts", EXPERTS | LATENT),
