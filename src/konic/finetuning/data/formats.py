@@ -21,6 +21,7 @@ from konic.finetuning.data.packed import (
     Content,
     TooLargeError,
     allowance,
+    require_few_cells,
     require_few_values,
     require_honest_messages,
     require_honest_metadata,
@@ -56,15 +57,24 @@ def _text(content: Content, newline: str | None = None) -> Iterator[str]:
 
 
 def _read_table(content: Content, delimiter: str) -> Iterator[Any]:
-    text = _text(content, newline="")
+    taken = 0  # by the row that is read
+
+    def text() -> Iterator[str]:
+        nonlocal taken
+        for line in _text(content, newline=""):
+            taken += require_few_cells(line, delimiter, taken, content)
+            yield line
+
     limit = csv.field_size_limit(sys.maxsize)  # a cell may hold a whole document
     try:
-        lines = csv.reader(text, delimiter=delimiter, strict=True)
+        lines = csv.reader(text(), delimiter=delimiter, strict=True)
         header = next((line for line in lines if line), [])
         if not header:
             raise ValueError("the file is empty")
         require_distinct(header)
+        taken = 0
         for line in lines:
+            taken = 0
             if len(line) != len(header) and line:
                 separator = next((sign for sign in SEPARATORS if len(header) == 1 and sign in header[0]), None)
                 hint = separated_by(separator) if separator else ""

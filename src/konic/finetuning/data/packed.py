@@ -92,6 +92,18 @@ def require_few_values(text: str, content: Content) -> None:
         raise TooLargeError("takes, as rows,", content.num_bytes, "unpack it first")
 
 
+def require_few_cells(line: str, delimiter: str, taken: int, content: Content) -> int:
+    """Return about how many bytes the cells of a line of a csv file take, after `taken` bytes of the same row.
+
+    Raises:
+        TooLargeError: Together that is more than a compressed file of this size may take.
+    """
+    size = len(line) + 50 * (1 + line.count(delimiter))
+    if content.is_packed and taken + size > allowance(content.num_bytes):
+        raise TooLargeError("takes, as rows,", content.num_bytes, "unpack it first")
+    return size
+
+
 def require_honest_metadata(metadata: Any, file: BinaryIO, num_bytes: int) -> int:
     """Return the size of the largest row group of a parquet file, by its footer and its pages, at least 1.
 
