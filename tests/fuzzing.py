@@ -16,6 +16,7 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,6 +63,7 @@ from konic.finetuning.run.checkpoint import load_checkpoint, read_record
 from konic.finetuning.run.folder import RunFolder
 from konic.finetuning.run.resume import checkpoint_to_resume, require_same_run
 from konic.finetuning.system.group import _read, _told, _write
+from konic.finetuning.system.processor import processor_name
 from konic.report.page import render
 from konic.report.replay import replays
 from konic.report.run import Run
@@ -81,6 +83,9 @@ VALUES = (
     {"a": None}, ["x"] * 3, "9" * 5000, "{% for a in range(3) %}{{ a }}{% endfor %}",
 )  # fmt: skip
 """What stands in JSON in place of what belongs there. The numbers are of no size that a reader must allocate."""
+
+
+VERSIONS = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "pyarrow", "gguf", "peft", "pyyaml")
 
 
 class TooSlow(BaseException):
@@ -597,11 +602,12 @@ def main(seconds: float, output: Path) -> bool:
             rows.append(f"| {target} | {len(growths)} | {largest:.0f} | {'; '.join(failures) or 'none'} |")
             print(rows[-1], flush=True)
             all_passed &= not failures
+    versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
     head = f"""# Damaged input
 
 `make fuzz FUZZ_SECONDS={seconds:.0f}`, {time.strftime("%d %B %Y")}: each example must end well or with one KonicError,
 in {MAX_SECONDS} seconds, with {MAX_GROWTH_BYTES // 2**20} MiB more memory at most, and without a file outside its
-folder.
+folder. On {os.cpu_count()} cores of {processor_name()}, Python {sys.version.split()[0]}, {versions}.
 
 | reader of | examples | most MiB | failures |
 |---|---|---|---|
