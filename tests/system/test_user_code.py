@@ -9,6 +9,8 @@ import time
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from konic.finetuning.system.signals import stopping_on_signals
 from konic.finetuning.system.user_code import _warn_once, preserved_state, standard_torch_modes
@@ -34,7 +36,25 @@ def timers_are_set():
     return [signal.getitimer(timer)[0] > 0 for timer in (signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)]
 
 
+class Doubling(TorchFunctionMode):
+    def __torch_function__(self, function, kinds, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return result * 2 if function is torch.exp else result
+
+
+class DoublingBelow(TorchDispatchMode):
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return result * 2 if function is torch.ops.aten.exp.default else result
+
+
+def exp_of_zero():
+    return torch.exp(torch.zeros(1)).item()
+
+
 HARMS = {
+    "function mode": (lambda: Doubling().__enter__(), exp_of_zero),
+    "dispatch mode": (lambda: DoublingBelow().__enter__(), exp_of_zero),
     "gradient mode": (lambda: torch.set_grad_enabled(False), torch.is_grad_enabled),
     "inference mode": (open_inference_mode, torch.is_inference_mode_enabled),
     "default dtype": (lambda: torch.set_default_dtype(torch.float64), torch.get_default_dtype),

@@ -151,6 +151,26 @@ def _denormals_are_flushed() -> bool:
 _SMALLEST_NORMAL = sys.float_info.min
 
 
+def _function_modes() -> list[Any]:
+    """Return the modes that stand before torch's functions, the innermost last; the default device is one too."""
+    modes = sys.modules["torch.overrides"]._get_current_function_mode_stack()
+    return [mode for mode in modes if type(mode).__name__ != "DeviceContext"]
+
+
+def _end_function_modes(before: list[Any]) -> None:
+    while len(_function_modes()) > len(before):
+        sys.modules["torch.overrides"]._pop_mode()
+
+
+def _dispatch_modes() -> list[Any]:
+    return list(sys.modules["torch.utils._python_dispatch"]._get_current_dispatch_mode_stack())
+
+
+def _end_dispatch_modes(before: list[Any]) -> None:
+    while len(_dispatch_modes()) > len(before):
+        sys.modules["torch.utils._python_dispatch"]._pop_mode()
+
+
 @functools.cache
 def _torch_settings(torch: ModuleType) -> tuple[Setting, ...]:
     open_guards: list[Any] = []
@@ -214,6 +234,8 @@ def _torch_settings(torch: ModuleType) -> tuple[Setting, ...]:
         ("torch's gradient mode", torch.is_grad_enabled, torch.set_grad_enabled),
         ("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
         ("torch's default device", lambda: torch.empty(0).device, set_default_device),
+        ("torch's function modes", _function_modes, _end_function_modes),
+        ("torch's dispatch modes", _dispatch_modes, _end_dispatch_modes),
         ("torch's number of threads", torch.get_num_threads, torch.set_num_threads),
         ("torch's deterministic mode", torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
         ("torch's precision of matmuls", matmul_precision, set_matmul_precision),
