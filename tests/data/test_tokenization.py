@@ -5,8 +5,9 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import CHAT_TEMPLATE, byte_tokenizer
 from konic.finetuning.data.config import DatasetConfig
+from konic.finetuning.data.decoding import read_response
 from konic.finetuning.data.prompts import Prompt, load_prompts, make_prompts
-from konic.finetuning.data.tokenization import _warn_of_markup, encode_prompt, make_prompt_batch, read_response
+from konic.finetuning.data.tokenization import _warn_of_markup, encode_prompt, make_prompt_batch
 from konic.finetuning.errors import ConfigError, DatasetError, ModelError
 from konic.finetuning.models.positions import position_ids
 

@@ -37,9 +37,9 @@ from konic.finetuning import (
     ModelError,
     TrainingConfig,
 )
+from konic.finetuning.data.chat_tokens import shorten_chat
 from konic.finetuning.data.prompts import make_prompts
 from konic.finetuning.data.samples import make_samples
-from konic.finetuning.data.tokenization import shorten_chat
 from konic.finetuning.reward_models.classifier import HuggingFaceRewardModel, batches_by_length, reward_name
 from konic.finetuning.reward_models.texts import TEXT_FORMATS, encode_pair
 from konic.finetuning.rewards.listing import list_rewards

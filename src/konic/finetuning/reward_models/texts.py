@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from konic.finetuning.data.tokenization import shorten_chat
+from konic.finetuning.data.chat_tokens import shorten_chat
 
 TextFormat = Literal["chat", "pair", "joined", "response"]
 TEXT_FORMATS: tuple[TextFormat, ...] = get_args(TextFormat)

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWarper
 
 from konic.finetuning.config import GenerationConfig
-from konic.finetuning.data.tokenization import PromptBatch, read_response
+from konic.finetuning.data.decoding import read_response
+from konic.finetuning.data.tokenization import PromptBatch
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.models.positions import distinct_prompts

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from konic.finetuning.config import GenerationConfig
-from konic.finetuning.data.tokenization import PromptBatch, read_response
+from konic.finetuning.data.decoding import read_response
+from konic.finetuning.data.tokenization import PromptBatch
 from konic.finetuning.errors import ConfigError, ModelError
 from konic.finetuning.models.language_model import LanguageModel
 

@@ -5,10 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from konic.finetuning.config import GenerationConfig
+from konic.finetuning.data.decoding import HALF_A_CHARACTER
 from konic.finetuning.rollout.sampler import SpecialTokens, decode_response
-
-_HALF_A_CHARACTER = "\ufffd"
-"""What decoding gives for the first bytes of a character."""
 
 
 class TextStream:
@@ -41,6 +39,6 @@ class TextStream:
 
 def certain_part(text: str, stop: Sequence[str] = ()) -> str:
     """Return the text without an end that may turn into another character, or into a stop string, which is cut off."""
-    text = text.rstrip(_HALF_A_CHARACTER)
+    text = text.rstrip(HALF_A_CHARACTER)
     starts = (size for string in stop for size in range(1, len(string)) if text.endswith(string[:size]))
     return text[: len(text) - max(starts, default=0)]

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from konic.finetuning.config import GenerationConfig
-from konic.finetuning.data.tokenization import PromptBatch, read_response
+from konic.finetuning.data.decoding import read_response
+from konic.finetuning.data.tokenization import PromptBatch
 from konic.finetuning.errors import SamplerError
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.rollout.sampler import RandomKey, Samples, SpecialTokens
