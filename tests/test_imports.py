@@ -24,8 +24,9 @@ INSIDE = {
     ],
     "results": ["metrics", "intervals", "at_k", "iteration", "evaluation", "summary"],
     "data": [
-        "pages", "packed", "rows", "chats", "columns", "fingerprint", "hub", "formats", "loaders", "config", "prompts",
-        "samples", "template_process", "chat_templates", "template_names", "decoding", "chat_tokens", "tokenization",
+        "pages", "packed", "rows", "chats", "columns", "fingerprint", "hub", "formats", "folders", "loaders", "config",
+        "prompts", "samples", "template_process", "chat_templates", "template_names", "decoding", "chat_tokens",
+        "tokenization",
     ],
     "models": [
         "positions", "distributions", "length_groups", "value_head", "prepacked", "products", "sharding", "wide_head",
