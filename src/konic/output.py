@@ -37,7 +37,13 @@ class Tolerant:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write what can be written; return the number of characters given."""
+        """Write what can be written; return the number of characters given.
+
+        Raises:
+            TypeError: It is no text: by this, libraries find out what kind of stream it is.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"write() argument must be str, not {type(text).__name__}")
         with self._tolerance():
             try:
                 self._stream.write(text)

@@ -194,7 +194,7 @@ def test_mistakes_on_the_command_line_speak_of_its_options(arguments, told):
         (["demo", "--output", " "], "--output"),
         (["rewards", ""], "SCRIPT_OR_YAML"),
         (["rewards", "job.py", "--texts", ""], "--texts"),
-        (["reward-model", "train", "", "--base", "any"], "data"),
+        (["reward-model", "train", "", "--base", "any"], "DATA"),
         (["reward-model", "train", "rows.csv", "--base", ""], "--base"),
         (["reward-model", "train", "rows.csv", "--base", "any", "--output", ""], "--output"),
         (["reward-model", "train", "rows.csv", "--base", "any", "--test", ""], "--test"),

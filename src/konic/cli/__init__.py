@@ -1,5 +1,6 @@
 """The `konic` command. Each subcommand has its own file, and imports the library only when it runs."""
 
+import atexit
 import signal
 import sys
 import traceback
@@ -54,6 +55,12 @@ def _options(version: bool = typer.Option(False, "--version", help="Print the ve
         raise typer.Exit
 
 
+def _end_at_ctrl_c() -> None:
+    """While Python ends, let another Ctrl-C print no traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def main() -> None:
     """Run the command line; docs/commands.md has its exit codes. A user's mistake is one message without a traceback.
 
@@ -73,6 +80,5 @@ def main() -> None:
         write_line(shown, sys.stderr, RED)
         sys.exit(1)
     finally:
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # while Python ends, another Ctrl-C prints no traceback
+        atexit.register(_end_at_ctrl_c)
         end_streams()
