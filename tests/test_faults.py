@@ -815,7 +815,7 @@ def tiny_classifier():
         case("tokenizer empty", put(TOKENIZER, b""), "tokenizer.json: it cannot be read"),
         case("tokenizer a list", put(TOKENIZER, b"[]"), "could not be loaded"),
         case("tokenizer of no model", put(TOKENIZER, b"{}"), "could not be loaded"),
-        case("tokenizer settings rubbish", put("tokenizer_config.json", b"{oops"), "tokenizer_config.json: it cannot be read"),
+        case("tokenizer settings rubbish", put("tokenizer_config.json", b"{oops"), "it cannot be read"),
         case("tokenizer larger than the model", edit("../other/nothing"), "vocabulary"),
         case("pickled, its own", pickled("its own"), "safetensors"),
         case("pickled, malicious", pickled("malicious"), "safetensors"),
