@@ -8,7 +8,7 @@ import pytest
 from command import konic_here
 from konic.finetuning import ConfigError, KonicFinetuningCallback, OutputError
 from konic.finetuning.run import remote
-from konic.finetuning.run.remote import copy_of, fetched, mirror_of
+from konic.finetuning.run.remote import copy_of, fetched, mirror_of, renew_copies
 from konic.finetuning.system import mirror as mirror_module
 from konic.finetuning.system.mirror import Mirror
 from test_engine import completions, make_engine, metrics, same_tensors, weights
@@ -194,6 +194,32 @@ def test_a_copy_for_reading_sends_nothing_and_keeps_a_report(tmp_path):
     assert files(there) == {"a.txt", "b.txt"}
 
 
+class TwoHosts:
+    """What a process of several on two machines sees of the others."""
+
+    def __init__(self, hosts, rank):
+        self.hosts, self.rank, self.calls = hosts, rank, 0
+
+    def gather(self, message):
+        self.calls += 1
+        return [{"host": host} for host in self.hosts]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "rank", "fetches"),
+    [("ab", 1, True), ("ab", 0, False), ("aa", 1, False), ("abb", 2, False), ("aab", 2, True)],
+)
+def test_the_first_process_of_every_other_machine_fetches_the_run(tmp_path, hosts, rank, fetches):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a.txt").write_text("one")
+    url, world = f"file://{tmp_path}/there", TwoHosts(hosts, rank)
+    renew_copies(world, url, True)
+    assert (copy_of(url) / "a.txt").exists() == fetches
+    assert world.calls == 2  # all wait until the copies are there
+    renew_copies(world, tmp_path / "run", None)
+    assert world.calls == 2
+
+
 def test_file_systems_of_fsspec_serve_too(tmp_path):
     mirror = mirror_of("memory://place/run")
     mirror.fetch()
@@ -252,6 +278,9 @@ def test_commands_read_a_run_at_a_url(model_folder, tmp_path):
     assert konic_here("report", url).returncode == 0
     assert (copy_of_reading(url) / "report.html").is_file()
     assert files(tmp_path / "bucket") == before
+    followed = konic_here("report", url, "--watch")
+    assert followed.returncode == 2
+    assert "not those at a URL" in followed.stderr
     missing = konic_here("report", f"file://{tmp_path}/bucket/none")
     assert missing.returncode != 0
     assert "nothing is there" in missing.stderr

@@ -48,8 +48,11 @@ def report(
         raise typer.BadParameter("--port is where --watch serves the page: give --watch too.")
     write_line(f"Reading {', '.join(map(str, runs))} ...", sys.stderr)
     if watch:
+        from konic.finetuning.run.remote import is_copy
         from konic.report.watch import watch as serve
 
+        if any(map(is_copy, runs)):
+            raise typer.BadParameter("--watch follows runs on this machine, not those at a URL.")
         serve(runs, port)
         return
     from konic.report import Run, write_report

@@ -17,6 +17,9 @@ from konic.output import get_logger
 
 logger = get_logger(__name__)
 
+_READ = "read"
+"""Folder of the copies that are only read, in the cache folder."""
+
 
 class RemoteRunFolder(RunFolder):
     """A run whose files others find at a URL."""
@@ -69,7 +72,12 @@ def named_folder(place: str | os.PathLike[str] | None, model_name: str) -> RunFo
 
 def mirror_of(url: str, only_reads: bool = False) -> Mirror:
     """The run at a URL, and its copy in the cache folder, which machines do not share even if they share a disk."""
-    return Mirror(url, cache_folder() / ("read" if only_reads else "runs") / socket.gethostname(), only_reads)
+    return Mirror(url, cache_folder() / (_READ if only_reads else "runs") / socket.gethostname(), only_reads)
+
+
+def is_copy(path: Path) -> bool:
+    """Return True for what :func:`fetched` returned for reading: it does not change while the run goes on."""
+    return path.is_relative_to(cache_folder() / _READ)
 
 
 def copy_of(place: Any) -> Any:
