@@ -157,7 +157,17 @@ def has_ended(pid, seconds=10):
 def test_the_process_belongs_to_one_process_and_ends_with_it(tmp_path):
     byte_tokenizer("llama").save_pretrained(tmp_path)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "SECRET_TOKEN": "hush"}
-    command = [sys.executable, "-W", "error::ResourceWarning", "-c", SCRIPT, str(tmp_path), NESTED]
+    command = [
+        sys.executable,
+        "-W",
+        "error::ResourceWarning",
+        "-W",
+        "ignore::DeprecationWarning",
+        "-c",
+        SCRIPT,
+        str(tmp_path),
+        NESTED,
+    ]
     script = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     assert (script.returncode, script.stderr) == (0, "")
     pid, has_secret, forked, interrupted, again = script.stdout.splitlines()

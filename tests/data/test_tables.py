@@ -353,6 +353,7 @@ def test_the_fault_of_a_library_that_reads_a_table_is_one_error():
 
 
 def test_images_are_given_as_they_are_stored_and_never_decoded(tmp_path):
+    pytest.importorskip("PIL")
     image = {"bytes": b"no image", "path": None}
     kinds = {"prompt": datasets.Value("string"), "seen": datasets.Image(), "many": datasets.List(datasets.Image())}
     features = datasets.Features({**kinds, "inside": {"one": datasets.Image()}, "json": datasets.Json()})
@@ -377,6 +378,7 @@ def test_a_format_of_datasets_changes_no_value(kind):
 
 
 def test_a_table_of_the_hub_decodes_nothing_and_names_the_row_that_cannot_be_read():
+    pytest.importorskip("PIL")
     features = datasets.Features({"prompt": datasets.Value("string"), "seen": datasets.Image()})
     image = {"bytes": b"no image", "path": None}
     data = datasets.Dataset.from_list([{"prompt": name, "seen": image} for name in "abc"], features=features)

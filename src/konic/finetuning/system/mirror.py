@@ -219,6 +219,8 @@ def _opened(url: str, address: str) -> tuple[Any, str]:
     import pyarrow
     from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
+    if not url.partition("://")[2].strip("/"):
+        raise OutputError(f"{address}: names no folder there. Give one, such as s3://bucket/run.")
     try:
         files, root = FileSystem.from_uri(url)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):
@@ -231,8 +233,6 @@ def _opened(url: str, address: str) -> tuple[Any, str]:
         files = PyFileSystem(FSSpecHandler(found))
     except OSError as error:
         raise OutputError(f"{address}: cannot be reached: {describe_error(error)}.") from safe_cause(error)
-    if not root.strip("/"):
-        raise OutputError(f"{address}: names no folder there. Give one, such as {address.rstrip('/')}/bucket/run.")
     return files, root.rstrip("/")
 
 
