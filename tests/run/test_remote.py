@@ -148,6 +148,22 @@ def test_what_was_never_sent_is_kept_where_the_url_has_changed_elsewhere(tmp_pat
     assert str(aside) in caplog.text
 
 
+def test_what_somebody_deleted_from_the_copy_stays_at_the_url_and_is_fetched_again(tmp_path):
+    there, mirror = tmp_path / "there", mirror_of(f"file://{tmp_path}/there")
+    for name in ("a.txt", "b.txt"):
+        there.mkdir(exist_ok=True)
+        (there / name).write_text("one")
+    mirror.fetch()
+    for unsent in (False, True):
+        (mirror.path / "a.txt").unlink()
+        if unsent:
+            (mirror.path / "c.txt").write_text("never sent")
+        mirror.fetch()
+        assert {"a.txt", "b.txt"} <= files(there)
+        assert files(mirror.path) == files(there)
+    assert files(there) == {"a.txt", "b.txt", "c.txt"}
+
+
 def test_only_what_differs_is_copied(tmp_path, monkeypatch):
     mirror, sent = mirror_of(f"file://{tmp_path}/there"), []
     upload = Mirror._upload

@@ -81,11 +81,13 @@ class Mirror:
             synced = {}  # somebody has made room
         if self._only_reads:
             here = {name: stamp for name, stamp in here.items() if synced.get(name) == stamp}
-        elif here != synced:
+        elif any(synced.get(name) != stamp for name, stamp in here.items()):
             if there == synced:
-                return self.send()
-            self._set_aside()
-            here = {}
+                self.send(deletes=False)
+                there, here = self._there(), self._here()
+            else:
+                self._set_aside()
+                here = {}
         changed = [name for name, stamp in there.items() if here.get(name) != stamp]
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -102,10 +104,11 @@ class Mirror:
         if changed:
             size = sum(there[name][0] for name in changed)
             logger.warning("%s: %d files (%.1f MB) are now in %s.", self.address, len(changed), size / 1e6, self.path)
-        return None
 
-    def send(self) -> None:
+    def send(self, deletes: bool = True) -> None:
         """Make what is at the URL equal to the copy. What this machine never knew of there stays.
+
+        Without `deletes`, all that is there stays: somebody may have made room in the copy.
 
         Raises:
             OutputError: The URL cannot be written. What was not sent is sent by the next call.
@@ -116,7 +119,7 @@ class Mirror:
                 if synced.get(name) != stamp:
                     self._upload(name)
                     synced[name] = self._stamp_here(name)
-            gone = synced.keys() - self._here().keys()
+            gone = synced.keys() - self._here().keys() if deletes else set()
             for name in gone:
                 with suppress(FileNotFoundError):
                     self._place[0].delete_file(f"{self._place[1]}/{name}")
