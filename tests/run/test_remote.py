@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from command import konic_here
 from konic.finetuning import ConfigError, KonicFinetuningCallback, OutputError
@@ -244,6 +245,30 @@ def test_file_systems_of_fsspec_serve_too(tmp_path):
     mirror.send()
     shutil.rmtree(mirror.path)
     assert (fetched("memory://place/run") / "final" / "a.txt").read_text() == "one"
+
+
+class StoreError(Exception):
+    """What the library of a store raises, such as botocore's ClientError; it is no OSError."""
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "what"),
+    [
+        ("find", Mirror.fetch, "read"), ("info", Mirror.fetch, "read"), ("_open", Mirror.send, "written"),
+        ("_open", Mirror.require_writable, "written"), ("rm_file", Mirror.require_writable, "written"),
+    ],
+)  # fmt: skip
+def test_an_error_of_a_stores_own_kind_is_one_error_too(method, call, what, monkeypatch):
+    mirror = mirror_of("memory://place/broken")
+    mirror.path.mkdir(parents=True)
+    (mirror.path / "a.txt").write_text("one")
+
+    def fails(*_, **__):
+        raise StoreError("403: this key may not")
+
+    monkeypatch.setattr(MemoryFileSystem, method, fails)
+    with pytest.raises(OutputError, match=rf"memory://place/broken: cannot be {what}: .*403: this key may not"):
+        call(mirror)
 
 
 @pytest.mark.parametrize("name", ["../a", "b/../../a", ".a", "b/.c/d"])

@@ -5,13 +5,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from konic.finetuning.errors import OutputError, safe_cause
+from konic.finetuning.errors import KonicError, OutputError, safe_cause
 from konic.finetuning.system.files import remove, unwritable, write_text
 from konic.finetuning.system.places import read_json
 from konic.output import get_logger
@@ -59,13 +59,11 @@ class Mirror:
     def require_writable(self) -> None:
         """Raise OutputError if a small file cannot be written at the URL, and removed again."""
         place = f"{self._place[1]}/.konic-{os.getpid()}"
-        try:
+        with self._naming_failures("cannot be written"):
             self._make_folder_of(place)
             with self._place[0].open_output_stream(place) as file:
                 file.write(b"konic")
             self._place[0].delete_file(place)
-        except OSError as error:
-            raise self._failed("cannot be written", error) from safe_cause(error)
 
     def fetch(self) -> None:
         """Make the copy equal to what is at the URL.
@@ -89,7 +87,7 @@ class Mirror:
                 self._set_aside()
                 here = {}
         changed = [name for name, stamp in there.items() if here.get(name) != stamp]
-        try:
+        with self._naming_failures("cannot be read"):
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             for name in here.keys() - there.keys():
                 remove(self.path / name)
@@ -99,8 +97,6 @@ class Mirror:
             for name in changed:
                 self._download(name, there[name])
             self._remember(there)
-        except OSError as error:
-            raise self._failed("cannot be read", error) from safe_cause(error)
         if changed:
             size = sum(there[name][0] for name in changed)
             logger.warning("%s: %d files (%.1f MB) are now in %s.", self.address, len(changed), size / 1e6, self.path)
@@ -115,19 +111,18 @@ class Mirror:
         """
         synced = self._synced()
         try:
-            for name, stamp in sorted(self._here().items()):
-                if synced.get(name) != stamp:
-                    self._upload(name)
-                    synced[name] = self._stamp_here(name)
-            gone = synced.keys() - self._here().keys() if deletes else set()
-            for name in gone:
-                with suppress(FileNotFoundError):
-                    self._place[0].delete_file(f"{self._place[1]}/{name}")
-                del synced[name]
-            for folder in {folder for name in gone for folder in _folders_of(name)}:
-                self._remove_empty(f"{self._place[1]}/{folder}")
-        except OSError as error:
-            raise self._failed("cannot be written", error) from safe_cause(error)
+            with self._naming_failures("cannot be written"):
+                for name, stamp in sorted(self._here().items()):
+                    if synced.get(name) != stamp:
+                        self._upload(name)
+                        synced[name] = self._stamp_here(name)
+                gone = synced.keys() - self._here().keys() if deletes else set()
+                for name in gone:
+                    with suppress(FileNotFoundError):
+                        self._place[0].delete_file(f"{self._place[1]}/{name}")
+                    del synced[name]
+                for folder in {folder for name in gone for folder in _folders_of(name)}:
+                    self._remove_empty(f"{self._place[1]}/{folder}")
         finally:
             self._remember(synced)
 
@@ -167,10 +162,8 @@ class Mirror:
     def _there(self) -> dict[str, Stamp]:
         from pyarrow.fs import FileSelector, FileType
 
-        try:
+        with self._naming_failures("cannot be read"):
             found = self._place[0].get_file_info(FileSelector(self._place[1], recursive=True, allow_not_found=True))
-        except OSError as error:
-            raise self._failed("cannot be read", error) from safe_cause(error)
         root = PurePosixPath(self._place[1])
         files = {PurePosixPath(info.path).relative_to(root): info for info in found if info.type == FileType.File}
         return {str(name): _stamp(info) for name, info in files.items() if _belongs(name)}
@@ -210,11 +203,19 @@ class Mirror:
             self.address, aside,
         )  # fmt: skip
 
-    def _failed(self, what: str, error: OSError) -> OutputError:
-        return OutputError(
-            f"{self.address}: {what}: {describe_error(error)}. Check its name and your rights there. What was not sent "
-            f"is in {self.path}."
-        )
+    @contextmanager
+    def _naming_failures(self, what: str) -> Iterator[None]:
+        """Turn what the file system raises inside the context into one OutputError."""
+        has_errors_of_its_own = self._place[0].type_name.startswith("py::")  # fsspec, by the library of a store
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, KonicError) or not (isinstance(error, OSError) or has_errors_of_its_own):
+                raise
+            raise OutputError(
+                f"{self.address}: {what}: {describe_error(error)}. Check its name and your rights there. What was not "
+                f"sent is in {self.path}."
+            ) from safe_cause(error)
 
 
 def _opened(url: str, address: str) -> tuple[Any, str]:
@@ -231,7 +232,7 @@ def _opened(url: str, address: str) -> tuple[Any, str]:
 
         try:
             found, root = url_to_fs(url)
-        except (ValueError, ImportError) as error:
+        except Exception as error:  # a store's library has errors of its own
             raise OutputError(f"{address}: is no URL of a folder: {describe_error(error)}.") from safe_cause(error)
         files = PyFileSystem(FSSpecHandler(found))
     except OSError as error:
