@@ -27,7 +27,7 @@ from bench import PROMPTS, TOKENS, machine
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 EPOCHS, ITERATIONS = 2, 1
-CASES = [(1, 1, 4), (2, 1, 8), (1, 1, 8), (2, 1, 16), (1, 1, 16)]
+CASES = [(1, 1, 4), (2, 1, 8), (1, 2, 8), (1, 1, 8), (2, 1, 16), (1, 2, 16), (1, 1, 16)]
 """Processes, threads of each, responses of all."""
 _BYTES_ACKED = 120
 """Where Linux's tcp_info has the bytes that the other end has acknowledged."""
@@ -246,7 +246,7 @@ def measure(size, threads, batch):
 
 def run(rounds):
     found = {"machine": machine(), "day": time.strftime("%Y-%m-%d"), "rounds": rounds, "steps": EPOCHS}
-    found["read"] = read_seconds()
+    found |= {"load": os.getloadavg()[0], "read": read_seconds()}
     cases = {case: [] for case in CASES}
     for _, case in itertools.product(range(rounds), CASES):
         begun = time.monotonic()
@@ -289,20 +289,20 @@ def shown(found):
     lines = [
         "# One and two processes",
         "",
-        f"{found['machine']}, {found['day']}; `python benchmarks/scale.py run`, {found['rounds']} rounds. Other jobs "
-        "ran on both cores all the time, so seconds of the clock say little; those of the processor are what the "
-        "process got. One thread in each process. Medians of an iteration; of two processes, of one of them.",
+        f"{found['machine']}, {found['day']}; `python benchmarks/scale.py run`, {found['rounds']} rounds, load before "
+        f"it {found['load']:.1f}. Medians of an iteration; of two processes, of one of them. Seconds of the processor "
+        "are those of all threads of a process.",
         "",
-        "| processes | responses | sampling, processor | update, processor | rewards | waiting | gradients | messages "
-        "| iteration, clock |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| processes | threads of each | responses | sampling, processor | update, processor | rewards | waiting "
+        "| gradients | messages | iteration, clock |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in found["cases"]:
         processor, seconds = case["processor"], case["seconds"]
         numbers = [processor["sampling"], processor["update"], processor["rewards"]]
         numbers += [seconds.get(name, 0.0) for name in ("waiting", "gradients", "messages")] + [case["total"]]
         cells = " | ".join(f"{number:.3g} s" for number in numbers)
-        lines.append(f"| {case['processes']} | {case['batch']} | {cells} |")
+        lines.append(f"| {case['processes']} | {case['threads']} | {case['batch']} | {cells} |")
     lines += [
         "",
         "Bytes that a process gives to the others in an iteration; the last column is what TCP has carried away.",

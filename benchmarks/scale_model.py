@@ -197,7 +197,7 @@ def gpu_worker() -> Worker:
 
 def cpu_worker(found: dict) -> Worker:
     """One core, from the processor seconds of one process with 4 and with 16 responses."""
-    cases = {case["batch"]: case for case in found["cases"] if case["processes"] == 1 and case["batch"] in (4, 16)}
+    cases = {case["batch"]: case for case in found["cases"] if (case["processes"], case["threads"]) == (1, 1)}
     times = {rows: (cases[rows]["processor"]["sampling"], cases[rows]["processor"]["update"]) for rows in (4, 16)}
     rest = Line(((0, cases[16]["total"] - sum(cases[16]["seconds"].values())),))
     return worker_of(times, found["steps"], rest)
@@ -217,7 +217,7 @@ def check(found: dict) -> list[str]:
     lines = ["| processes | responses | part | predicted | measured | error |", "|---|---|---|---|---|---|"]
     alone = Cluster(1, 1, *[Link(0.0, 1.0)] * 3)
     for case in found["cases"]:
-        if case["processes"] == 1 and case["batch"] in (4, 16):
+        if case["threads"] > 1 or (case["processes"] == 1 and case["batch"] in (4, 16)):
             continue
         cluster = local_link(found, case) if case["link"] else alone
         times = iteration([TOKENS] * case["batch"], worker, cluster)
