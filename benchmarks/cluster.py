@@ -28,6 +28,7 @@ from kill_test import differences
 from konic.finetuning import KonicFinetuningCallback, KonicFinetuningEngine, RewardError
 from konic.finetuning.cluster import connection
 from ray_job import Rewards, make_agent
+from test_engine import metrics
 
 JOB = Path(__file__).with_name("ray_job.py")
 ITERATIONS = 6
@@ -185,27 +186,34 @@ def node_folder():
 
 @contextlib.contextmanager
 def nodes(folder, count):
-    """A cluster of nodes with one CPU each; yields its address and the process of each node, the head first."""
+    """A cluster of nodes with one CPU each; yields its address and the process of each node, the head first.
+
+    Nodes that are added to the list are ended too.
+    """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    common = ["--num-cpus", "1", "--object-store-memory", str(100 * 2**20), "--block"]
-    head = ["--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", str(folder)]
-    others = [
-        ["--address", f"127.0.0.1:{port}", "--node-ip-address", f"127.0.0.{number}"] for number in range(2, count + 1)
-    ]
+        address = f"127.0.0.1:{found.getsockname()[1]}"
     started = []
     try:
-        for number, more in enumerate((head, *others)):
-            log = folder / f"node-{number}.log"
-            with log.open("w") as file:
-                command = [Path(sys.executable).with_name("ray"), "start", *more, *common]
-                started.append(subprocess.Popen(command, env=OPEN, stdout=file, stderr=file))
-            wait_for(lambda log=log: "runtime started" in log.read_text(), log.read_text)
-        yield f"127.0.0.1:{port}", started
+        for number in range(1, count + 1):
+            started.append(start_node(folder, address, number))
+        yield address, started
     finally:
         for process in started[::-1]:
             end_family(process)
+
+
+def start_node(folder, address, number):
+    """Start a node of a cluster; number 1 is the head."""
+    head = ["--head", "--port", address.rpartition(":")[2], "--include-dashboard", "false", "--temp-dir", str(folder)]
+    which = head if number == 1 else ["--address", address, "--node-ip-address", f"127.0.0.{number}"]
+    common = ["--num-cpus", "1", "--object-store-memory", str(100 * 2**20), "--block"]
+    log = folder / f"node-{number}.log"
+    with log.open("w") as file:
+        command = [Path(sys.executable).with_name("ray"), "start", *which, *common]
+        process = subprocess.Popen(command, env=OPEN, stdout=file, stderr=file)
+    wait_for(lambda: "runtime started" in log.read_text(), log.read_text)
+    return process
 
 
 def end_family(process):
@@ -226,6 +234,30 @@ def on_two_nodes(folder, model):
         output, errors = driver.communicate(timeout=180)
         assert "STOPPED None" in output, errors
         return sum(line.startswith("[Iter") for line in output.splitlines()), used
+
+
+def grown(folder, model):
+    """Train with one worker of at most two, until a second node comes.
+
+    The seconds until it has a worker, the iterations before that, and the largest difference of a metric from those of
+    one process.
+    """
+    iterations, alone = 12, folder / "alone"
+    KonicFinetuningEngine.from_agent(
+        make_agent(model, Rewards()), checkpoint_dir=alone, callback=Watching(), device="cpu"
+    ).train(iterations)
+    with nodes(folder, 1) as (address, processes):
+        driver = job(folder, model, "grow", iterations, address)
+        wait_for_iterations(folder / "grow", 2)
+        processes.append(start_node(folder, address, 2))
+        start = time.monotonic()
+        wait_for(lambda: workers(processes[1].pid), lambda: "the second node got no worker")
+        seconds, before = time.monotonic() - start, len(metrics(folder / "grow"))
+        output, errors = driver.communicate(timeout=240)
+        assert "STOPPED None" in output, errors
+    rows = zip(metrics(alone), metrics(folder / "grow"), strict=True)
+    numbers = [(one[name], two[name]) for one, two in rows for name in one if isinstance(one[name], float)]
+    return seconds, before, max(abs(one - two) for one, two in numbers)
 
 
 def lost_node(folder, model, count):
@@ -290,6 +322,13 @@ def main():
         with node_folder() as short:
             printed, used = on_two_nodes(short, model)
         row("two `ray start` nodes on one machine", f"workers on {used} of them; {printed} of 4 iterations reported")
+        with node_folder() as short:
+            seconds, before, difference = grown(short, model)
+        row(
+            "a second node comes to a training of one worker, `num_workers=(1, 2)`",
+            f"a worker on it {seconds:.0f} s later, after iteration {before} of 12; metrics differ from those of one "
+            f"process by {difference:.1g} at most",
+        )
         with node_folder() as short:
             seconds, line = survived_node(short, model)
         row("one of three nodes is killed, with its worker", f"finished {seconds:.0f} s later: “{line}”")

@@ -1,6 +1,6 @@
 """A job on Ray for benchmarks/cluster.py and tests/test_ray.py: rewards of a tiny model that go wrong when told to.
 
-python ray_job.py MODEL RUN_FOLDER WHAT ITERATIONS     WHAT: nothing, hang, slow
+python ray_job.py MODEL RUN_FOLDER WHAT ITERATIONS     WHAT: nothing, hang, slow, grow
 """
 
 import os
@@ -24,7 +24,10 @@ PROMPTS = ["ab", "the film was", "x", "why not", "no", "go on then", "a", "and s
 
 
 class Rewards(KonicLLMRewardComposer):
-    """Counts letters. `trouble` is what goes wrong in the second worker, once if `marker` names a file."""
+    """Counts letters. `trouble` is what goes wrong in the second worker, once if `marker` names a file.
+
+    With "grow", each worker is slow.
+    """
 
     def __init__(self, trouble="nothing", marker=None):
         super().__init__()
@@ -32,7 +35,7 @@ class Rewards(KonicLLMRewardComposer):
 
     @llm_reward
     def vowels(self, prompt: str, response: str) -> float:
-        if os.environ.get("RANK") == "1" and self.trouble != "nothing":
+        if self.trouble == "grow" or (os.environ.get("RANK") == "1" and self.trouble != "nothing"):
             self.go_wrong()
         return sum(letter in "aeiou" for letter in response) / 4
 
@@ -41,7 +44,7 @@ class Rewards(KonicLLMRewardComposer):
         return sum(map(ord, response)) % 11 / 10
 
     def go_wrong(self):
-        if self.trouble == "slow":
+        if self.trouble in ("slow", "grow"):
             time.sleep(0.2)
             return
         if self.trouble == "error":
@@ -73,7 +76,11 @@ if __name__ == "__main__":
 
     model, run, what, iterations = sys.argv[1:]
     agent = make_agent(model, Rewards(what, f"{run}.marker"), process_timeout_seconds=5 if what == "hang" else 60)
-    scaling = ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1})
+    scaling = ScalingConfig(
+        num_workers=(1, 2) if what == "grow" else 2,
+        resources_per_worker={"CPU": 1},
+        elastic_resize_monitor_interval_s=2,
+    )
     engine = KonicFinetuningEngine.from_agent(
         agent, checkpoint_dir=run, scaling=scaling, callback=KonicFinetuningCallback()
     )
