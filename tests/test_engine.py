@@ -65,7 +65,9 @@ class Silent(KonicFinetuningCallback):
         super().__init__(verbose=False)
 
 
-def make_agent(folder, architecture="llama", composer=None, lora=True, dataset=None, generation=None, **training):
+def make_agent(
+    folder, architecture="llama", composer=None, lora=True, dataset=None, generation=None, model_kwargs=None, **training
+):
     settings = {"batch_size": 8, "learning_rate": 1e-2 if lora else 1e-3, "ppo_epochs": 2} | training
     return KonicFinetuningAgent(
         base_model=folder,
@@ -74,7 +76,7 @@ def make_agent(folder, architecture="llama", composer=None, lora=True, dataset=N
         dataset_config=dataset or DatasetConfig(prompts=PROMPTS, held_out=2),
         training_config=settings,
         generation_config={"max_new_tokens": 8, "max_prompt_length": 48} | (generation or {}),
-        model_kwargs={"token": PLANTED},
+        model_kwargs={"token": PLANTED} | (model_kwargs or {}),
     )
 
 

@@ -31,7 +31,7 @@ INSIDE = {
     "models": [
         "positions", "distributions", "length_groups", "value_head", "prepacked", "products", "sharding", "wide_head",
         "language_model", "fsdp", "token_scores", "headers", "locations", "decode_probe", "tokenizer_rules",
-        "containment", "model_kwargs", "loading",
+        "containment", "model_kwargs", "quantised", "loading",
         "adapter_config", "adapters", "merging", "adapter_check", "trained_weights", "policy", "policy_files",
     ],
     "rewards": [

@@ -50,7 +50,11 @@ def test_set_up_asks_pip_for_hashes_and_builds_without_downloads():
 
 @pytest.mark.parametrize(
     ("lock", "names"),
-    [("browser.lock", ["greenlet", "playwright"]), ("ray.lock", ["msgpack", "protobuf", "ray", "tensorboardx"])],
+    [
+        ("bitsandbytes.lock", ["bitsandbytes"]),
+        ("browser.lock", ["greenlet", "playwright"]),
+        ("ray.lock", ["msgpack", "protobuf", "ray", "tensorboardx"]),
+    ],
 )
 def test_what_ci_adds_is_pinned_with_hashes_and_ends_in_time(lock, names):
     assert [name for name, _ in pins(f".ci/{lock}")] == names
@@ -58,7 +62,7 @@ def test_what_ci_adds_is_pinned_with_hashes_and_ends_in_time(lock, names):
     assert all(re.search(r"--hash=sha256:[0-9a-f]{64}$", block, re.MULTILINE) for block in blocks)
     script = (ROOT / ".ci/run").read_text()
     assert f"--require-hashes --no-deps --only-binary :all: -r .ci/{lock}" in script
-    assert script.endswith("make setup\ninstall_browser\ninstall_ray\nmake check\nmake test\n")
+    assert script.endswith("make setup\ninstall_browser\ninstall_ray\ninstall_bitsandbytes\nmake check\nmake test\n")
 
 
 @pytest.mark.skipif(shutil.which("timeout") is None or not Path("/bin/bash").exists(), reason="needs bash and timeout")
@@ -74,7 +78,8 @@ def test_ci_checks_and_tests_also_where_no_browser_can_be_installed(tmp_path):
         (tools / name).chmod(0o755)
     command = ["/bin/bash", str(tmp_path / ".ci" / "run")]
     done = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True, timeout=60)
-    setup, word, ray, *rest = done.stdout.splitlines()
+    setup, word, ray, bits, *rest = done.stdout.splitlines()
     assert (setup, rest, done.returncode, done.stderr) == ("make setup", ["make check", "make test"], 0, "")
     assert word.startswith("Skipping the browser test: Chromium is missing")
     assert ray == "Skipping the tests on Ray: pip cannot install it here."
+    assert bits == "Skipping the tests of quantised models: pip cannot install bitsandbytes here."

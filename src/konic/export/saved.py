@@ -15,6 +15,7 @@ from konic.finetuning.models.containment import find_outside, require_bounded_to
 from konic.finetuning.models.loading import load_model
 from konic.finetuning.models.locations import PACKAGED_MODELS, quiet_transformers
 from konic.finetuning.models.merging import merge_into_base
+from konic.finetuning.models.quantised import dequantised, recorded_quantisation
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult, Selection
 from konic.finetuning.system.places import find_stray, looks_like_path, read_json
@@ -115,12 +116,17 @@ class SavedModel:
         if not self.is_adapter:
             loaded = load_model(str(self.folder), {}, _CPU)
             return loaded.model, loaded.tokenizer
-        revision = self.adapter_config.get("revision")
-        loaded = load_model(self.base, {"revision": revision} if isinstance(revision, str) else {}, _CPU)
+        loaded = load_model(self.base, self._base_kwargs(), _CPU)
         if loaded.adapter is not None:
             raise ModelError(f"{self.folder}: its base model {self.base!r} is an adapter too. Merge that one first.")
-        model = merge_into_base(attach_adapter(loaded.model, self.folder))
+        model = merge_into_base(attach_adapter(dequantised(loaded.model), self.folder))
         return model, self.load_tokenizer() or loaded.tokenizer
+
+    def _base_kwargs(self) -> dict[str, Any]:
+        """Return how the base model is loaded: at the adapter's revision, and quantised if it was in training."""
+        revision = self.adapter_config.get("revision")
+        at = {"revision": revision} if isinstance(revision, str) else {}
+        return at | recorded_quantisation(self.setting("model_kwargs"))
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Return the tokenizer that was saved with the weights; None if there is none."""

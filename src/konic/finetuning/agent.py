@@ -181,7 +181,11 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
             "dataset_config": self._dataset_config.model_dump(mode="json", exclude={"prompts", "token"}),
             "lora_config": lora.model_dump() if isinstance(lora, LoraConfig) else lora and _plain(lora.to_dict()),
             **KonicLLMRewardComposer.settings(self._reward_composer),
-            "model_kwargs": {name: str(value) for name, value in self._model_kwargs.items() if name != "token"},
+            "model_kwargs": {
+                name: _plain(value.to_dict()) if hasattr(value, "to_dict") else str(value)
+                for name, value in self._model_kwargs.items()
+                if name != "token"
+            },
         }
         return {name: redact_all(value) for name, value in settings.items()}
 

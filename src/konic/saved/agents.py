@@ -15,6 +15,7 @@ from konic.finetuning import (
     llm_reward,
 )
 from konic.finetuning.errors import OutputError
+from konic.finetuning.models.quantised import recorded_quantisation
 from konic.report.run import Run
 
 BASE = "base"
@@ -83,7 +84,7 @@ class SavedRun:
             lora_config=None if (Path(model) / "adapter_config.json").exists() else self._smallest_adapter(),
             training_config=TrainingConfig(seed=self.seed, **self._precision(own)),
             generation_config=self.generation,
-            model_kwargs=own | revision,
+            model_kwargs=own | revision | recorded_quantisation(kwargs),
         )
 
     def _precision(self, own_kwargs: Mapping[str, Any]) -> dict[str, Any]:

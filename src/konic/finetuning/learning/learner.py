@@ -16,6 +16,7 @@ from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.loading import LoadedModel, load_model
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.models.positions import length_limit
+from konic.finetuning.models.quantised import dequantised
 from konic.finetuning.rollout.decoding import require_decodable
 from konic.finetuning.rollout.local_sampler import LocalSampler
 from konic.finetuning.rollout.sampler import Sampler, SpecialTokens, find_special_tokens
@@ -116,18 +117,23 @@ _IN_FP32 = "set precision='float32'."
 def _load_base(
     agent: KonicFinetuningAgent, device: torch.device
 ) -> tuple[LoadedModel, Callable[[], PreTrainedModel] | None]:
-    """Load the base model in the precision of the run; return also what loads it unrounded, if it was rounded."""
+    """Load the base model in the precision of the run; return also what loads it to merge into, if that is another."""
     name, kwargs, precision = agent.get_base_model(), agent.get_model_kwargs(), agent.get_training_config().precision
     if precision == "auto":
         logger.warning("precision='auto' takes float32: that bfloat16 learns as well is not shown (docs/precision.md).")
+
+    def load_original() -> PreTrainedModel:
+        return dequantised(load_model(name, kwargs, torch.device("cpu")).model)
+
     if precision != "bfloat16":
-        return load_model(name, kwargs, device), None
+        loaded = load_model(name, kwargs, device)
+        return loaded, load_original if getattr(loaded.model, "is_quantized", False) else None
     loaded = load_model(name, {**kwargs, "dtype": torch.bfloat16}, device)
     if loaded.adapter is None and agent.get_lora_config() is None:
         raise ConfigError(f"{_NEEDS_ADAPTER} lora_config=None trains every weight. Give a lora_config, or {_IN_FP32}")
     if kwargs.get("dtype") is not None:
         return loaded, None  # then bfloat16 is what the model itself has
-    return loaded, lambda: load_model(name, kwargs, torch.device("cpu")).model
+    return loaded, load_original
 
 
 def _require_frozen_base(policy: Policy) -> None:

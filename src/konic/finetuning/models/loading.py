@@ -19,6 +19,7 @@ from konic.finetuning.models.containment import require_bounded_tokenizer, requi
 from konic.finetuning.models.headers import bounded_by_files
 from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
 from konic.finetuning.models.model_kwargs import check_model_kwargs, require_no_revision
+from konic.finetuning.models.quantised import unify_products
 from konic.finetuning.system.files import as_path
 from konic.finetuning.system.places import read_regular
 from konic.output import get_logger
@@ -91,6 +92,7 @@ def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.d
     _require_all_weights(asked, model, loading_info)
     if not getattr(model, "is_quantized", False):
         model.to(device)
+    unify_products(model)
     return LoadedModel(
         name=base_model,
         location=location,

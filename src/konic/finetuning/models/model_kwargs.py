@@ -40,7 +40,7 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
     if getattr(method, "value", method) == "torchao":  # its tensors lack operations, from abs on
         raise ConfigError(
             "model_kwargs: quantization_config: konic cannot read the weights of torchao, neither to check them nor to "
-            "merge an adapter. Leave quantization_config out; dtype='bfloat16' halves the memory of the weights."
+            "merge an adapter. Use BitsAndBytesConfig, or leave quantization_config out."
         )
     for attention in _parts(model_kwargs.get("attn_implementation")):
         _check_attention(attention)

@@ -55,7 +55,7 @@ class Policy:
         seed: int = 0,
         load_original: Callable[[], PreTrainedModel] | None = None,
     ) -> None:
-        """Build a policy. `load_original` loads the base model for merging, if `loaded` holds it rounded."""
+        """Build a policy. `load_original` loads the base to merge into, if `loaded` holds it rounded or quantised."""
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         causal_lm = loaded.model
         self.language_model = LanguageModel(causal_lm)

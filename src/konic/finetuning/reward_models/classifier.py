@@ -16,6 +16,7 @@ from konic.finetuning.models.headers import bounded_by_files
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
 from konic.finetuning.models.model_kwargs import check_model_kwargs, require_no_revision
+from konic.finetuning.models.quantised import unify_products
 from konic.finetuning.reward_models.texts import TEXT_FORMATS, TextFormat, encode_pair
 from konic.finetuning.rewards.composer import BaseRewardModel
 from konic.output import get_logger
@@ -258,6 +259,7 @@ def _load(model_id: str, device: torch.device, dtype: Any, model_kwargs: Mapping
         )
     if not getattr(model, "is_quantized", False):
         model.to(device)
+    unify_products(model)
     return model, tokenizer
 
 

@@ -27,7 +27,7 @@ from konic.text import describe_error
 MAX_DIFFERENCE = 1e-3
 """Largest difference of a row's logits in a batch and alone, relative to their spread; rounding is below 1 % of it."""
 MAX_DIFFERENCE_IN_16_BITS = 0.2
-"""The same for models in 16 bits, where rounding alone gives some hundredths."""
+"""The same for products in 16 bits, where rounding alone gives some hundredths."""
 
 
 class Decoder(Protocol):
@@ -83,6 +83,10 @@ def require_decodable(model: LanguageModel, name: str) -> None:
     """
     start = f"base_model={name!r}: {model.causal_lm.config.model_type} models"
     advice = "Use a model with attention in every layer, such as a Llama, Qwen3 or Gemma model."
+    is_quantised = getattr(model.causal_lm, "is_quantized", False)
+    if is_quantised:
+        start = f"base_model={name!r}: {model.causal_lm.config.model_type} models with these quantised weights"
+        advice = "Leave quantization_config out of model_kwargs, or use the 4 bits of bitsandbytes."
     try:
         layers = DynamicCache(config=model.causal_lm.config).layers
         state = next(
@@ -103,7 +107,8 @@ def require_decodable(model: LanguageModel, name: str) -> None:
             f"{describe_error(error)}. {advice}"
         ) from safe_cause(error)
     difference = ((ours - truth).norm() / (truth - truth.mean()).norm()).item()
-    if not difference <= (MAX_DIFFERENCE if model.causal_lm.dtype.itemsize >= 4 else MAX_DIFFERENCE_IN_16_BITS):
+    in_16_bits = model.causal_lm.dtype.itemsize < 4 or (is_quantised and model.causal_lm.device.type != "cpu")
+    if not difference <= (MAX_DIFFERENCE_IN_16_BITS if in_16_bits else MAX_DIFFERENCE):
         raise ModelError(
             f"{start} compute a row of a padded batch differently from the row alone: the logits differ by "
             f"{difference:.2g} of their spread. {advice}"
