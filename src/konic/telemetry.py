@@ -1,8 +1,10 @@
 """What other libraries do with the network by themselves: off unless the user set it, also if imported before konic.
 
-Those are reports of usage, and native code that `transformers` fetches from the Hub where `kernels` is installed.
+Those are reports of usage, and native code that `transformers` and bitsandbytes fetch from the Hub where `kernels` is
+installed.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +20,11 @@ _VARIABLES = {
     "WANDB_ERROR_REPORTING": "false",
 }
 
+_NO_KERNELS = ":".join(
+    f"kernels-community/{name}=/no/such/folder" for name in ("quantization-bitsandbytes", "bitsandbytes-mps")
+)
+"""Where the package `kernels` looks for those of bitsandbytes, instead of on the Hub: nowhere."""
+
 
 def turn_off_telemetry() -> None:
     """Set each variable that the user has not set, and correct the modules that have read it already.
@@ -28,6 +35,9 @@ def turn_off_telemetry() -> None:
         module, correct = _KEEPERS.get(name, ("", None))
         if os.environ.setdefault(name, value) == value and correct is not None and module in sys.modules:
             correct(sys.modules[module])
+    if os.environ["USE_HUB_KERNELS"] == _VARIABLES["USE_HUB_KERNELS"]:  # bitsandbytes does not ask it
+        os.environ.setdefault("LOCAL_KERNELS", _NO_KERNELS)
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it complains when it is imported
 
 
 def _correct_hub(constants: Any) -> None:
