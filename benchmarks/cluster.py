@@ -58,12 +58,12 @@ def train(model, run, rewards=None, scaling=None, callback=None):
     return engine.train(ITERATIONS, save_every=1)
 
 
-def workers(pid=None):
-    """The workers below a process: this one, or that of a node."""
+def workers(pid=None, kind="RayTrainWorker"):
+    """The workers, or actors of another kind, below a process: this one, or that of a node."""
     found = []
     for process in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.cmdline() and "RayTrainWorker" in process.cmdline()[0]:
+            if process.cmdline() and kind in process.cmdline()[0]:
                 found.append(process)
     return found
 
@@ -260,6 +260,24 @@ def grown(folder, model):
     return seconds, before, max(abs(one - two) for one, two in numbers)
 
 
+def lost_actor(folder, model, what, kind):
+    """Kill the actor of rewards in a training. What differs from an undisturbed one, and what is said of it."""
+    for name in ("whole", "killed"):
+        place = folder / f"{what}-{name}"
+        place.mkdir()
+        driver = job(place, model, what, ITERATIONS)
+        if name == "killed":
+            wait_for_iterations(place / what, 2)
+            victims = workers(driver.pid, kind)
+            assert victims, f"no process of {kind}"
+            for victim in victims:
+                victim.kill()
+        output, errors = driver.communicate(timeout=240)
+        assert "STOPPED None" in output, errors
+    found = differences(*(folder / f"{what}-{name}" / what for name in ("whole", "killed")))
+    return found, [line for line in errors.splitlines() if "was lost" in line]
+
+
 def lost_node(folder, model, count):
     """Kill a node with a worker, not the head, of `count` nodes. Seconds from then on, what is printed, its errors."""
     with nodes(folder, count) as (address, processes):
@@ -313,6 +331,14 @@ def main():
             row("", problem)
         seconds, line = hung(folder, model)
         row("a worker hangs, `process_timeout_seconds=5`", f"started again, finished in {seconds:.0f} s: “{line}”")
+        for what, kind, name in (
+            ("pool", "_RewardHost", "the actor of the reward workers"),
+            ("model", "_ModelHost", "the actor of a reward model"),
+        ):
+            found, lines_of_it = lost_actor(folder, model, what, kind)
+            said = f": “{lines_of_it[0]}”" if lines_of_it else ""
+            row(f"{name} is killed", f"{'; '.join(found) or 'equal bit for bit'}{said}")
+            wrong += found
         count, first, last = dead_driver(folder, model)
         row(
             "the driver is killed (SIGKILL)",

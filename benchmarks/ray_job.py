@@ -1,6 +1,8 @@
 """A job on Ray for benchmarks/cluster.py and tests/test_ray.py: rewards of a tiny model that go wrong when told to.
 
-python ray_job.py MODEL RUN_FOLDER WHAT ITERATIONS     WHAT: nothing, hang, slow, grow
+python ray_job.py MODEL RUN_FOLDER WHAT ITERATIONS     WHAT: nothing, hang, slow, grow, pool, model
+
+With "pool" the rewards are called beside an actor of Ray; with "model" one of them is a reward model in an actor.
 """
 
 import os
@@ -16,6 +18,7 @@ from konic.finetuning import (
     KonicFinetuningEngine,
     KonicLLMRewardComposer,
     LoraConfig,
+    RemoteRewardModel,
     TrainingConfig,
     llm_reward,
 )
@@ -26,7 +29,7 @@ PROMPTS = ["ab", "the film was", "x", "why not", "no", "go on then", "a", "and s
 class Rewards(KonicLLMRewardComposer):
     """Counts letters. `trouble` is what goes wrong in the second worker, once if `marker` names a file.
 
-    With "grow", each worker is slow.
+    With "grow" and "pool", each worker is slow.
     """
 
     def __init__(self, trouble="nothing", marker=None):
@@ -35,7 +38,7 @@ class Rewards(KonicLLMRewardComposer):
 
     @llm_reward
     def vowels(self, prompt: str, response: str) -> float:
-        if self.trouble == "grow" or (os.environ.get("RANK") == "1" and self.trouble != "nothing"):
+        if self.trouble in ("grow", "pool") or (os.environ.get("RANK") == "1" and self.trouble != "nothing"):
             self.go_wrong()
         return sum(letter in "aeiou" for letter in response) / 4
 
@@ -44,7 +47,9 @@ class Rewards(KonicLLMRewardComposer):
         return sum(map(ord, response)) % 11 / 10
 
     def go_wrong(self):
-        if self.trouble in ("slow", "grow"):
+        if self.trouble == "model":
+            return
+        if self.trouble in ("slow", "grow", "pool"):
             time.sleep(0.2)
             return
         if self.trouble == "error":
@@ -57,6 +62,14 @@ class Rewards(KonicLLMRewardComposer):
             os._exit(9)
         while True:  # "hang"
             time.sleep(1)
+
+
+class SlowLengths:
+    """A reward model: counts characters."""
+
+    def score(self, prompts, responses):
+        time.sleep(0.5)
+        return [len(response) / 8 for response in responses]
 
 
 def make_agent(model, rewards, **training):
@@ -75,7 +88,11 @@ if __name__ == "__main__":
     from ray.train import ScalingConfig
 
     model, run, what, iterations = sys.argv[1:]
-    agent = make_agent(model, Rewards(what, f"{run}.marker"), process_timeout_seconds=5 if what == "hang" else 60)
+    rewards = Rewards(what, f"{run}.marker")
+    beside = {"reward_workers": 1, "reward_resources": {"CPU": 0}} if what == "pool" else {}
+    if what == "model":
+        rewards.add_reward_model(RemoteRewardModel("length", SlowLengths))
+    agent = make_agent(model, rewards, process_timeout_seconds=5 if what == "hang" else 60, **beside)
     scaling = ScalingConfig(
         num_workers=(1, 2) if what == "grow" else 2,
         resources_per_worker={"CPU": 1},
