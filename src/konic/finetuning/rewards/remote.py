@@ -20,7 +20,7 @@ from konic.finetuning.rewards.listing import list_rewards
 from konic.finetuning.rewards.outcomes import Outcome, Reward
 from konic.finetuning.rewards.workers import RESTARTS, RewardPool, pickled_composer
 from konic.finetuning.system.pickling import pickled_by_value
-from konic.text import describe_error
+from konic.text import describe_error, printable
 
 ROOM_SECONDS = 120.0
 """How long an actor may wait for room in the cluster."""
@@ -139,7 +139,7 @@ class RemoteRewardModel:
             except ray.exceptions.RayActorError as error:
                 lost, self._model = error, None
         raise RewardError(
-            f"RemoteRewardModel {self.name!r}: its actor was lost {RESTARTS} times: {describe_error(lost)}"
+            f"RemoteRewardModel {self.name!r}: its actor was lost {RESTARTS} times: {_first_line(lost)}"
         ) from safe_cause(lost)
 
     def _shared_actor(self) -> Any:
@@ -226,7 +226,12 @@ def _naming_the_lost() -> Iterator[None]:
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayActorError as error:
-        raise ProcessLostError(f"The actor of the reward workers was lost: {describe_error(error)}") from None
+        raise ProcessLostError(f"The actor of the reward workers was lost: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    """Return what happened; Ray's further lines hold its own numbers of the actor."""
+    return printable(str(error).partition("\n")[0]).rstrip(".")
 
 
 def _actor(kind: type, resources: Mapping[str, float], **options: Any) -> Any:
