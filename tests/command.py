@@ -11,7 +11,7 @@ from konic.cli import main
 
 
 def konic(*arguments, cwd=None):
-    command = [sys.executable, "-c", "from konic.cli import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-m", "konic", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
 
 

@@ -992,6 +992,9 @@ def test_settings_that_do_not_fit_the_model_are_named_and_start_no_run(options, 
         case("attention number of a part", {"attn_implementation": {"text_config": 5}}, "attn_implementation=5"),
         case("quantisation by word", {"quantization_config": "4bit"}, "neither a dict"),
         case("quantisation unknown", {"quantization_config": {"quant_method": "x9"}}, "x9"),
+        case(
+            "quantisation twice", {"quantization_config": {"load_in_4bit": True, "load_in_8bit": True}}, "Correct quan"
+        ),
         case("quantisation blank", {"quantization_config": {}}, "Correct quantization_config, in model_kwargs"),
         case("dtype of whole numbers", {"dtype": torch.int64}, "int64"),
         case("dtype of 8 bits", {"dtype": "float8_e4m3fn"}, "too few bits to train with"),

@@ -99,3 +99,9 @@ def test_a_shell_completes_commands_runs_and_weights(tmp_path, monkeypatch):
     assert complete_run("") == complete_run("runs/k") == ["runs/kind"]
     assert complete_run("nowhere/") == complete_run("/proc/self/mem/") == []
     assert "complete" in konic("--show-completion", "bash").stdout + konic_here("--help").stdout
+
+
+def test_the_module_is_the_command_and_takes_nothing_from_the_current_folder(tmp_path):
+    (tmp_path / "typer.py").write_text("print('taken')")
+    done = konic("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout.startswith("konic "), done.stderr) == (0, True, "")

@@ -1,6 +1,7 @@
 """The user's choices for a run: model, rewards, prompts and settings, checked before anything is loaded."""
 
 import copy
+import json
 import os
 from collections.abc import Mapping
 from typing import Any, Self
@@ -182,7 +183,7 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
             "lora_config": lora.model_dump() if isinstance(lora, LoraConfig) else lora and _plain(lora.to_dict()),
             **KonicLLMRewardComposer.settings(self._reward_composer),
             "model_kwargs": {
-                name: _plain(value.to_dict()) if hasattr(value, "to_dict") else str(value)
+                name: _as_json(value) if name == "quantization_config" else str(value)
                 for name, value in self._model_kwargs.items()
                 if name != "token"
             },
@@ -284,6 +285,12 @@ def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """Return the values with sets as sorted lists, because a set's order differs between processes."""
     return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+
+
+def _as_json(config: Any) -> Any:
+    """Return a config of `transformers`, or its dict, as run.json holds it."""
+    values = config.to_dict() if hasattr(config, "to_dict") else config
+    return json.loads(json.dumps(values, default=lambda value: str(value).removeprefix("torch."), skipkeys=True))
 
 
 def _lora_config(value: Any) -> Any:

@@ -268,7 +268,7 @@ def loading_failed(
         return f"{asked} could not be loaded: its generation_config.json: {what}. Correct or delete that file."
     if "attn_implementation" in what or "attention implementation" in what:
         return f"{asked} could not be loaded: {what}. Use another attn_implementation in model_kwargs."
-    if "quantization config" in what.lower() or "quantization_config" in what:
+    if re.search("quantization.config|load_in_[48]bit", what, re.IGNORECASE):
         return f"{asked} could not be loaded: {what}. Correct quantization_config, in model_kwargs or config.json."
     advice = (
         "Check that the folder holds a complete model of the right kind, as safetensors, with its tokenizer."

@@ -42,8 +42,10 @@ def recorded_quantisation(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     The record may be a stranger's. Other kinds of quantisation, some of which load packages, are not taken from it.
     """
     config = model_kwargs.get("quantization_config")
-    is_known = isinstance(config, dict) and config.get("quant_method") == "bitsandbytes"
-    return {"quantization_config": config} if is_known else {}
+    if not isinstance(config, dict):
+        return {}
+    has_bits = config.get("load_in_4bit") or config.get("load_in_8bit")  # a dict of the user's may say no more
+    return {"quantization_config": config} if config.get("quant_method", has_bits) in ("bitsandbytes", True) else {}
 
 
 def dequantised(causal_lm: PreTrainedModel) -> PreTrainedModel:
