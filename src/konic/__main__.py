@@ -5,6 +5,6 @@ import sys
 if not sys.flags.safe_path:
     del sys.path[0]
 
-from konic.cli import main  # noqa: E402
+from konic.cli import main
 
 main()
