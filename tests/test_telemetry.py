@@ -1,6 +1,5 @@
 """Usage reports of other libraries are off unless the user set them, also where they were imported before konic."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -81,25 +80,3 @@ def test_the_reports_of_mlflow_and_vllm_are_off_when_they_were_imported_first(gi
     shown = "mlflow.client is None, client.is_running, vllm._USAGE_STATS_ENABLED, kernels._kernels_enabled"
     code = STAND_INS + f"import konic; print({shown})"
     assert run(code, **given) == expected
-
-
-@pytest.mark.parametrize(("given", "fetches"), [({}, False), ({"USE_HUB_KERNELS": "YES"}, True)], ids=["unset", "yes"])
-def test_bitsandbytes_fetches_no_native_code_and_says_nothing_of_it(given, fetches, tmp_path):
-    if importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("bitsandbytes is not installed")
-    (tmp_path / "kernels.py").write_text(
-        "import os, sys\n"
-        "def get_kernel(name, version):\n"
-        "    here = dict(entry.split('=') for entry in os.environ.get('LOCAL_KERNELS', '').split(':') if entry)\n"
-        "    print('FETCHES' if name not in here else f'LOOKS IN {here[name]}')\n"
-        "    raise OSError('there is no such kernel')\n"
-    )
-    code = "import konic, bitsandbytes"
-    command = [sys.executable, "-c", code]
-    inherited = {name: value for name, value in os.environ.items() if name not in {*OFF, "LOCAL_KERNELS"}}
-    environment = inherited | given
-    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    if done.stdout:  # else there are none for this processor
-        assert ("FETCHES" in done.stdout) == fetches
-        assert ("Failed to load" in done.stderr) == fetches
