@@ -126,6 +126,7 @@ class Sharded:
             with uninterrupted():
                 self._keep_whole(False)
                 self._divide()
+            return_freed_memory()
 
     @contextmanager
     def passes(self) -> Iterator[None]:
