@@ -1,7 +1,9 @@
 """Installed packages -> those with a known vulnerability, and a table in which every package stands.
 
 python benchmarks/audit.py OUTPUT PIP_AUDIT               asks PyPI, with pip-audit installed in the folder PIP_AUDIT
-python benchmarks/audit.py OUTPUT --database FOLDER       reads a checkout of github.com/pypa/advisory-database instead
+python benchmarks/audit.py OUTPUT --database FOLDER       where pip-audit gets no answer: reads a checkout of
+                                                          github.com/pypa/advisory-database, and asks PyPI's page of each
+                                                          project, which speaks of its newest release alone
 """
 
 import argparse
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -54,6 +57,21 @@ def read_database(packages, database):
     command = ["git", "-C", str(database), "log", "-1", "--format=%h of %cs"]
     state = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return found, f"github.com/pypa/advisory-database, commit {state}; what came later is not in it"
+
+
+def ask_project_pages(packages):
+    """Return {name: vulnerabilities} of the packages that are installed at their newest release."""
+    found = {}
+    for name, version in packages.items():
+        try:
+            with urllib.request.urlopen(f"https://pypi.org/pypi/{name}/json", timeout=30) as answer:
+                page = json.load(answer)
+        except OSError as error:
+            print(f"{name}: PyPI did not answer: {error}", file=sys.stderr)
+            continue
+        if page["info"]["version"] == version:
+            found[name] = [each["id"] for each in page["vulnerabilities"] if not each["withdrawn"]]
+    return found
 
 
 def is_affected(advisory, name, version):
@@ -114,6 +132,10 @@ def main():
     packages = installed()
     if options.database:
         found, source = read_database(packages, options.database)
+        newest = ask_project_pages(packages)
+        found = {name: sorted({*found[name], *newest.get(name, ())}) for name in packages}
+        source += f"; and PyPI, of this day, about the {len(newest)} packages that are at their newest release. About "
+        source += f"{', '.join(sorted(packages.keys() - newest.keys())) or 'no package'} it said nothing"
     else:
         found, source = ask_pypi(packages, options.pip_audit)
     text, num_bad = table(packages, found, source)

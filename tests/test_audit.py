@@ -1,5 +1,7 @@
 """`make audit`: which versions an advisory in OSV's format is about, and that no package goes missing."""
 
+import io
+import json
 import sys
 from pathlib import Path
 
@@ -45,3 +47,23 @@ def test_every_package_stands_in_the_table_and_one_without_an_answer_ends_it():
     assert "| b | 2 | PYSEC-1 |" in text
     with pytest.raises(SystemExit, match="No answer about b"):
         audit.table(packages, {"a": []}, "a test")
+
+
+def test_a_project_page_answers_for_the_newest_release_alone(monkeypatch, capsys):
+    pages = {
+        "a": {"info": {"version": "1"}, "vulnerabilities": []},
+        "b": {"info": {"version": "2"}, "vulnerabilities": [{"id": "PYSEC-1", "withdrawn": None}]},
+        "c": {"info": {"version": "9"}, "vulnerabilities": []},
+        "d": {"info": {"version": "4"}, "vulnerabilities": [{"id": "PYSEC-2", "withdrawn": "2026-01-01"}]},
+    }
+
+    def answer(address, timeout):
+        name = address.split("/")[-2]
+        if name not in pages:
+            raise OSError("no such page")
+        return io.BytesIO(json.dumps(pages[name]).encode())
+
+    monkeypatch.setattr(audit.urllib.request, "urlopen", answer)
+    packages = {"a": "1", "b": "2", "c": "3", "d": "4", "e": "5"}
+    assert audit.ask_project_pages(packages) == {"a": [], "b": ["PYSEC-1"], "d": []}
+    assert "e: PyPI did not answer: no such page" in capsys.readouterr().err
