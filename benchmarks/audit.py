@@ -1,9 +1,9 @@
 """Installed packages -> those with a known vulnerability, and a table in which every package stands.
 
-python benchmarks/audit.py OUTPUT PIP_AUDIT               asks PyPI, with pip-audit installed in the folder PIP_AUDIT
-python benchmarks/audit.py OUTPUT --database FOLDER       where pip-audit gets no answer: reads a checkout of
-                                                          github.com/pypa/advisory-database, and asks PyPI's page of each
-                                                          project, which speaks of its newest release alone
+python benchmarks/audit.py OUTPUT PIP_AUDIT            asks PyPI, with pip-audit installed in the folder PIP_AUDIT
+python benchmarks/audit.py OUTPUT --database FOLDER    where pip-audit gets no answer: reads a checkout of
+                                                       github.com/pypa/advisory-database, and asks PyPI's page of each
+                                                       project, which speaks of its newest release alone
 """
 
 import argparse
