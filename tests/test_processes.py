@@ -202,3 +202,20 @@ def test_a_process_that_hangs_is_named_after_the_limit(model, tmp_path):
 def test_processes_that_cannot_work_together_are_refused(wrong, case, message):
     assert all(re.search(message, told(wrong, case, rank)["error"][1]) for rank in range(2))
     assert not (wrong / case.replace(" ", "-") / "metrics.jsonl").exists()
+
+
+def test_a_process_leaves_its_group_before_its_end():
+    code = """
+import atexit
+import torch.distributed as dist
+atexit.register(lambda: print("is a member:", dist.is_initialized()))  # what is registered first is called last
+from konic.finetuning.system.group import Group
+Group.joined(60)
+print("is a member:", dist.is_initialized())
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | alone, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "is a member: True\nis a member: False\n"), done.stderr

@@ -4,6 +4,7 @@ Messages are safetensors with JSON, so that no process unpickles what another on
 call, so a process that fails can tell the others at any time: they learn of it where they wait for its next message.
 """
 
+import atexit
 import datetime
 import json
 import logging
@@ -57,6 +58,7 @@ class Group:
                 raise ConfigError(
                     f"The processes of this run cannot be joined at {where}: {describe_error(error)}"
                 ) from safe_cause(error)
+            atexit.register(_leave)
         return cls(limit_seconds)
 
     def own_rows(self, count: int) -> range:
@@ -179,3 +181,9 @@ def _told(error: Mapping[str, Any], rank: int, size: int) -> BaseException:
     is_ours = isinstance(kind, type) and issubclass(kind, KonicError)
     where = f"In process {rank} of {size} on {host}: "
     return (kind if is_ours else TrainingError)(where + first, *more)  # type: ignore[misc]
+
+
+def _leave() -> None:
+    """End the group's threads: where they are left to the end of the process, torch at times aborts it (SIGABRT)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
