@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
+from pip._internal.models.index import PyPI
 
 OURS = "konic"
 """The only package that is left out: it is this checkout."""
@@ -64,7 +65,7 @@ def ask_project_pages(packages):
     found = {}
     for name, version in packages.items():
         try:
-            with urllib.request.urlopen(f"https://pypi.org/pypi/{name}/json", timeout=30) as answer:
+            with urllib.request.urlopen(f"{PyPI.pypi_url}/{name}/json", timeout=30) as answer:
                 page = json.load(answer)
         except OSError as error:
             print(f"{name}: PyPI did not answer: {error}", file=sys.stderr)

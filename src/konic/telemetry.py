@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from konic.output import get_logger
+
 _VARIABLES = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",
@@ -37,7 +39,7 @@ def turn_off_telemetry() -> None:
             correct(sys.modules[module])
     if os.environ["USE_HUB_KERNELS"] == _VARIABLES["USE_HUB_KERNELS"]:  # bitsandbytes does not ask it
         os.environ.setdefault("LOCAL_KERNELS", _NO_KERNELS)
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it complains when it is imported
+        get_logger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it complains when it is imported
 
 
 def _correct_hub(constants: Any) -> None:
