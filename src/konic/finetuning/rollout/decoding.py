@@ -83,10 +83,6 @@ def require_decodable(model: LanguageModel, name: str) -> None:
     """
     start = f"base_model={name!r}: {model.causal_lm.config.model_type} models"
     advice = "Use a model with attention in every layer, such as a Llama, Qwen3 or Gemma model."
-    is_quantised = getattr(model.causal_lm, "is_quantized", False)
-    if is_quantised:
-        start = f"base_model={name!r}: {model.causal_lm.config.model_type} models with these quantised weights"
-        advice = "Leave quantization_config out of model_kwargs, or use the 4 bits of bitsandbytes."
     try:
         layers = DynamicCache(config=model.causal_lm.config).layers
         state = next(
@@ -107,6 +103,10 @@ def require_decodable(model: LanguageModel, name: str) -> None:
             f"{describe_error(error)}. {advice}"
         ) from safe_cause(error)
     difference = ((ours - truth).norm() / (truth - truth.mean()).norm()).item()
+    is_quantised = getattr(model.causal_lm, "is_quantized", False)
+    if is_quantised:
+        start += " with these quantised weights"
+        advice = "Leave quantization_config out of model_kwargs, or use the 4 bits of bitsandbytes."
     in_16_bits = model.causal_lm.dtype.itemsize < 4 or (is_quantised and model.causal_lm.device.type != "cpu")
     if not difference <= (MAX_DIFFERENCE_IN_16_BITS if in_16_bits else MAX_DIFFERENCE):
         raise ModelError(
