@@ -32,6 +32,7 @@ from konic.finetuning.models.policy import Policy
 from konic.finetuning.rollout.rollout import sample_rollout
 from konic.finetuning.rollout.sampler import find_special_tokens
 
+THREADS = torch.get_num_threads()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with Ctrl-C ignored
 
 CHAT_TEMPLATE = (
@@ -164,6 +165,11 @@ def model_folders(tmp_path_factory):
         byte_tokenizer(name).save_pretrained(folder)
         folders[name] = str(folder)
     return folders
+
+
+@pytest.fixture(autouse=True)
+def _threads_are_those_of_the_start():
+    torch.set_num_threads(THREADS)  # a test may have left others, with which numbers round differently
 
 
 @pytest.fixture(autouse=True)
