@@ -73,6 +73,7 @@ parity: $(READY) $(TRL_1)/.ready $(TRL_0)/.ready
 
 curves: $(READY) $(TRL_1)/.ready
 	@$(BIN)/python benchmarks/curves.py run --peer $(TRL_1)/bin/python
+	@$(BIN)/python benchmarks/curves.py judge
 	@$(BIN)/python benchmarks/curves.py show
 
 # Adds the runs that are missing. 320 responses in bfloat16 take 7 to 9 minutes on one core with AMX, a third of it for

@@ -1,11 +1,13 @@
 """Held-out reward over the KL paid for it, on the demo's task: every algorithm here, and TRL's GRPO.
 
-python benchmarks/curves.py run [--peer PYTHON] [--seeds 0 1 2] [--only NAME ...]
+python benchmarks/curves.py run [--peer PYTHON] [--seeds 0 1 2] [--only NAME ...] [--results FILE]
+python benchmarks/curves.py judge
 python benchmarks/curves.py show
 
 `run` adds a line per evaluation to benchmarks/results/curves.jsonl and leaves out what stands there already, so it can
-be stopped and started again. PYTHON is that of an environment with TRL. `show` writes the tables and the picture that
-the docs show.
+be stopped and started again. PYTHON is that of an environment with TRL. `judge` reads the responses of the first and
+the last evaluation of each run, and puts its numbers in their place. `show` writes the tables and the picture that the
+docs show.
 
 A run ends after as many responses as 300 seconds of training gave on two cores of an AMD EPYC, the machine of the first
 rows, and is therefore the same on any machine. At every fifth of them the policy is tried on the 64 held-out prompts.
@@ -39,7 +41,7 @@ from konic.finetuning import (
 )
 from konic.finetuning.data.prompts import load_prompts
 from konic.finetuning.learning.learner import build_learner
-from konic.finetuning.models.loading import load_model
+from konic.finetuning.models.loading import load_model, pick_device
 from konic.finetuning.results.intervals import distinct_n, mean
 from konic.finetuning.rewards.scoring import Scorer
 from konic.finetuning.rollout.evaluation import evaluate
@@ -120,11 +122,11 @@ class TextJudge:
         with torch.no_grad():
             self.context = self.model(ids, use_cache=True).past_key_values
 
-    def judge(self, evaluation):
-        """Means over the responses: nats per token under the base model, alone and after four opinions; and the
+    def judge(self, pairs):
+        """Means over responses to prompts: nats per token under the base model, alone and after four opinions; and the
         probability that the classifier calls the text a good opinion.
         """
-        pairs = [pair for pair in zip(evaluation.prompts, evaluation.responses, strict=True) if pair[1].strip()]
+        pairs = [pair for pair in pairs if pair[1].strip()]
         return {
             "base_loss": mean([self._loss(prompt, response) for prompt, response in pairs]),
             "context_loss": mean([self._loss(prompt, response, self.context) for prompt, response in pairs]),
@@ -141,11 +143,11 @@ class TextJudge:
         return -log_probs.gather(-1, ids[0, start:, None]).mean().item()
 
 
-def point(evaluation, judge, *, seconds, samples, is_end):
-    """A row of the results; the judge, which is slow, reads the first and the last."""
+def point(evaluation, *, seconds, samples, is_end):
+    """A row of the results; the judge, which is slow, reads the responses of the first and the last."""
     return (
         {"seconds": seconds, "samples": samples}
-        | (judge.judge(evaluation) if is_end else {})
+        | ({"pairs": [*zip(evaluation.prompts, evaluation.responses, strict=True)]} if is_end else {})
         | {
             "reward": evaluation.reward_mean,
             "parts": evaluation.reward_breakdown_mean,
@@ -157,7 +159,7 @@ def point(evaluation, judge, *, seconds, samples, is_end):
     )
 
 
-def run_ours(judge, settings, seed):
+def run_ours(settings, seed):
     """Points of one run of ours, the first before training."""
     clock = Pause()
     with tempfile.TemporaryDirectory() as folder:
@@ -168,26 +170,27 @@ def run_ours(judge, settings, seed):
             clock.until = RESPONSES * part // EVALUATIONS
             result = engine.train(1000)
             if part == 1:
-                yield point(result.before, judge, seconds=0.0, samples=0, is_end=True)
+                yield point(result.before, seconds=0.0, samples=0, is_end=True)
             is_end = part == EVALUATIONS
-            yield point(result.after, judge, seconds=clock.seconds, samples=clock.responses, is_end=is_end)
+            yield point(result.after, seconds=clock.seconds, samples=clock.responses, is_end=is_end)
 
 
-def run_peer(judge, python, loss, rate, passes, seed):
+def run_peer(python, loss, rate, passes, seed):
     """Points of one run of TRL's, evaluated by our code on the same prompts with the same random numbers."""
     agent = agent_of({}, seed)
     with tempfile.TemporaryDirectory() as folder:
         command = [python, HERE / "peer_trl.py", folder, "--loss", loss, "--learning-rate", rate]
         command += ["--num-iterations", passes, "--seed", seed]
         command += ["--responses", PEER_RESPONSES[passes], "--saves", EVALUATIONS]
-        source = {"PYTHONPATH": str(HERE.parent / "src"), "HF_HUB_OFFLINE": "1"}
+        paths = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
+        source = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
         subprocess.run([str(part) for part in command], check=True, capture_output=True, env=os.environ | source)
-        yield from peer_points(judge, Path(folder), agent, seed)
+        yield from peer_points(Path(folder), agent, seed)
 
 
-def peer_points(judge, folder, agent, seed):
+def peer_points(folder, agent, seed):
     steps = json.loads((folder / "steps.json").read_text())
-    learner = build_learner(agent, torch.device("cpu"))
+    learner = build_learner(agent, pick_device("auto"))
     prompts = load_prompts(agent.get_dataset_config()).held_out
     saved = sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
     for path in [None, *saved]:
@@ -201,7 +204,6 @@ def peer_points(judge, folder, agent, seed):
         responses = 0 if path is None else int(path.name)
         yield point(
             evaluation,
-            judge,
             seconds=steps["seconds"][str(responses)],
             samples=responses,
             is_end=path in (None, saved[-1]),
@@ -214,27 +216,23 @@ def machine():
         platform.processor(),
     )
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    card = f"one {torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     count = len(os.sched_getaffinity(0))
     cores = "1 core" if count == 1 else f"{count} cores"
-    return f"{cores} of {cpu}; Python {platform.python_version()}, {packages}, TRL 1.16.0"
+    return f"{card}{cores} of {cpu}; Python {platform.python_version()}, {packages}, TRL 1.16.0"
 
 
 def run(options):
-    RESULTS.parent.mkdir(exist_ok=True)
-    done = {(row["system"], row["seed"]) for row in rows()}
-    with tempfile.TemporaryDirectory() as folder:
-        judge = TextJudge(Path(folder) / "judge")
-    systems = {name: lambda seed, s=settings: run_ours(judge, s, seed) for name, settings in OURS.items()}
+    done = {(row["system"], row["seed"]) for row in rows(options.results)}
+    systems = {name: lambda seed, s=settings: run_ours(s, seed) for name, settings in OURS.items()}
     if options.peer:
-        systems |= {
-            name: lambda seed, p=setting: run_peer(judge, options.peer, *p, seed) for name, setting in PEER.items()
-        }
+        systems |= {name: lambda seed, p=setting: run_peer(options.peer, *p, seed) for name, setting in PEER.items()}
     for seed in options.seeds:
         for name, points in systems.items():
             if (name, seed) in done or (options.only and name not in options.only):
                 continue
             found = [{"system": name, "seed": seed, "machine": machine()} | row for row in points(seed)]
-            with RESULTS.open("a", encoding="utf-8") as file:
+            with options.results.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in found)
             last = found[-1]
             print(f"{name}, seed {seed}: {found[0]['reward']:.3f} -> {last['reward']:.3f} at {last['kl']:.2f} nats, "
@@ -242,25 +240,46 @@ def run(options):
             gc.collect()
 
 
-def rows():
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+def judge(file):
+    """Put the judge's numbers in the place of the responses."""
+    found = rows(file)
+    with tempfile.TemporaryDirectory() as folder:
+        judged, by_text = TextJudge(Path(folder) / "judge"), {}
+    for number, row in enumerate(found):
+        pairs = row.pop("pairs", None)
+        if pairs is not None:
+            key = json.dumps(pairs)  # untrained models of one seed say the same
+            by_text[key] = by_text.get(key) or judged.judge(pairs)
+            row |= by_text[key]
+            write(file, found[: number + 1] + rows(file)[number + 1 :])
+
+
+def write(file, found):
+    changed = file.with_suffix(".new")
+    changed.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    changed.replace(file)
+
+
+def rows(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["run", "show"])
+    parser.add_argument("action", choices=["run", "judge", "show"])
     parser.add_argument("--peer", help="the python of an environment with TRL 1.16")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", help="names of systems, such as 'konic ppo'")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the file to add to")
     options = parser.parse_args()
     if options.action == "run":
         run(options)
+    elif options.action == "judge":
+        judge(options.results)
     else:
         from curves_show import show
 
-        show(rows())
+        show(rows(options.results))
 
 
 if __name__ == "__main__":

@@ -40,15 +40,15 @@ def by_system(rows):
 
 def final_table(runs):
     lines = [
-        "| system | seeds | seconds | samples | reward before | after | nats per response | tokens | distinct-2 |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| system | seeds | responses | reward before | after | nats per response | tokens | distinct-2 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, seeds in runs.items():
         first, last = [points[0] for points in seeds.values()], [points[-1] for points in seeds.values()]
         cells = [spread([point["reward"] for point in first])]
         cells += [spread([point[key] for point in last]) for key in ("reward", "kl", "tokens", "distinct_2")]
-        seconds, samples = (statistics.mean(point[key] for point in last) for key in ("seconds", "samples"))
-        lines.append(f"| {name} | {len(seeds)} | {seconds:.0f} | {samples:.0f} | {' | '.join(cells)} |")
+        samples = statistics.mean(point["samples"] for point in last)
+        lines.append(f"| {name} | {len(seeds)} | {samples:.0f} | {' | '.join(cells)} |")
     return lines
 
 

@@ -18,7 +18,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 from bench import Process, machine, save_model
 from gpu_checks import TOKENS, checks, prompts
@@ -26,7 +33,7 @@ from gpu_checks import TOKENS, checks, prompts
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama's, Qwen3's or GPT-2's numbers."""
+    """A Llama's, Qwen3's, GPT-2's or GPT-NeoX's numbers."""
 
     shape: str
     vocabulary: int
@@ -41,12 +48,14 @@ class Size:
 SIZES = {
     "135M": Size("llama", 49_152, 576, 30, 9, 3, 1536),  # SmolLM2-135M
     "gpt2": Size("gpt2", 50_257, 768, 12, 12, 12, 3072),  # GPT-2
+    "pythia": Size("neox", 50_304, 768, 12, 12, 12, 3072),  # Pythia 160M
     "0.6B": Size("qwen3", 151_936, 1024, 28, 16, 8, 3072, 128),  # Qwen3 0.6B
     "1B": Size("llama", 128_256, 2048, 16, 32, 8, 8192),  # Llama 3.2 1B
 }
 SMALL = {
     "135M": Size("llama", 512, 64, 2, 4, 2, 128, 16),
     "gpt2": Size("gpt2", 512, 64, 2, 4, 4, 256, 16),
+    "pythia": Size("neox", 512, 64, 2, 4, 4, 256, 16),
     "0.6B": Size("qwen3", 512, 64, 2, 4, 2, 128, 32),
     "1B": Size("llama", 512, 96, 2, 4, 2, 192, 24),
 }
@@ -72,6 +81,7 @@ WORKS = (
     Work("sampling, Qwen3 0.6B bf16, batch 64", "sample", "generate", "0.6B", 64, "bfloat16"),
     Work("sampling, 1B bf16, batch 64", "sample", "generate", "1B", 64, "bfloat16"),
     Work("sampling, any model, batch 64", "sample-general", "generate", "135M", 64),
+    Work("sampling, Pythia 160M, batch 64", "sample", "generate", "pythia", 64),
     Work("PPO iteration, 135M, batch 8", "ppo", "trl026", "135M", 8),
     Work("PPO iteration, 135M, batch 64", "ppo", "trl026", "135M", 64),
     Work("GRPO iteration, 135M, batch 8", "grpo", "trl116", "135M", 8),
@@ -89,6 +99,11 @@ def make_model(size, dtype, folder, device):
     with torch.device(device):
         if size.shape == "gpt2":
             config = GPT2Config(n_embd=size.hidden, n_layer=size.layers, n_head=size.heads, **common)
+        elif size.shape == "neox":
+            config = GPTNeoXConfig(
+                hidden_size=size.hidden, intermediate_size=size.mlp, num_hidden_layers=size.layers,
+                num_attention_heads=size.heads, **common,
+            )  # fmt: skip
         else:
             config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[size.shape](
                 hidden_size=size.hidden, intermediate_size=size.mlp, num_hidden_layers=size.layers, head_dim=size.head,
@@ -161,7 +176,7 @@ def seconds_of(work, on_gpu):
 def step_floor(work, size, rates):
     """Milliseconds of a decode step that only reads the weights once, or only multiplies by them."""
     attention = 2 * size.hidden * size.head * (size.heads + size.kv_heads)
-    mlp = (2 if size.shape == "gpt2" else 3) * size.hidden * size.mlp
+    mlp = (2 if size.shape in ("gpt2", "neox") else 3) * size.hidden * size.mlp
     weights = size.layers * (attention + mlp) + size.vocabulary * size.hidden
     read = weights * (2 if work.dtype == "bfloat16" else 4) / rates["bandwidth"]
     return 1000 * max(read, 2 * weights * work.rows / rates[work.dtype])

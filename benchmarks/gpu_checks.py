@@ -2,11 +2,13 @@
 
 import copy
 import hashlib
+import importlib.util
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from transformers import BitsAndBytesConfig
 
 from konic.finetuning import (
     DatasetConfig,
@@ -44,10 +46,10 @@ class DistinctWords(KonicLLMRewardComposer):
         return len(set(response.split()))
 
 
-def agent_of(folder, dtype="float32", **training):
+def agent_of(folder, model_kwargs=None, **training):
     return KonicFinetuningAgent(
         base_model=str(folder),
-        model_kwargs={"dtype": dtype},
+        model_kwargs=model_kwargs or {},
         reward_composer=DistinctWords(),
         lora_config=LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj")),
         dataset_config=DatasetConfig(prompts=tuple(prompts(64))),
@@ -120,14 +122,30 @@ def check_rollout(agent, device):
     )
 
 
+def check_graph(agent, device):
+    """A step of the model's own forward pass, replayed as one graph as for models without a fused decoder."""
+    with eager_decoding():
+        learner = shaken_learner(agent, device)
+        is_graphable = learner.policy.language_model.is_graphable
+        learner.policy.allow_graphs(True)
+        graphed = roll(learner, agent)
+        learner.policy.allow_graphs(False)
+        plain = roll(learner, agent)
+    same = (graphed.samples.response_ids == plain.samples.response_ids).cumprod(dim=1).bool() & graphed.response_mask
+    gap = (graphed.log_probs - plain.log_probs)[same].abs().max().item()
+    yield Check("the model's own step replayed as a graph, nats", gap, 1e-4)
+    yield Check("its steps are not replayed (0 or 1)", float(not is_graphable), float(device.type == "cpu"))
+
+
 @contextmanager
 def eager_decoding():
     """Decode by the model's own forward pass."""
-    fused, decoding.fused_transformer = decoding.fused_transformer, lambda *_: None
+    before = decoding.can_be_fused, decoding.fused_transformer
+    decoding.can_be_fused, decoding.fused_transformer = lambda _: False, lambda *_: None
     try:
         yield
     finally:
-        decoding.fused_transformer = fused
+        decoding.can_be_fused, decoding.fused_transformer = before
 
 
 def check_gradient(agent, device):
@@ -177,11 +195,16 @@ def check_runs(agent, device, folder):
     yield Check("largest log-ratio before the first step, nats", first.first_log_ratio, 1e-3)
     yield Check("sampler against trainer, nats per token", first.sampler_gap, 1e-4)
     yield Check("KL before the first step, nats", first.kl_divergence, 1e-6)
+    yield from check_again(agent, device, folder)
+
+
+def check_again(agent, device, folder, start=""):
+    """The run in folder/whole, made again and resumed."""
     for name, parts in (("again", (4,)), ("resumed", (2, 4))):
         for last in parts:
             train(agent, folder / name, device, last, resume_from_checkpoint=True if last != parts[0] else None)
         same = adapter_hash(folder / "whole") == adapter_hash(folder / name)
-        yield Check(f"a run and the same run {name} differ (0 or 1)", float(not same), 0.0)
+        yield Check(f"{start}a run and the same run {name} differ (0 or 1)", float(not same), 0.0)
 
 
 def train(agent, folder, device, iterations, **options):
@@ -195,16 +218,34 @@ def adapter_hash(folder):
     return hashlib.sha256((folder / "final" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def check_bf16(agent, device, folder):
-    """How far the log-probs that sample in bf16 are from those that train in it."""
-    first = train(agent, folder / "bf16", device, 1)[0]
-    yield Check("bf16: sampler against trainer, nats per token", first.sampler_gap, 0.1)
-    yield Check("bf16: largest log-ratio before the first step, nats", first.first_log_ratio, 0.1)
+def check_rounded(agent, device, folder, name, log_ratio):
+    """Runs of a model in few bits: what samples is near what trains, and the first KL is 0."""
+    first = train(agent, folder / "whole", device, 4)[0]
+    yield Check(f"{name}: sampler against trainer, nats per token", first.sampler_gap, 0.1)
+    yield Check(f"{name}: largest log-ratio before the first step, nats", first.first_log_ratio, log_ratio)
+    yield Check(f"{name}: KL before the first step, nats", first.kl_divergence, 1e-6)
+    yield from check_again(agent, device, folder, f"{name}: ")
+
+
+def quantised():
+    """The kinds of bitsandbytes, if it is installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return {}
+    return {
+        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+    }
 
 
 def checks(folder, work, device):
     agent = agent_of(folder)
     yield from check_rollout(agent, device)
+    yield from check_graph(agent, device)
     yield from check_gradient(agent, device)
     yield from check_runs(agent, device, work)
-    yield from check_bf16(agent_of(folder, dtype="bfloat16"), device, work)
+    yield from check_rounded(agent_of(folder, {"dtype": "bfloat16"}), device, work / "bf16", "bf16", 0.1)
+    precise = agent_of(folder, precision="bfloat16")
+    yield from check_rounded(precise, device, work / "precision", "precision='bfloat16'", 0.1)
+    for name, config in quantised().items():
+        packed = agent_of(folder, {"quantization_config": config})
+        yield from check_rounded(packed, device, work / name, name, 0.1)

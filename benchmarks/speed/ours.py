@@ -50,7 +50,8 @@ class Turns(KonicFinetuningCallback):
         return next(turn, "over") == "over"
 
 
-targets = ("q_proj", "v_proj") if "gpt2" not in model else ("c_attn",)
+shapes = {"gpt2": ("c_attn",), "pythia": ("query_key_value",)}
+targets = next((names for shape, names in shapes.items() if shape in model), ("q_proj", "v_proj"))
 agent = KonicFinetuningAgent(
     base_model=model,
     model_kwargs={"dtype": dtype[0]} if dtype else {},
@@ -69,7 +70,7 @@ agent = KonicFinetuningAgent(
     generation_config=GenerationConfig(max_new_tokens=int(tokens), min_new_tokens=int(tokens), temperature=1.0),
 )
 if what == "sample-general":
-    decoding.fused_transformer = lambda *_: None
+    decoding.can_be_fused, decoding.fused_transformer = lambda _: False, lambda *_: None
 if what.startswith("sample"):
     learner = build_learner(agent, torch.device("cuda" if ON_GPU else "cpu"))
     made = make_prompts(prompts, agent.get_dataset_config(), "bench")

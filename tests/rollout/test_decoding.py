@@ -17,6 +17,7 @@ from konic.finetuning.rollout.fused_transformer import fused_transformer
 from konic.finetuning.rollout.graphed_decoder import GraphedDecoder
 from konic.finetuning.rollout.local_sampler import sample
 from konic.finetuning.rollout.sampler import RandomKey, SpecialTokens, decode_responses, find_special_tokens
+from konic.finetuning.rollout.static_decoder import StaticDecoder
 
 LENGTHS = (3, 9, 1, 6)
 STEPS = 5
@@ -41,6 +42,8 @@ def model_of(name, dtype=torch.float64):
 def decoder_of(kind, model, num_tokens=STEPS):
     if kind == "general":
         return GeneralDecoder(model)
+    if kind == "static":
+        return StaticDecoder(model, num_tokens)
     transformer = fused_transformer(model, None)
     assert transformer is not None
     return (GraphedDecoder if kind == "graphed" else FusedDecoder)(model, transformer, num_tokens)
@@ -78,6 +81,9 @@ decoders = pytest.mark.parametrize(
         ("general", "gpt2"),
         ("general", "llama"),
         ("general", "gpt_neox"),
+        ("static", "gpt2"),
+        ("static", "llama"),
+        ("static", "gpt_neox"),
         ("fused", "gpt2"),
         ("fused", "llama"),
         ("graphed", "gpt2"),

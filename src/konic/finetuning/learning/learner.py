@@ -90,9 +90,11 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device, world: Worl
             f"model's vocabulary has only {vocabulary}. Use the model's own tokenizer, or resize its embeddings."
         )
     base_sha256 = _fingerprint(loaded.model)
+    base = LanguageModel(loaded.model.eval())
     if not divides:
-        require_decodable(LanguageModel(loaded.model.eval()), agent.get_base_model())
+        require_decodable(base, agent.get_base_model())
     policy = Policy(loaded, agent.get_lora_config(), config.gradient_checkpointing, config.seed, load_original)
+    policy.allow_graphs(base.is_graphable)
     if config.precision == "bfloat16":
         _require_frozen_base(policy)
     if config.divergence_limit is not None and policy.language_model.head_learns:

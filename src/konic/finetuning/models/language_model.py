@@ -40,6 +40,8 @@ class LanguageModel:
         self._is_checkpointed = False
         self.in_step = False
         """True where processes exchange the weights of each layer, so that all have to make the same passes."""
+        self.is_graphable = False
+        """True if a decode step of its own forward pass can be replayed on a GPU as one graph, with equal results."""
         config = causal_lm.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._prepacked_head: Product | None = None

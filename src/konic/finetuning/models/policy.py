@@ -171,6 +171,11 @@ class Policy:
         for model in filter(None, (self.language_model, self._frozen_copy)):
             model.decode_plan = plan
 
+    def allow_graphs(self, is_graphable: bool) -> None:
+        """Let decode steps be replayed as a graph; see `LanguageModel.is_graphable`."""
+        for model in filter(None, (self.language_model, self._frozen_copy)):
+            model.is_graphable = is_graphable
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return every trainable parameter by name. Those of the value head come last."""
         return dict(self._trainable)

@@ -1,6 +1,7 @@
 """Tokens -> hidden states: decodes token by token with a key-value cache.
 
-`GeneralDecoder` serves any model; a fused decoder serves models of the Llama and GPT-2 shapes.
+`GeneralDecoder` serves any model, and `StaticDecoder` most of them on a GPU; a fused decoder serves models of the Llama
+and GPT-2 shapes.
 
 Shapes: B rows, P prompt tokens, T tokens so far, H hidden size, V vocabulary. A mask is True where a token counts.
 """
@@ -19,8 +20,9 @@ from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.positions import position_ids
 from konic.finetuning.models.prepacked import prepacked_layers, threads_of
 from konic.finetuning.rollout.fused_decoder import FusedDecoder
-from konic.finetuning.rollout.fused_transformer import fused_transformer
+from konic.finetuning.rollout.fused_transformer import can_be_fused, fused_transformer
 from konic.finetuning.rollout.graphed_decoder import GraphedDecoder
+from konic.finetuning.rollout.static_decoder import StaticDecoder
 from konic.finetuning.system.memory import return_freed_memory
 from konic.text import describe_error
 
@@ -67,6 +69,12 @@ def open_decoder(model: LanguageModel, num_rows: int, num_tokens: int) -> Iterat
                     yield decoder
                 finally:
                     decoder.close()
+            elif model.is_graphable:
+                static = StaticDecoder(model, num_tokens)
+                try:
+                    yield static
+                finally:
+                    static.close()
             else:
                 with prepacked_layers(model.causal_lm, prepacking):
                     yield GeneralDecoder(model)
@@ -82,6 +90,7 @@ def require_decodable(model: LanguageModel, name: str) -> None:
         ModelError: The model keeps a running state, or computes a row differently beside others, or cannot be run.
     """
     start = f"base_model={name!r}: {model.causal_lm.config.model_type} models"
+    is_quantised = getattr(model.causal_lm, "is_quantized", False)
     advice = "Use a model with attention in every layer, such as a Llama, Qwen3 or Gemma model."
     try:
         layers = DynamicCache(config=model.causal_lm.config).layers
@@ -94,7 +103,11 @@ def require_decodable(model: LanguageModel, name: str) -> None:
                 f"batches. {advice}"
             )
         model.check_logits()
-        ours, truth = _logits_in_a_batch_and_alone(model)
+        in_16_bits = model.causal_lm.dtype.itemsize < 4 or (is_quantised and model.causal_lm.device.type != "cpu")
+        limit = MAX_DIFFERENCE_IN_16_BITS if in_16_bits else MAX_DIFFERENCE
+        difference = _difference_in_a_batch(model)
+        if difference <= limit and _may_be_graphable(model):
+            _try_graph(model, limit)
     except (ModelError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -102,32 +115,57 @@ def require_decodable(model: LanguageModel, name: str) -> None:
             f"{start} cannot be run with the cache and the positions that konic passes to them: "
             f"{describe_error(error)}. {advice}"
         ) from safe_cause(error)
-    difference = ((ours - truth).norm() / (truth - truth.mean()).norm()).item()
-    is_quantised = getattr(model.causal_lm, "is_quantized", False)
     if is_quantised:
         start += " with these quantised weights"
         advice = "Leave quantization_config out of model_kwargs, or use the 4 bits of bitsandbytes."
-    in_16_bits = model.causal_lm.dtype.itemsize < 4 or (is_quantised and model.causal_lm.device.type != "cpu")
-    if not difference <= (MAX_DIFFERENCE_IN_16_BITS if in_16_bits else MAX_DIFFERENCE):
+    if not difference <= limit:
         raise ModelError(
             f"{start} compute a row of a padded batch differently from the row alone: the logits differ by "
             f"{difference:.2g} of their spread. {advice}"
         )
 
 
+def _may_be_graphable(model: LanguageModel) -> bool:
+    """Return True if a graph is worth a try: on a GPU, for a model that `transformers` compiles as one graph."""
+    on_gpu, whole = model.causal_lm.device.type == "cuda", getattr(model.causal_lm, "_can_compile_fullgraph", False)
+    return on_gpu and whole and not model.in_step and not can_be_fused(model)
+
+
+def _try_graph(model: LanguageModel, limit: float) -> None:
+    """Set `model.is_graphable` if steps replayed as one graph give the logits of a forward pass."""
+    model.is_graphable = True
+    try:
+        is_right = _difference_in_a_batch(model, num_steps=6) <= limit
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # whatever stands against it, the general decoder serves the model too
+        is_right = False
+    model.is_graphable = model.is_graphable and is_right
+
+
 @torch.no_grad()
-def _logits_in_a_batch_and_alone(model: LanguageModel) -> tuple[Tensor, Tensor]:
-    """Return the logits [2, V] after two short texts: decoded in one batch, and from a forward pass of each alone."""
-    device, ids = model.causal_lm.device, model.probe_ids(27).view(3, 9)
+def _difference_in_a_batch(model: LanguageModel, num_steps: int = 1) -> float:
+    """Return how far logits after two short texts decoded in one batch are from those of a forward pass of each alone.
+
+    The difference is relative to the spread of the logits. The last `num_steps` tokens are read one by one.
+    """
+    device, length = model.causal_lm.device, 8
+    ids = model.probe_ids(3 * (length + num_steps)).view(3, length + num_steps)
     lengths = torch.tensor([8, 8, 3], device=device)
-    mask = torch.arange(8, device=device) >= 8 - lengths[:, None]
+    mask = torch.arange(length, device=device) >= length - lengths[:, None]
     rows = torch.tensor([2, 0], device=device)  # the second row leaves the batch
-    with open_decoder(model, len(ids), 2) as decoder:
-        decoder.prefill(ids[:, :8], mask)
+    with open_decoder(model, len(ids), num_steps) as decoder:
+        decoder.prefill(ids[:, :length], mask)
         decoder.select(rows)
-        ours = decoder.logits(decoder.step(ids[rows, 8], torch.ones(2, dtype=torch.bool, device=device)))
-    alone = [model.causal_lm(input_ids=ids[row : row + 1, 8 - lengths[row] :], use_cache=False).logits for row in rows]
-    return ours.float(), torch.cat([logits[:, -1] for logits in alone]).float()
+        counts = torch.ones(2, dtype=torch.bool, device=device)
+        for step in range(num_steps):
+            hidden = decoder.step(ids[rows, length + step], counts)
+        ours = decoder.logits(hidden).float()
+    alone = [
+        model.causal_lm(input_ids=ids[row : row + 1, length - lengths[row] :], use_cache=False).logits for row in rows
+    ]
+    truth = torch.cat([logits[:, -1] for logits in alone]).float()
+    return ((ours - truth).norm() / (truth - truth.mean()).norm()).item()
 
 
 class GeneralDecoder:

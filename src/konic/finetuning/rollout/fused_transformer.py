@@ -140,17 +140,27 @@ def fused_transformer(model: LanguageModel, prepacking: Prepacking | None) -> Tr
         model: The model.
         prepacking: How the products are packed; None does not pack them.
     """
-    config = model.causal_lm.config
-    build = {"gpt2": _gpt2}.get(config.model_type, _llama if config.model_type in LLAMA_SHAPED else None)
-    return None if build is None else build(model.causal_lm, prepacking)
-
-
-def _llama(causal_lm: Any, prepacking: Prepacking | None) -> Transformer | None:
-    config, body = causal_lm.config, causal_lm.base_model
-    linear = all(type(layer) is nn.Linear for block in body.layers for layer in _projections(block))
-    is_plain = config.hidden_act == "silu" and body.rotary_emb.rope_type in STATIC_ROPE
-    if not is_plain or not linear or not _sees_everything(config):
+    if not can_be_fused(model):
         return None
+    build = _gpt2 if model.causal_lm.config.model_type == "gpt2" else _llama
+    return build(model.causal_lm, prepacking)
+
+
+def can_be_fused(model: LanguageModel) -> bool:
+    """Return True if a model has the Llama or GPT-2 shape, in all that its config can change."""
+    config, body = model.causal_lm.config, model.causal_lm.base_model
+    if config.model_type == "gpt2":
+        plain = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
+        layers = [layer for b in body.h for layer in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
+        return plain and not config.add_cross_attention and all(type(layer) is Conv1D for layer in layers)
+    if config.model_type not in LLAMA_SHAPED:
+        return False
+    plain = config.hidden_act == "silu" and body.rotary_emb.rope_type in STATIC_ROPE and _sees_everything(config)
+    return plain and all(type(layer) is nn.Linear for block in body.layers for layer in _projections(block))
+
+
+def _llama(causal_lm: Any, prepacking: Prepacking | None) -> Transformer:
+    config, body = causal_lm.config, causal_lm.base_model
 
     def product(*layers: nn.Linear) -> Product:
         return _joined(layers, prepacking)
@@ -181,14 +191,8 @@ def _llama(causal_lm: Any, prepacking: Prepacking | None) -> Transformer | None:
     )
 
 
-def _gpt2(causal_lm: Any, prepacking: Prepacking | None) -> Transformer | None:
+def _gpt2(causal_lm: Any, prepacking: Prepacking | None) -> Transformer:
     config, body = causal_lm.config, causal_lm.base_model
-    layers = [layer for b in body.h for layer in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
-    is_plain = (
-        config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx and not config.add_cross_attention
-    )
-    if not is_plain or any(type(layer) is not Conv1D for layer in layers):
-        return None
 
     def product(layer: nn.Linear | Conv1D) -> Product:
         return _joined([layer], prepacking)
