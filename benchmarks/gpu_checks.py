@@ -231,8 +231,10 @@ def quantised():
     """The kinds of bitsandbytes, if it is installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return {}
+    in_bf16 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
     return {
-        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
+        "nf4, bf16 products": BitsAndBytesConfig(load_in_4bit=True, **in_bf16),
+        "fp4, fp32 products": BitsAndBytesConfig(load_in_4bit=True),
         "int8": BitsAndBytesConfig(load_in_8bit=True),
     }
 

@@ -30,8 +30,8 @@ INSIDE = {
     ],
     "models": [
         "positions", "distributions", "length_groups", "value_head", "prepacked", "products", "sharding", "wide_head",
-        "language_model", "fsdp", "token_scores", "headers", "locations", "decode_probe", "tokenizer_rules",
-        "containment", "model_kwargs", "quantised", "loading",
+        "headers", "locations", "quantised", "language_model", "fsdp", "token_scores", "decode_probe",
+        "tokenizer_rules", "containment", "model_kwargs", "loading",
         "adapter_config", "adapters", "merging", "adapter_check", "trained_weights", "policy", "policy_files",
     ],
     "rewards": [
@@ -39,8 +39,8 @@ INSIDE = {
         "old_names", "listing", "composer", "overrides", "workers", "remote", "scoring", "responses", "trial",
     ],
     "rollout": [
-        "sampler", "streaming", "shares", "fused_transformer", "fused_decoder", "graphed_decoder", "decoding",
-        "local_sampler",
+        "sampler", "streaming", "shares", "fused_transformer", "fused_decoder", "graphed_decoder", "static_decoder",
+        "decoding", "local_sampler",
         "vllm_client", "vllm_guard", "vllm_server", "vllm_weights", "vllm_sampler", "serving",
         "rollout", "rows", "evaluation",
     ],

@@ -21,6 +21,7 @@ from konic.finetuning.errors import ModelError
 from konic.finetuning.models.length_groups import cost_of_a_pass
 from konic.finetuning.models.positions import distinct_prompts, position_ids
 from konic.finetuning.models.prepacked import DecodePlan, Prepacking, Product, rows_to_prepack
+from konic.finetuning.models.quantised import multiplies_in_16_bits
 from konic.finetuning.models.wide_head import WideHead
 from konic.finetuning.system.signals import uninterrupted
 
@@ -54,6 +55,11 @@ class LanguageModel:
     def vocabulary_size(self) -> int:
         """V: the width of the head. It may be larger than the number of tokens in the tokenizer."""
         return self.causal_lm.get_output_embeddings().weight.shape[0]
+
+    @property
+    def in_16_bits(self) -> bool:
+        """True if the model computes in 16 bits: rounding alone then moves log-probs further than in fp32."""
+        return self.causal_lm.dtype.itemsize < 4 or multiplies_in_16_bits(self.causal_lm)
 
     @property
     def is_plain(self) -> bool:

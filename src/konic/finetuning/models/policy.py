@@ -267,7 +267,7 @@ class Policy:
                 moved, difference = self._probe_logits(self.language_model), self._reference_difference()
                 with self.merged_adapter() as model:
                     merged = self._probe_logits(model)
-        in_16_bits = self.language_model.causal_lm.dtype.itemsize < 4
+        in_16_bits = self.language_model.in_16_bits
         self._adapter_check.require_sound(self._reference_logits, untrained, moved, merged, difference, in_16_bits)
 
     def _reference_difference(self) -> float:

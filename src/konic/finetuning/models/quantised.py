@@ -1,9 +1,10 @@
-"""Layers of bitsandbytes on a CPU -> the same layers, whose products sampling and training compute alike.
+"""Layers of bitsandbytes -> the same layers, whose products sampling and training compute alike.
 
-Without this, bitsandbytes computes on a CPU by rules that differ from pass to pass. A 4-bit layer packs its weight for
+Without this, bitsandbytes computes by rules that differ from pass to pass. On a CPU, a 4-bit layer packs its weight for
 bf16 products at the first pass without gradients, which later passes with gradients do not undo: no gradient passes a
-packed layer. An 8-bit layer rounds its input, and which columns it spares depends on all rows of the batch. The logits
-of a row in a batch and alone differed by 4 % and 10 % of their spread for SmolLM2-135M (bitsandbytes 0.50, AMD Zen 4).
+packed layer. On a GPU it multiplies a single row by another kernel than several rows. An 8-bit layer rounds its input,
+and which columns it spares depends on all rows of the batch. The logits of a row in a batch and alone differed by 4 %
+and 10 % of their spread for SmolLM2-135M (4 and 8 bits; bitsandbytes 0.50, AMD Zen 4).
 """
 
 from collections.abc import Mapping
@@ -24,16 +25,31 @@ _KINDS = ("Linear4bit", "Linear8bitLt")
 
 
 def unify_products(causal_lm: PreTrainedModel) -> None:
-    """Replace how the layers of bitsandbytes compute, if a model on a CPU has such layers.
+    """Replace how the layers of bitsandbytes compute, if a model has such layers.
 
     Their weights stay quantised, and are unpacked for each product. The product itself is in the precision of its
-    input, whatever `bnb_4bit_compute_dtype` says.
+    input; of 4-bit layers on a GPU, in that of `bnb_4bit_compute_dtype`.
     """
-    if causal_lm.device.type != "cpu" or not getattr(causal_lm, "is_quantized", False):
-        return
-    for layer in causal_lm.modules():
-        if type(layer).__name__ in _KINDS:
-            layer.forward = MethodType(_forward, layer)
+    for layer in _layers(causal_lm):
+        layer.forward = MethodType(_forward, layer)
+
+
+def multiplies_in_16_bits(causal_lm: PreTrainedModel) -> bool:
+    """Return True if products with quantised weights are computed in 16 bits."""
+    dtypes = (_product_dtype(layer) for layer in _layers(causal_lm))
+    return any(dtype is not None and dtype.itemsize < 4 for dtype in dtypes)
+
+
+def _layers(causal_lm: PreTrainedModel) -> list[Any]:
+    if not getattr(causal_lm, "is_quantized", False):
+        return []
+    return [layer for layer in causal_lm.modules() if type(layer).__name__ in _KINDS]
+
+
+def _product_dtype(layer: Any) -> torch.dtype | None:
+    """Return the dtype of a layer's products, or None for that of its input."""
+    dtype = getattr(layer, "compute_dtype", None)
+    return dtype if layer.weight.device.type != "cpu" and isinstance(dtype, torch.dtype) else None
 
 
 def recorded_quantisation(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,7 +93,8 @@ def _transposed(linear: Any) -> Conv1D:
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    product: Tensor = _FrozenProduct.apply(x, layer)  # type: ignore[no-untyped-call]
+    product: Tensor = _FrozenProduct.apply(x.to(_product_dtype(layer) or x.dtype), layer)  # type: ignore[no-untyped-call]
+    product = product.to(x.dtype)
     return product if layer.bias is None else product + layer.bias.to(product.dtype)
 
 

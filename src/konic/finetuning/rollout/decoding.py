@@ -103,8 +103,7 @@ def require_decodable(model: LanguageModel, name: str) -> None:
                 f"batches. {advice}"
             )
         model.check_logits()
-        in_16_bits = model.causal_lm.dtype.itemsize < 4 or (is_quantised and model.causal_lm.device.type != "cpu")
-        limit = MAX_DIFFERENCE_IN_16_BITS if in_16_bits else MAX_DIFFERENCE
+        limit = MAX_DIFFERENCE_IN_16_BITS if model.in_16_bits else MAX_DIFFERENCE
         difference = _difference_in_a_batch(model)
         if difference <= limit and _may_be_graphable(model):
             _try_graph(model, limit)

@@ -21,7 +21,8 @@ class Replayed:
     """
 
     def __init__(self, run: Callable[[], Tensor], device: torch.device) -> None:
-        self._run, self._on_gpu, self._graph = run, device.type == "cuda", None
+        self._run, self._on_gpu = run, device.type == "cuda"
+        self._graph: torch.cuda.CUDAGraph | None = None
         self.cannot_record = False
         """True if something in the step makes the host wait for the GPU."""
 
@@ -53,7 +54,7 @@ class Replayed:
             self._output = self._run()
         finally:
             graph.capture_end()
-        self._graph: torch.cuda.CUDAGraph | None = graph
+        self._graph = graph
 
 
 class GraphedDecoder(FusedDecoder):

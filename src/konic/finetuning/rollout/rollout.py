@@ -229,7 +229,7 @@ def _policy_hidden(policy: Policy, batch: PromptBatch, samples: Samples, micro_b
 
 
 def _is_full_precision(policy: Policy) -> bool:
-    return policy.language_model.causal_lm.dtype.itemsize >= 4
+    return not policy.language_model.in_16_bits
 
 
 @torch.no_grad()
