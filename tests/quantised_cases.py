@@ -131,6 +131,20 @@ def test_a_run_learns_resumes_bit_for_bit_and_leaves_a_plain_model(model_folders
         assert spread(merged(IDS).logits, truth) < 1e-5
 
 
+def test_with_products_in_16_bits_the_policy_starts_at_its_reference(
+    model_folders, architecture, config, tmp_path, monkeypatch
+):
+    """As on a GPU, where products are in `bnb_4bit_compute_dtype`."""
+    monkeypatch.setattr("konic.finetuning.models.quantised._product_dtype", lambda layer: torch.bfloat16)
+    options = {"architecture": architecture, "model_kwargs": {"quantization_config": config}, "batch_size": 8}
+    first = make_engine(model_folders[architecture], tmp_path / "whole", **options).train(3).history[0]
+    assert first.kl_divergence == 0.0
+    assert first.first_log_ratio < 1e-6 < first.sampler_gap < 0.02
+    make_engine(model_folders[architecture], tmp_path / "parts", **options).train(2, save_every=1)
+    make_engine(model_folders[architecture], tmp_path / "parts", **options).train(3, resume_from_checkpoint=True)
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
 def test_every_weight_of_a_quantised_model_cannot_be_trained(model_folders, config, tmp_path):
     options = {"model_kwargs": {"quantization_config": config}, "lora": False}
     with pytest.raises(ConfigError, match=r"are quantised or frozen\. Give a lora_config"):
