@@ -67,6 +67,7 @@ COMPARISONS = (
     Comparison(
         "sampling, GPT-2 shape", ("ours.py", "sample"), ("generate.py",), "transformers generate", "here", model="gpt2"
     ),
+    Comparison("sampling, Llama shape, fp32", ("ours.py", "sample"), ("ct2.py",), "CTranslate2 4.8.5", "trl026"),
     Comparison("sampling, any model", ("ours.py", "sample-general"), ("generate.py",), "transformers generate", "here"),
 )
 

@@ -54,8 +54,8 @@ class Sharded:
             sharded_sampling: See `TrainingConfig`.
         """
         self._world, self._models = world, models
-        weights = [weight for model in models for weight in model.causal_lm.parameters()]
-        size = sum(weight.numel() * weight.element_size() for weight in weights)
+        # no name may hold a whole weight while the weights are divided one after the other
+        size = sum(weight.nbytes for model in models for weight in model.causal_lm.parameters())
         self._samples_whole = not sharded_sampling if sharded_sampling is not None else self._fits(size, device)
         self.divides_trained = not kept_whole
         mesh = init_device_mesh(device.type, (world.size,))
