@@ -15,7 +15,7 @@ def test_the_gpu_benchmark_runs_small_and_its_checks_hold(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     lines = report.read_text().splitlines()
     verdicts = [line.split("|")[4].strip() for line in lines if re.match(r"\| .*[0-9] \| [0-9.e-]+ \| [\w*]+ \|", line)]
-    assert verdicts == ["holds"] * 13
+    assert verdicts == ["holds"] * 23
     assert any(re.match(r"\| sampling, 135M, batch 8 \| transformers generate \| [0-9.]+ ", line) for line in lines)
 
 
