@@ -8,12 +8,19 @@ from konic.finetuning.learning.kl_controller import adapted_kl_weight, limited_k
 
 
 @pytest.mark.parametrize(
-    ("kl", "factor"), [(0.0, 1.0), (7.0, 1.0), (8.5, 4.0), (9.4, 25.0), (9.7, 100.0), (10.0, 100.0), (99.0, 100.0)]
+    ("kl", "factor"),
+    [(0.0, 1.0), (6.0, 1.0), (8.0, 10**0.5), (10.0, 10.0), (12.0, 10**1.5), (14.0, 100.0), (99.0, 100.0)],
 )
-def test_the_weight_rises_steeply_between_seven_tenths_of_the_limit_and_the_limit(kl, factor):
+def test_the_weight_rises_from_six_tenths_of_the_limit_on(kl, factor):
     assert limited_kl_weight(0.3, kl, 10.0) == pytest.approx(0.3 * factor)
     assert limited_kl_weight(0.0, kl, 10.0) == pytest.approx(0.05 * (factor - 1))
     assert limited_kl_weight(0.01, kl, 10.0) == pytest.approx(0.01 + 0.05 * (factor - 1))
+
+
+def test_one_noisy_batch_does_not_multiply_the_weight():
+    """Between two batches whose KL differs by a nat, of ten, it no more than doubles."""
+    weights = [limited_kl_weight(0.05, kl / 10, 10.0) for kl in range(150)]
+    assert all(later <= 2 * earlier for earlier, later in zip(weights, weights[10:], strict=False))
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,8 @@ class TrainingConfig(Settings):
     kl_horizon: int = Field(default=100, ge=1)
     """Responses over which the adaptive β changes by about a fifth at most."""
     kl_limit: float | None = Field(default=10.0, gt=0)
-    """Nats per response that the policy may pay: from 70 % of them on, β rises steeply. None sets no limit, nor does a
-    run with kl_target have one."""
+    """Nats per response that the policy may pay: from 60 % of them on, β rises, to ten times at the limit. None sets no
+    limit, nor does a run with kl_target have one."""
     kl_budget: float | None = Field(default=None, gt=0)
     """Nats per response that the best weights may cost. A run beyond it warns once and continues."""
     clip_ratio: float = Field(default=0.2, gt=0, lt=1)

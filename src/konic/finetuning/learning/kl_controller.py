@@ -1,23 +1,23 @@
 """Measured KL -> weight β of the KL penalty. Pure functions of plain numbers."""
 
-MAX_FACTOR = 100.0
-"""The most that a limit multiplies β by."""
 LEAST_WEIGHT = 0.05
 """The β that a limit raises where the user's own is lower."""
 
 
 def limited_kl_weight(kl_penalty_weight: float, kl_per_response: float, limit: float) -> float:
-    """Return β + max(β, 0.05) · (f − 1) with f = (0.3 / (1 − KL / limit))², from 1 to 100: a barrier.
+    """Return β + max(β, 0.05) · (f − 1) with f = 10 ^ ((KL / limit − 0.6) / 0.4), from 1 to 100.
 
-    Up to 70 % of the limit β stays as it is; at 85 % it is four times, at 94 % 25 times as high. It rises from 0 too.
+    Up to 60 % of the limit β stays as it is; from there on it doubles with every 12 %, to ten times at the limit. It
+    rises from 0 too. No steeper: the KL of a batch is noisy, and where one batch near the limit made β a hundred times
+    as high, one update took back what thirty had learned (docs/defaults.md).
 
     Args:
         kl_penalty_weight: β ≥ 0.
         kl_per_response: Mean KL per response of the batch that the update uses, in nats.
         limit: Nats per response, > 0.
     """
-    room = 1.0 - kl_per_response / limit
-    factor = MAX_FACTOR if room <= 0.3 / MAX_FACTOR**0.5 else max(1.0, (0.3 / room) ** 2)
+    exponent = (kl_per_response / limit - 0.6) / 0.4
+    factor = 10.0 ** min(max(exponent, 0.0), 2.0)
     return kl_penalty_weight + max(kl_penalty_weight, LEAST_WEIGHT) * (factor - 1.0)
 
 
