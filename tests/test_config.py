@@ -214,7 +214,7 @@ def test_every_batch_size_goes_with_every_number_of_micro_batches(batch, accumul
 
 @pytest.mark.parametrize(("default", "batch", "minibatches"), [(2, 1, 1), (2, 3, 1), (2, 8, 2), (4, 6, 2)])
 def test_the_default_number_of_minibatches_goes_with_every_batch_size(default, batch, minibatches, monkeypatch):
-    monkeypatch.setattr("konic.finetuning.config.DEFAULT_NUM_MINIBATCHES", default)
+    monkeypatch.setattr("konic.finetuning.training_config.DEFAULT_NUM_MINIBATCHES", default)
     assert TrainingConfig(batch_size=batch).num_minibatches == minibatches
 
 
