@@ -16,13 +16,15 @@ import peft
 import psutil
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from conftest import LORA_TARGETS, files_with
+from conftest import LORA_TARGETS, files_with, shake_adapter, tiny_learner
 from konic.finetuning import ConfigError, GenerationConfig, KonicError, OutputError, SamplerError
 from konic.finetuning.rollout import vllm_guard
 from konic.finetuning.rollout.sampler import RandomKey
 from konic.finetuning.rollout.vllm_sampler import request_seed
 from konic.finetuning.rollout.vllm_server import require_vllm
+from konic.finetuning.rollout.vllm_weights import save_untied
 from konic.finetuning.run.served import is_other, share_of_other
 from loopback_vllm import FAULTS, KEY, LoopbackVllm
 from test_engine import completions, make_engine, metrics
@@ -358,3 +360,23 @@ def test_what_vllm_cannot_do_is_refused_by_name(settings, told):
 def test_a_setting_of_vllm_without_the_engine_is_refused():
     with pytest.raises(ConfigError, match="set engine='vllm' too"):
         GenerationConfig(vllm_address="http://127.0.0.1:8000")
+
+
+@pytest.mark.parametrize("shard_size", ["50GB", "20KB"])
+def test_a_tied_head_is_served_as_weights_of_its_own(model_folders, tmp_path, shard_size, monkeypatch):
+    """vLLM packs a tied head once, on a CPU, and would sample with the old one after weights were reloaded."""
+    policy = tiny_learner("gpt2", lora=False, dtype=torch.float32).policy
+    shake_adapter(policy)
+    model = policy.language_model.causal_lm
+    save = type(model).save_pretrained
+    monkeypatch.setattr(
+        type(model), "save_pretrained", lambda self, *a, **k: save(self, *a, **{**k, "max_shard_size": shard_size})
+    )
+    assert model.config.tie_word_embeddings
+    save_untied(policy, tmp_path)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert not found.config.tie_word_embeddings
+    assert found.lm_head.weight is not found.transformer.wte.weight
+    ids = torch.arange(5)[None]
+    with torch.no_grad():
+        assert torch.equal(found.eval()(ids).logits, model(ids).logits)

@@ -1,9 +1,9 @@
 """Settings + policy -> a sampler on a vLLM server, started if the settings name none, and ended with the run."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from konic.finetuning.config import GenerationConfig
 from konic.finetuning.errors import ConfigError, OutputError, SamplerError
@@ -16,6 +16,7 @@ from konic.finetuning.rollout.vllm_weights import (
     ServedWeights,
     max_rank,
     reason_to_merge,
+    save_untied,
     served_models,
     served_rank,
 )
@@ -80,13 +81,17 @@ def _client(
         return
     dtype = str(policy.language_model.causal_lm.dtype).removeprefix("torch.")
     longest = generation.max_prompt_length + generation.max_new_tokens
-    model = ["--model", location, "--dtype", dtype, "--max-model-len", str(longest)]
-    model += ["--revision", revision] if revision is not None and not Path(location).is_dir() else []
-    merges = reason_to_merge(policy) is not None
-    if not merges:
-        rank = served_rank(max_rank(policy.adapter_config()))
-        model += ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2", "--max-lora-rank", str(rank)]
-    with started_server(generation, model, reloads=merges) as client:
+    sizes = ["--dtype", dtype, "--max-model-len", str(longest)]
+    if reason_to_merge(policy) is not None:
+        with TemporaryDirectory(prefix="konic-start-", ignore_cleanup_errors=True) as start:
+            save_untied(policy, Path(start))  # what is reloaded has to have the same weights by name
+            with started_server(generation, ["--model", start, *sizes], reloads=True) as client:
+                yield client, BASE_NAME
+        return
+    sizes += ["--revision", revision] if revision is not None and not Path(location).is_dir() else []
+    sizes += ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2"]
+    sizes += ["--max-lora-rank", str(served_rank(max_rank(policy.adapter_config())))]
+    with started_server(generation, ["--model", location, *sizes], reloads=False) as client:
         yield client, BASE_NAME
 
 
@@ -94,7 +99,7 @@ def _client(
 def _weights_folder(generation: GenerationConfig) -> Iterator[Path]:
     """Yield the folder to which weights are written."""
     if generation.vllm_folder is None:
-        with tempfile.TemporaryDirectory(prefix="konic-weights-", ignore_cleanup_errors=True) as folder:
+        with TemporaryDirectory(prefix="konic-weights-", ignore_cleanup_errors=True) as folder:
             yield Path(folder)
         return
     yield as_path(generation.vllm_folder, "GenerationConfig(vllm_folder)", OutputError)

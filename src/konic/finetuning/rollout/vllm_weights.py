@@ -1,5 +1,6 @@
 """Policy -> the weights that a vLLM server samples with: written to a folder, and loaded by the server."""
 
+import json
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import peft
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from konic.finetuning.errors import SamplerError
 from konic.finetuning.models.policy import Policy
@@ -43,6 +46,37 @@ def reason_to_merge(policy: Policy) -> str | None:
     return None
 
 
+def save_untied(policy: Policy, folder: Path) -> None:
+    """Write the merged model; a head that shares the weights of the embedding is written as weights of its own.
+
+    On a CPU, vLLM 0.32 packs the head when it starts, and where the head is tied it packs it never again: after the
+    weights were reloaded, it sampled with the new embedding and the old head.
+    """
+    save_merged(policy, folder)
+    model = policy.language_model.causal_lm
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    head, embedding = (
+        names.get(id(module)) for module in (model.get_output_embeddings(), model.get_input_embeddings())
+    )
+    files = {name: file for file in sorted(folder.glob("*.safetensors")) for name in _tensor_names(file)}
+    if head is None or head in files or embedding not in files:
+        return
+    with safe_open(files[embedding], framework="pt") as stored:
+        save_file({head: stored.get_tensor(embedding)}, folder / "head.safetensors", metadata={"format": "pt"})
+    if (whole := folder / "model.safetensors").exists():  # a folder of several files has an index
+        whole.rename(folder / "body.safetensors")
+        files = dict.fromkeys(files, folder / "body.safetensors")
+    parts = {name: file.name for name, file in files.items()} | {head: "head.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": parts}))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}), encoding="utf-8")
+
+
+def _tensor_names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as stored:
+        return list(stored.keys())
+
+
 def max_rank(config: peft.LoraConfig) -> int:
     """Return the largest rank of the layers of an adapter."""
     return int(max(config.r, *config.rank_pattern.values())) if config.rank_pattern else int(config.r)
@@ -75,7 +109,7 @@ class ServedWeights:
         path, merges = self._folder / name, self._merges_because is not None
         try:
             with replacing_folder(path) as target:
-                (save_merged if merges else save_adapter)(self._policy, target)
+                (save_untied if merges else save_adapter)(self._policy, target)
             (self._load_merged if merges else self._load_adapter)(name, path)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
