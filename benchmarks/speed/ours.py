@@ -51,7 +51,7 @@ class Turns(KonicFinetuningCallback):
 
 
 shapes = {"gpt2": ("c_attn",), "pythia": ("query_key_value",)}
-targets = next((names for shape, names in shapes.items() if shape in model), ("q_proj", "v_proj"))
+targets = shapes.get(Path(model).name, ("q_proj", "v_proj"))
 agent = KonicFinetuningAgent(
     base_model=model,
     model_kwargs={"dtype": dtype[0]} if dtype else {},
