@@ -140,6 +140,11 @@ storage: $(READY) $(S3)/.ready
 sharding: $(READY)
 	@$(BIN)/python -W ignore benchmarks/sharding.py
 
+# Three iterations of models of 0.14, 0.5 and 1.5 billion weights.
+larger: $(READY)
+	@for size in 0.14B 0.5B 1.5B; do $(BIN)/python -W ignore benchmarks/larger.py run $$size || exit 1; done
+	@$(BIN)/python benchmarks/larger.py show
+
 # Damaged input for every reader, for a fixed time.
 FUZZ_SECONDS ?= 600
 fuzz: $(READY)

@@ -28,7 +28,6 @@ from konic.finetuning.learning.update import make_optimizer, update
 from konic.finetuning.models.decode_probe import choose_plan
 from konic.finetuning.models.loading import LoadedModel, load_model
 from konic.finetuning.models.policy import Policy
-from konic.finetuning.models.prepacked import rows_to_prepack
 from konic.finetuning.rollout.local_sampler import LocalSampler
 from konic.finetuning.rollout.rollout import sample_rollout
 from konic.finetuning.rollout.sampler import RandomKey, SpecialTokens
@@ -91,7 +90,7 @@ def run(size):
     loaded = LoadedModel(model=MODELS[size][1]().eval(), tokenizer=tokenizer, name=size, location=size)
     policy = Policy(loaded, LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj")))
     with policy.merged_adapter() as merged:
-        policy.decode_plan = choose_plan(merged.causal_lm, BATCH, RESPONSE, "auto")
+        policy.decode_plan = choose_plan(merged.causal_lm, BATCH, RESPONSE, "auto", merged.memory_share)
     iteration(policy, 1)
     turns = [iteration(policy, RESPONSE) for _ in range(ITERATIONS)]
     seconds, added = (
@@ -101,7 +100,7 @@ def run(size):
     row = {
         "weights": weights, "head": loaded.model.get_output_embeddings().weight.numel(), "seconds": seconds,
         "added_mb": added, "plan": asdict(policy.decode_plan), "bandwidth": bandwidth, "flops": flops,
-        "is_packed": rows_to_prepack(loaded.model, BATCH, RESPONSE) is not None, "machine": machine(),
+        "is_packed": policy.language_model.prepacking(BATCH, RESPONSE) is not None, "machine": machine(),
         "day": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

@@ -226,6 +226,18 @@ def test_packing_needs_a_multiple_of_the_weights_memory(monkeypatch):
     assert rows_to_prepack(model, 8, 1000) == 8
 
 
+@needs_mkldnn
+@pytest.mark.parametrize(("lora", "share"), [(True, 4), (False, 8)])
+def test_weights_that_are_trained_leave_less_room_for_a_packed_copy(lora, share, monkeypatch):
+    model = tiny_learner("llama", lora=lora, dtype=torch.float32).policy.language_model
+    size = 4 * sum(weight.numel() for weight in model.causal_lm.parameters())
+    memory = {"SC_PHYS_PAGES": share * size, "SC_PAGE_SIZE": 1}
+    monkeypatch.setattr(os, "sysconf", lambda name: memory[name])
+    assert model.prepacking(8, 1000) is not None
+    memory["SC_PHYS_PAGES"] -= 1
+    assert model.prepacking(8, 1000) is None
+
+
 def test_a_system_that_does_not_tell_its_memory_is_not_packed_on(monkeypatch):
     monkeypatch.delattr(os, "sysconf", raising=False)
     assert rows_to_prepack(tiny_model("llama", torch.float32), 8, 1000) is None
