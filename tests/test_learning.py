@@ -20,6 +20,7 @@ class OneToken(KonicLLMRewardComposer):
 def test_the_bandit_is_solved(model_folders, algorithm, seed, tmp_path):
     """One-token answers, one of them rewarded, which the model gives once in 700 at first: 95 % of the maximum.
 
+    The answer costs 6.5 nats, where the default `kl_limit` already counts: without it.
     DPPO trains an adapter below a fixed head, with which this model gives no answer more often than about 0.45.
     """
     fixed_head = algorithm == "dppo"
@@ -27,7 +28,7 @@ def test_the_bandit_is_solved(model_folders, algorithm, seed, tmp_path):
         model_folders["llama"], tmp_path, composer=OneToken(), dataset=DatasetConfig(prompts=["one"]),
         generation={"max_new_tokens": 1}, batch_size=64, num_generations=64,
         learning_rate=2e-2 if fixed_head else 5e-3, ppo_epochs=4,
-        kl_penalty_weight=0.01, seed=seed, algorithm=algorithm, lora=fixed_head,
+        kl_penalty_weight=0.01, kl_limit=None, seed=seed, algorithm=algorithm, lora=fixed_head,
     )  # fmt: skip
     curve = engine.train(50).get_reward_curve()
     assert curve[0] < 0.05
