@@ -13,6 +13,8 @@ import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parent.parent / "docs"
 BUDGETS = (2, 4, 8, 16)
+MOST_KL = 25
+"""Nats that the picture shows; a run may pay many more."""
 START, END = "<!-- curves: made by make curves -->", "<!-- end of curves -->"
 
 
@@ -84,7 +86,7 @@ def judge_table(runs):
 
 def picture(runs, path):
     """Reward over KL: a line per run, a colour per system; the peer's are grey to black and dashed."""
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 6), layout="constrained")
     peers = [name for name in runs if name.startswith("TRL")]
     for name, seeds in runs.items():
         is_peer = name in peers
@@ -95,8 +97,8 @@ def picture(runs, path):
                 [point["kl"] for point in points], [point["reward"] for point in points], color=colour, marker=".",
                 linestyle="--" if is_peer else "-", linewidth=1.2, alpha=0.8, label=name if index == 0 else None,
             )  # fmt: skip
-    axis.set(xlabel="KL paid (nats per response)", ylabel="held-out reward", xlim=(0, None))
-    axis.legend(frameon=False, fontsize=8)
+    axis.set(xlabel="KL paid (nats per response)", ylabel="held-out reward", xlim=(0, MOST_KL))
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
 
