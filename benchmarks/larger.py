@@ -90,7 +90,7 @@ def run(size):
     loaded = LoadedModel(model=MODELS[size][1]().eval(), tokenizer=tokenizer, name=size, location=size)
     policy = Policy(loaded, LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj")))
     with policy.merged_adapter() as merged:
-        policy.decode_plan = choose_plan(merged.causal_lm, BATCH, RESPONSE, "auto", merged.memory_share)
+        policy.decode_plan = choose_plan(merged.causal_lm, BATCH, RESPONSE, "auto")
     iteration(policy, 1)
     turns = [iteration(policy, RESPONSE) for _ in range(ITERATIONS)]
     seconds, added = (

@@ -98,9 +98,7 @@ def test_a_job_that_cannot_run_is_a_finding(options, told, model_folders, tmp_pa
 def test_the_layout_is_named_with_its_threads(monkeypatch, threads, said):
     monkeypatch.setattr(limits_of_sampling, "rows_to_prepack", lambda *_: 8)
     model = SimpleNamespace(device=SimpleNamespace(type="cpu"))
-    policy = SimpleNamespace(
-        language_model=SimpleNamespace(causal_lm=model, memory_share=8), decode_plan=DecodePlan("onednn", threads)
-    )
+    policy = SimpleNamespace(language_model=SimpleNamespace(causal_lm=model), decode_plan=DecodePlan("onednn", threads))
     session = SimpleNamespace(
         learner=SimpleNamespace(policy=policy), training=TrainingConfig(), generation=GenerationConfig()
     )

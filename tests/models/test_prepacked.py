@@ -216,7 +216,7 @@ def test_another_device_is_not_packed():
 @needs_mkldnn
 def test_packing_needs_a_multiple_of_the_weights_memory(monkeypatch):
     model = tiny_model("llama", torch.float32)
-    enough = packing.MEMORY_SHARE * 4 * sum(weight.numel() for weight in model.parameters())
+    enough = packing.TRAINED_MEMORY_SHARE * 4 * sum(weight.numel() for weight in model.parameters())
     memory = {"SC_PHYS_PAGES": enough, "SC_PAGE_SIZE": 1}
     monkeypatch.setattr(os, "sysconf", lambda name: memory[name])
     assert rows_to_prepack(model, 8, 1000) == 8

@@ -19,12 +19,11 @@ _SQUARE = 1024
 
 def decoding(session: Session) -> Finding | None:
     """Return which layout of the weights the model is sampled with, and what each takes; None without a choice."""
-    language_model, rows = session.learner.policy.language_model, session.training.batch_size
-    model = language_model.causal_lm
+    model, rows = session.learner.policy.language_model.causal_lm, session.training.batch_size
     plan = session.learner.policy.decode_plan
     if model.device.type != "cpu":
         return None
-    if rows_to_prepack(model, rows, session.generation.max_new_tokens, language_model.memory_share) is None:
+    if rows_to_prepack(model, rows, session.generation.max_new_tokens) is None:
         return Finding("decoding", "ok", "plain products: packing the weights would not pay, or not fit")
     timings: Mapping[DecodePlan, Timing] = {}
     if session.generation.decode_layout == "auto":

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from konic.finetuning.errors import ConfigError, KonicError
 from konic.finetuning.models.locations import cache_folder, require_own
 from konic.finetuning.models.prepacked import (
-    MEMORY_SHARE,
     DecodePlan,
     Layout,
     Prepacking,
@@ -51,11 +50,7 @@ Timing = tuple[float, float]
 
 
 def choose_plan(
-    causal_lm: PreTrainedModel,
-    num_rows: int,
-    num_tokens: int,
-    layout: Literal["auto"] | Layout,
-    memory_share: int = MEMORY_SHARE,
+    causal_lm: PreTrainedModel, num_rows: int, num_tokens: int, layout: Literal["auto"] | Layout
 ) -> DecodePlan:
     """Return the fastest plan to sample `num_tokens` tokens in each of `num_rows` rows; packing counts.
 
@@ -72,9 +67,7 @@ def choose_plan(
         )
     if layout != "auto":
         return DecodePlan(layout)
-    timings = (
-        plan_timings(causal_lm, num_rows) if rows_to_prepack(causal_lm, num_rows, num_tokens, memory_share) else {}
-    )
+    timings = plan_timings(causal_lm, num_rows) if rows_to_prepack(causal_lm, num_rows, num_tokens) else {}
     return _fastest(timings, num_tokens)
 
 

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from konic.finetuning.errors import ModelError
 from konic.finetuning.models.length_groups import cost_of_a_pass
 from konic.finetuning.models.positions import distinct_prompts, position_ids
-from konic.finetuning.models.prepacked import MEMORY_SHARE, DecodePlan, Prepacking, Product, rows_to_prepack
+from konic.finetuning.models.prepacked import DecodePlan, Prepacking, Product, rows_to_prepack
 from konic.finetuning.models.quantised import multiplies_in_16_bits
 from konic.finetuning.models.wide_head import WideHead
 from konic.finetuning.system.signals import uninterrupted
@@ -47,8 +47,6 @@ class LanguageModel:
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._prepacked_head: Product | None = None
         self.decode_plan = DecodePlan()
-        self.memory_share = MEMORY_SHARE
-        """Weights are packed only if the machine's memory is at least so many times their size."""
         self.wide_head: WideHead | None = None
         """Computes the logits of a head in bfloat16; None leaves them to the head itself."""
         self.scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
@@ -188,7 +186,7 @@ class LanguageModel:
         """Return how the weights are packed to sample so many tokens in so many rows; None does not pack them."""
         if self.in_step or self.decode_plan.layout == "plain":
             return None
-        if rows_to_prepack(self.causal_lm, num_rows, num_tokens, self.memory_share) is None:
+        if rows_to_prepack(self.causal_lm, num_rows, num_tokens) is None:
             return None
         return Prepacking(num_rows, self.decode_plan.layout)
 

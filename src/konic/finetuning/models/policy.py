@@ -31,7 +31,7 @@ from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.loading import LoadedModel
 from konic.finetuning.models.merging import can_merge, merged_layer
 from konic.finetuning.models.positions import position_ids
-from konic.finetuning.models.prepacked import FROZEN_MEMORY_SHARE, DecodePlan
+from konic.finetuning.models.prepacked import DecodePlan
 from konic.finetuning.models.products import fast_products
 from konic.finetuning.models.sharding import NOT_SHARDED, Sharding
 from konic.finetuning.models.trained_weights import check_base_weights, check_precision
@@ -99,8 +99,6 @@ class Policy:
         """Loads the base model for merging; None if it is the one here."""
         if self.adapted is not None:
             self._check_adapter(named.values())
-        if not self.has_frozen_copy:
-            self.language_model.memory_share = FROZEN_MEMORY_SHARE
         if not self.has_frozen_copy and self.language_model.widen_head():
             with self.reference() as reference:
                 self._reference_logits = self.reference_logits(self._probe_hidden(reference))

@@ -26,11 +26,11 @@ from konic.finetuning.system.signals import uninterrupted
 
 MIN_TOKENS = 16
 """Fewest tokens for which weights are packed: packing a model takes about as long as ten decode steps save."""
-MEMORY_SHARE = 8
-"""Weights are packed only if the machine's memory is at least this many times their size: those that are trained have
+TRAINED_MEMORY_SHARE = 8
+"""Weights that are trained are packed only if the machine's memory is at least this many times their size: they have
 gradients, two moments of Adam and a frozen copy beside them."""
 FROZEN_MEMORY_SHARE = 4
-"""The same for weights that an adapter leaves as they are: they are there once, and packed once more."""
+"""The same for weights of which an adapter trains less than half: they are there once, and packed once more."""
 Layout = Literal["plain", "onednn", "mkl"]
 """Where the numbers of a weight stand in memory: as PyTorch has them, or as one of its libraries packs them."""
 
@@ -140,9 +140,7 @@ def weight_and_bias(layer: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
     return (layer.weight.T if isinstance(layer, Conv1D) else layer.weight), layer.bias
 
 
-def rows_to_prepack(
-    causal_lm: PreTrainedModel, num_rows: int, num_tokens: int, memory_share: int = MEMORY_SHARE
-) -> int | None:
+def rows_to_prepack(causal_lm: PreTrainedModel, num_rows: int, num_tokens: int) -> int | None:
     """Return `num_rows` if packing is possible and worth its time, else None.
 
     Packing needs fp32 weights on a CPU, oneDNN, memory for a copy of the weights, and at least :data:`MIN_TOKENS`
@@ -151,8 +149,10 @@ def rows_to_prepack(
     if causal_lm.device.type != "cpu" or causal_lm.dtype != torch.float32 or num_tokens < MIN_TOKENS:
         return None
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-    size = sum(weight.numel() * weight.element_size() for weight in causal_lm.parameters())
-    fits = size * memory_share <= memory
+    weights = [(weight.numel() * weight.element_size(), weight.requires_grad) for weight in causal_lm.parameters()]
+    size = sum(part for part, _ in weights)
+    is_trained = 2 * sum(part for part, learns in weights if learns) > size
+    fits = size * (TRAINED_MEMORY_SHARE if is_trained else FROZEN_MEMORY_SHARE) <= memory
     return num_rows if fits and torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
 
 

@@ -381,10 +381,7 @@ class Session:
         if policy.sharding is not NOT_SHARDED and is_measured:
             return DecodePlan()
         with policy.merged_adapter() if is_measured else contextlib.nullcontext(policy.language_model) as model:
-            return choose_plan(
-                model.causal_lm, max(1, num_rows), generation.max_new_tokens, generation.decode_layout,
-                model.memory_share,
-            )  # fmt: skip
+            return choose_plan(model.causal_lm, max(1, num_rows), generation.max_new_tokens, generation.decode_layout)
 
 
 def _run_folder_of(checkpoint: Path) -> Path:
