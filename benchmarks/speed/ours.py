@@ -70,7 +70,7 @@ agent = KonicFinetuningAgent(
     generation_config=GenerationConfig(max_new_tokens=int(tokens), min_new_tokens=int(tokens), temperature=1.0),
 )
 if what == "sample-general":
-    decoding.can_be_fused, decoding.fused_transformer = lambda _: False, lambda *_: None
+    decoding.can_be_fused = lambda _: False
 if what.startswith("sample"):
     learner = build_learner(agent, torch.device("cuda" if ON_GPU else "cpu"))
     made = make_prompts(prompts, agent.get_dataset_config(), "bench")

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from command import konic_here, script
+from conftest import tiny_learner
 from konic.doctor import limits as limits_of_sampling
 from konic.finetuning import GenerationConfig, TrainingConfig
 from konic.finetuning.models.prepacked import DecodePlan
+from konic.finetuning.rollout import decoding
 
 SCRIPT = """
 import random
@@ -94,12 +96,39 @@ def test_a_job_that_cannot_run_is_a_finding(options, told, model_folders, tmp_pa
     assert told in found["job"]["what"]
 
 
+def session_of(learner):
+    return SimpleNamespace(learner=learner, training=TrainingConfig(), generation=GenerationConfig())
+
+
 @pytest.mark.parametrize(("threads", "said"), [(1, "onednn products, 1 thread"), (2, "onednn products, 2 threads")])
 def test_the_layout_is_named_with_its_threads(monkeypatch, threads, said):
     monkeypatch.setattr(limits_of_sampling, "rows_to_prepack", lambda *_: 8)
-    model = SimpleNamespace(device=SimpleNamespace(type="cpu"))
-    policy = SimpleNamespace(language_model=SimpleNamespace(causal_lm=model), decode_plan=DecodePlan("onednn", threads))
-    session = SimpleNamespace(
-        learner=SimpleNamespace(policy=policy), training=TrainingConfig(), generation=GenerationConfig()
-    )
-    assert limits_of_sampling.decoding(session).what == said
+    learner = tiny_learner()
+    learner.policy.decode_plan = DecodePlan("onednn", threads)
+    found = limits_of_sampling.decoding(session_of(learner))
+    assert (found.what, found.numbers["way"]) == (said, "fused")
+
+
+@pytest.mark.parametrize(
+    ("is_known", "is_graphable", "way", "said"),
+    [
+        (True, False, "fused", "joined products"),
+        (False, True, "replayed", "its own forward pass, each step replayed"),
+        (False, False, "plain", "cannot be replayed"),
+    ],
+)
+def test_how_steps_are_decoded_on_a_gpu_is_named(is_known, is_graphable, way, said, monkeypatch):
+    monkeypatch.setattr(decoding, "can_be_fused", lambda _: is_known)
+    learner = tiny_learner()
+    model = learner.policy.language_model
+    model.is_graphable = is_graphable
+    monkeypatch.setattr(type(model.causal_lm), "device", SimpleNamespace(type="cuda"))
+    found = limits_of_sampling.decoding(session_of(learner))
+    assert found.numbers == {"way": way}
+    assert said in found.what
+
+
+def test_a_server_that_samples_is_not_described():
+    session = session_of(tiny_learner())
+    session.generation = GenerationConfig(engine="vllm", vllm_address="http://127.0.0.1:1")
+    assert limits_of_sampling.decoding(session) is None

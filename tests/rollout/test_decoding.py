@@ -44,9 +44,7 @@ def decoder_of(kind, model, num_tokens=STEPS):
         return GeneralDecoder(model)
     if kind == "static":
         return StaticDecoder(model, num_tokens)
-    transformer = fused_transformer(model, None)
-    assert transformer is not None
-    return (GraphedDecoder if kind == "graphed" else FusedDecoder)(model, transformer, num_tokens)
+    return (GraphedDecoder if kind == "graphed" else FusedDecoder)(model, fused_transformer(model, None), num_tokens)
 
 
 def padded_prompts(lengths=LENGTHS):

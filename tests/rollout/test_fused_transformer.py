@@ -15,7 +15,7 @@ from conftest import shake_adapter, tiny_learner
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.prepacked import Prepacking, layouts
 from konic.finetuning.rollout.fused_decoder import FusedDecoder
-from konic.finetuning.rollout.fused_transformer import fused_transformer
+from konic.finetuning.rollout.fused_transformer import can_be_fused, fused_transformer
 
 VOCABULARY = 50
 PROMPT_LENGTHS = {"padded": (1, 7, 4), "equal": (5, 5, 5), "one token": (1, 1, 1)}
@@ -128,10 +128,9 @@ def of_whole_passes(model, sequences, lengths):
 @pytest.mark.parametrize("name", KNOWN)
 def test_hidden_states_and_logits_are_those_of_whole_passes_without_padding(name, lengths):
     model = model_of(*KNOWN[name])
-    transformer = fused_transformer(model, None)
-    assert transformer is not None
+    assert can_be_fused(model)
     sequences = sequences_of(lengths)
-    hidden, logits = decoded(FusedDecoder(model, transformer, STEPS), sequences, lengths)
+    hidden, logits = decoded(FusedDecoder(model, fused_transformer(model, None), STEPS), sequences, lengths)
     expected_hidden, expected_logits = of_whole_passes(model, sequences, lengths)
     assert (hidden - expected_hidden).abs().max() < 1e-9
     assert (logits - expected_logits).abs().max() < 1e-9
@@ -174,7 +173,7 @@ def test_sixteen_bits_give_fp32_logits_near_the_models_own():
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_a_shape_that_is_not_known_is_not_fused(name):
-    assert fused_transformer(model_of(*UNKNOWN[name]), None) is None
+    assert not can_be_fused(model_of(*UNKNOWN[name]))
 
 
 def test_an_adapter_is_fused_only_once_it_is_merged(architecture):
@@ -183,8 +182,9 @@ def test_an_adapter_is_fused_only_once_it_is_merged(architecture):
     model, lengths = policy.language_model, PROMPT_LENGTHS["padded"]
     sequences = sequences_of(lengths)
     expected_hidden, expected_logits = of_whole_passes(model, sequences, lengths)
-    assert fused_transformer(model, None) is None
+    assert not can_be_fused(model)
     with policy.merged_adapter():
+        assert can_be_fused(model)
         decoder = FusedDecoder(model, fused_transformer(model, None), STEPS)
     hidden, logits = decoded(decoder, sequences, lengths)
     assert (hidden - expected_hidden).abs().max() < 1e-9

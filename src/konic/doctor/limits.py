@@ -10,17 +10,30 @@ from konic.doctor.findings import Finding
 from konic.finetuning.models.decode_probe import Timing, plan_timings
 from konic.finetuning.models.prepacked import DecodePlan, rows_to_prepack
 from konic.finetuning.results.iteration import FinetuningIterationResult
+from konic.finetuning.rollout.decoding import Way, way_to_decode
 from konic.finetuning.run.session import Session
 
 _MOST_READ = 2**29
 """Bytes that are read to measure the bandwidth: more than the caches of most processors."""
 _SQUARE = 1024
+_ON_A_GPU: Mapping[Way, str] = {
+    "fused": "joined products and one cache, each step replayed as one graph",
+    "replayed": "its own forward pass, each step replayed as one graph",
+    "plain": "its own forward pass, each operation launched by itself: its steps cannot be replayed as one "
+    "graph, so a small model keeps this GPU waiting",
+}
 
 
 def decoding(session: Session) -> Finding | None:
-    """Return which layout of the weights the model is sampled with, and what each takes; None without a choice."""
-    model, rows = session.learner.policy.language_model.causal_lm, session.training.batch_size
-    plan = session.learner.policy.decode_plan
+    """Return how the model samples: by which decoder, on a CPU with which layout; None if another program samples."""
+    if session.generation.engine != "local":
+        return None
+    policy, rows = session.learner.policy, session.training.batch_size
+    model, plan = policy.language_model.causal_lm, policy.decode_plan
+    with policy.merged_adapter() as merged:
+        way = way_to_decode(merged)
+    if model.device.type == "cuda":
+        return Finding("decoding", "ok", _ON_A_GPU[way], numbers={"way": way})
     if model.device.type != "cpu":
         return None
     if rows_to_prepack(model, rows, session.generation.max_new_tokens) is None:
@@ -36,7 +49,8 @@ def decoding(session: Session) -> Finding | None:
     if steps:
         shares = ", ".join(f"{name}: {step / shortest:.2f}" for name, step in steps.items())
         what = f"{what}; times of a product relative to the fastest: {shares}"
-    return Finding("decoding", "ok", what, numbers={"layout": plan.layout, "threads": plan.threads, "seconds": steps})
+    numbers = {"way": way, "layout": plan.layout, "threads": plan.threads, "seconds": steps}
+    return Finding("decoding", "ok", what, numbers=numbers)
 
 
 @dataclass(frozen=True)

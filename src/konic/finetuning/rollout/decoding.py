@@ -8,7 +8,7 @@ Shapes: B rows, P prompt tokens, T tokens so far, H hidden size, V vocabulary. A
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -51,33 +51,40 @@ class Decoder(Protocol):
         """Return the logits [B, V] of hidden states [B, H], in fp32 or better."""
 
 
+Way = Literal["fused", "replayed", "plain"]
+"""How a model decodes: in its fused form, by its own forward pass replayed as one graph, or by that pass as it is."""
+
+
+def way_to_decode(model: LanguageModel) -> Way:
+    """Return the fastest way to decode a model for which :func:`require_decodable` has been called."""
+    if not model.in_step and can_be_fused(model):
+        return "fused"
+    return "replayed" if model.is_graphable else "plain"
+
+
 @contextmanager
 def open_decoder(model: LanguageModel, num_rows: int, num_tokens: int) -> Iterator[Decoder]:
     """Yield the fastest decoder for a model, for at most `num_tokens` tokens in each of `num_rows` rows.
 
     While the decoder is open, some layers of the model may be replaced by layers that compute the same.
     """
-    prepacking = model.prepacking(num_rows, num_tokens)
+    prepacking, way = model.prepacking(num_rows, num_tokens), way_to_decode(model)
     try:
         with threads_of(model.decode_plan), model.prepacked_head(prepacking.num_rows if prepacking else None):
-            transformer = None if model.in_step else fused_transformer(model, prepacking)
-            if transformer is not None:
-                kind = GraphedDecoder if model.causal_lm.device.type == "cuda" else FusedDecoder
-                decoder = kind(model, transformer, num_tokens)
-                del transformer
-                try:
-                    yield decoder
-                finally:
-                    decoder.close()
-            elif model.is_graphable:
-                static = StaticDecoder(model, num_tokens)
-                try:
-                    yield static
-                finally:
-                    static.close()
-            else:
+            if way == "plain":
                 with prepacked_layers(model.causal_lm, prepacking):
                     yield GeneralDecoder(model)
+                return
+            decoder: FusedDecoder | StaticDecoder
+            if way == "fused":
+                kind = GraphedDecoder if model.causal_lm.device.type == "cuda" else FusedDecoder
+                decoder = kind(model, fused_transformer(model, prepacking), num_tokens)
+            else:
+                decoder = StaticDecoder(model, num_tokens)
+            try:
+                yield decoder
+            finally:
+                decoder.close()
     finally:
         if prepacking is not None:
             return_freed_memory()

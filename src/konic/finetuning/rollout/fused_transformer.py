@@ -133,15 +133,13 @@ class Transformer:
         ).transpose(1, 2)
 
 
-def fused_transformer(model: LanguageModel, prepacking: Prepacking | None) -> Transformer | None:
-    """Return a model in its fused form, or None if it has another shape.
+def fused_transformer(model: LanguageModel, prepacking: Prepacking | None) -> Transformer:
+    """Return a model in its fused form.
 
     Args:
-        model: The model.
+        model: One for which :func:`can_be_fused` is True.
         prepacking: How the products are packed; None does not pack them.
     """
-    if not can_be_fused(model):
-        return None
     build = _gpt2 if model.causal_lm.config.model_type == "gpt2" else _llama
     return build(model.causal_lm, prepacking)
 
