@@ -348,6 +348,10 @@ def test_end_tokens_must_be_tokens(ids):
             "looks at the parts .* kl_placement='reward'",
         ),
         ({"algorithm": "gdpo", "missing_eos_penalty": 1.0}, "takes neither .* nor missing_eos_penalty"),
+        ({"algorithm": "max_rl", "kl_placement": "reward"}, "divides by the mean .* it takes neither kl_placement"),
+        ({"algorithm": "max_rl", "overlong_penalty": 1.0}, "it takes neither .* nor overlong_penalty"),
+        ({"algorithm": "dapo", "clip_ratio": 0.05}, r"clip_ratio=0\.05 would change nothing: .*'dapo' clips by 0\.2"),
+        ({"algorithm": "cispo", "clip_ratio": 0.3, "clip_ratio_low": 0.1}, "Set clip_ratio_low and clip_ratio_high"),
         ({"vf_coef": 0, "value_warmup_iterations": 1}, "vf_coef=0.0 no value head learns"),
     ],
 )
@@ -364,7 +368,8 @@ def test_settings_that_do_not_go_together_are_refused_with_the_way_out(values, m
         ({"clip_ratio_high": 0.28}, (0.2, 0.28)),
         ({"clip_ratio_low": 0.1, "clip_ratio": 0.3}, (0.1, 0.3)),
         ({"algorithm": "gspo"}, (3e-4, 4e-4)),
-        ({"algorithm": "gspo", "clip_ratio": 0.3, "clip_ratio_high": 1e-3}, (3e-4, 1e-3)),
+        ({"algorithm": "gspo", "clip_ratio_high": 1e-3}, (3e-4, 1e-3)),
+        ({"algorithm": "dapo", "clip_ratio": 0.05, "clip_ratio_low": 0.1, "clip_ratio_high": 0.3}, (0.1, 0.3)),
         ({"algorithm": "cispo"}, (1.0, 4.0)),
     ],
 )

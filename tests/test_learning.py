@@ -106,8 +106,13 @@ def test_the_best_weights_are_within_the_budget(model_folders, tmp_path, caplog)
     again = make_engine(
         model_folders["llama"], tmp_path, learning_rate=5e-3, batch_size=32, kl_penalty_weight=0.0, kl_budget=9.0
     )
-    with pytest.raises(OutputError, match=r"selection was .*kl_budget"):
+    with pytest.raises(OutputError, match=r"another run: kl_budget was 0\.3 and is 9\.0\. "):
         again.train(14, resume_from_checkpoint=True)
+    before = weights(tmp_path / "best")
+    resumed = again.train(14, resume_from_checkpoint=True, allow_changes=True)
+    assert "whose weights are not kept: best/ stays" in caplog.text
+    assert resumed.best_iteration <= 12  # an earlier one, which is not in best/
+    same_tensors(weights(tmp_path / "best"), before)
 
 
 class Same(KonicLLMRewardComposer):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from konic.finetuning import RewardError, TrainingError, llm_reward
+from konic.finetuning import KonicLLMRewardComposer, RewardError, TrainingError, llm_reward
 from konic.finetuning import trainer as trainer_module
 from konic.finetuning.run.resume import newest_checkpoint
 from test_engine import LetterRewards, Silent, make_engine, metrics, same_tensors, weights
@@ -150,3 +150,36 @@ def test_a_run_goes_on_after_a_dropped_batch(model_folders, tmp_path):
     assert [row.num_nonfinite for row in result.history] == [0, 0, 1, 0, 0]
     assert [row.num_steps for row in result.history] == [2, 2, 0, 2, 2]
     assert result.best_iteration != 3
+
+
+class Far(KonicLLMRewardComposer):
+    """Rewards far from 0; those of the first batch are too large for the run."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    @llm_reward
+    def letters(self, prompt, response):
+        self.calls += 1
+        return 1e30 if self.calls <= 4 else 105.0 + sum(map(str.isalpha, response)) / 8
+
+
+def test_the_value_head_starts_at_the_first_batch_that_counts(model_folders, tmp_path):
+    engine = make_engine(model_folders["llama"], tmp_path, composer=Far(), on_nonfinite="skip", batch_size=4)
+    first, second, *_ = engine.train(3).history
+    assert first.was_dropped
+    assert not second.was_dropped
+    assert second.value_loss < 10  # it would be 105 squared, less what clipping takes, from a head that starts at 0
+
+
+class Debts(KonicLLMRewardComposer):
+    @llm_reward
+    def debt(self, prompt, response):
+        return -1.0 if len(prompt) > 3 else 1.0
+
+
+def test_a_reward_below_0_has_no_place_in_a_mean_that_divides(model_folders, tmp_path):
+    engine = make_engine(model_folders["llama"], tmp_path, composer=Debts(), algorithm="max_rl", batch_size=8)
+    with pytest.raises(RewardError, match=r"'max_rl' divides by .* row \d+, prompt .*, got -1\. Add a constant"):
+        engine.train(3)

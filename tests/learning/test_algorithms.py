@@ -26,7 +26,9 @@ from konic.finetuning.rollout.sampler import RandomKey
 NAN = math.nan
 GROUP_METHODS = ("rloo", "grpo", "dr_grpo")
 REWARD_METHODS = [name for name in ALGORITHMS if name != "gdpo"]
-"""Those that look at the reward as a whole, with the penalties in it."""
+"""Those that look at the reward as a whole."""
+PENALISED = [name for name in REWARD_METHODS if name != "max_rl"]
+"""Those that take penalties and a KL in the reward: without its mean, max_rl has no unit."""
 SCORES = [0.3, -1.0, 2.0, 0.1, 0.7, -0.2, 1.1, 0.0]
 BETA = 0.3
 GENERATION = GenerationConfig(max_new_tokens=8, temperature=0.9, eos_token_id=tuple(range(40)))  # so that lengths vary
@@ -130,7 +132,7 @@ def test_grpo_is_the_reward_within_its_group_with_and_without_its_deviation(roll
     assert (found.value_loss_weight, found.kl_loss_weight) == (0.0, BETA)
 
 
-@pytest.mark.parametrize("algorithm", REWARD_METHODS)
+@pytest.mark.parametrize("algorithm", PENALISED)
 def test_the_penalty_goes_into_the_reward_or_the_loss_and_never_both(rolled, algorithm):
     scores = scored(SCORES)
     for placement in ("reward", "loss"):
@@ -194,6 +196,30 @@ def test_a_batch_of_equal_scores_teaches_nothing(rolled, algorithm, scores):
     if not math.isnan(scores[1]):
         one_differs = compute_advantages(rolled, scored([*scores[:7], 0.8]), config, BETA)
         assert (one_differs.advantages != 0).any() and one_differs.has_signal
+
+
+@pytest.mark.parametrize("algorithm", [name for name, row in ALGORITHMS.items() if row.compares_groups])
+def test_groups_that_are_equal_each_by_itself_teach_nothing_though_the_batch_differs(rolled, algorithm):
+    scores = scored([1.0] * 4 + [2.0] * 4)
+    for placement in ("reward", "loss") if algorithm in PENALISED else ("loss",):
+        found = compute_advantages(rolled, scores, settings(algorithm, kl_placement=placement), BETA)
+        assert not found.has_signal  # the KL alone, however small, would be taken at Adam's full step size
+        assert (found.advantages == 0).all()
+
+
+@pytest.mark.parametrize("offset", [1e7, 1e12, -1e12])
+@pytest.mark.parametrize("algorithm", [name for name in PENALISED if name != "ppo"])  # its values are in fp32
+def test_large_rewards_keep_their_differences(rolled, algorithm, offset):
+    learner = tiny_learner("llama", generation=GENERATION, dtype=torch.float32)
+    narrow = roll(learner, prompt_batch(learner), GENERATION, RandomKey(3, 1))
+    scores = [0.0, 0.25, 0.75, 0.5, 1.0, 0.0, 0.25, 0.25]
+    config = settings(algorithm, kl_placement="loss")
+    found, expected = (
+        compute_advantages(narrow, scored([score + add for score in scores]), config, BETA) for add in (offset, 0.0)
+    )
+    assert found.advantages.dtype == found.returns.dtype == torch.float32
+    # fp64 has three digits behind the point left at 1e12
+    assert torch.allclose(found.advantages, expected.advantages, atol=2e-3)
 
 
 @pytest.mark.parametrize("varied", [True, False])
@@ -260,7 +286,7 @@ def test_a_group_with_a_single_score_gives_zero(rolled, algorithm):
     assert found.advantages.isfinite().all()
 
 
-@pytest.mark.parametrize("algorithm", REWARD_METHODS)
+@pytest.mark.parametrize("algorithm", PENALISED)
 def test_the_missing_end_is_paid_for_by_those_cut_off(rolled, algorithm):
     ended = torch.tensor([True, False] * 4)
     cut = replace(rolled, samples=replace(rolled.samples, ended=ended))
@@ -352,6 +378,22 @@ def test_dapo_charges_long_responses_and_leaves_equal_groups_out(rolled):
     assert not found.mask[:4].any()  # they have no part in the token average either
     assert torch.equal(found.mask[4:], rolled.response_mask[4:])
     assert reasons_left_out(rolled, scored(scores), whole) == ["equal group"] * 4 + [None] * 4
+
+
+@pytest.mark.parametrize("parts", [{}, {"logged": [1.0, 2.0] * 4}])
+def test_without_a_part_that_counts_gdpo_has_nothing_to_compare(rolled, parts):
+    scores = Scores([NAN] * 8 if not parts else [0.0] * 8, {}, parts=parts, weights=dict.fromkeys(parts, 0.0))
+    found = compute_advantages(rolled, scores, settings("gdpo"), BETA)
+    assert not found.has_signal
+    assert (found.advantages == 0).all()
+    assert in_equal_group(rolled, scores, settings("gdpo")).all()
+
+
+def test_a_response_without_a_score_is_in_no_group_and_a_dropped_batch_is_called_so(rolled):
+    config = settings("dapo", filter_equal_groups=True)
+    scores = scored([NAN, 1.0, 1.0, 1.0, *SCORES[4:]])
+    assert reasons_left_out(rolled, scores, config) == [None, *["equal group"] * 3, *[None] * 4]
+    assert reasons_left_out(rolled, replace(scores, is_dropped=True), config) == ["dropped"] * 8
 
 
 def test_an_equal_group_is_equal_in_all_parts_for_gdpo(rolled):

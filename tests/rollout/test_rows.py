@@ -1,5 +1,7 @@
 """Rounds of sampling joined and rows chosen: each response keeps its own tokens and numbers."""
 
+import itertools
+import math
 from dataclasses import fields, replace
 
 import pytest
@@ -73,6 +75,18 @@ def test_states_of_other_processes_stay_there(rounds):
     assert joined.places.tolist() == [0, 1, 2, -1, 3, 4]
     assert joined.own(torch.tensor([3, 5, 0])).tolist() == [5, 0]
     assert len(joined.hidden) == len(joined.ref_hidden) == 5
+
+
+def test_a_part_that_a_round_does_not_have_is_nan_there():
+    first = Scores([1.0, 2.0], {"a": [1.0, 2.0]}, parts={"a": [1.0, 2.0]}, weights={"a": 3.0}, seconds={"a": [0.1] * 2})
+    second = Scores([3.0], {"b": [3.0]}, parts={"b": [3.0]}, weights={"b": 2.0}, seconds={"b": [0.2]})
+    for rounds, order in (((first, second), [0, 1, 2]), ((second, first), [1, 2, 0])):
+        joined = join_scores(rounds)
+        assert joined.weights == {"a": 3.0, "b": 2.0}
+        for values, name in itertools.product((joined.breakdown, joined.parts), "ab"):
+            wanted = {"a": [1.0, 2.0, math.nan], "b": [math.nan, math.nan, 3.0]}[name]
+            assert [values[name][at] for at in order] == pytest.approx(wanted, nan_ok=True)
+        assert math.isnan(joined.seconds["b"][order[0]])
 
 
 def test_scores_are_joined_and_chosen_alike():

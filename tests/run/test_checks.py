@@ -115,6 +115,7 @@ def test_text_that_surprises_its_base_model_is_a_trick_too():
     ("history", "config"),
     [
         ([*[iteration(reward_std=0.0)] * 2, iteration(reward_std=1e-9)], PPO),
+        ([iteration(reward_std=0.0, reward_min=value, reward_max=value) for value in (36.0, 2.0, 12.0)], PPO),
         ([iteration(reward_std=0.0, num_samples=1)] * 3, PPO),  # one sample has no spread to speak of
         ([iteration(reward_std=0.0, num_samples=8, num_unscored=7)] * 3, PPO),
         ([iteration(no_signal_fraction=0.89)] * 3, GROUPS),
@@ -158,6 +159,22 @@ def test_text_that_surprises_its_base_model_is_a_trick_too():
 )
 def test_just_short_of_a_finding_nothing_is_said(history, config):
     assert new_findings(history, config, GenerationConfig()) == {}
+
+
+def test_groups_that_are_equal_each_by_itself_are_named_though_every_batch_is_one_group():
+    history = [
+        iteration(reward_std=0.0, reward_min=value, reward_max=value, reward_mean=value, no_signal_fraction=1.0)
+        for value in (36.0, 2.0, 12.0)
+    ]
+    assert list(new_findings(history, GROUPS, GenerationConfig())) == ["equal_groups"]
+
+
+def test_numbers_of_a_dropped_batch_are_looked_at_by_no_check():
+    dropped = iteration(reward_mean=1e30, objective=1e30, num_nonfinite=1, num_steps=0)
+    equal = iteration(reward_std=0.0)
+    for history in ([dropped, *HEALTHY], [equal, equal, dropped]):
+        assert new_findings(history, PPO, GenerationConfig()) == {}
+    assert list(new_findings([equal, equal, dropped, equal], PPO, GenerationConfig())) == ["constant_reward"]
 
 
 def test_one_token_responses_are_not_called_empty():

@@ -27,7 +27,7 @@ from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.intervals import mean, spread
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.rewards.moments import RunningMoments
-from konic.finetuning.rewards.scoring import Scores, join_scores
+from konic.finetuning.rewards.scoring import Scores, join_scores, require_fitting
 from konic.finetuning.rollout.rollout import Rollout, sample_rollout
 from konic.finetuning.rollout.rows import join_rollouts, select_rows
 from konic.finetuning.rollout.sampler import RandomKey
@@ -197,6 +197,7 @@ class Trainer:
         session = self._session
         scores = session.scorer.score(rollout.records, moments, update_moments=True)
         session.scorer.require_error_rate(session.state.history, scores)
+        require_fitting(scores, session.training, rollout.batch.prompts)
         problem = find_nonfinite(rollout, scores, session.learner.policy)
         if problem is None:
             return scores
@@ -208,7 +209,7 @@ class Trainer:
     def _value_shift(self, scores: Scores) -> float:
         """How much every value is shifted: at the first batch that has a score, and 0 at all others."""
         config, state = self._session.training, self._session.state
-        has_started = any(result.num_unscored < result.num_samples for result in state.history)
+        has_started = any(not r.was_dropped and r.num_unscored < r.num_samples for r in state.history)
         if has_started or scores.is_dropped or not config.algorithm_row.learns_values:
             return 0.0
         return self._session.learner.policy.value_head.starting_shift(scores.valid_rewards())

@@ -212,6 +212,18 @@ class TrainingConfig(Settings):
                 f"algorithm={self.algorithm!r} looks at the parts of the reward and at nothing else: it takes neither "
                 "kl_placement='reward' nor missing_eos_penalty nor overlong_penalty"
             )
+        divides_by_mean = self.algorithm_row.advantages == "group_mean_normalised"
+        if divides_by_mean and (not self.kl_in_loss or adds_penalty):
+            raise ValueError(
+                f"algorithm={self.algorithm!r} divides by the mean reward of a group, which nothing may lower: it "
+                "takes neither kl_placement='reward' nor missing_eos_penalty nor overlong_penalty"
+            )
+        own_ratios, default = self.algorithm_row.clip_ratios, type(self).model_fields["clip_ratio"].default
+        if own_ratios and self.clip_ratio != default and None in (self.clip_ratio_low, self.clip_ratio_high):
+            raise ValueError(
+                f"clip_ratio={self.clip_ratio:g} would change nothing: algorithm={self.algorithm!r} clips by "
+                f"{own_ratios[0]:g} below and {own_ratios[1]:g} above 1. Set clip_ratio_low and clip_ratio_high"
+            )
         uses_ratios = self.algorithm_row.ratio_level == "token"
         if self.divergence_limit is not None and not uses_ratios:
             raise ValueError(

@@ -186,7 +186,7 @@ def parts_normalised(parts: Tensor, mask: Tensor, weights: Tensor, group_size: i
     Each part of the reward counts by its weight, however much or little it varies.
 
     Args:
-        parts: [K, B] the values of each part, before weights; arbitrary where `mask` is False.
+        parts: [K, B] the values of each part, before weights; arbitrary where `mask` is False. K may be 0.
         mask: [K, B] True where a part has a value.
         weights: [K].
         group_size: n, with B = G·n.
@@ -196,7 +196,7 @@ def parts_normalised(parts: Tensor, mask: Tensor, weights: Tensor, group_size: i
         and in groups where no part differs.
     """
     groups = (-1, group_size)
-    total = torch.zeros_like(parts[0])
+    total = parts.new_zeros(parts.shape[1])
     for part, has_value, weight in zip(parts, mask, weights, strict=True):
         total = total + weight * group_normalised(part.reshape(groups), has_value.reshape(groups)).flatten()
     counted = total[mask.any(dim=0)]  # its mean is 0, because every part sums to 0 within every group

@@ -84,9 +84,12 @@ def compute_advantages(
     that one nat costs β of reward wherever the penalty stands. A sample without a score gets advantage 0, does not
     train the value head, and is left out of its group.
 
-    A batch of equal scores does not say which response is better: all its advantages are 0, and the policy does not
-    move. Whitening would otherwise scale the noise of the value head and of the penalty up to advantages of size one,
-    and Adam would take a KL in the loss, alone, at its full step size.
+    A batch of equal scores does not say which response is better, nor does one in which every group has equal scores
+    to an algorithm that compares groups: all its advantages are 0, and the policy does not move. Whitening would
+    otherwise scale the noise of the value head and of the penalty up to advantages of size one, and Adam would take the
+    KL alone, however small, at its full step size.
+
+    Rewards are compared in fp64, in which large ones keep their differences.
 
     Args:
         rollout: The responses.
@@ -108,10 +111,10 @@ def compute_advantages(
         mask = mask & rollout.samples.ended[:, None]
     if config.filter_equal_groups:
         mask = mask & ~in_equal_group(rollout, scores, config)[:, None]
-    scored = rewards[has_score]
-    has_signal = bool((scored != scored[:1]).any()) or (len(scored) == 1 and scores_have_varied)
+    has_signal = _has_signal(rewards, has_score, config, scores_have_varied)
     if config.algorithm_row.advantages == "parts_normalised":
         has_signal = bool((advantages[mask] != 0).any())  # parts can differ where their sums are equal
+    advantages, returns = advantages.to(rollout.values.dtype), returns.to(rollout.values.dtype)
     weights = _sampler_weights(rollout, mask, config)
     if weights is not None:
         advantages = advantages * weights
@@ -126,9 +129,18 @@ def compute_advantages(
     )
 
 
+def _has_signal(rewards: Tensor, has_score: Tensor, config: TrainingConfig, scores_have_varied: bool) -> bool:
+    """Return True if the scores of a batch [B] say that some response is better than another one."""
+    if config.algorithm_row.compares_groups:
+        groups = (-1, config.responses_per_prompt)
+        return not bool(equal_groups(rewards.view(groups), has_score.view(groups)).all())
+    scored = rewards[has_score]
+    return bool((scored != scored[:1]).any()) or (len(scored) == 1 and scores_have_varied)
+
+
 def penalised_scores(rollout: Rollout, scores: Scores, config: TrainingConfig) -> Tensor:
-    """Return the score of each response [B] less its penalties; 0 less its penalties if it has no score."""
-    rewards = torch.tensor(scores.filled(), dtype=rollout.values.dtype, device=rollout.values.device)
+    """Return the score of each response [B] less its penalties, in fp64; 0 less its penalties if it has no score."""
+    rewards = torch.tensor(scores.filled(), dtype=torch.float64, device=rollout.values.device)
     if config.missing_eos_penalty is not None:
         rewards = torch.where(rollout.samples.ended, rewards, rewards - config.missing_eos_penalty)
     if config.overlong_penalty:
@@ -143,14 +155,15 @@ def in_equal_group(rollout: Rollout, scores: Scores, config: TrainingConfig) -> 
 
     A penalty for length, which alone would differ, teaches nothing about the reward.
     """
-    rewards = torch.tensor(scores.filled(), dtype=rollout.values.dtype, device=rollout.values.device)
+    rewards = torch.tensor(scores.filled(), dtype=torch.float64, device=rollout.values.device)
     groups = (-1, config.responses_per_prompt)
     if config.algorithm_row.advantages == "parts_normalised":
         parts, mask, _ = _parts_of(scores, rewards)
     else:
         parts, mask = rewards[None], _has_score(scores, rewards)[None]
-    pairs = zip(parts, mask, strict=True)
-    equal = torch.stack([equal_groups(part.view(groups), counts.view(groups)) for part, counts in pairs]).all(dim=0)
+    equal = torch.ones_like(rewards.view(groups)[:, 0], dtype=torch.bool)
+    for part, counts in zip(parts, mask, strict=True):
+        equal &= equal_groups(part.view(groups), counts.view(groups))
     return equal.repeat_interleave(config.responses_per_prompt)
 
 
@@ -163,14 +176,16 @@ def rows_to_learn_from(rollout: Rollout, scores: Scores, config: TrainingConfig)
 
 
 def reasons_left_out(rollout: Rollout, scores: Scores, config: TrainingConfig) -> list[str | None]:
-    """Return why each response [B] that has a score is left out of the loss, or None."""
+    """Return why each response [B] that has a reward is left out of the loss, or None."""
+    if scores.is_dropped:
+        return ["dropped"] * len(scores.rewards)
     reasons: list[str | None] = [None] * len(scores.rewards)
     if config.mask_truncated:
         reasons = [None if ended else "cut off" for ended in rollout.samples.ended.tolist()]
     if config.filter_equal_groups:
         equal = in_equal_group(rollout, scores, config).tolist()
         reasons = ["equal group" if is_equal else reason for is_equal, reason in zip(equal, reasons, strict=True)]
-    return reasons
+    return [reason if has_score else None for reason, has_score in zip(reasons, scores.has_score, strict=True)]
 
 
 def _sampler_weights(rollout: Rollout, mask: Tensor, config: TrainingConfig) -> Tensor | None:
@@ -191,7 +206,7 @@ def _sampler_weights(rollout: Rollout, mask: Tensor, config: TrainingConfig) -> 
 
 def _gae(rewards: Tensor, rollout: Rollout, scores: Scores, config: TrainingConfig) -> Estimate:
     """Return GAE with the value head, whitened over the batch (N); λ by length and λ of the targets as in VAPO."""
-    mask, values = rollout.response_mask, rollout.values
+    mask, values = rollout.response_mask, rollout.values.to(rewards.dtype)
     alpha = config.gae_lambda_length
     lambdas = config.gae_lambda if alpha is None else lambdas_by_length(mask, alpha).to(values.dtype)
     advantages, returns = gae(rewards, values, mask, config.gamma, lambdas)
@@ -236,9 +251,11 @@ def _parts(rewards: Tensor, rollout: Rollout, scores: Scores, config: TrainingCo
 
 
 def _parts_of(scores: Scores, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the values [K, B] of the parts, where they have one [K, B], and their weights [K]."""
-    parts = torch.tensor([*scores.parts.values()], dtype=like.dtype, device=like.device)
-    weights = torch.tensor([scores.weights[name] for name in scores.parts], dtype=like.dtype, device=like.device)
+    """Return the values [K, B] of the parts that count, where they have one [K, B], and their weights [K]."""
+    names = [name for name in scores.parts if scores.weights[name] != 0]
+    parts = torch.tensor([scores.parts[name] for name in names], dtype=like.dtype, device=like.device)
+    parts = parts.view(len(names), len(like))
+    weights = torch.tensor([scores.weights[name] for name in names], dtype=like.dtype, device=like.device)
     return parts, ~parts.isnan() & _has_score(scores, like), weights
 
 

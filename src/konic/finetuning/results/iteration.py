@@ -213,6 +213,11 @@ class FinetuningIterationResult:
         dict[str, str], Metric("what each of these self-checks means, and what to try", "texts", "checks")
     ] = field(default_factory=dict)
 
+    @property
+    def was_dropped(self) -> bool:
+        """True if nothing was learned because numbers were not finite (`on_nonfinite="skip"`)."""
+        return self.num_nonfinite > 0 and not self.num_steps
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values; NaN becomes None."""
         return json_values(asdict(self))

@@ -1,6 +1,7 @@
 """The result of a whole run, and how its best iteration is chosen."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,10 +37,15 @@ class Selection:
 
     def objective(self, result: FinetuningIterationResult) -> float:
         """What an iteration is chosen by; NaN if the iteration is excluded."""
-        if result.num_nonfinite and not result.num_steps:
+        if result.was_dropped:
             return math.nan
         kl = result.eval_kl_per_response if self.on_held_out else result.kl_per_response
         return self.objective_of(self.reward(result), kl)
+
+    def best(self, history: Sequence[FinetuningIterationResult]) -> FinetuningIterationResult | None:
+        """The iteration with the highest objective, the first of several equal ones; None if all are excluded."""
+        allowed = [result for result in history if not math.isnan(self.objective(result))]
+        return max(allowed, key=self.objective, default=None)
 
     def reward(self, result: FinetuningIterationResult) -> float:
         """The mean reward of an iteration's policy."""
@@ -84,8 +90,7 @@ class FinetuningResult:
     @property
     def best(self) -> FinetuningIterationResult | None:
         """The iteration with the highest objective by `selection`; the first of several equal ones."""
-        allowed = [result for result in self.history if not math.isnan(self.selection.objective(result))]
-        return max(allowed, key=self.selection.objective, default=None)
+        return self.selection.best(self.history)
 
     @property
     def held_out_gain(self) -> Interval | None:
@@ -140,7 +145,8 @@ class FinetuningResult:
         lines = [rule, "Finetuning Results Summary", rule, f"Model: {printable(self.model_name)}"]
         lines.append(f"Total Iterations: {self.total_iterations}")
         if self.history:
-            lines.append(f"Best Reward: {self.best_reward:.4f} (iteration {self.best_iteration})")
+            best = f"{self.best_reward:.4f} (iteration {self.best_iteration})" if self.best else "none"
+            lines.append(f"Best Reward: {best}")
             lines.append(f"Final Reward: {self.final_reward_mean:.4f}")
             lines.append(f"Samples: {self.total_samples}")
         gain = self.held_out_gain

@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any, Self
 
 from konic.finetuning.config import TrainingConfig
+from konic.finetuning.data.prompts import Prompt
 from konic.finetuning.data.samples import Sample
 from konic.finetuning.errors import RewardError
 from konic.finetuning.results.iteration import FinetuningIterationResult
@@ -101,11 +102,17 @@ class Scores:
 
 
 def join_scores(rounds: Sequence[Scores]) -> Scores:
-    """Return the scores of several rounds one after another; moments and weights are those of the last."""
+    """Return the scores of several rounds one after another, with the moments of the last.
+
+    A part that a round does not have, because it abstained there or failed, is NaN for all of that round.
+    """
 
     def chained(name: str) -> dict[str, list[float]]:
+        found = [getattr(scores, name) for scores in rounds]
+        absent = [[math.nan] * len(scores.rewards) for scores in rounds]
         return {
-            part: [v for scores in rounds for v in getattr(scores, name)[part]] for part in getattr(rounds[-1], name)
+            part: [value for own, nan in zip(found, absent, strict=True) for value in own.get(part, nan)]
+            for part in dict.fromkeys(part for own in found for part in own)
         }
 
     return replace(
@@ -113,6 +120,7 @@ def join_scores(rounds: Sequence[Scores]) -> Scores:
         rewards=[reward for scores in rounds for reward in scores.rewards],
         breakdown=chained("breakdown"),
         parts=chained("parts"),
+        weights={name: weight for scores in rounds for name, weight in scores.weights.items()},
         seconds=chained("seconds"),
         faults=[fault for scores in rounds for fault in scores.faults or [None] * len(scores.rewards)],
         is_dropped=any(scores.is_dropped for scores in rounds),
@@ -263,6 +271,23 @@ def warn_if_slow(reward: Reward, count: int) -> Iterator[list[Outcome]]:
         yield done
     finally:
         timer.cancel()
+
+
+def require_fitting(scores: Scores, config: TrainingConfig, prompts: Sequence[Prompt]) -> None:
+    """Check that rewards have the sign that the algorithm needs.
+
+    Raises:
+        RewardError: One is below 0, and the algorithm divides by their mean.
+    """
+    if config.algorithm_row.advantages != "group_mean_normalised":
+        return
+    for prompt, reward in zip(prompts, scores.rewards, strict=True):
+        if reward < 0:
+            raise RewardError(
+                f"algorithm={config.algorithm!r} divides by the mean reward of the responses to a prompt, so every "
+                f"reward has to be at least 0: the response to dataset row {prompt.row}, prompt {prompt.text[:100]!r}, "
+                f"got {reward:g}. Add a constant to the rewards, or use algorithm='grpo'."
+            )
 
 
 def require_errors_within(history: Sequence[FinetuningIterationResult], scores: Scores, config: TrainingConfig) -> None:

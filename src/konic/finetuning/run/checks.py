@@ -88,7 +88,7 @@ def require_not_all_dropped(history: History) -> None:
         TrainingError: Several iterations in a row took no optimizer step.
     """
     recent = history[-PATIENCE:]
-    if len(recent) == PATIENCE and all(r.num_nonfinite and not r.num_steps for r in recent):
+    if len(recent) == PATIENCE and all(result.was_dropped for result in recent):
         raise TrainingError(
             f"In each of the last {PATIENCE} iterations everything was dropped because numbers were not finite "
             "(on_nonfinite='skip'): the model no longer learns. The warnings above name the numbers. Go back to an "
@@ -97,9 +97,15 @@ def require_not_all_dropped(history: History) -> None:
 
 
 def new_findings(history: History, config: TrainingConfig, generation: GenerationConfig) -> dict[str, str]:
-    """The checks that fail for the first time in the last iteration of a history: a message by the name of each."""
+    """The checks that fail for the first time in the last iteration of a history: a message by the name of each.
+
+    Dropped iterations are left out: their numbers are those that must not count.
+    """
     reported = {name for result in history for name in result.checks}
-    found = {name: find(history, config, generation) for name, find in FINDINGS.items() if name not in reported}
+    counted = [result for result in history if not result.was_dropped]
+    if not counted or counted[-1] is not history[-1]:
+        return {}
+    found = {name: find(counted, config, generation) for name, find in FINDINGS.items() if name not in reported}
     return {name: message for name, message in found.items() if message is not None}
 
 
@@ -107,6 +113,8 @@ def _constant_reward(history: History, config: TrainingConfig, generation: Gener
     recent = history[-PATIENCE:]
     if len(recent) < PATIENCE or any(r.num_samples - r.num_unscored < 2 or r.reward_std > 0 for r in recent):
         return None
+    if len({result.reward_min for result in recent}) > 1:
+        return None  # each batch has equal rewards, but another reward than the one before
     return (
         f"Every response of the last {PATIENCE} iterations got the reward {recent[-1].reward_mean:g}: there is nothing "
         "to learn from. Look at completions/: is the reward what you meant? A reward that grows in small steps teaches "
@@ -117,8 +125,10 @@ def _constant_reward(history: History, config: TrainingConfig, generation: Gener
 def _equal_groups(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
     recent = history[-PATIENCE:]
     silent = [max(r.no_signal_fraction, r.num_in_equal_groups / max(1, r.num_samples)) for r in recent]
-    if len(recent) < PATIENCE or min(silent) < 0.9 or any(r.reward_std == 0 for r in recent):
+    if len(recent) < PATIENCE or min(silent) < 0.9 or config.responses_per_prompt < 2:
         return None
+    if len({end for r in recent for end in (r.reward_min, r.reward_max)}) == 1:
+        return None  # `constant_reward` says more
     return (
         f"In the last {PATIENCE} iterations nearly every group of responses to one prompt got equal rewards, which "
         f"teaches {config.algorithm} nothing. Raise num_generations (now {config.responses_per_prompt}) or the "

@@ -2,7 +2,8 @@
 
 import json
 import os
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from konic.finetuning.errors import ConfigError, OutputError
 from konic.finetuning.models.decode_probe import plan_from
 from konic.finetuning.models.prepacked import DecodePlan
+from konic.finetuning.results.iteration import FinetuningIterationResult
+from konic.finetuning.results.summary import Selection
 from konic.finetuning.run.checkpoint import CheckpointRecord, checkpoints
 from konic.finetuning.run.environment import environment
 from konic.finetuning.system.files import SEAL_FILE, as_path, find_corruption
@@ -37,6 +40,8 @@ _BEFORE_IT_EXISTED: dict[str, Any] = {
 """What a run did before these settings existed; a checkpoint from then does not name them. A correction of the sampler
 changes nothing in fp32, and what rounding does in 16 bits."""
 
+_SET_BY = {"on_held_out": "whether eval_every is set", "kl_budget": "kl_budget", "kl_price": "kl_penalty_weight"}
+"""The setting behind each field of a selection."""
 _HASHES = {
     "prompts_sha256": "the rows of the dataset are not the same",
     "rewards_sha256": "the code of the rewards is not the same",
@@ -139,7 +144,10 @@ def require_same_run(
     decays = now.get("lr_scheduler", "constant") != "constant"  # its rates depend on the length of the run
     free = set(_FREE) - ({"max_iterations"} if decays else set())
     changed = [name for name, value in now.items() if saved.get(name) != value and name not in free]
-    named = "; ".join(_HASHES.get(name) or f"{name} was {saved.get(name)!r} and is {now[name]!r}" for name in changed)
+    named = "; ".join(
+        _HASHES.get(name) or f"{name} was {before!r} and is {after!r}"
+        for name, before, after in _named_differences(changed, saved, now)
+    )
     if any(name in _FIXED for name in changed):
         raise OutputError(
             f"{folder}: is a checkpoint of another model: {named}. Resume with the model and adapter that wrote it."
@@ -160,6 +168,29 @@ def require_same_run(
             "The run started in another environment (%s): from here on its numbers may differ by rounding.",
             "; ".join(differing),
         )
+
+
+def _named_differences(
+    changed: Sequence[str], saved: dict[str, Any], now: dict[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name of each setting that differs, its value in the checkpoint and that of now.
+
+    How the best iteration is chosen follows from settings, and these are named.
+    """
+    for name in changed:
+        before, after = saved.get(name), now[name]
+        if name != "selection" or not isinstance(before, dict):
+            yield name, before, after
+            continue
+        for part, setting in _SET_BY.items():
+            if before.get(part) != after[part] and setting not in changed:
+                yield setting, before.get(part), after[part]
+
+
+def same_best(record: CheckpointRecord, selection: Selection, history: Sequence[FinetuningIterationResult]) -> bool:
+    """Return True if the best iteration of a checkpoint is also the best one by the settings of now."""
+    known = {part: value for part, value in record.settings.get("selection", {}).items() if part in asdict(selection)}
+    return replace(selection, **known).best(history) is selection.best(history)
 
 
 def plan_to_follow(record: CheckpointRecord) -> DecodePlan | None:

@@ -36,7 +36,13 @@ from konic.finetuning.run.folder import ReadOnlyFolder, RunFolder
 from konic.finetuning.run.preflight import check_settings
 from konic.finetuning.run.processes import require_equal_processes
 from konic.finetuning.run.remote import copy_of, fetched, named_folder, renew_copies
-from konic.finetuning.run.resume import checkpoint_to_resume, newest_checkpoint, plan_to_follow, require_same_run
+from konic.finetuning.run.resume import (
+    checkpoint_to_resume,
+    newest_checkpoint,
+    plan_to_follow,
+    require_same_run,
+    same_best,
+)
 from konic.finetuning.run.saving import NoSaver, Saver, write_card
 from konic.finetuning.run.served import ServedCheck
 from konic.finetuning.run.state import TrainerState
@@ -361,6 +367,12 @@ class Session:
         record, learner = read_record(checkpoint), self.learner
         require_same_run(checkpoint, record, self.settings(max_iterations), learner.policy.device, allow_changes)
         self.state = load_checkpoint(checkpoint, learner.policy, learner.optimizer)
+        if self.state.best_weights is not None and not same_best(record, self.selection, self.state.history):
+            self.state.best_weights = None
+            logger.warning(
+                "By the new settings another iteration is the best so far, whose weights are not kept: best/ stays as "
+                "the earlier settings chose it, until an iteration is better by the new ones."
+            )
         if self.generation.decode_layout == "auto":
             learner.policy.decode_plan = plan_to_follow(record) or learner.policy.decode_plan
         earlier = self.folder.go_back_to(self.state.history)
