@@ -39,6 +39,7 @@ CASES = {name: {"algorithm": name} for name in ALGORITHMS} | {
     "alone": {"sharding": "fsdp"},
     "error": {},
     "interrupted": {},
+    "signalled": {},
     "killed": {},
     "hung": {"process_timeout_seconds": 2},
 }
@@ -78,6 +79,8 @@ class Rewards(KonicLLMRewardComposer):
         if RANK == 1 and self.case == "interrupted":
             self.case = "interrupted once"
             raise KeyboardInterrupt
+        if RANK == 1 and self.case == "signalled":
+            time.sleep(0.05)  # so that the first process waits for this one nearly always
         if RANK == 1 and self.case in ("killed", "hung"):
             time.sleep(6 if self.case == "hung" else 0)
             os._exit(9)
@@ -145,7 +148,7 @@ if __name__ == "__main__":
     model, folder, *cases = sys.argv[1:]
     for case in cases:
         name, *resumed = case.split(":")  # CASE:ITERATIONS goes on to that many
-        more = {"iterations": int(resumed[0]), "resume_from_checkpoint": True} if resumed else {}
+        more = {"iterations": int(resumed[0]), "resume_from_checkpoint": name != "signalled"} if resumed else {}
         try:
             train(model, Path(folder), name, **{"iterations": 5 if name == "longer" else 3} | more)
         except KonicError as error:

@@ -7,9 +7,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet
@@ -43,8 +45,8 @@ def save_models(folder):
         byte_tokenizer(name).save_pretrained(place)
 
 
-def run(model, folder, size, *cases, seconds=300):
-    """The job in `size` processes: their exit codes and what each wrote to standard error."""
+def run(model, folder, size, *cases, seconds=300, act=lambda _: None):
+    """The job in `size` processes, to which `act` does something: their exit codes, and their standard error."""
     folder.mkdir(exist_ok=True)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -58,6 +60,7 @@ def run(model, folder, size, *cases, seconds=300):
         for rank in range(size)
     ]  # fmt: skip
     try:
+        act(started)
         errors = [process.communicate(timeout=seconds)[1] for process in started]
     finally:
         for process in started:
@@ -177,6 +180,22 @@ def test_one_process_has_nobody_to_divide_its_weights_with(alone):
 def test_ctrl_c_in_one_process_ends_all_and_saves(wrong):
     assert [told(wrong, "interrupted", rank)["stopped"] for rank in range(2)] == ["interrupted"] * 2
     assert (wrong / "interrupted" / "final").is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_while_one_waits_for_another_saves_and_ends_them(number, model, tmp_path):
+    def act(started):
+        metrics, limit = tmp_path / "signalled" / "metrics.jsonl", time.monotonic() + 120
+        while time.monotonic() < limit and (not metrics.exists() or metrics.read_text().count("\n") < 2):
+            time.sleep(0.02)
+        time.sleep(0.1)
+        for process in started:
+            process.send_signal(number)
+
+    codes, errors = run(model, tmp_path, 2, "signalled:500", seconds=60, act=act)
+    assert codes == ([0, 0] if number == signal.SIGINT else [-number] * 2), errors
+    assert (tmp_path / "signalled" / "final").is_dir()
+    assert len(list((tmp_path / "signalled").glob("checkpoint-*"))) == 1
 
 
 def test_a_process_that_is_killed_ends_the_others(wrong):

@@ -5,9 +5,10 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -15,12 +16,15 @@ from typing import Any
 
 import konic
 from konic.finetuning.errors import ConfigError, safe_cause
+from konic.finetuning.system.signals import in_main_thread
 from konic.text import describe_error
 
 _CONNECT_SECONDS = 10.0
 _OBJECT_STORE_BYTES = 100 * 2**20
 """Weights do not pass through it: results and messages are small."""
 _PROBE_SECONDS = 120.0
+_MOST_CHARACTERS = 16
+"""Of the folder for temporary files: the system takes 103 to 107 in the name of a socket, and Ray's are long."""
 
 
 def require_ray() -> None:
@@ -100,17 +104,19 @@ def _connect(ray: Any, address: str) -> None:
             f"elsewhere, `ray job submit --address {address} -- konic train ...` starts the command there."
         )
     if address != "auto":
-        if not host or not port.isdigit():
+        host = host.removeprefix("[").removesuffix("]")  # of IPv6
+        if not host or not (port.isascii() and port.isdigit() and int(port) < 2**16):
             raise ConfigError(f"Ray address {address!r}: give host:port of the cluster's head, such as 10.0.0.1:6379.")
         try:
             socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name that is none is a ValueError
             raise ConfigError(
                 f"Ray address {address!r}: nothing answers there ({describe_error(error)}). `ray start --head` prints "
                 "the address of a cluster."
             ) from None
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with _signals_kept():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         raise ConfigError(
             f"Ray address {address!r}: this process cannot join the cluster: {describe_error(error)}"
@@ -125,25 +131,57 @@ def _embedded(ray: Any, num_workers: int) -> Iterator[None]:
     if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         os.environ["RAY_AUTH_TOKEN"] = _token()  # Ray asks for one, and would keep its own in a file
     loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray's own switch; it has no setting for Linux
-    folder = tempfile.mkdtemp(prefix="konic-ray-")
+    folder = tempfile.mkdtemp(prefix="konic-ray-", dir=_short_folder())
     was_cluster, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
-        with _environment(loopback):
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, num_workers),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=os.path.join(folder, "ray"),  # Ray opens it to everybody, and `folder` is ours alone
-            )
+        try:
+            with _environment(loopback), _signals_kept():
+                ray.init(
+                    address="local",
+                    num_cpus=max(os.cpu_count() or 1, num_workers),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=os.path.join(folder, "ray"),  # Ray opens it to everybody, and `folder` is ours alone
+                )
+        except Exception as error:
+            raise ConfigError(f"Ray cannot start on this machine: {describe_error(error)}") from safe_cause(error)
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = was_cluster
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _short_folder() -> str | None:
+    """Return a folder for temporary files in which the names of Ray's sockets are not too long; None is the usual one.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    usual = tempfile.gettempdir()
+    if len(os.path.abspath(usual)) <= _MOST_CHARACTERS:
+        return None
+    short = "/tmp"  # noqa: S108  what is made in it is ours alone
+    if os.access(short, os.W_OK | os.X_OK):
+        return short
+    raise ConfigError(f"Ray's sockets cannot be in {usual}, whose name is too long: set TMPDIR to a short one.")
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Put the handler of SIGTERM back on exit: Ray replaces it by one that ends the process without saving."""
+    if not in_main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @cache
@@ -184,12 +222,29 @@ def require_room(ray: Any, scaling: Any) -> None:
 
     per_worker = scaling._resources_per_worker_not_none
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(min(int(node.get(name, 0) // amount) for name, amount in per_worker.items() if amount) for node in nodes)
+    room = _room([_most_workers(node, per_worker, scaling.max_workers) for node in nodes], scaling.placement_strategy)
     if room < scaling.min_workers and not state.get_max_resources_from_cluster_config():
         raise ConfigError(
             f"num_workers={scaling.num_workers}: each worker takes {describe_resources(per_worker)}, and this Ray of "
-            f"{len(nodes)} nodes has room for {room}. Ask for fewer workers or resources, or add nodes."
+            f"{len(nodes)} nodes has room for {room}{_by_placement(scaling.placement_strategy)}. Ask for fewer workers "
+            "or resources, or add nodes."
         )
+
+
+def _most_workers(node: Mapping[str, float], per_worker: Mapping[str, float], most: int) -> int:
+    """Return how many workers a node has resources for, at most `most`."""
+    return min((int(node.get(name, 0) // amount) for name, amount in per_worker.items() if amount), default=most)
+
+
+def _room(by_node: Sequence[int], placement: str) -> int:
+    """Return how many workers there is room for, where a placement wants them all apart, or all together."""
+    if placement == "STRICT_SPREAD":
+        return sum(count > 0 for count in by_node)
+    return max(by_node, default=0) if placement == "STRICT_PACK" else sum(by_node)
+
+
+def _by_placement(placement: str) -> str:
+    return f" by placement_strategy={placement!r}" if placement.startswith("STRICT") else ""
 
 
 def describe_resources(amounts: Mapping[str, float]) -> str:

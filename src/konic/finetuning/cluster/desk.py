@@ -29,6 +29,8 @@ class Desk:
         self.failure: BaseException | None = None
         """The error of a callback."""
         self.is_interrupted = False
+        self.has_workers = False
+        """True from the first word of a worker until workers are lost."""
         self.attempts = self.losses = 0
         self._idle_since: float | None = time.monotonic()
         """When the last worker was lost, or the training was started; None while workers run, or once it was told."""
@@ -46,6 +48,7 @@ class Desk:
             get_logger(name).log(level, "%s", text)
         else:
             self.losses += 1
+            self.has_workers = False
             self._idle_since = time.monotonic()
             if self.losses <= MAX_RESTARTS:
                 where = self.checkpoint.rpartition("/")[2] if self.checkpoint else "where it began"
@@ -76,7 +79,7 @@ class Desk:
         A run that saved nothing yet starts as it did at first.
         """
         self.attempts += 1
-        self._idle_since = None
+        self._idle_since, self.has_workers = None, True
         return {"resume_from_checkpoint": True} if self.checkpoint else {"resume_from_checkpoint": self._resume}
 
     def has_waited(self, seconds: float) -> bool:

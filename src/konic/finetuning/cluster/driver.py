@@ -156,7 +156,10 @@ def _trainer(scaling: Any, job: Job, mailbox: Any, storage: str) -> Any:
 
 
 def _serve(ray: Any, mailbox: Any, desk: Desk, thread: threading.Thread, scaling: Any) -> None:
-    """Answer events until the training has ended. The first Ctrl-C ends it at its next event, the second at once."""
+    """Answer events until the training has ended.
+
+    The first Ctrl-C ends it at the next event of a worker, or at once while there is no worker; the second at once.
+    """
     pending = mailbox.next.remote()
     while True:
         try:
@@ -172,7 +175,7 @@ def _serve(ray: Any, mailbox: Any, desk: Desk, thread: threading.Thread, scaling
                 elif desk.has_waited(_PATIENCE_SECONDS):
                     _explain_waiting(ray, desk, scaling)
         except KeyboardInterrupt:
-            if desk.is_interrupted:
+            if desk.is_interrupted or not desk.has_workers:
                 raise
             desk.is_interrupted = True
 

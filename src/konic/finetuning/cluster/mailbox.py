@@ -1,6 +1,7 @@
 """Workers -> the driver, and its answers: an actor beside the driver passes them on."""
 
 import asyncio
+import io
 import logging
 import sys
 import threading
@@ -81,6 +82,9 @@ class Line:
         """Wait until what was sent has arrived."""
         import ray
 
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, _Stream):
+                stream.end_line()
         if self._last is not None:
             ray.get(self._last)
 
@@ -103,7 +107,7 @@ def _describe_loss(error: BaseException) -> str:
     return f"{describe_error(getattr(error, '_base_exc', error)):.500}"  # Ray wraps what the worker raised
 
 
-class _Stream:
+class _Stream(io.TextIOBase):
     """A text stream whose lines the driver prints."""
 
     encoding, errors = "utf-8", "replace"
@@ -119,8 +123,17 @@ class _Stream:
                 self._line.post("text", self._name, whole)
         return len(text)
 
+    def writable(self) -> bool:
+        """True."""
+        return True
+
     def flush(self) -> None:
         """Nothing: a line is sent when it ends."""
+
+    def end_line(self) -> None:
+        """Send a line that was begun and has no end."""
+        if self._begun:
+            self.write("\n")
 
     def isatty(self) -> bool:
         """False: the driver may have a terminal, this process has none."""

@@ -45,6 +45,7 @@ WORTH = 0.9
 """Another plan than the default has to take at most this share of its time. On a machine that others use too, times of
 the same product differed by more than that within minutes, but seldom for one layout alone."""
 
+_OF_A_BROKEN_FILE = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
 Timing = tuple[float, float]
 """Seconds of packing the measured layers, and of multiplying with them once."""
 
@@ -86,7 +87,7 @@ def plan_timings(causal_lm: PreTrainedModel, num_rows: int) -> Mapping[DecodePla
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         require_own(folder)
         file = folder / f"decode-{digest}.json"
-        with contextlib.suppress(OSError, KonicError, ValueError, TypeError, LookupError, RecursionError):
+        with contextlib.suppress(OSError, KonicError, *_OF_A_BROKEN_FILE):
             require_own(file)
             return _read(read_regular(file), key)
         timings = _measure(layers, num_rows)

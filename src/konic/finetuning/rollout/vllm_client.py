@@ -199,7 +199,7 @@ class VllmClient:
 class RequestRefusedError(SamplerError):
     """The server answered with a status other than 200."""
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
         self.status = status
 

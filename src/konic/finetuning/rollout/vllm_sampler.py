@@ -6,7 +6,7 @@ denominator of the ratio; the server's own log-probs say how far the two engines
 Shapes: B sequences, P prompt tokens, R response tokens. A mask is True where a token counts.
 """
 
-import math
+import sys
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -153,4 +153,4 @@ class VllmSampler:
 
 
 def _is_log_prob(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value <= 1e-3
+    return isinstance(value, int | float) and -sys.float_info.max <= value <= 1e-3

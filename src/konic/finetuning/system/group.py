@@ -21,6 +21,7 @@ from torch import Tensor
 
 import konic.finetuning.errors
 from konic.finetuning.errors import ConfigError, KonicError, TrainingError, safe_cause
+from konic.finetuning.system.signals import uninterrupted
 from konic.output import get_logger
 from konic.text import describe_error
 
@@ -67,11 +68,18 @@ class Group:
 
     def gather(self, message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         """All messages, by rank; an error that another process told is raised here."""
-        messages = [_read(received) for received in self._exchange(_write(message))]
-        for rank, other in enumerate(messages):
-            if "error" in other:
-                self._known = _told(other["error"], rank, self.size)
-                raise self._known
+        messages, told = [], None
+        try:
+            with uninterrupted():  # the calls of an exchange are one: who left between them would wait for the others
+                messages = [_read(received) for received in self._exchange(_write(message))]
+                errors = [(rank, other["error"]) for rank, other in enumerate(messages) if "error" in other]
+                told = next((_told(error, rank, self.size) for rank, error in errors), None)
+        except KeyboardInterrupt:
+            if told is None:
+                raise
+        if told is not None:
+            self._known = told
+            raise told
         return messages
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
@@ -114,7 +122,7 @@ class Group:
                 kind = type(error).__name__
                 lines = list(error.args) if isinstance(error, KonicError) else [describe_error(error)]
                 told = {"kind": kind, "lines": lines, "host": socket.gethostname()}
-                with suppress(ProcessLostError):
+                with suppress(ProcessLostError, KeyboardInterrupt), uninterrupted():
                     self._exchange(_write({"error": told}))
             raise
 

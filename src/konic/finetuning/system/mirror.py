@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from konic.finetuning.errors import KonicError, OutputError, safe_cause
 from konic.finetuning.system.files import remove, unwritable, write_text
@@ -225,6 +226,8 @@ def _opened(url: str, address: str) -> tuple[Any, str]:
 
     if not url.partition("://")[2].strip("/"):
         raise OutputError(f"{address}: names no folder there. Give one, such as s3://bucket/run.")
+    if url.startswith("file://") and urlsplit(url).netloc not in ("", "localhost"):
+        raise OutputError(f"{address}: names a folder of another machine. A folder here is file:///folder, or /folder.")
     try:
         files, root = FileSystem.from_uri(url)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):
