@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +33,7 @@ from konic.finetuning import (
 from konic.finetuning.callbacks.composite import Callbacks
 from konic.finetuning.cluster import connection, driver
 from konic.finetuning.cluster.desk import Desk
-from konic.finetuning.cluster.mailbox import describe_losses
+from konic.finetuning.cluster.mailbox import _Stream, describe_losses
 from ray_job import Rewards, make_agent
 from test_processes import same
 
@@ -174,11 +176,81 @@ def test_workers_for_which_there_is_no_room_are_refused(cluster, model, tmp_path
         ("ray://head:10001", "give host:port.*ray job submit"),
         ("head", "give host:port"),
         ("127.0.0.1:9", "nothing answers there"),
+        ("[::1]:9", "nothing answers there"),
+        ("..:1", "nothing answers there"),
+        (f"{'a' * 70}:1", "nothing answers there"),
+        ("127.0.0.1:²", "give host:port"),
+        ("127.0.0.1:99999", "give host:port"),
     ],
 )
 def test_an_address_where_no_ray_is_is_one_error(address, message):
     with pytest.raises(ConfigError, match=message):
         connection._connect(ray, address)
+
+
+@pytest.mark.parametrize(
+    ("by_node", "placement", "room"),
+    [
+        ([2, 0, 3], "PACK", 5),
+        ([2, 0, 3], "SPREAD", 5),
+        ([2, 0, 3], "STRICT_SPREAD", 2),
+        ([2, 0, 3], "STRICT_PACK", 3),
+        ([], "STRICT_PACK", 0),
+    ],
+)
+def test_room_is_what_the_placement_leaves(by_node, placement, room):
+    assert connection._room(by_node, placement) == room
+
+
+def test_workers_that_may_not_share_a_node_are_refused_where_there_is_one(cluster):
+    apart = ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.1}, placement_strategy="STRICT_SPREAD")
+    with pytest.raises(ConfigError, match=r"has room for 1 by placement_strategy='STRICT_SPREAD'\. Ask for fewer"):
+        connection.require_room(ray, apart)
+    connection.require_room(ray, ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0}))
+
+
+def test_sockets_get_a_short_folder_where_the_usual_one_is_long(monkeypatch):
+    for usual, chosen in (("/tmp", None), ("/scratch/of/a/job/1234567", "/tmp")):
+        monkeypatch.setattr(tempfile, "tempdir", usual)
+        assert connection._short_folder() == chosen
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match=r"cannot be in /scratch/.*, whose name is too long: set TMPDIR"):
+        connection._short_folder()
+
+
+def test_a_ray_that_cannot_start_is_one_error():
+    class Broken:
+        def init(self, **_):
+            raise OSError("no room for sockets")
+
+        def shutdown(self):
+            pass
+
+    with (
+        pytest.raises(ConfigError, match=r"Ray cannot start on this machine: OSError: no room for sockets"),
+        connection._embedded(Broken(), 1),
+    ):
+        pass
+
+
+def test_a_ctrl_c_before_any_worker_runs_ends_the_wait_at_once():
+    desk = Desk(Callbacks([]), None)
+    assert not desk.has_workers
+    desk.on_attempt(2)
+    assert desk.has_workers
+    desk.note("lost", "worker 1: its process ended")
+    assert not desk.has_workers
+
+
+def test_what_workers_print_by_any_way_arrives_by_lines():
+    sent = []
+    stream = _Stream(SimpleNamespace(post=lambda *event: sent.append(event)), "stdout")
+    stream.writelines(["a", "b\nc", "d"])
+    print("e", file=stream, flush=True)
+    stream.write("f")
+    assert not stream.isatty() and stream.writable()
+    stream.end_line()
+    assert sent == [("text", "stdout", text) for text in ("ab", "cde", "f")]
 
 
 def test_another_konic_on_a_node_is_named(cluster, monkeypatch):
@@ -252,3 +324,19 @@ def test_options_of_the_command_that_do_not_fit_are_one_error(tmp_path, model, m
     assert done.returncode == 1
     assert message in done.stderr.splitlines()[-1]
     assert json.dumps(done.stdout) == '""'
+
+
+def test_ray_does_not_take_the_signal_that_asks_to_save_and_end():
+    code = """
+import signal
+import ray
+from ray.train import ScalingConfig
+from konic.finetuning.cluster.connection import connected
+from konic.finetuning.system.signals import stopping_on_signals
+with stopping_on_signals() as stop:
+    with connected(ScalingConfig(num_workers=1)):
+        print(signal.getsignal(signal.SIGTERM) is stop)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["True"], done.stderr

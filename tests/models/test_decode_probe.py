@@ -90,6 +90,7 @@ BROKEN = {
     "a time that is none": lambda record: damaged(record, "seconds", [1.0, float("nan")]),
     "negative times": lambda record: damaged(record, "seconds", [1.0, -1.0]),
     "one time": lambda record: damaged(record, "seconds", [1.0]),
+    "a time beyond all floats": lambda record: damaged(record, "seconds", [1.0, 10**400]),
     "a deep one": lambda record: "[" * 10**5,
 }
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -22,10 +23,12 @@ from conftest import LORA_TARGETS, files_with, shake_adapter, tiny_learner
 from konic.finetuning import ConfigError, GenerationConfig, KonicError, OutputError, SamplerError
 from konic.finetuning.rollout import vllm_guard
 from konic.finetuning.rollout.sampler import RandomKey
-from konic.finetuning.rollout.vllm_sampler import request_seed
+from konic.finetuning.rollout.vllm_client import RequestRefusedError
+from konic.finetuning.rollout.vllm_sampler import _is_log_prob, request_seed
 from konic.finetuning.rollout.vllm_server import require_vllm
 from konic.finetuning.rollout.vllm_weights import save_untied
 from konic.finetuning.run.served import is_other, share_of_other
+from konic.finetuning.system.group import ProcessLostError
 from loopback_vllm import FAULTS, KEY, LoopbackVllm
 from test_engine import completions, make_engine, metrics
 
@@ -362,6 +365,12 @@ def test_a_setting_of_vllm_without_the_engine_is_refused():
         GenerationConfig(vllm_address="http://127.0.0.1:8000")
 
 
+@pytest.mark.parametrize("value", [0.5, -(10**400), 10**400, float("nan"), -float("inf"), "-1.0", None])
+def test_what_is_no_log_prob_is_not_taken_for_one(value):
+    assert not _is_log_prob(value)
+    assert _is_log_prob(-1.5)
+
+
 @pytest.mark.parametrize("shard_size", ["50GB", "20KB"])
 def test_a_tied_head_is_served_as_weights_of_its_own(model_folders, tmp_path, shard_size, monkeypatch):
     """vLLM packs a tied head once, on a CPU, and would sample with the old one after weights were reloaded."""
@@ -380,3 +389,13 @@ def test_a_tied_head_is_served_as_weights_of_its_own(model_folders, tmp_path, sh
     ids = torch.arange(5)[None]
     with torch.no_grad():
         assert torch.equal(found.eval()(ids).logits, model(ids).logits)
+
+
+def test_every_error_can_be_made_again_from_its_words_as_other_processes_do():
+    kinds = [KonicError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    assert {RequestRefusedError, ProcessLostError} < set(kinds)
+    for kind in (kind for kind in kinds if kind.__module__.startswith("konic.")):
+        again = pickle.loads(pickle.dumps(kind("what", "a line")))
+        assert (type(again), str(again)) == (kind, str(kind("what", "a line")))

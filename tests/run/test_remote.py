@@ -281,6 +281,7 @@ def test_names_that_lead_out_or_are_hidden_are_not_of_the_run(name):
     [
         ("nowhere://bucket/run", "nowhere://bucket/run: is no URL of a folder: .*nowhere"),
         ("s3://", "names no folder there"),
+        ("file://machine/run", "names a folder of another machine. A folder here is file:///folder"),
         (Path("s3://bucket/run"), "give a URL as text"),
         ("https://", "is no URL of a folder|names no folder"),
     ],
