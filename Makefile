@@ -35,8 +35,9 @@ reward-model: $(READY)
 		--output $(OUTPUT) $(if $(TEST),--test $(TEST)) \
 		$(if $(TEST_TEXT),--test-text $(TEST_TEXT)) $(if $(TEST_LABEL),--test-label $(TEST_LABEL))
 
-# JOBS processes at a time, each with one thread (tests/conftest.py): the models are too small to gain from more.
-JOBS ?= 2
+# JOBS processes at a time, each with one thread (tests/conftest.py): the models are too small to gain from more. One more
+# than two cores, because many tests wait for other processes.
+JOBS ?= 3
 test: $(READY)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
