@@ -1596,7 +1596,7 @@ def test_a_folder_that_only_looks_like_a_checkpoint_is_not_resumed_from(name, so
         case("resume with another seed", {"training": {"seed": 5}}, "seed was 0 and is 5"),
         case("resume with other lengths", {"generation": {"max_new_tokens": 5}}, "generation_config"),
         case("resume with other prompts", {"dataset": DatasetConfig(prompts=["a", "b"], held_out=1)}, "dataset_config"),
-        case("resume with a budget", {"training": {"kl_budget": 1}}, "selection"),
+        case("resume with a budget", {"training": {"kl_budget": 1}}, "kl_budget was None and is 1.0"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_by_what_differs(options, told, sources, tmp_path):
