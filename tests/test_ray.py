@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -233,13 +234,23 @@ def test_a_ray_that_cannot_start_is_one_error():
         pass
 
 
-def test_a_ctrl_c_before_any_worker_runs_ends_the_wait_at_once():
+@pytest.mark.parametrize(("has_started", "is_lost", "needed"), [(False, False, 1), (True, False, 2), (True, True, 1)])
+def test_a_ctrl_c_ends_the_wait_at_once_while_no_worker_runs(has_started, is_lost, needed):
+    pressed = []
+
+    def wait(*_, **__):
+        pressed.append(1)
+        raise KeyboardInterrupt
+
     desk = Desk(Callbacks([]), None)
-    assert not desk.has_workers
-    desk.on_attempt(2)
-    assert desk.has_workers
-    desk.note("lost", "worker 1: its process ended")
-    assert not desk.has_workers
+    if has_started:
+        desk.on_attempt(2)
+    if is_lost:
+        desk.note("lost", "worker 1: its process ended")
+    mailbox = SimpleNamespace(next=SimpleNamespace(remote=lambda: None))
+    with pytest.raises(KeyboardInterrupt):
+        driver._serve(SimpleNamespace(wait=wait), mailbox, desk, threading.current_thread(), None)
+    assert len(pressed) == needed
 
 
 def test_what_workers_print_by_any_way_arrives_by_lines():

@@ -30,18 +30,18 @@ def decoding(session: Session) -> Finding | None:
         return None
     policy, rows = session.learner.policy, session.training.batch_size
     model, plan = policy.language_model.causal_lm, policy.decode_plan
+    fits = rows_to_prepack(model, rows, session.generation.max_new_tokens) is not None
+    timings: Mapping[DecodePlan, Timing] = {}
     with policy.merged_adapter() as merged:
         way = way_to_decode(merged)
+        if fits and session.generation.decode_layout == "auto":
+            timings = plan_timings(merged.causal_lm, rows)
     if model.device.type == "cuda":
         return Finding("decoding", "ok", _ON_A_GPU[way], numbers={"way": way})
     if model.device.type != "cpu":
         return None
-    if rows_to_prepack(model, rows, session.generation.max_new_tokens) is None:
+    if not fits:
         return Finding("decoding", "ok", "plain products: packing the weights would not pay, or not fit")
-    timings: Mapping[DecodePlan, Timing] = {}
-    if session.generation.decode_layout == "auto":
-        with session.learner.policy.merged_adapter() as merged:
-            timings = plan_timings(merged.causal_lm, rows)
     steps = {f"{p.layout}, {p.threads or 'all'} threads": step for p, (_, step) in timings.items()}
     shortest = min(steps.values(), default=1.0)
     threads = plan.threads or torch.get_num_threads()

@@ -111,9 +111,10 @@ def compute_advantages(
         mask = mask & rollout.samples.ended[:, None]
     if config.filter_equal_groups:
         mask = mask & ~in_equal_group(rollout, scores, config)[:, None]
-    has_signal = _has_signal(rewards, has_score, config, scores_have_varied)
     if config.algorithm_row.advantages == "parts_normalised":
         has_signal = bool((advantages[mask] != 0).any())  # parts can differ where their sums are equal
+    else:
+        has_signal = _has_signal(rewards, has_score, config, scores_have_varied)
     advantages, returns = advantages.to(rollout.values.dtype), returns.to(rollout.values.dtype)
     weights = _sampler_weights(rollout, mask, config)
     if weights is not None:

@@ -189,7 +189,8 @@ def _named_differences(
 
 def same_best(record: CheckpointRecord, selection: Selection, history: Sequence[FinetuningIterationResult]) -> bool:
     """Return True if the best iteration of a checkpoint is also the best one by the settings of now."""
-    known = {part: value for part, value in record.settings.get("selection", {}).items() if part in asdict(selection)}
+    saved = record.settings.get("selection")
+    known = {part: saved[part] for part in _SET_BY if part in saved} if isinstance(saved, dict) else {}
     return replace(selection, **known).best(history) is selection.best(history)
 
 
