@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from conftest import byte_tokenizer, tiny_model
 from kill_test import differences
 from konic.finetuning import KonicFinetuningCallback, KonicFinetuningEngine, RewardError
-from konic.finetuning.cluster import connection
+from konic.finetuning.cluster.embedded import embedded
 from ray_job import Rewards, make_agent
 from test_engine import metrics
 
@@ -322,7 +322,7 @@ def main():
         model = folder / "model"
         tiny_model("gpt2").save_pretrained(model)
         byte_tokenizer("gpt2").save_pretrained(model)
-        with connection._embedded(ray, 2):
+        with embedded(ray, 2):
             seconds, line = user_error(folder, model)
             row("a reward raises on one worker", f"ended after {seconds:.0f} s, the start included: “{line}”")
             equal, wrong = random_kills(folder, model, count)

@@ -42,6 +42,7 @@ MODES = {
     "divided, gathered for each rollout": {"sharding": "fsdp", "sharded_sampling": False},
     "divided in sampling too": {"sharding": "fsdp", "sharded_sampling": True},
 }
+KINDS = {"LoRA": {}, "LoRA, bfloat16": {"precision": "bfloat16"}, "full": {}}
 LARGE = {"hidden_size": 1280, "intermediate_size": 4096, "num_hidden_layers": 22, "num_attention_heads": 20}
 SMALL = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
 
@@ -85,17 +86,17 @@ def watched(memory):
     trainer.update = told("update", trainer.update)
 
 
-def job(model, output, mode, lora):
+def job(model, output, mode, kind):
     """What one process runs."""
     memory = Memory()
     training = TrainingConfig(
         batch_size=4, ppo_epochs=2, gradient_accumulation_steps=2, learning_rate=1e-5, gradient_checkpointing=True,
-        self_checks=False, **MODES[mode],
+        self_checks=False, **MODES[mode], **KINDS[kind],
     )  # fmt: skip
     agent = KonicFinetuningAgent(
         base_model=model,
         reward_composer=Rewards(),
-        lora_config=LoraConfig(r=8, target_modules=["q_proj", "v_proj"]) if lora else None,
+        lora_config=LoraConfig(r=8, target_modules=["q_proj", "v_proj"]) if kind != "full" else None,
         dataset_config=DatasetConfig(source=DatasetSource.MEMORY, prompts=PROMPTS),
         training_config=training,
         generation_config=GenerationConfig(max_new_tokens=8, min_new_tokens=8, max_prompt_length=16),
@@ -115,7 +116,7 @@ def job(model, output, mode, lora):
     (Path(output) / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
-def run(model, mode, lora):
+def run(model, mode, kind):
     """Both processes of a mode; what each found."""
     with tempfile.TemporaryDirectory() as output, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -123,7 +124,7 @@ def run(model, mode, lora):
         free.close()
         started = [
             subprocess.Popen(
-                [sys.executable, "-W", "ignore", __file__, "job", model, output, mode, str(int(lora))],
+                [sys.executable, "-W", "ignore", __file__, "job", model, output, mode, kind],
                 env=os.environ | several | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             )
             for rank in range(2)
@@ -148,22 +149,23 @@ def make_model(folder, shape):
 
 def main():
     lines = [
-        f"Two processes with one thread each, fp32, gloo, gradient checkpointing; 4 responses of 8 tokens in all; "
+        "Two processes with one thread each, fp32 where no other is named, gloo, gradient checkpointing; 4 responses of "
+        f"8 tokens in all; "
         f"{machine()}; `make sharding`",
         "",
         "| | weights (M) | loading | rollout | update | at the peak | rollout (s) | update (s) | gathering all (s) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for what, shape, lora in (("LoRA", LARGE, True), ("full", SMALL, False)):
+    for kind in KINDS:
         with tempfile.TemporaryDirectory() as folder:
-            count = make_model(folder, shape)
+            count = make_model(folder, SMALL if kind == "full" else LARGE)
             for mode in MODES:
-                found = run(folder, mode, lora)
+                found = run(folder, mode, kind)
                 peaks = {stage: max(each["peaks"].get(stage, 0) for each in found) / MIB for stage in found[0]["peaks"]}
                 numbers = [peaks["loading"], peaks["rollout"], peaks["update"], max(peaks.values())]
                 gather = f"{found[0]['gather']:.1f}" if "gather" in found[0] else ""
                 lines.append(
-                    f"| {what}, {mode} | {count / 1e6:.0f} | " + " | ".join(f"{n:,.0f} MB" for n in numbers)
+                    f"| {kind}, {mode} | {count / 1e6:.0f} | " + " | ".join(f"{n:,.0f} MB" for n in numbers)
                     + f" | {found[0]['rollout']:.1f} | {found[0]['update']:.1f} | {gather} |"
                 )  # fmt: skip
                 print(lines[-1], flush=True)
@@ -172,6 +174,6 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["job"]:
-        job(*sys.argv[2:5], bool(int(sys.argv[5])))
+        job(*sys.argv[2:6])
     else:
         main()

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from conftest import byte_tokenizer, tiny_model
 from kill_test import differences
 from konic.finetuning import KonicFinetuningCallback, KonicFinetuningEngine, OutputError
-from konic.finetuning.cluster import connection
+from konic.finetuning.cluster.embedded import embedded
 from konic.finetuning.run.remote import fetched, mirror_of
 from ray_job import Rewards, make_agent
 
@@ -137,7 +137,7 @@ def on_ray(folder, model):
     elsewhere(folder, "workers")
     marker = folder / "marker"
     workers = ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1})
-    with connection._embedded(ray, 2):
+    with embedded(ray, 2):
         engine, _ = train(model, "s3://bucket/ray", scaling=workers, rewards=Rewards("killed", marker))
         assert marker.exists()
         train(model, folder / "two", scaling=workers)

@@ -59,6 +59,9 @@ CASES |= {
     "sharded llama": IN_STEP | {"algorithm": "grpo", "num_minibatches": 2},
     "sharded llama full": WHOLE | FULL,
     "sharded value warm-up": IN_STEP | FULL | {"value_warmup_iterations": 2},
+    "bfloat16": {"precision": "bfloat16", "gradient_accumulation_steps": 5},
+    "sharded bfloat16": WHOLE | {"precision": "bfloat16"},
+    "sharded bfloat16 in step": IN_STEP | {"precision": "bfloat16"},
     "sharded not finite": IN_STEP,
     "sharded killed": IN_STEP,
 }
@@ -123,7 +126,7 @@ def train(model, folder, case, iterations=3, **options):
         dataset_config=DatasetConfig(source=DatasetSource.MEMORY, prompts=PROMPTS, held_out=3),
         training_config=TrainingConfig(**changes),
         generation_config=GenerationConfig(max_new_tokens=8, max_prompt_length=40, eos_token_id=[*range(40)]),
-        model_kwargs={"dtype": "float64"},
+        model_kwargs={} if "bfloat16" in case else {"dtype": "float64"},
     )
     callback = KonicFinetuningCallback(verbose=False)
     run = folder / case.replace(" ", "-")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +33,7 @@ from konic.finetuning import (
     TrainingError,
 )
 from konic.finetuning.callbacks.composite import Callbacks
-from konic.finetuning.cluster import connection, driver
+from konic.finetuning.cluster import connection, driver, embedded, nodes
 from konic.finetuning.cluster.desk import Desk
 from konic.finetuning.cluster.mailbox import _Stream, describe_losses
 from ray_job import Rewards, make_agent
@@ -54,7 +55,7 @@ def cluster():
     """A Ray of its own for this module; trainings join it."""
     before = dict(os.environ)
     os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-    with connection._embedded(ray, num_workers=2):
+    with embedded.embedded(ray, num_workers=2):
         yield ray
     os.environ.clear()
     os.environ.update(before)
@@ -190,6 +191,54 @@ def test_an_address_where_no_ray_is_is_one_error(address, message):
 
 
 @pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "what answers there is no Ray"),
+        (b"+OK", "what answers there is no Ray"),
+        (b"", "what answers there is no Ray"),
+        (None, r"nothing answers there \(TimeoutError"),
+    ],
+)
+def test_something_else_at_the_address_is_one_error_at_once(monkeypatch, answer, message):
+    if answer is None:
+        monkeypatch.setattr(connection, "_CONNECT_SECONDS", 0.5)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+
+        def serve():
+            with contextlib.suppress(OSError), server.accept()[0] as client:
+                client.recv(100)
+                if answer is None:
+                    time.sleep(1)
+                else:
+                    client.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(ConfigError, match=message):
+            connection._connect(ray, f"127.0.0.1:{server.getsockname()[1]}")
+        thread.join()
+
+
+def test_the_head_of_a_ray_is_known_by_how_it_answers(cluster, monkeypatch):
+    host, port = ray.get_runtime_context().gcs_address.split(":")
+    assert connection._speaks_http2(host, int(port))
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert connection._speaks_http2("127.0.0.1", silent.getsockname()[1])
+
+
+def test_workers_lost_too_often_are_named_without_what_ray_has_printed():
+    desk = Desk(Callbacks([]), None)
+    desk.on_attempt(2)
+    for _ in range(4):
+        desk.note("lost", "worker 1: its process ended")
+    error = driver._lost_too_often(RuntimeError("Traceback (most recent call last): ..."), desk)
+    assert str(error).startswith("Workers were lost 4 times, and are not started again: worker 1: its process ended.")
+
+
+@pytest.mark.parametrize(
     ("by_node", "placement", "room"),
     [
         ([2, 0, 3], "PACK", 5),
@@ -200,23 +249,23 @@ def test_an_address_where_no_ray_is_is_one_error(address, message):
     ],
 )
 def test_room_is_what_the_placement_leaves(by_node, placement, room):
-    assert connection._room(by_node, placement) == room
+    assert nodes._room(by_node, placement) == room
 
 
 def test_workers_that_may_not_share_a_node_are_refused_where_there_is_one(cluster):
     apart = ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.1}, placement_strategy="STRICT_SPREAD")
     with pytest.raises(ConfigError, match=r"has room for 1 by placement_strategy='STRICT_SPREAD'\. Ask for fewer"):
-        connection.require_room(ray, apart)
-    connection.require_room(ray, ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0}))
+        nodes.require_room(ray, apart)
+    nodes.require_room(ray, ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0}))
 
 
 def test_sockets_get_a_short_folder_where_the_usual_one_is_long(monkeypatch):
     for usual, chosen in (("/tmp", None), ("/scratch/of/a/job/1234567", "/tmp")):
         monkeypatch.setattr(tempfile, "tempdir", usual)
-        assert connection._short_folder() == chosen
+        assert embedded._short_folder() == chosen
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ConfigError, match=r"cannot be in /scratch/.*, whose name is too long: set TMPDIR"):
-        connection._short_folder()
+        embedded._short_folder()
 
 
 def test_a_ray_that_cannot_start_is_one_error():
@@ -229,7 +278,7 @@ def test_a_ray_that_cannot_start_is_one_error():
 
     with (
         pytest.raises(ConfigError, match=r"Ray cannot start on this machine: OSError: no room for sockets"),
-        connection._embedded(Broken(), 1),
+        embedded.embedded(Broken(), 1),
     ):
         pass
 
@@ -265,16 +314,16 @@ def test_what_workers_print_by_any_way_arrives_by_lines():
 
 
 def test_another_konic_on_a_node_is_named(cluster, monkeypatch):
-    monkeypatch.setattr(connection.konic, "__version__", "9.9")
+    monkeypatch.setattr(nodes.konic, "__version__", "9.9")
     with pytest.raises(ConfigError, match=r"Node 127\.0\.0\.1 \(.*\) has konic .*, and this process has konic 9\.9"):
-        connection.require_equal_nodes(ray, ScalingConfig(num_workers=2))
+        nodes.require_equal_nodes(ray, ScalingConfig(num_workers=2))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_node_where_torch_finds_no_gpu_is_named(cluster):
     needs = SimpleNamespace(_resources_per_worker_not_none={"CPU": 1}, use_gpu=True)  # as if the node had announced one
     with pytest.raises(ConfigError, match=r"Node 127\.0\.0\.1 \(.*\): torch finds no GPU there"):
-        connection.require_equal_nodes(ray, needs)
+        nodes.require_equal_nodes(ray, needs)
 
 
 def test_a_process_that_ended_is_named_rather_than_what_the_others_say():

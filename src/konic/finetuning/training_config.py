@@ -240,8 +240,6 @@ class TrainingConfig(Settings):
             )
         if self.sharded_sampling is not None and self.sharding is None:
             raise ValueError(f"sharded_sampling={self.sharded_sampling} needs sharding='fsdp'")
-        if self.sharding is not None and self.precision == "bfloat16":
-            raise ValueError("sharding='fsdp' divides weights in float32 only: leave out precision")
         if self.reward_timeout_seconds is not None and not self.reward_workers:
             raise ValueError(
                 f"reward_timeout_seconds={self.reward_timeout_seconds:g} needs reward_workers, such as 2: only a "

@@ -3,28 +3,23 @@
 import importlib.util
 import logging
 import os
-import secrets
-import shutil
-import signal
 import socket
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
-import konic
+from konic.finetuning.cluster.embedded import embedded, signals_kept
+from konic.finetuning.cluster.nodes import require_room
 from konic.finetuning.errors import ConfigError, safe_cause
-from konic.finetuning.system.signals import in_main_thread
 from konic.text import describe_error
 
 _CONNECT_SECONDS = 10.0
-_OBJECT_STORE_BYTES = 100 * 2**20
-"""Weights do not pass through it: results and messages are small."""
-_PROBE_SECONDS = 120.0
-_MOST_CHARACTERS = 16
-"""Of the folder for temporary files: the system takes 103 to 107 in the name of a socket, and Ray's are long."""
+_PRINTS_ADDRESS = "`ray start --head` prints the address of a cluster."
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000000 04 00 00000000")
+"""How a client of HTTP/2, which Ray's head speaks, begins: the preface and empty settings (RFC 9113, section 3.4)."""
+_FRAME_BYTES, _TYPE, _SETTINGS = 9, 3, 4
+"""The length of a frame's header, where its type stands, and the type with which a server begins."""
 
 
 def require_ray() -> None:
@@ -86,7 +81,7 @@ def connected(scaling: Any) -> Iterator[tuple[Any, Any]]:
         finally:
             ray.shutdown()
         return
-    with _embedded(ray, scaling.max_workers):
+    with embedded(ray, scaling.max_workers):
         own = scaling
         if scaling.resources_per_worker is None:  # each worker gets as many threads as it has CPUs
             share = max(1, (os.cpu_count() or 1) // scaling.max_workers)
@@ -108,14 +103,15 @@ def _connect(ray: Any, address: str) -> None:
         if not host or not (port.isascii() and port.isdigit() and int(port) < 2**16):
             raise ConfigError(f"Ray address {address!r}: give host:port of the cluster's head, such as 10.0.0.1:6379.")
         try:
-            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+            is_other = not _speaks_http2(host, int(port))
         except (OSError, ValueError) as error:  # a name that is none is a ValueError
             raise ConfigError(
-                f"Ray address {address!r}: nothing answers there ({describe_error(error)}). `ray start --head` prints "
-                "the address of a cluster."
+                f"Ray address {address!r}: nothing answers there ({describe_error(error)}). {_PRINTS_ADDRESS}"
             ) from None
+        if is_other:
+            raise ConfigError(f"Ray address {address!r}: what answers there is no Ray. {_PRINTS_ADDRESS}")
     try:
-        with _signals_kept():
+        with signals_kept():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         raise ConfigError(
@@ -123,71 +119,21 @@ def _connect(ray: Any, address: str) -> None:
         ) from safe_cause(error)
 
 
-@contextmanager
-def _embedded(ray: Any, num_workers: int) -> Iterator[None]:
-    """Within it a Ray runs on this machine: it listens on loopback only, to the holder of a token."""
-    from ray._private import ray_constants
-
-    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
-        os.environ["RAY_AUTH_TOKEN"] = _token()  # Ray asks for one, and would keep its own in a file
-    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray's own switch; it has no setting for Linux
-    folder = tempfile.mkdtemp(prefix="konic-ray-", dir=_short_folder())
-    was_cluster, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
-    try:
-        try:
-            with _environment(loopback), _signals_kept():
-                ray.init(
-                    address="local",
-                    num_cpus=max(os.cpu_count() or 1, num_workers),
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    _node_ip_address="127.0.0.1",
-                    _temp_dir=os.path.join(folder, "ray"),  # Ray opens it to everybody, and `folder` is ours alone
-                )
-        except Exception as error:
-            raise ConfigError(f"Ray cannot start on this machine: {describe_error(error)}") from safe_cause(error)
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = was_cluster
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _short_folder() -> str | None:
-    """Return a folder for temporary files in which the names of Ray's sockets are not too long; None is the usual one.
+def _speaks_http2(host: str, port: int) -> bool:
+    """Return True unless a server answers otherwise; Ray itself would ask it again and again for minutes.
 
     Raises:
-        ConfigError: There is none.
+        OSError: Nothing listens there, or it says nothing.
+        ValueError: The host is no name.
     """
-    usual = tempfile.gettempdir()
-    if len(os.path.abspath(usual)) <= _MOST_CHARACTERS:
-        return None
-    short = "/tmp"  # noqa: S108  what is made in it is ours alone
-    if os.access(short, os.W_OK | os.X_OK):
-        return short
-    raise ConfigError(f"Ray's sockets cannot be in {usual}, whose name is too long: set TMPDIR to a short one.")
-
-
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Put the handler of SIGTERM back on exit: Ray replaces it by one that ends the process without saving."""
-    if not in_main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-
-
-@cache
-def _token() -> str:
-    """One for this process, because Ray reads it once."""
-    return secrets.token_hex(32)
+    with socket.create_connection((host, port), _CONNECT_SECONDS) as server:
+        if os.environ.get("RAY_USE_TLS") == "1":
+            return True
+        server.sendall(_HELLO)
+        header = b""
+        while len(header) < _FRAME_BYTES and (part := server.recv(_FRAME_BYTES - len(header))):
+            header += part
+    return len(header) == _FRAME_BYTES and header[_TYPE] == _SETTINGS
 
 
 @contextmanager
@@ -200,103 +146,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         worker._worker_logs_enabled = before
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def require_room(ray: Any, scaling: Any) -> None:
-    """Raise ConfigError if the nodes lack what the workers need, and no autoscaler can add any."""
-    from ray._private.state import state
-
-    per_worker = scaling._resources_per_worker_not_none
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = _room([_most_workers(node, per_worker, scaling.max_workers) for node in nodes], scaling.placement_strategy)
-    if room < scaling.min_workers and not state.get_max_resources_from_cluster_config():
-        raise ConfigError(
-            f"num_workers={scaling.num_workers}: each worker takes {describe_resources(per_worker)}, and this Ray of "
-            f"{len(nodes)} nodes has room for {room}{_by_placement(scaling.placement_strategy)}. Ask for fewer workers "
-            "or resources, or add nodes."
-        )
-
-
-def _most_workers(node: Mapping[str, float], per_worker: Mapping[str, float], most: int) -> int:
-    """Return how many workers a node has resources for, at most `most`."""
-    return min((int(node.get(name, 0) // amount) for name, amount in per_worker.items() if amount), default=most)
-
-
-def _room(by_node: Sequence[int], placement: str) -> int:
-    """Return how many workers there is room for, where a placement wants them all apart, or all together."""
-    if placement == "STRICT_SPREAD":
-        return sum(count > 0 for count in by_node)
-    return max(by_node, default=0) if placement == "STRICT_PACK" else sum(by_node)
-
-
-def _by_placement(placement: str) -> str:
-    return f" by placement_strategy={placement!r}" if placement.startswith("STRICT") else ""
-
-
-def describe_resources(amounts: Mapping[str, float]) -> str:
-    """Return amounts by resource, such as {"CPU": 2, "GPU": 1}, as "2 CPU, 1 GPU"."""
-    return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items())
-
-
-def require_equal_nodes(ray: Any, scaling: Any) -> None:
-    """Check that every node which can take a worker has this konic, and a GPU for torch where workers need one.
-
-    Raises:
-        ConfigError: One has another version, or none, or torch finds no GPU; the message names the node.
-    """
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    def found(needs_gpu: bool) -> tuple[str, str, bool]:  # sent by value: the node may have no konic
-        import os
-        import socket
-
-        try:
-            import konic
-        except ImportError:
-            return socket.gethostname(), "no konic", False
-        has_gpu = False
-        if needs_gpu:
-            import torch
-
-            os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides the GPUs from a task that takes none
-            has_gpu = torch.cuda.is_available()
-        return socket.gethostname(), f"konic {konic.__version__}", has_gpu
-
-    per_worker, task = scaling._resources_per_worker_not_none, ray.remote(num_cpus=0, max_retries=0)(found)
-    nodes = [
-        node
-        for node in ray.nodes()
-        if node["Alive"] and all(node["Resources"].get(name, 0) >= amount for name, amount in per_worker.items())
-    ]
-    affinities = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-    answers = [task.options(scheduling_strategy=affinity).remote(scaling.use_gpu) for affinity in affinities]
-    for node, answer in zip(nodes, answers, strict=True):
-        where = f"Node {node['NodeManagerAddress']}"
-        try:
-            host, version, has_gpu = ray.get(answer, timeout=_PROBE_SECONDS)
-        except Exception as error:
-            raise ConfigError(f"{where} cannot start a worker: {describe_error(error)}") from safe_cause(error)
-        if version != f"konic {konic.__version__}":
-            raise ConfigError(
-                f"{where} ({host}) has {version}, and this process has konic {konic.__version__}. Install the same "
-                "version on every node."
-            )
-        if scaling.use_gpu and not has_gpu:
-            raise ConfigError(
-                f"{where} ({host}): torch finds no GPU there, and every worker needs one. Install the driver and a "
-                "torch for CUDA on it, or train with device='cpu'."
-            )

@@ -32,6 +32,8 @@ class Desk:
         self.has_workers = False
         """True from the first word of a worker until workers are lost."""
         self.attempts = self.losses = 0
+        self.last_loss = ""
+        """Which workers, and how, such as "worker 1: its process ended"."""
         self._idle_since: float | None = time.monotonic()
         """When the last worker was lost, or the training was started; None while workers run, or once it was told."""
         self._has_begun = self._has_ended = False
@@ -48,6 +50,7 @@ class Desk:
             get_logger(name).log(level, "%s", text)
         else:
             self.losses += 1
+            self.last_loss = content[0]
             self.has_workers = False
             self._idle_since = time.monotonic()
             if self.losses <= MAX_RESTARTS:

@@ -13,9 +13,10 @@ from contextlib import suppress
 from typing import Any
 
 from konic.finetuning.callbacks.composite import Callbacks
-from konic.finetuning.cluster.connection import connected, describe_resources, require_equal_nodes, require_room
+from konic.finetuning.cluster.connection import connected
 from konic.finetuning.cluster.desk import MAX_RESTARTS, Desk
 from konic.finetuning.cluster.mailbox import Mailbox, describe_losses
+from konic.finetuning.cluster.nodes import describe_resources, require_equal_nodes, require_room
 from konic.finetuning.cluster.worker import Job, Outcome
 from konic.finetuning.errors import ConfigError, KonicError, OutputError, TrainingError, safe_cause
 from konic.finetuning.results.summary import FinetuningResult
@@ -209,7 +210,8 @@ def _lost_too_often(error: Exception, desk: Desk) -> KonicError:
     if not desk.attempts:
         return ConfigError(f"Ray could not start the workers: {describe_error(error)}")
     return TrainingError(
-        f"Workers were lost {desk.losses} times, and are not started again: {describe_error(error)}", _newest(desk)
+        f"Workers were lost {desk.losses} times, and are not started again: {desk.last_loss or describe_error(error)}.",
+        _newest(desk),
     )
 
 

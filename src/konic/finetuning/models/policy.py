@@ -121,7 +121,7 @@ class Policy:
         from konic.finetuning.models.fsdp import Sharded
 
         if self.language_model.wide_head is not None:
-            raise ConfigError("TrainingConfig(sharding='fsdp') divides weights in float32 only: leave out dtype.")
+            self.language_model.wide_head.keep_nothing()
         kept: set[nn.Parameter] = set()
         if self.adapted is not None:
             kept = {

@@ -21,7 +21,10 @@ class WideHead:
     def __init__(self, head: nn.Linear) -> None:
         self._head = head
         self._copy = None if head.weight.device.type == "cuda" else head.weight.detach().float()
-        self._bias = None if head.bias is None else head.bias.detach().float()
+
+    def keep_nothing(self) -> None:
+        """From now on, read the weights of the layer in each call: they are divided among processes."""
+        self._copy = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., V] of hidden states [..., H], in fp32. Gradients flow to the hidden states."""
@@ -29,18 +32,27 @@ class WideHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the same without gradient."""
-        if self._copy is None:
+        weight = self._weight()
+        bias = None if self._head.bias is None else self._head.bias.detach().float()
+        if weight.dtype == torch.bfloat16:
             rows = hidden.reshape(-1, hidden.shape[-1])
-            logits = torch.mm(rows, self._head.weight.detach().T, out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
-            return logits if self._bias is None else logits.add_(self._bias)
+            logits = torch.mm(rows, weight.T, out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
+            return logits if bias is None else logits.add_(bias)
         with bfloat16_products():
-            return functional.linear(hidden.float(), self._copy, self._bias)
+            return functional.linear(hidden.float(), weight, bias)
 
     def gradient(self, of_logits: Tensor) -> Tensor:
         """Return the gradient [..., H] of the hidden states for that of the logits [..., V]."""
-        weight = self._head.weight.detach() if self._copy is None else self._copy
+        weight = self._weight()
         with bfloat16_products():
             return of_logits.to(weight.dtype) @ weight
+
+    def _weight(self) -> Tensor:
+        """Return the weights [V, H], in fp32 on a CPU."""
+        if self._copy is not None:
+            return self._copy
+        weight = self._head.weight.detach()
+        return weight if weight.device.type == "cuda" else weight.float()
 
 
 class _Logits(torch.autograd.Function):

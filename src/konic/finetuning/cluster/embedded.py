@@ -1,0 +1,102 @@
+"""A number of workers -> a Ray for this process alone: on loopback, for the holder of a token, and gone afterwards."""
+
+import logging
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from konic.finetuning.errors import ConfigError, safe_cause
+from konic.finetuning.system.signals import in_main_thread
+from konic.text import describe_error
+
+_OBJECT_STORE_BYTES = 100 * 2**20
+"""Weights do not pass through it: results and messages are small."""
+_MOST_CHARACTERS = 16
+"""Of the folder for temporary files: the system takes 103 to 107 in the name of a socket, and Ray's are long."""
+
+
+@contextmanager
+def embedded(ray: Any, num_workers: int) -> Iterator[None]:
+    """Within it a Ray runs on this machine: it listens on loopback only, to the holder of a token."""
+    from ray._private import ray_constants
+
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        os.environ["RAY_AUTH_TOKEN"] = _token()  # Ray asks for one, and would keep its own in a file
+    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray's own switch; it has no setting for Linux
+    folder = tempfile.mkdtemp(prefix="konic-ray-", dir=_short_folder())
+    was_cluster, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        try:
+            with _environment(loopback), signals_kept():
+                ray.init(
+                    address="local",
+                    num_cpus=max(os.cpu_count() or 1, num_workers),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=os.path.join(folder, "ray"),  # Ray opens it to everybody, and `folder` is ours alone
+                )
+        except Exception as error:
+            raise ConfigError(f"Ray cannot start on this machine: {describe_error(error)}") from safe_cause(error)
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = was_cluster
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _short_folder() -> str | None:
+    """Return a folder for temporary files in which the names of Ray's sockets are not too long; None is the usual one.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    usual = tempfile.gettempdir()
+    if len(os.path.abspath(usual)) <= _MOST_CHARACTERS:
+        return None
+    short = "/tmp"  # noqa: S108  what is made in it is ours alone
+    if os.access(short, os.W_OK | os.X_OK):
+        return short
+    raise ConfigError(f"Ray's sockets cannot be in {usual}, whose name is too long: set TMPDIR to a short one.")
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """Put the handler of SIGTERM back on exit: Ray replaces it by one that ends the process without saving."""
+    if not in_main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+@cache
+def _token() -> str:
+    """One for this process, because Ray reads it once."""
+    return secrets.token_hex(32)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
