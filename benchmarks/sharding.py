@@ -149,8 +149,8 @@ def make_model(folder, shape):
 
 def main():
     lines = [
-        "Two processes with one thread each, fp32 where no other is named, gloo, gradient checkpointing; 4 responses of "
-        f"8 tokens in all; "
+        "Two processes with one thread each, fp32 where no other is named, gloo, gradient checkpointing; 4 responses "
+        "of 8 tokens in all; "
         f"{machine()}; `make sharding`",
         "",
         "| | weights (M) | loading | rollout | update | at the peak | rollout (s) | update (s) | gathering all (s) |",
