@@ -229,6 +229,10 @@ def test_the_head_of_a_ray_is_known_by_how_it_answers(cluster, monkeypatch):
         assert connection._speaks_http2("127.0.0.1", silent.getsockname()[1])
 
 
+def test_workers_have_the_priority_of_the_process_that_starts_them(cluster):
+    assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)
+
+
 def test_workers_lost_too_often_are_named_without_what_ray_has_printed():
     desk = Desk(Callbacks([]), None)
     desk.on_attempt(2)

@@ -28,12 +28,16 @@ def embedded(ray: Any, num_workers: int) -> Iterator[None]:
 
     if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
         os.environ["RAY_AUTH_TOKEN"] = _token()  # Ray asks for one, and would keep its own in a file
-    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray's own switch; it has no setting for Linux
+    own = {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its switch for loopback; it has none for Linux
+        # its workers stand behind all other programs by default: on a busy machine a training took seven times as long
+        "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),  # noqa: SIM112  its name
+    }
     folder = tempfile.mkdtemp(prefix="konic-ray-", dir=_short_folder())
     was_cluster, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
         try:
-            with _environment(loopback), signals_kept():
+            with _environment(own), signals_kept():
                 ray.init(
                     address="local",
                     num_cpus=max(os.cpu_count() or 1, num_workers),
