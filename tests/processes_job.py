@@ -9,6 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+import transformers
+
 from konic.finetuning import (
     DatasetConfig,
     DatasetSource,
@@ -65,6 +68,14 @@ CASES |= {
     "sharded not finite": IN_STEP,
     "sharded killed": IN_STEP,
 }
+QUANTISED = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+    "fp4 twice": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+for kind in QUANTISED:
+    CASES[f"quantised {kind}"] = {"gradient_accumulation_steps": 5}
+    CASES |= {f"sharded quantised {kind}": WHOLE, f"sharded quantised {kind} in step": IN_STEP}
 PROMPTS = ["ab", "the film was", "x", "why not", "no", "go on then", "a", "and so it goes"]
 
 
@@ -100,6 +111,13 @@ class Bare(Rewards):
         return super().vowels(prompt, response)
 
 
+def model_kwargs(case):
+    if "quantised" in case:
+        kind = next(kind for kind in QUANTISED if f"quantised {kind}" in case)
+        return {"quantization_config": transformers.BitsAndBytesConfig(**QUANTISED[kind])}
+    return {} if "bfloat16" in case else {"dtype": "float64"}
+
+
 def disturb(model, case):
     """Let the second process fail in its first pass of an update, for which the first one waits."""
     usual = model.response_hidden
@@ -126,7 +144,7 @@ def train(model, folder, case, iterations=3, **options):
         dataset_config=DatasetConfig(source=DatasetSource.MEMORY, prompts=PROMPTS, held_out=3),
         training_config=TrainingConfig(**changes),
         generation_config=GenerationConfig(max_new_tokens=8, max_prompt_length=40, eos_token_id=[*range(40)]),
-        model_kwargs={} if "bfloat16" in case else {"dtype": "float64"},
+        model_kwargs=model_kwargs(case),
     )
     callback = KonicFinetuningCallback(verbose=False)
     run = folder / case.replace(" ", "-")

@@ -22,13 +22,10 @@ from konic.finetuning.models.policy import Policy
 from konic.finetuning.models.policy_files import save_adapter
 from konic.finetuning.rollout.decoding import require_decodable
 from konic.saved.agents import SavedRun
+from processes_job import QUANTISED as KINDS
 from test_engine import completions, make_engine, metrics, same_tensors, weights
+from test_processes import difference, run, save_models, told
 
-KINDS = {
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
-    "fp4 twice": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
-    "int8": {"load_in_8bit": True},
-}
 IDS = torch.tensor([[3, 70, 9, 200, 41, 5, 256, 12], [8, 8, 1, 90, 33, 7, 2, 100]])
 CPU = torch.device("cpu")
 
@@ -144,6 +141,17 @@ def test_with_products_in_16_bits_the_policy_starts_at_its_reference(
     make_engine(model_folders[architecture], tmp_path / "parts", **options).train(2, save_every=1)
     make_engine(model_folders[architecture], tmp_path / "parts", **options).train(3, resume_from_checkpoint=True)
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_divided_among_processes_it_is_the_model_of_one(kind, tmp_path):
+    model = tmp_path / "model"
+    save_models(model)
+    cases = [f"{way}quantised {kind}{end}" for way, end in (("", ""), ("sharded ", ""), ("sharded ", " in step"))]
+    assert run(model, tmp_path / "two", 2, *cases)[0] == [0, 0]
+    whole, divided, in_step = (told(tmp_path / "two", case) for case in cases)
+    assert difference(whole, divided) == (0.0, "")
+    assert difference(whole["history"][0], in_step["history"][0]) < (1e-4,)
 
 
 def test_every_weight_of_a_quantised_model_cannot_be_trained(model_folders, config, tmp_path):

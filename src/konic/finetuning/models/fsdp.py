@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 from konic.finetuning.errors import ConfigError, safe_cause
 from konic.finetuning.models.language_model import LanguageModel
+from konic.finetuning.models.quantised import keep_scales
 from konic.finetuning.models.sharding import Part
 from konic.finetuning.system.memory import available_memory, return_freed_memory
 from konic.finetuning.system.signals import uninterrupted
@@ -53,7 +54,7 @@ class Sharded:
             device: "cpu" or a GPU.
             sharded_sampling: See `TrainingConfig`.
         """
-        self._world, self._models = world, models
+        self._world, self._models, self._device = world, models, device
         # no name may hold a whole weight while the weights are divided one after the other
         size = sum(weight.nbytes for model in models for weight in model.causal_lm.parameters())
         self._samples_whole = not sharded_sampling if sharded_sampling is not None else self._fits(size, device)
@@ -75,12 +76,16 @@ class Sharded:
     def _divide_model(self, model: LanguageModel, mesh: DeviceMesh, kept_whole: set[nn.Parameter]) -> None:
         root: Any = model.causal_lm
         layers: list[Any] = [*model.outer_layers]
-        if getattr(root, "is_quantized", False):
-            raise ValueError("they are quantised")
+        keep_scales(root, self._device)
         if not layers:
             raise ValueError("it has no layers of the kind that transformers marks")
-        for module in (*layers, root):
-            fully_shard(module, mesh=mesh, ignored_params=kept_whole)
+        try:
+            for module in (*layers, root):
+                fully_shard(module, mesh=mesh, ignored_params=kept_whole)
+        except RuntimeError as error:  # of a torch that takes a gradient of every weight, also of integers
+            if getattr(root, "is_quantized", False):
+                raise TypeError(f"torch {torch.__version__} divides no quantised ones") from error
+            raise
         self._units += [*layers, root]
         self._roots.append(root)
         root.set_gradient_divide_factor(1.0)  # gradients are sums; losses are divided by the tokens of all processes

@@ -8,6 +8,7 @@ and 10 % of their spread for SmolLM2-135M (4 and 8 bits; bitsandbytes 0.50, AMD 
 """
 
 from collections.abc import Mapping
+from importlib import import_module
 from types import MethodType
 from typing import Any
 
@@ -32,6 +33,16 @@ def unify_products(causal_lm: PreTrainedModel) -> None:
     """
     for layer in _layers(causal_lm):
         layer.forward = MethodType(_forward, layer)
+
+
+def keep_scales(causal_lm: PreTrainedModel, device: torch.device) -> None:
+    """Let every layer of bitsandbytes hold the scales of its weight, on a device: a divided weight has none."""
+    for layer in _layers(causal_lm):
+        if _has_4_bits(layer):
+            layer.scales = layer.weight.quant_state
+            layer.scales.to(device)  # in place
+        else:
+            layer.scales = layer.weight.SCB.to(device)
 
 
 def multiplies_in_16_bits(causal_lm: PreTrainedModel) -> bool:
@@ -115,7 +126,17 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def _unpacked(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
-    from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # it imports bitsandbytes
+    scales: Any = getattr(layer, "scales", None)
+    if scales is None:
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # it imports bitsandbytes
 
-    weight: Tensor = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+        weight: Tensor = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+    else:
+        packed = import_module("bitsandbytes.functional")
+        unpack = packed.dequantize_4bit if _has_4_bits(layer) else packed.int8_vectorwise_dequant
+        weight = unpack(layer.weight.data, scales)
     return weight.to(dtype)
+
+
+def _has_4_bits(layer: nn.Module) -> bool:
+    return type(layer).__name__ == _KINDS[0]

@@ -56,10 +56,6 @@ def _check_sharding(agent: KonicFinetuningAgent, num_processes: int, device: str
         )
     if pick_device(device).type not in ("cpu", "cuda"):
         raise ConfigError(f"{start} works with device='cpu' or 'cuda', not {device!r}.")
-    if agent.get_model_kwargs().get("quantization_config") is not None:
-        raise ConfigError(
-            f"{start} divides floating-point weights only: leave quantization_config out of model_kwargs, or sharding."
-        )
 
 
 def _check_parts(agent: KonicFinetuningAgent) -> None:
