@@ -84,7 +84,7 @@ class Sharded:
                 fully_shard(module, mesh=mesh, ignored_params=kept_whole)
         except RuntimeError as error:  # of a torch that takes a gradient of every weight, also of integers
             if getattr(root, "is_quantized", False):
-                raise TypeError(f"torch {torch.__version__} divides no quantised ones") from error
+                raise TypeError(f"torch {torch.__version__} divides no quantised ones") from safe_cause(error)
             raise
         self._units += [*layers, root]
         self._roots.append(root)
