@@ -159,6 +159,36 @@ def test_rows_are_drawn_by_their_weights_and_the_same_again():
     assert [prompt.row for prompt in other.batch(0, 4000)] != drawn
 
 
+def test_weights_may_be_as_large_as_a_float():
+    rows = [{"prompt": f"p{n}", "weight": weight} for n, weight in enumerate([1e308, 1e308, 1e308, 1])]
+    drawn = load_prompts(DatasetConfig(prompts=rows, weights_column="weight")).batch(0, 300)
+    assert {prompt.row for prompt in drawn} == {0, 1, 2}
+
+
+def test_a_dropped_batch_changes_no_prompts_chance(model_folders, tmp_path):
+    class Far(OnlyShortPrompts):
+        @llm_reward
+        def far(self, prompt: str, response: str) -> float:
+            return 1e300
+
+    data = DatasetConfig(prompts=PROMPTS, prefer_undecided=True)
+    settings = {**GROUPS, "filter_equal_groups": False, "on_nonfinite": "skip"}
+    make_engine(model_folders["llama"], tmp_path, composer=Far(), dataset=data, **settings).train(1)
+    assert read_record(tmp_path / "checkpoint-1").state.group_spreads == {}
+
+
+def test_prompts_chosen_by_what_the_policy_can_need_others_to_compare_it_by(model_folders, tmp_path, caplog):
+    settings = {**GROUPS, "filter_equal_groups": False}
+    for held_out, every, is_said in ((0, None, True), (2, 1, False)):
+        caplog.clear()
+        data = DatasetConfig(prompts=PROMPTS, prefer_undecided=True, held_out=held_out)
+        folder = tmp_path / str(held_out)
+        make_engine(
+            model_folders["llama"], folder, composer=OnlyShortPrompts(), dataset=data, eval_every=every, **settings
+        ).train(1)
+        assert ("so the rewards of two batches cannot be compared" in caplog.text) == is_said
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

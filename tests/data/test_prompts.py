@@ -492,6 +492,17 @@ def test_memory_takes_strings_dicts_and_chats():
     assert [row.text for row in rows] == ["plain", "with", "Hello", "Hello"]
 
 
+def test_new_prompts_take_the_place_of_a_name_and_a_new_name_that_of_prompts():
+    in_memory, named = DatasetConfig(prompts=["a"]), DatasetConfig(name="org/data")
+    changed = in_memory.with_fields({"name": "org/data"})
+    assert (changed.source, changed.prompts) == (DatasetSource.HUGGINGFACE, None)
+    changed = named.with_fields({"prompts": ["a"]})
+    assert (changed.source, changed.name) == (DatasetSource.MEMORY, None)
+    assert in_memory.with_fields({"name": None}).prompts == ("a",)
+    with pytest.raises(ConfigError, match="not MEMORY"):
+        in_memory.with_fields({"prompts": ["a"], "name": "x"})
+
+
 def test_given_prompts_need_no_source_and_are_left_as_they_were():
     row = {"prompt": "a", "label": 1}
     assert load_prompts(DatasetConfig(prompts=[row])).rows == [Prompt(0, "a", {"label": 1})]
@@ -820,6 +831,7 @@ def test_a_template_and_a_system_prompt_exclude_each_other():
         ({}, DatasetSource.BUNDLED),
         ({"source": "bundled", "name": "x"}, "goes with source=HUGGINGFACE or LOCAL"),
         ({"source": "huggingface"}, "needs name="),
+        ({"prompts": ["a"], "name": "x"}, "goes with source=HUGGINGFACE or LOCAL, not MEMORY"),
         ({"prompts": ["a"], "streaming": True}, "streaming goes with source=HUGGINGFACE"),
         ({"prompts": ["a"], "subset": "s"}, "subset goes with source=HUGGINGFACE"),
         ({"prompts": ["a"], "split": "test"}, "split='test' goes with"),

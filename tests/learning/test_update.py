@@ -589,6 +589,8 @@ def test_target_kl_leaves_out_the_steps_after_the_policy_has_moved_that_far():
     stopped_learner, *_, stopped = run_update("llama", ppo_epochs=4, learning_rate=3e-2, target_kl=1e-9)
     assert stopped.num_steps == 1
     assert stopped.approx_kl == 0.0
+    *_, first = run_update("llama", dtype=torch.float32, ppo_epochs=2, learning_rate=3e-2, target_kl=1e-300)
+    assert first.num_steps == 1  # rounding alone stops no update
     once_learner, *_ = run_update("llama", ppo_epochs=1, learning_rate=3e-2)
     same = zip(stopped_learner.policy.trainable().values(), once_learner.policy.trainable().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in same)

@@ -2,6 +2,7 @@ import inspect
 import itertools
 import math
 import statistics
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,8 @@ def test_the_mean_is_exactly_rounded_and_nan_of_none():
     assert mean([1.0, 2.0, 6.0]) == 3
     assert mean([1e16, 1.0, -1e16, 1.0]) == 0.5
     assert math.isnan(mean([]))
+    largest = sys.float_info.max
+    assert math.isnan(mean([largest, largest])) and math.isnan(spread([largest, -largest] * 2))
 
 
 def test_a_constant_gain_has_an_interval_of_no_width():

@@ -178,6 +178,12 @@ def test_a_wrong_key_is_refused_by_name_and_never_shown(server, model_folders, t
     with pytest.raises(SamplerError, match="refuses the key: set the variable VLLM_API_KEY") as caught:
         served(server, model_folders["llama"], tmp_path).train(1)
     assert "an0ther" not in str(caught.value)
+    monkeypatch.setenv("VLLM_API_KEY", "an0ther\u2028key")
+    with pytest.raises(ConfigError, match="VLLM_API_KEY holds characters that no key has") as caught:
+        served(server, model_folders["llama"], tmp_path).train(1)
+    assert "an0ther" not in str(caught.value)
+    monkeypatch.setenv("VLLM_API_KEY", f"{KEY}\n")
+    served(server, model_folders["llama"], tmp_path).train(1)
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,8 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
         for name, fields in changes.items():
             if name not in _CONFIGS:
                 raise ConfigError(
-                    f"An agent has no {name!r}.{did_you_mean(name, _CONFIGS)} It has: {', '.join(_CONFIGS)}."
+                    f"An agent has no settings {name!r}.{did_you_mean(name, _CONFIGS)} Those that can be changed "
+                    f"are in: {', '.join(_CONFIGS)}."
                 )
             current = getattr(agent, f"get_{name}")()
             if current is not getattr(agent, f"_{name}"):

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from konic.finetuning.settings import Settings
+from konic.finetuning.settings import MAX_SECONDS, Settings
 
 _TokenId = Annotated[int, Field(ge=0)]
 
@@ -71,7 +71,7 @@ class GenerationConfig(Settings):
     vllm_folder: str | None = None
     """Where each iteration's weights are written, under a path that the server can read too; None takes a temporary
     folder, which a server on the same machine can read."""
-    vllm_timeout_seconds: float = Field(default=600.0, gt=0)
+    vllm_timeout_seconds: float = Field(default=600.0, gt=0, le=MAX_SECONDS)
     """The most seconds that the server may take to start, to load weights, or to sample an iteration's responses."""
 
     @model_validator(mode="before")

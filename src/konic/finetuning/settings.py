@@ -13,6 +13,11 @@ from pydantic_core import ErrorDetails
 from konic.finetuning.errors import ConfigError, did_you_mean, is_valid_text
 from konic.text import keep_secret, redact
 
+MAX_SECONDS = 1e6
+"""Of a time limit, twelve days: what waits for processes and sockets takes no number much larger."""
+MAX_PENALTY = 1e15
+"""In units of reward: the square of a larger one, and sums of such squares, leave single precision."""
+
 _OTHER_NAMES = MappingProxyType(
     {
         "lr": "learning_rate", "lr_scheduler_type": "lr_scheduler", "epochs": "ppo_epochs",

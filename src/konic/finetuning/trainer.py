@@ -168,7 +168,7 @@ class Trainer:
 
     def _group_spreads(self, rollout: Rollout, scores: Scores) -> dict[str, float]:
         """By dataset row, how much the scores of its group differ; empty unless the prompts are chosen by that."""
-        if not self._session.prompts.prefers_undecided:
+        if not self._session.prompts.prefers_undecided or scores.is_dropped:
             return {}
         size = self._session.training.responses_per_prompt
         groups = (slice(start, start + size) for start in range(0, len(scores.rewards), size))
@@ -271,7 +271,9 @@ class Trainer:
         session = self._session
         if not session.training.self_checks:
             return result
-        findings = new_findings([*session.state.history, result], session.training, session.generation)
+        # batches of ever harder prompts cannot be compared
+        unfit = ("objective_fell",) if session.prompts.prefers_undecided else ()
+        findings = new_findings([*session.state.history, result], session.training, session.generation, unfit)
         for message in findings.values():
             logger.warning("Iteration %d: %s", result.iteration, message)
         return replace(result, checks=tuple(findings), check_messages=findings)

@@ -17,7 +17,7 @@ from konic.finetuning.algorithms import (
     algorithm_of_method,
 )
 from konic.finetuning.errors import ConfigError
-from konic.finetuning.settings import Settings
+from konic.finetuning.settings import MAX_PENALTY, MAX_SECONDS, Settings
 
 if TYPE_CHECKING:
     AlgorithmName = str
@@ -60,7 +60,7 @@ class TrainingConfig(Settings):
     """Passes over each iteration's responses."""
     num_minibatches: int = Field(default_factory=_default_num_minibatches, ge=1)
     """Optimizer steps per pass. It has to divide batch_size; the default gives way where it does not."""
-    kl_penalty_weight: float = Field(default_factory=_of_algorithm("kl_penalty_weight"), ge=0)
+    kl_penalty_weight: float = Field(default_factory=_of_algorithm("kl_penalty_weight"), ge=0, le=MAX_PENALTY)
     """β, the price of one nat of divergence from the reference, in units of reward; with kl_target, its first value.
     Without it the algorithm's own: 0.05, or 0 for DAPO."""
     kl_placement: KLPlacement | None = None
@@ -111,12 +111,12 @@ class TrainingConfig(Settings):
     """Optimizer steps over which the learning rate rises from zero."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     """The learning rate after warm-up: constant, or falling so that the step after the last would have zero."""
-    missing_eos_penalty: float | None = Field(default=None, ge=0)
+    missing_eos_penalty: float | None = Field(default=None, ge=0, le=MAX_PENALTY)
     """Subtracted from the score of a response cut off by max_new_tokens (N+)."""
     mask_truncated: bool = False
     """Leave responses cut off by max_new_tokens out of the loss; they still count in the baseline of their group
     (DAPO's overlong filtering, arXiv 2503.14476)."""
-    overlong_penalty: float = Field(default_factory=_of_algorithm("overlong_penalty"), ge=0)
+    overlong_penalty: float = Field(default_factory=_of_algorithm("overlong_penalty"), ge=0, le=MAX_PENALTY)
     """Subtracted from the score of a response of max_new_tokens; over the last `overlong_share` of them it rises from 0
     (DAPO's soft overlong punishment). Without it the algorithm's own."""
     overlong_share: float = Field(default=0.2, gt=0, le=1)
@@ -157,12 +157,12 @@ class TrainingConfig(Settings):
     reward_workers: int = Field(default=0, ge=0)
     """Worker processes that call reward methods and functions; 0 calls them in the process of the run, where reward
     models are always called."""
-    reward_timeout_seconds: float | None = Field(default=None, gt=0)
+    reward_timeout_seconds: float | None = Field(default=None, gt=0, le=MAX_SECONDS)
     """Seconds that a worker may take for one response, or for the batch of a batch method, before it is killed."""
     reward_resources: dict[str, Annotated[float, Field(ge=0)]] | None = None
     """What the reward workers of each process of a training on Ray take of the cluster, such as `{"CPU": 4}`: they run
     beside an actor of Ray, on any node. None runs them on the machine of the process."""
-    process_timeout_seconds: float = Field(default=1800.0, gt=0)
+    process_timeout_seconds: float = Field(default=1800.0, gt=0, le=MAX_SECONDS)
     """Seconds that each of several processes waits for the others, before the run ends with the name of one that is
     missing."""
     self_checks: bool = True

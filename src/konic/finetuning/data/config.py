@@ -103,8 +103,14 @@ class DatasetConfig(Settings):
     """A template that builds plain text from a row's columns, `"Review: {text}"`; it replaces `prompt_column`."""
 
     def with_fields(self, fields: Mapping[str, Any]) -> Self:
-        """Return settings with other values for some fields; the source follows from a new `name` or `prompts`."""
-        follows = {"source": None} if {"name", "prompts"} & fields.keys() else {}
+        """Return settings with other values for some fields.
+
+        A new `name` takes the place of `prompts`, new `prompts` that of `name`, and the source follows from them.
+        """
+        follows: dict[str, Any] = {}
+        for name, other in (("name", "prompts"), ("prompts", "name")):
+            if name in fields:
+                follows |= {"source": None} | ({other: None} if fields[name] is not None else {})
         return super().with_fields(follows | dict(fields))
 
     @model_validator(mode="before")
@@ -133,8 +139,8 @@ class DatasetConfig(Settings):
         if source in (DatasetSource.LOCAL, DatasetSource.HUGGINGFACE) and not self.name:
             what = "the path of a file or folder" if source is DatasetSource.LOCAL else "a Hub dataset"
             raise ValueError(f"source={source.name} needs name=, {what}")
-        if source is DatasetSource.BUNDLED and self.name:
-            raise ValueError(f"name={self.name!r} goes with source=HUGGINGFACE or LOCAL, not BUNDLED")
+        if source in (DatasetSource.BUNDLED, DatasetSource.MEMORY) and self.name:
+            raise ValueError(f"name={self.name!r} goes with source=HUGGINGFACE or LOCAL, not {source.name}")
         if source is DatasetSource.BUNDLED and self.split not in BUNDLED_SPLITS:
             raise ValueError(
                 f"split={self.split!r} is not a split of the bundled prompts; use one of: {', '.join(BUNDLED_SPLITS)}"

@@ -168,9 +168,9 @@ def _weights(prompts: Sequence[Prompt], config: DatasetConfig) -> np.ndarray:
         shown = ", ".join(f"row {prompt.row} ({_shown(prompt.columns[name])})" for prompt in bad[:10])
         raise DatasetError(f"{where}: column {name!r} must hold a number of at least 0 in every row: {shown}.")
     weights = np.array(numbers, dtype=float)
-    if not weights.sum() > 0:
+    if not weights.any():
         raise DatasetError(f"{where}: column {name!r} holds only zeros: no row could be drawn.")
-    return weights
+    return weights / weights.max()  # so that no sum overflows
 
 
 def _weight(value: Any) -> float | None:

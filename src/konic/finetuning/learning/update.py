@@ -124,7 +124,7 @@ def update(
                 if not steps:
                     first_log_ratio, sampler_gap = step.largest_log_ratio, step.sampler_gap
                     _require_same_policy(step, rollout, config)
-                if config.target_kl is not None and step.approx_kl > config.target_kl:
+                if config.target_kl is not None and steps and step.approx_kl > config.target_kl:
                     break
                 rate = _learning_rate(schedule, index, config)
                 norm = _step(policy, optimizer, rate, config.max_grad_norm, world)

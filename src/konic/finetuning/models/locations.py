@@ -138,7 +138,9 @@ def cache_folder() -> Path:
     """Return the folder of what later runs use: $KONIC_CACHE, else $XDG_CACHE_HOME/konic, else ~/.cache/konic."""
     if os.environ.get("KONIC_CACHE"):
         return as_path(os.environ["KONIC_CACHE"], "KONIC_CACHE", ModelError)
-    return as_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME", ModelError) / "konic"
+    base = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
+    # a relative one is to be ignored (XDG Base Directory Specification)
+    return as_path(base if os.path.isabs(base) else "~/.cache", "XDG_CACHE_HOME", ModelError) / "konic"
 
 
 def _dequantised_folder(gguf_file: Path) -> Path:

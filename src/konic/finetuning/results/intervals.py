@@ -25,14 +25,20 @@ class Interval:
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean; NaN if there are no values."""
-    return math.fsum(values) / len(values) if values else math.nan
+    """The mean; NaN if there are no values, or if their sum is beyond all floats."""
+    try:
+        return math.fsum(values) / len(values) if values else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def spread(values: Sequence[float]) -> float:
-    """The unbiased standard deviation of the values that are not NaN; 0 for fewer than two."""
+    """The unbiased standard deviation of the values that are not NaN; 0 for fewer than two, NaN beyond all floats."""
     counted = [value for value in values if not math.isnan(value)]
-    return statistics.stdev(counted) if len(counted) > 1 else 0.0
+    try:
+        return statistics.stdev(counted) if len(counted) > 1 else 0.0
+    except OverflowError:
+        return math.nan
 
 
 def of_standard_error(mean: float, error: float) -> Interval:

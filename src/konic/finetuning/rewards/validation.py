@@ -7,6 +7,7 @@ from typing import Any
 from konic.finetuning.errors import ConfigError, RewardError, is_valid_text
 from konic.finetuning.rewards.marks import is_finite_number
 from konic.finetuning.rewards.reducers import takes_weights
+from konic.finetuning.settings import MAX_PENALTY
 from konic.text import describe_error
 
 
@@ -53,6 +54,6 @@ def checked_weights(weights: Any) -> dict[str, float]:
 
 
 def check_kl_penalty_weight(weight: Any) -> None:
-    """Raise ConfigError unless the weight is None or a number of at least 0."""
-    if weight is not None and (not is_finite_number(weight) or weight < 0):
-        raise ConfigError(f"kl_penalty_weight must be a number of at least 0, got {weight!r}.")
+    """Raise ConfigError unless the weight is None or a number of at least 0 and at most 1e15."""
+    if weight is not None and not (is_finite_number(weight) and 0 <= weight <= MAX_PENALTY):
+        raise ConfigError(f"kl_penalty_weight must be a number from 0 to {MAX_PENALTY:g}, got {weight!r}.")

@@ -98,7 +98,7 @@ class VllmClient:
         require_running: Callable[[], None] = lambda: None,
     ) -> None:
         self._connect, self._base = _read_address(address)
-        self._seconds, self._key, self.require_running = seconds, key or os.environ.get(KEY_VARIABLE), require_running
+        self._seconds, self._key, self.require_running = seconds, key or _key_of_environment(), require_running
         keep_secret(self._key)
         self.name = f"The vLLM server at {address}"
         """How a message names it."""
@@ -202,6 +202,13 @@ class RequestRefusedError(SamplerError):
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
         self.status = status
+
+
+def _key_of_environment() -> str:
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"The variable {KEY_VARIABLE} holds characters that no key has: set it to the server's key.")
+    return key
 
 
 def _read_address(address: str) -> tuple[Callable[[float], http.client.HTTPConnection], str]:

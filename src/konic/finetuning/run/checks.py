@@ -7,7 +7,7 @@ sampled (`update`).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from konic.finetuning.config import GenerationConfig, TrainingConfig
 from konic.finetuning.errors import TrainingError
@@ -24,6 +24,11 @@ MAX_REWARD = 1e15
 """The square of a larger reward, and sums of such squares, come near the limit of single precision (3e38)."""
 PATIENCE = 3
 """Iterations in a row that a fault must last before it is reported: one batch may show it by chance."""
+MIN_SAMPLES = 12
+"""Responses, or prompts where several responses to one are as alike, that say something about all of them: three
+iterations of a small batch are too few."""
+BY_CHANCE = 1e-4
+"""How likely chance may make what is reported. A run looks after every iteration, which multiplies it by about ten."""
 MAX_UNASKED_KL = 10.0
 """Nats per response that a policy pays at most, unless kl_limit, kl_budget or kl_target allow more."""
 MIN_SAMPLE_SIZE = 0.5
@@ -96,30 +101,52 @@ def require_not_all_dropped(history: History) -> None:
         )
 
 
-def new_findings(history: History, config: TrainingConfig, generation: GenerationConfig) -> dict[str, str]:
+def new_findings(
+    history: History, config: TrainingConfig, generation: GenerationConfig, unfit: Collection[str] = ()
+) -> dict[str, str]:
     """The checks that fail for the first time in the last iteration of a history: a message by the name of each.
 
-    Dropped iterations are left out: their numbers are those that must not count.
+    Dropped iterations are left out: their numbers are those that must not count. So are the checks named in `unfit`.
     """
     reported = {name for result in history for name in result.checks}
     counted = [result for result in history if not result.was_dropped]
     if not counted or counted[-1] is not history[-1]:
         return {}
-    found = {name: find(counted, config, generation) for name, find in FINDINGS.items() if name not in reported}
+    due = {name: find for name, find in FINDINGS.items() if name not in reported and name not in unfit}
+    found = {name: find(counted, config, generation) for name, find in due.items()}
     return {name: message for name, message in found.items() if message is not None}
 
 
 def _constant_reward(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
-    recent = history[-PATIENCE:]
-    if len(recent) < PATIENCE or any(r.num_samples - r.num_unscored < 2 or r.reward_std > 0 for r in recent):
+    recent = _shortest(history[::-1])
+    if not recent or any(r.num_unscored == r.num_samples or r.reward_std > 0 for r in recent):
         return None
     if len({result.reward_min for result in recent}) > 1:
         return None  # each batch has equal rewards, but another reward than the one before
     return (
-        f"Every response of the last {PATIENCE} iterations got the reward {recent[-1].reward_mean:g}: there is nothing "
-        "to learn from. Look at completions/: is the reward what you meant? A reward that grows in small steps teaches "
-        "sooner than a rare one."
+        f"Every response of the last {len(recent)} iterations got the reward {recent[0].reward_mean:g}: there is "
+        "nothing to learn from. Look at completions/: is the reward what you meant? A reward that grows in small steps "
+        "teaches sooner than a rare one."
     )
+
+
+def _shortest(history: History, size: int = 1) -> History:
+    """The first iterations of a history, PATIENCE or more, that hold MIN_SAMPLES groups of so many scored responses.
+
+    Empty if there are not so many.
+    """
+    count = 0
+    for number, result in enumerate(history, 1):
+        count += result.num_samples - result.num_unscored
+        if number >= PATIENCE and count >= MIN_SAMPLES * size:
+            return history[:number]
+    return []
+
+
+def _ends(history: History, size: int = 1) -> tuple[History, History]:
+    """The first and the last iterations that are :func:`_shortest`; both empty if they overlap."""
+    start, recent = _shortest(history, size), _shortest(history[::-1], size)
+    return (start, recent) if len(start) + len(recent) <= len(history) else ([], [])
 
 
 def _equal_groups(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
@@ -149,14 +176,26 @@ def _never_ends(history: History, config: TrainingConfig, generation: Generation
     )
 
 
+def _all_cut_off(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    recent = _shortest(history[::-1])
+    if not recent or not config.mask_truncated or any(r.num_cut_off < r.num_samples for r in recent):
+        return None
+    return (
+        f"mask_truncated left every response of the last {len(recent)} iterations out of the loss: each was cut off at "
+        f"max_new_tokens={generation.max_new_tokens}, so the policy learns nothing. Raise max_new_tokens, or leave "
+        "mask_truncated out."
+    )
+
+
 def _stopped_ending(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
-    num_before = max((index for index, result in enumerate(history, 1) if result.ended_fraction > 0), default=0)
-    before, recent = history[:num_before], history[num_before:]
+    last = max((index for index, result in enumerate(history, 1) if result.ended_fraction > 0), default=0)
+    before, recent = history[:last], history[last:]
     if not before or len(recent) < PATIENCE:
         return None
-    used_to = mean([result.ended_fraction for result in before])
-    by_chance = (1 - used_to) ** sum(result.num_samples for result in recent)
-    if by_chance > 1e-3:
+    num_ended = sum(result.ended_fraction * result.num_samples for result in before) / config.responses_per_prompt
+    num_before, num_now = (sum(result.num_samples for result in part) for part in (before, history))
+    # that the last end of so many comes no later, if all responses are alike and those to one prompt count as one
+    if (num_before / num_now) ** num_ended > BY_CHANCE:
         return None
     return (
         f"Responses used to end by themselves; in the last {len(recent)} iterations each was cut off at max_new_tokens="
@@ -166,22 +205,22 @@ def _stopped_ending(history: History, config: TrainingConfig, generation: Genera
 
 
 def _empty_responses(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
-    recent = history[-PATIENCE:]
+    recent = _shortest(history[::-1])
     is_short = generation.max_new_tokens > 1 and all(r.response_length_mean <= 1 for r in recent)
-    if len(recent) < PATIENCE or not is_short or any(r.ended_fraction < 1 for r in recent):
+    if not recent or not is_short or any(r.ended_fraction < 1 for r in recent):
         return None
     return (
-        f"Every response of the last {PATIENCE} iterations is empty: the policy ends at once. The reward may favour "
+        f"Every response of the last {len(recent)} iterations is empty: the policy ends at once. The reward may favour "
         "empty responses: give them a low reward, or set min_new_tokens."
     )
 
 
 def _entropy_collapse(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
-    first, recent = history[0].entropy, history[-PATIENCE:]
-    if any(result.entropy >= 0.1 * first for result in recent):
+    first, recent = history[0].entropy, _shortest(history[::-1])
+    if not recent or any(result.entropy >= 0.1 * first for result in recent):
         return None
     return (
-        f"The policy's entropy fell from {first:.2f} to {recent[-1].entropy:.2f} nats per token: its samples "
+        f"The policy's entropy fell from {first:.2f} to {recent[0].entropy:.2f} nats per token: its samples "
         "are nearly all the same, so it cannot find anything better. Go back to an earlier checkpoint; lower "
         "learning_rate, raise kl_penalty_weight, or set entropy_coef (0.01)."
     )
@@ -211,37 +250,48 @@ def _no_rewards(history: History, config: TrainingConfig, generation: Generation
 
 
 def _objective_fell(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
-    start, recent = history[:PATIENCE], history[PATIENCE:][-PATIENCE:]
-    if len(recent) < PATIENCE or any(math.isnan(result.objective) for result in (*start, *recent)):
+    start, recent = _ends(history, config.responses_per_prompt)
+    if not recent or any(math.isnan(result.objective + result.reward_mean) for result in (*start, *recent)):
         return None
     before, now = (mean([result.objective for result in part]) for part in (start, recent))
-    noise = 3 * math.hypot(_standard_error(start), _standard_error(recent))
-    if now >= before - max(noise, ROUNDING):
+    if now >= before - max(_noise(start, recent, config), ROUNDING):
         return None
     return (
-        f"The objective reward − β · KL, which the run maximises, was {before:.3f} in its first {PATIENCE} iterations "
-        f"and is {now:.3f} in the last {PATIENCE}: the policy pays more for its KL ({recent[-1].kl_per_response:.1f} "
-        "nats per response) than its reward gains. best/ holds the best weights from before. Use a larger batch_size, "
-        "a lower learning_rate or fewer ppo_epochs."
+        f"The objective reward − β · KL, which the run maximises, was {before:.3f} in its first {len(start)} "
+        f"iterations and is {now:.3f} in the last {len(recent)}: the policy pays more for its KL "
+        f"({recent[0].kl_per_response:.1f} nats per response) than its reward gains. best/ holds the best weights from "
+        "before. Use a larger batch_size, a lower learning_rate or fewer ppo_epochs."
     )
 
 
-def _standard_error(part: History) -> float:
-    """The standard error of the mean reward over the samples of some iterations."""
-    counts = [result.num_samples - result.num_unscored for result in part]
-    pairs = zip(counts, part, strict=True)
-    return math.sqrt(sum((result.reward_std**2 / max(1, count)) for count, result in pairs)) / len(part)
+def _noise(start: History, recent: History, config: TrainingConfig) -> float:
+    """By how much the mean rewards of two parts of a run may differ by chance: four standard errors.
+
+    Responses to one prompt count as one, because they may all be right or all wrong. Beyond four standard errors is
+    one of 30,000 numbers; a run looks at many.
+    """
+    errors = []
+    for part in (start, recent):
+        counts = [result.num_samples - result.num_unscored for result in part]
+        means = [result.reward_mean for result in part]
+        total = math.fsum(count * each for count, each in zip(counts, means, strict=True)) / sum(counts)
+        squares = math.fsum(
+            (count - 1) * result.reward_std**2 + count * (result.reward_mean - total) ** 2
+            for count, result in zip(counts, part, strict=True)
+        )
+        errors.append(math.sqrt(squares / (sum(counts) - 1) * config.responses_per_prompt / sum(counts)))
+    return 4 * math.hypot(*errors)
 
 
 def _reward_hacking(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
-    start, recent = history[:PATIENCE], history[PATIENCE:][-PATIENCE:]
-    if len(recent) < PATIENCE or any(math.isnan(result.reward_mean) for result in (*start, *recent)):
+    start, recent = _ends(history, config.responses_per_prompt)
+    if not recent or any(math.isnan(result.reward_mean) for result in (*start, *recent)):
         return None
     (before, now), (variety, variety_now), (loss, loss_now) = (
         [mean([getattr(result, name) for result in part]) for part in (start, recent)]
         for name in ("reward_mean", "distinct_2", "reference_loss")
     )
-    if now <= before + 3 * math.hypot(_standard_error(start), _standard_error(recent)):
+    if now <= before + _noise(start, recent, config):
         return None
     told = f"The reward rose from {before:.3f} to {now:.3f}, but the text got worse: "
     advice = "The reward may pay for a trick: read completions/, add a reward for good text, or set kl_budget."
@@ -266,9 +316,9 @@ def _kl_runaway(history: History, config: TrainingConfig, generation: Generation
 
 
 def _shrinking_responses(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
-    start, recent = history[:PATIENCE], history[-PATIENCE:]
+    start, recent = _ends(history)
     before, now = (mean([result.response_length_mean for result in part]) for part in (start, recent))
-    if len(history) < 2 * PATIENCE or now > before / 4 or now <= 1:
+    if not recent or now > before / 4 or now <= 1:
         return None
     return (
         f"Responses shrank from {before:.0f} tokens to {now:.1f}. If they should say more, the reward pays for "
@@ -306,6 +356,7 @@ FINDINGS: dict[str, _Finding] = {
     "no_rewards": _no_rewards,
     "constant_reward": _constant_reward,
     "equal_groups": _equal_groups,
+    "all_cut_off": _all_cut_off,
     "never_ends": _never_ends,
     "stopped_ending": _stopped_ending,
     "empty_responses": _empty_responses,

@@ -38,6 +38,13 @@ def check_settings(agent: KonicFinetuningAgent, num_processes: int, device: str)
         raise ConfigError("kl_target steers kl_penalty_weight by factors: start it above 0, such as 0.05.")
     if training.algorithm_row.advantages == "parts_normalised":
         _check_parts(agent)
+    dataset = agent.get_dataset_config()
+    if dataset.prefer_undecided and not (dataset.held_out and training.eval_every):
+        logger.warning(
+            "prefer_undecided asks other prompts as the policy learns, so the rewards of two batches cannot be "
+            "compared, and best/ may be too early. Set held_out in DatasetConfig and eval_every in TrainingConfig to "
+            "choose it by the same prompts."
+        )
     if generation.distribution_filters:
         logger.warning(
             "Sampling with %s draws from another distribution than the one trained: the ratio and the KL shown "
