@@ -59,6 +59,8 @@ CASES |= {
     "sharded full in step": IN_STEP | FULL | {"gradient_checkpointing": True},
     "sharded full grpo whole": WHOLE | FULL | {"algorithm": "grpo"},
     "sharded uneven": IN_STEP | {"batch_size": 5, "gradient_accumulation_steps": 2},
+    "sharded normalised": WHOLE | FULL | {"eval_every": 1},
+    "sharded callback": WHOLE,
     "sharded llama": IN_STEP | {"algorithm": "grpo", "num_minibatches": 2},
     "sharded llama full": WHOLE | FULL,
     "sharded value warm-up": IN_STEP | FULL | {"value_warmup_iterations": 2},
@@ -118,6 +120,13 @@ def model_kwargs(case):
     return {} if "bfloat16" in case else {"dtype": "float64"}
 
 
+class Failing(KonicFinetuningCallback):
+    """Fails in the first process, which alone has callbacks, just before all gather the weights."""
+
+    def on_generation_begin(self, prompts):
+        raise KonicError("the callback has failed")
+
+
 def disturb(model, case):
     """Let the second process fail in its first pass of an update, for which the first one waits."""
     usual = model.response_hidden
@@ -139,14 +148,14 @@ def train(model, folder, case, iterations=3, **options):
         del changes["sharded_sampling"], changes["sharding"]  # one process has nobody to divide its weights with
     agent = KonicFinetuningAgent(
         base_model=model,
-        reward_composer=Rewards(case) if case == "normalised" else Bare(case),
+        reward_composer=Rewards(case) if "normalised" in case else Bare(case),
         lora_config=changes.pop("lora_config"),
         dataset_config=DatasetConfig(source=DatasetSource.MEMORY, prompts=PROMPTS, held_out=3),
         training_config=TrainingConfig(**changes),
         generation_config=GenerationConfig(max_new_tokens=8, max_prompt_length=40, eos_token_id=[*range(40)]),
         model_kwargs=model_kwargs(case),
     )
-    callback = KonicFinetuningCallback(verbose=False)
+    callback = Failing(verbose=False) if case == "sharded callback" else KonicFinetuningCallback(verbose=False)
     run = folder / case.replace(" ", "-")
     engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=run, callback=callback, device="cpu")
     if case in ("sharded killed", "sharded not finite"):

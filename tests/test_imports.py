@@ -37,7 +37,7 @@ INSIDE = {
     ],
     "rewards": [
         "moments", "named_parts", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "validation",
-        "old_names", "listing", "composer", "overrides", "workers", "remote", "scoring", "responses", "trial",
+        "old_names", "listing", "origin", "composer", "overrides", "workers", "remote", "scoring", "responses", "trial",
     ],
     "rollout": [
         "sampler", "streaming", "shares", "fused_transformer", "fused_decoder", "graphed_decoder", "static_decoder",

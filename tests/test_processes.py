@@ -16,12 +16,16 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from conftest import byte_tokenizer, tiny_model
+from konic.finetuning import ConfigError
+from konic.finetuning.system.world import find_world
 
 JOB = Path(__file__).with_name("processes_job.py")
 VARIANTS = ["minibatches", "kl in the loss", "full", "uneven", "skipped", "normalised"]
-SHARDED = ["sharded ppo", "sharded grpo", "sharded full", "sharded full grpo"]
+SHARDED = ["sharded ppo", "sharded grpo", "sharded full", "sharded full grpo", "sharded normalised"]
 OF_LLAMA = ["sharded llama", "sharded llama full"]
 IN_BFLOAT16 = ["bfloat16", "sharded bfloat16", "sharded bfloat16 in step"]
 MORE_SHARDED = [
@@ -115,7 +119,7 @@ def two(model, tmp_path_factory):
 def wrong(model, tmp_path_factory):
     """Runs that go wrong, one after the other in the same two processes; the last one ends them."""
     folder = tmp_path_factory.mktemp("wrong")
-    cases = ["error", "other settings", "too many", "interrupted", "sharded not finite", "killed"]
+    cases = ["error", "other settings", "too many", "interrupted", "sharded not finite", "sharded callback", "killed"]
     codes, errors = run(model, folder, 2, *cases)
     assert codes == [0, 9], errors
     return folder
@@ -180,6 +184,27 @@ def test_an_error_of_one_process_ends_all_with_it(wrong):
 def test_a_loss_that_is_not_finite_in_one_process_leaves_no_other_waiting_for_its_passes(wrong):
     errors = [told(wrong, "sharded not finite", rank)["error"] for rank in range(2)]
     assert all(kind == "NotFiniteError" and "The loss is not finite for the sample" in what for kind, what in errors)
+
+
+def test_an_error_just_before_all_gather_the_weights_leaves_nobody_waiting(wrong):
+    first, second = (told(wrong, "sharded callback", rank)["error"][1] for rank in range(2))
+    assert "the callback has failed" in first
+    assert second.startswith("In process 0 of 2 on") and "the callback has failed" in second
+
+
+def test_the_best_weights_are_those_of_one_iteration_in_every_process(alone, two):
+    ours, theirs = (load_file(folder / "sharded-normalised" / "best" / "model.safetensors") for folder in (alone, two))
+    assert len({result["eval_reward_mean"] for result in told(two, "sharded normalised", 1)["history"]}) == 3
+    for name, weight in ours.items():
+        torch.testing.assert_close(theirs[name], weight, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("rank", "size"), [("5", "2"), ("-1", "2"), ("2", "2"), ("x", "2")])
+def test_a_rank_that_cannot_be_is_refused_at_once(monkeypatch, rank, size):
+    for name, value in {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"RANK={rank} and WORLD_SIZE={size}: a rank is a number from 0"):
+        find_world(1.0)
 
 
 def test_one_process_has_nobody_to_divide_its_weights_with(alone):

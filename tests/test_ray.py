@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -231,6 +232,63 @@ def test_the_head_of_a_ray_is_known_by_how_it_answers(cluster, monkeypatch):
 
 def test_workers_have_the_priority_of_the_process_that_starts_them(cluster):
     assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)
+
+
+def test_a_second_training_asks_no_callback_again_about_the_first():
+    class Asked(KonicFinetuningCallback):
+        seen = ()
+
+        def should_stop_early(self, result):
+            self.seen += (result.iteration,)
+            return False
+
+    callback = Asked(verbose=False)
+    desk = Desk(Callbacks(callback), None, iterations_told=2)
+    assert not any(desk.should_stop_early(SimpleNamespace(iteration=number)) for number in (1, 2, 3, 3))
+    assert callback.seen == (3,)
+
+
+def test_rewards_sent_by_value_keep_their_order_and_their_source(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent("""
+        import json, sys
+        from konic.finetuning import KonicLLMRewardComposer, llm_reward
+        from konic.finetuning.rewards.composer import keep_origin, origin_of
+        from konic.finetuning.system.pickling import pickled_by_value
+
+        class Base(KonicLLMRewardComposer):
+            @llm_reward
+            def zeal(self, prompt: str, response: str) -> float:
+                return 1.0
+
+        class Mine(Base):
+            @llm_reward
+            def vowels(self, prompt: str, response: str) -> float:
+                return 2.0
+
+            @llm_reward
+            def low(self, prompt: str, response: str) -> float:
+                return 3.0
+
+        if __name__ == "__main__":
+            import mine
+            composer = mine.Mine()
+            keep_origin(composer)
+            open("sent", "wb").write(pickled_by_value(composer, [mine]))
+            print(json.dumps([composer.settings(), origin_of(composer).file]))
+        """)
+    )
+    load = (
+        "import json, cloudpickle; from konic.finetuning.rewards.composer import origin_of; "
+        "c = cloudpickle.load(open('sent', 'rb')); print(json.dumps([c.settings(), origin_of(c).file]))"
+    )
+    here = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    (tmp_path / "mine.py").rename(tmp_path / "other.py")  # as on a node that has no such file
+    there = subprocess.run([sys.executable, "-c", load], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(here.stdout) == json.loads(there.stdout)
+    settings, file = json.loads(there.stdout)
+    assert settings["rewards"] == ["zeal", "vowels", "low"]
+    assert file["class"] == "Mine" and file["file"].endswith("mine.py")
 
 
 def test_workers_lost_too_often_are_named_without_what_ray_has_printed():

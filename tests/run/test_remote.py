@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path, PurePosixPath
 
+import pyarrow
+import pyarrow.fs
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -279,6 +281,7 @@ def test_names_that_lead_out_or_are_hidden_are_not_of_the_run(name):
 @pytest.mark.parametrize(
     ("place", "message"),
     [
+        ("s3://bucket/run?nosuch=3", r"s3://bucket/run: is no URL of a folder: .*Unexpected query parameter.*nosuch"),
         ("nowhere://bucket/run", "nowhere://bucket/run: is no URL of a folder: .*nowhere"),
         ("s3://", "names no folder there"),
         ("file://machine/run", "names a folder of another machine. A folder here is file:///folder"),
@@ -331,3 +334,36 @@ def test_commands_read_a_run_at_a_url(model_folder, tmp_path):
 
 def copy_of_reading(url):
     return remote.mirror_of(url, only_reads=True).path
+
+
+@pytest.mark.parametrize(
+    ("url", "asked"),
+    [
+        ("gs://bucket/run", "gs://bucket/run?retry_limit_seconds=30"),
+        ("gs://bucket/run?anonymous=true", "gs://bucket/run?anonymous=true&retry_limit_seconds=30"),
+        ("gs://bucket/run?retry_limit_seconds=5", "gs://bucket/run?retry_limit_seconds=5"),
+        ("s3://bucket/run", "s3://bucket/run"),
+    ],
+)
+def test_google_cloud_storage_is_not_asked_for_a_quarter_of_an_hour(url, asked, monkeypatch):
+    seen = []
+
+    class Files:
+        @staticmethod
+        def from_uri(given):
+            seen.append(given)
+            raise OSError("nobody answers")
+
+    monkeypatch.setattr(pyarrow.fs, "FileSystem", Files)
+    with pytest.raises(OutputError, match="cannot be reached: OSError: nobody answers"):
+        Mirror(url, Path("copies")).check()
+    assert seen == [asked]
+
+
+def test_errors_that_pyarrow_alone_has_are_one_error_too(tmp_path):
+    mirror = Mirror(f"file://{tmp_path}/there", tmp_path / "copies")
+    with (
+        pytest.raises(OutputError, match="cannot be read: ArrowException: no credentials"),
+        mirror._naming_failures("cannot be read"),
+    ):
+        raise pyarrow.ArrowException("no credentials")

@@ -21,8 +21,8 @@ _MAY_STOP = ("on_attempt", "on_iteration_begin", *_OF_ITERATION[:3], "should_sto
 class Desk:
     """Answers the workers: calls the callbacks, each event once, although a restarted run repeats iterations."""
 
-    def __init__(self, callbacks: Callbacks, resume: Any, is_remote: bool = False) -> None:
-        self._callbacks, self._is_remote = callbacks, is_remote
+    def __init__(self, callbacks: Callbacks, resume: Any, is_remote: bool = False, iterations_told: int = 0) -> None:
+        self._callbacks, self._is_remote, self._iterations_told = callbacks, is_remote, iterations_told
         self._resume = resume
         self.checkpoint: str | None = None
         """The newest one, as the workers name it."""
@@ -106,7 +106,12 @@ class Desk:
         self._once("on_iteration_begin", iteration)
 
     def should_stop_early(self, result: Any) -> bool:
-        """Return the answer of the callbacks, also when it is asked again."""
+        """Return the answer of the callbacks, also when it is asked again.
+
+        They were asked about the iterations of an earlier training of the same engine.
+        """
+        if result.iteration <= self._iterations_told:
+            return False
         if result.iteration not in self._stops:
             self._stops[result.iteration] = self._callbacks.should_stop_early(result)
         return self._stops[result.iteration]

@@ -20,6 +20,7 @@ from konic.finetuning.cluster.nodes import describe_resources, require_equal_nod
 from konic.finetuning.cluster.worker import Job, Outcome
 from konic.finetuning.errors import ConfigError, KonicError, OutputError, TrainingError, safe_cause
 from konic.finetuning.results.summary import FinetuningResult
+from konic.finetuning.rewards.composer import keep_origin
 from konic.finetuning.run.folder import RunFolder
 from konic.finetuning.system.files import as_path
 from konic.finetuning.system.pickling import pickled_by_value
@@ -73,8 +74,9 @@ class RayTraining:
             options["resume_from_checkpoint"] = self.checkpoint
             options["max_iterations"] += self._iterations
         engine.checkpoint_dir = self._folder
+        keep_origin(engine.agent.get_reward_composer())
         job = Job(_pickled(engine), self._folder, options, _current_folder(), limit_seconds)
-        desk = Desk(callbacks, options["resume_from_checkpoint"], is_url(self._folder))
+        desk = Desk(callbacks, options["resume_from_checkpoint"], is_url(self._folder), self._iterations)
         try:
             with connected(self.scaling) as (ray, scaling):
                 outcome = _run(ray, scaling, job, desk)

@@ -116,11 +116,15 @@ class Sharded:
 
     @contextmanager
     def rollout(self) -> Iterator[None]:
-        """Gather the whole weights once, if they fit; else the context is one of :meth:`passes`."""
+        """Gather the whole weights once, if they fit; else the context is one of :meth:`passes`.
+
+        An error that another process has told ends it before that.
+        """
         if not self._samples_whole:
             with self.passes():
                 yield
             return
+        self._world.gather({})
         try:
             with uninterrupted(), self._world.exchanging():
                 for unit in self._units:
@@ -135,8 +139,12 @@ class Sharded:
 
     @contextmanager
     def passes(self) -> Iterator[None]:
-        """Ctrl-C waits for the end: the other processes would wait for this one."""
+        """Ctrl-C waits for the end: the other processes would wait for this one.
+
+        An error that one of them has told, or Ctrl-C there, ends all of them before the weights are gathered.
+        """
         with uninterrupted():
+            self._world.gather({})
             try:
                 with self._world.exchanging():
                     for root in self._roots:  # a KL in the loss reads the head of the reference alone

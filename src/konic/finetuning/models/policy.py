@@ -129,6 +129,11 @@ class Policy:
                 for name, weight in self.adapted.named_parameters()
                 if weight.requires_grad or f".{REFERENCE_ADAPTER}." in name
             }
+        if not kept and self.language_model.causal_lm.dtype.itemsize < 4:
+            raise ConfigError(
+                "TrainingConfig(sharding='fsdp') divides weights that are trained in float32 or float64 only: leave "
+                "dtype out of model_kwargs, or give a lora_config."
+            )
         for tensor in (*kept, *self.value_head.parameters()):
             tensor.data = tensor.to(device)
         self._probe, self._reference_logits = self._probe.to(device), self._reference_logits.to(device)

@@ -8,8 +8,10 @@ from typing import Any, Literal, Protocol, Self
 from konic.finetuning.data.samples import samples_from_texts
 from konic.finetuning.errors import ConfigError, RewardError, did_you_mean
 from konic.finetuning.rewards.calls import call_reward
-from konic.finetuning.rewards.listing import check_marked_methods, list_rewards, reward_of_function, source_of
+from konic.finetuning.rewards.listing import check_marked_methods, list_rewards, names_of, reward_of_function
+from konic.finetuning.rewards.marks import find_mark
 from konic.finetuning.rewards.old_names import OldNames, with_the_places_of_0_1
+from konic.finetuning.rewards.origin import Origin, find_origin
 from konic.finetuning.rewards.outcomes import Reward
 from konic.finetuning.rewards.reducers import WeightedSumReducer
 from konic.finetuning.rewards.signatures import requested_columns, require_a_response, reward_of_model
@@ -67,6 +69,10 @@ class KonicLLMRewardComposer(OldNames):
     """As in konic 0.1, whose scripts assign it."""
     _reward_weights: dict[str, float]
     _scored: AlreadyScored | None = None
+    _origin: Origin | None = None
+    """Kept where it is sent to another process."""
+    _marked: tuple[str, ...] = ()
+    """Names of the marked methods, in the order they were written."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse rewards whose name is one that a composer has a use for itself."""
@@ -75,6 +81,10 @@ class KonicLLMRewardComposer(OldNames):
             cls, {*vars(KonicLLMRewardComposer), *vars(OldNames), *KonicLLMRewardComposer.__annotations__}
         )
         cls._take_old_names()
+        # a class that is sent to another process by value comes with its members sorted by name
+        cls._marked = tuple(
+            name for name in names_of(cls) if any(find_mark(vars(kind).get(name)) for kind in cls.__mro__)
+        )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Create the state here, so that a subclass works even if its `__init__` never calls `super().__init__()`.
@@ -123,7 +133,7 @@ class KonicLLMRewardComposer(OldNames):
         """The settings that determine a reward: names, weights, reducer, SHA-256 of the rewards' own source lines."""
         kind = self.reducer if isinstance(self.reducer, type) else type(self.reducer)
         rewards = list_rewards(self)
-        sources = "\n".join(f"{reward.name}: {source_of(reward)}" for reward in _list_all(self))
+        sources = "\n".join(f"{name}: {source}" for name, source in origin_of(self).sources)
         return {
             "rewards": [reward.name for reward in rewards],
             "reward_weights": dict(self._reward_weights),
@@ -308,6 +318,16 @@ def _list_all(composer: KonicLLMRewardComposer) -> list[Reward]:
     """The rewards, and the composer's own method that makes their total, if it has one."""
     override = find_override(composer)
     return [*list_rewards(composer), *([override] if override else [])]
+
+
+def origin_of(composer: KonicLLMRewardComposer) -> Origin:
+    """Where a composer was written: as it was kept, or as Python finds it now."""
+    return composer._origin or find_origin(type(composer), _list_all(composer))
+
+
+def keep_origin(composer: KonicLLMRewardComposer) -> None:
+    """Let a composer that is sent to another process by value know there where it was written."""
+    vars(composer)["_origin"] = find_origin(type(composer), _list_all(composer))
 
 
 def describe_weighting(composer: KonicLLMRewardComposer) -> Weighting:

@@ -56,7 +56,7 @@ def reward_of_function(
 def list_rewards(composer: HasRewards) -> list[Reward]:
     """The marked methods in the order they were written, then functions, then models, in the order they were added."""
     kinds = type(composer).__mro__
-    names = dict.fromkeys(name for kind in reversed(kinds) for name in vars(kind))
+    names = dict.fromkeys((*getattr(composer, "_marked", ()), *names_of(type(composer))))
     marks = {name: next((mark for kind in kinds if (mark := find_mark(vars(kind).get(name)))), None) for name in names}
     calls = {
         name: (getattr(composer, name), mark)
@@ -76,9 +76,6 @@ def list_rewards(composer: HasRewards) -> list[Reward]:
     return [*methods, *composer._added.values(), *map(reward_of_model, models)]
 
 
-def source_of(reward: Reward) -> str:
-    """A reward's source lines; empty if it has none or is a reward model, so that only its name is hashed."""
-    try:
-        return "" if reward.is_model else inspect.getsource(inspect.unwrap(reward.call))
-    except (OSError, TypeError, ValueError):  # typed into a notebook or interpreter, or not written in Python
-        return ""
+def names_of(cls: type) -> dict[str, None]:
+    """What a class and those above it define, in the order it was written."""
+    return dict.fromkeys(name for kind in reversed(cls.__mro__) for name in vars(kind))

@@ -1,7 +1,5 @@
 """Results -> files: one folder per run, written by one process and readable during the run."""
 
-import hashlib
-import inspect
 import json
 import os
 import platform
@@ -26,6 +24,8 @@ from konic.finetuning.errors import OutputError
 from konic.finetuning.learning.estimators import Advantages
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.iteration import FinetuningIterationResult
+from konic.finetuning.rewards.composer import origin_of
+from konic.finetuning.rewards.origin import file_and_hash
 from konic.finetuning.rewards.scoring import Scores
 from konic.finetuning.rollout.rollout import Rollout
 from konic.finetuning.run.checkpoint import checkpoints, iteration_number
@@ -199,8 +199,8 @@ class RunFolder:
         record = {
             "command": redact(shlex.join(sys.argv)),
             "settings": settings,
-            "job": None if job_file is None else _file_and_hash(job_file),
-            "rewards": _source_of(type(composer)),
+            "job": None if job_file is None else file_and_hash(job_file),
+            "rewards": origin_of(composer).file,
             "environment": environment,
             "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
             "process": {"id": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M}"},
@@ -337,18 +337,3 @@ def _owner(run_file: Path) -> str:
         return f"process {process['id']} on {process['host']}, since {process['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "its process is not known"
-
-
-def _source_of(kind: type) -> dict[str, str | None]:
-    """The file, name and hash of the source of a class; nothing is imported."""
-    try:
-        path = inspect.getsourcefile(kind)
-    except (TypeError, OSError):  # a class of a notebook or an interactive session
-        path = None
-    return {"class": kind.__qualname__, **_file_and_hash(Path(path) if path else None)}
-
-
-def _file_and_hash(path: Path | None) -> dict[str, str | None]:
-    if path is None or not path.is_file():
-        return {"file": None, "sha256": None}
-    return {"file": str(path.absolute()), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

@@ -177,7 +177,7 @@ class Session:
 
         After 0 iterations the policy is its reference, so this can be evaluated at any time.
         """
-        first = self.folder.read_evaluation(0) if iterations_done else None
+        first = self._recorded_evaluation(0) if iterations_done else None
         moments = evaluation_moments(list_rewards(self.agent.get_reward_composer()), first)
         evaluation = self.evaluate(self.prompts.held_out, moments, untrained=iterations_done == 0)
         self.folder.write_evaluation(iterations_done, evaluation)
@@ -324,14 +324,18 @@ class Session:
 
     def _before_and_after(self) -> tuple[Evaluation, Evaluation]:
         """The evaluations on the held-out prompts before the first iteration and now."""
-        before = self.folder.read_evaluation(0)
-        if from_first(self.world, before is None):
-            before = self.evaluate_held_out(0)
+        before = self._recorded_evaluation(0) or self.evaluate_held_out(0)
         after = self.evaluate_held_out(self.state.iteration)
-        if from_first(self.world, before is not None and before.prompts != after.prompts):  # it is from other data
+        if before.prompts != after.prompts:  # it is from other data
             before = self.evaluate_held_out(0)
             after = self.evaluate_held_out(self.state.iteration)
-        return before or after, after
+        return before, after
+
+    def _recorded_evaluation(self, iterations_done: int) -> Evaluation | None:
+        """An evaluation that the first process reads from the folder; None if there is none."""
+        found = self.folder.read_evaluation(iterations_done)
+        told = from_first(self.world, found and asdict(found))
+        return Evaluation(**told) if told else None
 
     def _choose_folder(self, checkpoint: Path | None, resumes_newest: bool) -> RunFolder:
         """The folder that was named, or that of the checkpoint, or the one in use, or a new one."""

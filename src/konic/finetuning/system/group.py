@@ -25,6 +25,9 @@ from konic.finetuning.system.signals import uninterrupted
 from konic.output import get_logger
 from konic.text import describe_error
 
+_SECONDS_TO_START = 60.0
+"""How much earlier than another a process may start, however short the limit."""
+
 
 class Group:
     """The processes of a `torch.distributed` group, of which this is one."""
@@ -51,9 +54,13 @@ class Group:
                     f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this is one of several processes, but "
                     f"{', '.join(missing)} is not set. Start them with torchrun, or unset WORLD_SIZE."
                 )
-            has_gpu = torch.cuda.is_available()
+            rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+            if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+                raise ConfigError(f"RANK={rank} and WORLD_SIZE={size}: a rank is a number from 0, below WORLD_SIZE.")
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            limit = datetime.timedelta(seconds=max(limit_seconds, _SECONDS_TO_START))
             try:
-                dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
+                dist.init_process_group(backend, timeout=limit)
             except (ValueError, RuntimeError) as error:
                 where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
                 raise ConfigError(

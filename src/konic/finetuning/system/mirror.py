@@ -27,6 +27,11 @@ Stamp = tuple[int, int]
 """Size in bytes and time of the last change in ns: two files of the same name and stamp are taken as equal."""
 
 
+_OF_PYARROW = ("s3", "gs", "gcs", "abfs", "abfss", "file")
+_GCS_SECONDS = 30
+"""How long a request to Google Cloud Storage is tried again."""
+
+
 class Mirror:
     """A folder at a URL and its copy on this machine. The copy keeps what was never sent.
 
@@ -207,11 +212,14 @@ class Mirror:
     @contextmanager
     def _naming_failures(self, what: str) -> Iterator[None]:
         """Turn what the file system raises inside the context into one OutputError."""
+        import pyarrow
+
         has_errors_of_its_own = self._place[0].type_name.startswith("py::")  # fsspec, by the library of a store
         try:
             yield
         except Exception as error:
-            if isinstance(error, KonicError) or not (isinstance(error, OSError) or has_errors_of_its_own):
+            is_of_storage = has_errors_of_its_own or isinstance(error, OSError | pyarrow.ArrowException)
+            if isinstance(error, KonicError) or not is_of_storage:
                 raise
             raise OutputError(
                 f"{self.address}: {what}: {describe_error(error)}. Check its name and your rights there. What was not "
@@ -228,9 +236,14 @@ def _opened(url: str, address: str) -> tuple[Any, str]:
         raise OutputError(f"{address}: names no folder there. Give one, such as s3://bucket/run.")
     if url.startswith("file://") and urlsplit(url).netloc not in ("", "localhost"):
         raise OutputError(f"{address}: names a folder of another machine. A folder here is file:///folder, or /folder.")
+    scheme, _, options = url.partition("://")[0], *url.partition("?")[1:]
+    if scheme in ("gs", "gcs") and "retry_limit_seconds=" not in options:  # its own limit is a quarter of an hour
+        url += f"{'&' if options else '?'}retry_limit_seconds={_GCS_SECONDS}"
     try:
         files, root = FileSystem.from_uri(url)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+        if scheme in _OF_PYARROW:
+            raise OutputError(f"{address}: is no URL of a folder: {describe_error(error)}.") from safe_cause(error)
         from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
         try:
