@@ -65,7 +65,7 @@ def test_settings_are_changed_from_the_command_line_and_what_follows_is_printed(
     [
         ("algorithm=dapo", "--set 'algorithm=dapo': give config.field=value"),
         ("training_config.algorithm", "give config.field=value"),
-        ("training.algorithm=dapo", "no 'training'. Did you mean 'training_config'?"),
+        ("training.algorithm=dapo", "no settings 'training'. Did you mean 'training_config'?"),
         ("training_config.algoritm=dapo", "--set training_config has no field 'algoritm'. Did you mean 'algorithm'?"),
         ("training_config.algorithm=dappo", "--set training_config.algorithm: it must be"),
         ("training_config.batch_size=many", "--set training_config.batch_size: it must be a whole number"),
