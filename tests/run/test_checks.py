@@ -186,7 +186,7 @@ def test_batches_of_one_response_are_looked_at_together():
     ],
 )
 def test_a_run_in_which_nothing_changes_is_not_said_to_have_changed(config, draw):
-    """Of 40 runs of 60 iterations, at most two are: chance would do that to less than one in a hundred."""
+    """Of 40 runs of 60 iterations, at most two are, by chance."""
     random, fired = np.random.Generator(np.random.Philox(key=0)), 0
     watched = {"objective_fell", "reward_hacking", "stopped_ending"}
     for _ in range(40):

@@ -28,7 +28,7 @@ MIN_SAMPLES = 12
 """Responses, or prompts where several responses to one are as alike, that say something about all of them: three
 iterations of a small batch are too few."""
 BY_CHANCE = 1e-4
-"""How likely chance may make what is reported. A run looks after every iteration, which multiplies it by about ten."""
+"""How likely chance may make what one look reports. A run looks after every iteration."""
 MAX_UNASKED_KL = 10.0
 """Nats per response that a policy pays at most, unless kl_limit, kl_budget or kl_target allow more."""
 MIN_SAMPLE_SIZE = 0.5

@@ -25,9 +25,8 @@ logger = get_logger(__name__)
 
 Stamp = tuple[int, int]
 """Size in bytes and time of the last change in ns: two files of the same name and stamp are taken as equal."""
-
-
 _OF_PYARROW = ("s3", "gs", "gcs", "abfs", "abfss", "file")
+"""Schemes of URLs that pyarrow reads itself."""
 _GCS_SECONDS = 30
 """How long a request to Google Cloud Storage is tried again."""
 
@@ -236,7 +235,7 @@ def _opened(url: str, address: str) -> tuple[Any, str]:
         raise OutputError(f"{address}: names no folder there. Give one, such as s3://bucket/run.")
     if url.startswith("file://") and urlsplit(url).netloc not in ("", "localhost"):
         raise OutputError(f"{address}: names a folder of another machine. A folder here is file:///folder, or /folder.")
-    scheme, _, options = url.partition("://")[0], *url.partition("?")[1:]
+    scheme, options = url.partition("://")[0], url.partition("?")[2]
     if scheme in ("gs", "gcs") and "retry_limit_seconds=" not in options:  # its own limit is a quarter of an hour
         url += f"{'&' if options else '?'}retry_limit_seconds={_GCS_SECONDS}"
     try:
