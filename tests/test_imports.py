@@ -45,7 +45,7 @@ INSIDE = {
         "vllm_client", "vllm_guard", "vllm_server", "vllm_weights", "vllm_sampler", "serving",
         "rollout", "rows", "evaluation",
     ],
-    "learning": ["advantages", "losses", "schedule", "kl_controller", "estimators", "update", "learner"],
+    "learning": ["advantages", "losses", "schedule", "kl_controller", "estimators", "gradients", "update", "learner"],
     "reward_models": ["texts", "classifier", "feedback", "saving", "training"],
     "callbacks": [
         "hooks", "trackers", "mlflow", "tensorboard", "trackio", "wandb", "live", "display", "console",
@@ -55,7 +55,7 @@ INSIDE = {
     "konic_0_1": ["callback", "reward", "dataset", "environment", "module", "backends"],
     "run": [
         "environment", "card", "state", "checkpoint", "resume", "processes", "checks", "served", "measures", "tables",
-        "folder", "remote", "saving", "preflight",
+        "folder", "remote", "place", "saving", "preflight",
         "session",
     ],
 }  # fmt: skip

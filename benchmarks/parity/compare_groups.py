@@ -13,6 +13,7 @@ from konic.finetuning.learning.advantages import (
     parts_normalised,
     token_rewards,
 )
+from konic.finetuning.learning.gradients import loss_weights
 from konic.finetuning.learning.losses import (
     POLICY_LOSSES,
     clipped_policy_loss,
@@ -22,7 +23,6 @@ from konic.finetuning.learning.losses import (
     level_log_ratios,
     log_ratio,
 )
-from konic.finetuning.learning.update import loss_weights
 from konic.finetuning.models.adapters import switch_off_dropout
 from models import Batch, gradients_of, load_model, our_scores, true_distributions, true_log_probs
 from report import FP32, FP64, Line, count, largest, relative, unequal, worst_weight

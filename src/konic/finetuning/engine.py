@@ -347,8 +347,8 @@ class KonicFinetuningEngine:
 
     def _current_session(self) -> Session:
         """The session, with the attributes of the engine as they are set now."""
-        self._session.device, self._session.checkpoint_dir = self.device, self.checkpoint_dir
-        self._session.job_file = self.job_file
+        self._session.place.checkpoint_dir = self.checkpoint_dir
+        self._session.device, self._session.job_file = self.device, self.job_file
         if self._ray is not None:
             self._session.adopt(self._ray.checkpoint)
         return self._session

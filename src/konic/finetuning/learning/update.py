@@ -1,7 +1,4 @@
-"""Rollout + Advantages -> UpdateStats: trains the policy in epochs, minibatches and micro-batches.
-
-Shapes: B sequences, R response tokens.
-"""
+"""Rollout + Advantages -> UpdateStats: trains the policy in epochs of minibatches, one optimizer step each."""
 
 import math
 from collections.abc import Iterator
@@ -10,27 +7,15 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from konic.finetuning.algorithms import Average
 from konic.finetuning.config import TrainingConfig
 from konic.finetuning.errors import NotFiniteError, TrainingError
 from konic.finetuning.learning.estimators import Advantages
-from konic.finetuning.learning.losses import (
-    POLICY_LOSSES,
-    clipped_tokens,
-    explained_variance,
-    k3,
-    level_log_ratios,
-    log_ratio,
-    moves_outward,
-    value_loss,
-)
+from konic.finetuning.learning.gradients import StepGradients, StepStats
+from konic.finetuning.learning.losses import explained_variance
 from konic.finetuning.learning.schedule import Schedule, learning_rate_at
-from konic.finetuning.models.length_groups import group_by_length
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.models.sharding import is_divided, own_part
-from konic.finetuning.models.token_scores import divergences, score_tokens
 from konic.finetuning.rollout.rollout import Rollout
 from konic.finetuning.system.world import ALONE, World
 from konic.output import get_logger
@@ -56,23 +41,6 @@ class UpdateStats:
     kl_loss: float
     num_steps: int
     num_nonfinite: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _StepStats:
-    """Statistics of one optimizer step: means over its tokens."""
-
-    policy_loss: float
-    value_loss: float
-    entropy_loss: float
-    kl_loss: float
-    clip_fraction: float
-    approx_kl: float
-    sampler_gap: float
-    largest_log_ratio: float
-    """Largest absolute log-ratio of the step's tokens."""
-    grad_norm: float = 0.0
-    """Gradient norm before clipping."""
 
 
 MAX_SAMPLER_GAP = 1e-3
@@ -109,18 +77,19 @@ def update(
             logs a warning instead.
         TrainingError: The policy is not the one that sampled. No step is taken.
     """
-    steps: list[_StepStats] = []
+    steps: list[StepStats] = []
     first_log_ratio = sampler_gap = rate = 0.0
     num_nonfinite = 0
     train_policy = schedule.train_policy and (advantages.has_signal or config.entropy_coef > 0)
     learns = train_policy or advantages.value_loss_weight > 0
+    gradients = StepGradients(policy, rollout, advantages, config, train_policy, world)
     with policy.saving_memory(), policy.fast_products(), _gradients_dropped_after(optimizer):
         for index, rows in enumerate(_minibatches(len(rollout.batch), config, schedule.first_step)):
             num_tokens = int(advantages.mask[rows].sum())
             if num_tokens == 0 or not learns:
                 continue  # no sample of this minibatch has a score, or the scores teach nothing: there is no gradient
             try:
-                step = _accumulate(policy, rollout, advantages, rows, num_tokens, config, train_policy, world)
+                step = gradients.accumulate(rows, num_tokens)
                 if not steps:
                     first_log_ratio, sampler_gap = step.largest_log_ratio, step.sampler_gap
                     _require_same_policy(step, rollout, config)
@@ -153,9 +122,9 @@ def update(
     )
 
 
-def _mean_over_steps(steps: list[_StepStats]) -> dict[str, float]:
+def _mean_over_steps(steps: list[StepStats]) -> dict[str, float]:
     """Return the means that become metrics, by name; 0 if no step was taken."""
-    names = [field.name for field in fields(_StepStats) if field.name not in ("sampler_gap", "largest_log_ratio")]
+    names = [field.name for field in fields(StepStats) if field.name not in ("sampler_gap", "largest_log_ratio")]
     return {name: sum(getattr(step, name) for step in steps) / len(steps) if steps else 0.0 for name in names}
 
 
@@ -178,141 +147,7 @@ def _minibatches(num_rows: int, config: TrainingConfig, first_step: int) -> Iter
         yield from np.split(generator.permutation(num_rows), config.num_minibatches)
 
 
-def _accumulate(
-    policy: Policy,
-    rollout: Rollout,
-    advantages: Advantages,
-    rows: np.ndarray,
-    num_tokens: int,
-    config: TrainingConfig,
-    train_policy: bool,
-    world: World,
-) -> _StepStats:
-    """Accumulate the gradients of one optimizer step over all processes; return the means over its tokens."""
-    of_step = torch.from_numpy(rows).to(rollout.ids.device)
-    num_responses, own = int(advantages.mask[of_step].any(dim=1).sum()), rollout.states.own(of_step)
-    sums: dict[str, float] = {}
-    largest, problem = 0.0, None
-    try:
-        with policy.sharding.passes():
-            sums, largest = _accumulate_own(
-                policy, rollout, advantages, own, num_tokens, num_responses, config, train_policy
-            )
-    except NotFiniteError as error:
-        problem = error
-    parameters = [*policy.trainable().values()]
-    learned = [parameter.grad is not None for parameter in parameters]
-    lines = problem and [*problem.args]
-    told = world.gather({"sums": sums, "largest": largest, "learned": learned, "problem": lines})
-    for part in told:
-        if part["problem"]:
-            raise problem or NotFiniteError(*part["problem"])
-    for parameter, *learned_by in zip(parameters, *(part["learned"] for part in told), strict=True):
-        if parameter.grad is None and any(learned_by):
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    world.sum_([gradient for gradient in gradients if not is_divided(gradient)])  # the backward pass adds the others
-    names = dict.fromkeys(name for part in told for name in part["sums"])
-    means = {name: sum(part["sums"].get(name, 0.0) for part in told) / num_tokens for name in names}
-    return _StepStats(**means, largest_log_ratio=max(part["largest"] for part in told))
-
-
-def _accumulate_own(
-    policy: Policy,
-    rollout: Rollout,
-    advantages: Advantages,
-    rows: Tensor,
-    num_tokens: int,
-    num_responses: int,
-    config: TrainingConfig,
-    train_policy: bool,
-) -> tuple[dict[str, float], float]:
-    """Accumulate the gradients of those responses of an optimizer step that this process sampled.
-
-    Returns the sums over their tokens by name, and their largest absolute log-ratio.
-    """
-    row, clip_ratios, model = config.algorithm_row, config.clip_ratios, policy.language_model
-    totals: dict[str, float] = {}
-    largest, problem = 0.0, None
-    prompt_mask, response_mask = rollout.batch.mask[rows], rollout.response_mask[rows]
-    states, places = rollout.states, rollout.states.places[rows]
-    groups = group_by_length(prompt_mask, response_mask, config.micro_batch_size) if len(rows) else []
-    for group in policy.sharding.padded([group for group in groups if advantages.mask[rows[group]].any()]):
-        if group is None:
-            with torch.set_grad_enabled(train_policy):
-                nothing = model.empty_pass()
-            if train_policy:
-                torch.autograd.backward(nothing)
-            continue
-        chosen = rows[group]
-        mask = advantages.mask[chosen]
-        weights = loss_weights(row.average, mask, num_tokens, num_responses)
-        num_response_tokens = mask.shape[1]
-        with torch.set_grad_enabled(train_policy):
-            hidden = model.response_hidden(rollout.ids[chosen], rollout.mask[chosen], num_response_tokens)
-            scored = score_tokens(
-                model, hidden, rollout.samples.response_ids[chosen], mask, rollout.temperature,
-                needs_entropy=config.entropy_coef > 0,
-                reference=(policy.reference_logits, states.ref_hidden[places[group]])
-                if advantages.kl_loss_weight else None,
-            )  # fmt: skip
-            token_ratios = log_ratio(scored.log_probs, rollout.log_probs[chosen], mask)
-            ratios = level_log_ratios(token_ratios, mask, row.ratio_level)
-            policy_loss, signal = POLICY_LOSSES[row.policy_loss], advantages.advantages[chosen]
-            beyond = torch.zeros_like(mask)
-            if config.divergence_limit is not None:
-                old_hidden = states.hidden[places[group]]
-                moved = divergences(model, old_hidden, hidden, mask, rollout.temperature, config.divergence)
-                beyond = moves_outward(ratios, signal, moved, config.divergence_limit)
-            policy_losses = policy_loss(ratios, signal, mask & ~beyond, clip_ratios)
-            entropy = rollout.entropy[chosen] * mask if scored.entropy is None else scored.entropy
-            kl = torch.zeros_like(policy_losses) if scored.kl is None else scored.kl
-            losses = weights * (policy_losses - config.entropy_coef * entropy + advantages.kl_loss_weight * kl)
-        value_losses = torch.zeros_like(policy_losses)
-        if advantages.value_loss_weight:
-            values, old_values = policy.value_head(hidden), rollout.values[chosen]
-            value_losses = value_loss(values, old_values, advantages.returns[chosen], mask, config.clip_ratio)
-            losses = losses + advantages.value_loss_weight * value_losses
-        problem = problem or _find_nonfinite(losses, mask, rollout, chosen)
-        if problem is not None and not model.in_step:
-            raise problem
-        torch.autograd.backward(losses.sum() / num_tokens)
-        with torch.no_grad():
-            gaps = torch.where(mask, scored.log_probs - rollout.samples.log_probs[chosen], 0.0).abs()
-            sums = {
-                "policy_loss": weights * policy_losses,
-                "value_loss": value_losses,
-                "entropy_loss": -(weights * entropy),
-                "kl_loss": weights * kl,
-                "clip_fraction": beyond
-                if row.policy_loss == "unclipped"
-                else clipped_tokens(ratios, mask, clip_ratios),
-                "approx_kl": torch.where(mask, k3(-token_ratios), 0.0),
-                "sampler_gap": gaps,
-            }
-            group_sums = torch.stack([tensor.double().sum() for tensor in sums.values()]).tolist()
-            totals = {name: totals.get(name, 0.0) + value for name, value in zip(sums, group_sums, strict=True)}
-            largest = max(largest, token_ratios.abs().max().item())
-    if problem is not None:
-        raise problem
-    return totals, largest
-
-
-def loss_weights(average: Average, mask: Tensor, num_tokens: int, num_responses: int) -> Tensor | float:
-    """Return how much each token [B, R] of a part of an optimizer step counts: 1 on average over the whole step.
-
-    Args:
-        average: "token" gives every token the same weight, "response" every response.
-        mask: [B, R] of this part.
-        num_tokens: Tokens that count in the whole step.
-        num_responses: Responses with such tokens in the whole step.
-    """
-    if average == "token":
-        return 1.0
-    return mask * num_tokens / (mask.sum(dim=1, keepdim=True).clamp(min=1) * num_responses)
-
-
-def _require_same_policy(step: _StepStats, rollout: Rollout, config: TrainingConfig) -> None:
+def _require_same_policy(step: StepStats, rollout: Rollout, config: TrainingConfig) -> None:
     gap, largest = step.sampler_gap, step.largest_log_ratio
     is_corrected = rollout.is_rescored and config.sampler_correction is not None
     agrees = (gap <= MAX_SAMPLER_GAP or is_corrected) and largest <= MAX_FIRST_LOG_RATIO
@@ -327,18 +162,6 @@ def _require_same_policy(step: _StepStats, rollout: Rollout, config: TrainingCon
             "routing. The step was not taken. "
             "To continue anyway, set TrainingConfig(self_checks=False)."
         )
-
-
-def _find_nonfinite(losses: Tensor, mask: Tensor, rollout: Rollout, rows: Tensor) -> NotFiniteError | None:
-    bad = (mask & ~losses.isfinite()).any(dim=1).nonzero()
-    if not len(bad):
-        return None
-    prompt = rollout.batch.prompts[int(rows[int(bad[0])])]
-    return NotFiniteError(
-        f"The loss is not finite for the sample of dataset row {prompt.row}, prompt {prompt.text[:100]!r}. "
-        "The step was not taken. Usual causes: a learning rate that is too high, half precision, or damaged "
-        "weights."
-    )
 
 
 def _learning_rate(schedule: Schedule, index: int, config: TrainingConfig) -> float:

@@ -32,21 +32,15 @@ from konic.finetuning.rollout.sampler import Sampler
 from konic.finetuning.rollout.serving import serving
 from konic.finetuning.run.checkpoint import checkpoints, load_checkpoint, read_record
 from konic.finetuning.run.environment import environment
-from konic.finetuning.run.folder import ReadOnlyFolder, RunFolder
+from konic.finetuning.run.folder import RunFolder
+from konic.finetuning.run.place import RunPlace
 from konic.finetuning.run.preflight import check_settings
 from konic.finetuning.run.processes import require_equal_processes
-from konic.finetuning.run.remote import copy_of, fetched, named_folder, renew_copies
-from konic.finetuning.run.resume import (
-    checkpoint_to_resume,
-    newest_checkpoint,
-    plan_to_follow,
-    require_same_run,
-    same_best,
-)
+from konic.finetuning.run.remote import fetched
+from konic.finetuning.run.resume import plan_to_follow, require_same_run, same_best
 from konic.finetuning.run.saving import NoSaver, Saver, write_card
 from konic.finetuning.run.served import ServedCheck
 from konic.finetuning.run.state import TrainerState
-from konic.finetuning.system.places import is_url
 from konic.finetuning.system.signals import uninterrupted
 from konic.finetuning.system.world import find_world, from_first
 from konic.output import get_logger
@@ -67,7 +61,7 @@ class Session:
         self.weights_are_whole = True
         """False where an error left the weights between two iterations."""
         self.device = "auto"
-        self.checkpoint_dir: str | os.PathLike[str] | None = None
+        self.place = RunPlace(agent.get_base_model(), self.world)
         self.job_file: Path | None = None
         self.served_check: ServedCheck | None = None
         """Checks what a server samples; None where konic samples by itself."""
@@ -75,8 +69,6 @@ class Session:
         self._learner: Learner | None = None
         self._prompts: PromptSet | None = None
         self._prompts_sha256: str | None = None
-        self._folder: RunFolder | None = None
-        self._folder_named: str | os.PathLike[str] | None = None
         self._adopted: str | None = None
 
     @property
@@ -129,8 +121,7 @@ class Session:
     @property
     def folder(self) -> RunFolder:
         """The folder of the run. It exists only after :meth:`opened`."""
-        assert self._folder is not None  # noqa: S101
-        return self._folder
+        return self.place.folder
 
     def settings(self, last_iteration: int) -> dict[str, Any]:
         """Every setting of the run by name, as plain values, for `on_train_begin` and `run.json`."""
@@ -191,7 +182,7 @@ class Session:
         """
         if checkpoint is None or checkpoint == self._adopted:
             return
-        path = Path(fetched(checkpoint, self.checkpoint_dir))
+        path = Path(fetched(checkpoint, self.place.checkpoint_dir))
         if not path.is_dir():
             raise OutputError(
                 f"{checkpoint}: the workers wrote it where this machine does not see it. Name a checkpoint_dir on "
@@ -224,7 +215,7 @@ class Session:
 
         Yields the number of the last iteration to run.
         """
-        with self._prepared(resume) as checkpoint:
+        with self.place.opened(resume, has_begun=self.state.iteration > 0) as checkpoint:
             if checkpoint is not None:
                 self._load(checkpoint, max_iterations, allow_changes)
             last = max_iterations if resume else self.state.iteration + max_iterations
@@ -257,32 +248,6 @@ class Session:
                 yield
             finally:
                 self._served_sampler = self.served_check = None
-
-    @contextlib.contextmanager
-    def _prepared(self, resume: bool | str | os.PathLike[str] | None) -> Iterator[Path | None]:
-        """Within it the folder is locked. Yields the checkpoint to resume from, which the first process chooses."""
-        if self.world.rank > 0:
-            told = from_first(self.world, None)
-            renew_copies(self.world, self.checkpoint_dir, resume)
-            folder, checkpoint = told["folder"], told["checkpoint"]
-            self._folder = ReadOnlyFolder(Path(copy_of(folder)))
-            yield Path(copy_of(checkpoint)) if checkpoint else None
-            return
-        if is_url(resume) and self.checkpoint_dir is None:
-            raise ConfigError(f"train(resume_from_checkpoint={resume!r}) needs checkpoint_dir, the URL of the run.")
-        local = fetched(resume, self.checkpoint_dir)
-        checkpoint = checkpoint_to_resume(local, copy_of(self.checkpoint_dir)) if resume is not True else None
-        self._folder = folder = self._choose_folder(checkpoint, resume is True)
-        with folder.opened():
-            if checkpoint is None and not resume and not self.state.iteration:
-                self._set_earlier_run_aside()
-            folder.require_own_files()
-            if resume is True:
-                checkpoint = self._newest_checkpoint()
-            named = checkpoint and (str(resume) if is_url(resume) else folder.address(checkpoint.absolute()))
-            from_first(self.world, {"folder": folder.address(folder.path.absolute()), "checkpoint": named})
-            renew_copies(self.world, self.checkpoint_dir, resume)
-            yield checkpoint
 
     def saver(
         self, callbacks: Callbacks, last_iteration: int, save_every: int | None, save_total_limit: int | None
@@ -337,35 +302,6 @@ class Session:
         told = from_first(self.world, found and asdict(found))
         return Evaluation(**told) if told else None
 
-    def _choose_folder(self, checkpoint: Path | None, resumes_newest: bool) -> RunFolder:
-        """The folder that was named, or that of the checkpoint, or the one in use, or a new one."""
-        if resumes_newest and self.checkpoint_dir is None:
-            raise ConfigError("train(resume_from_checkpoint=True) needs checkpoint_dir, the run's folder.")
-        folder = self._folder
-        if folder is None or self.checkpoint_dir != self._folder_named:
-            given = _run_folder_of(checkpoint) if checkpoint is not None else None
-            folder = named_folder(self.checkpoint_dir or given, self.agent.get_base_model())
-            self._folder_named = self.checkpoint_dir
-        is_own = checkpoint is not None and _run_folder_of(checkpoint).resolve() == folder.path.resolve()
-        if checkpoint is not None and not is_own and folder.holds_a_run:
-            raise OutputError(f"{folder.path}: holds another run than {checkpoint}. Name another folder.")
-        return folder
-
-    def _newest_checkpoint(self) -> Path | None:
-        """The checkpoint to resume from. None if the run ended before its first one; its files are then set aside."""
-        if not self.folder.holds_no_checkpoint_yet or self.state.iteration:
-            return newest_checkpoint(self.folder.path)
-        logger.warning("%s: the run ended before its first checkpoint. It starts from the beginning.", self.folder.path)
-        self._set_earlier_run_aside()
-        self.folder.go_back_to([])
-        return None
-
-    def _set_earlier_run_aside(self) -> None:
-        """Move the files of an earlier run away, so that nothing is lost, and say where they are."""
-        aside = self.folder.set_earlier_run_aside()
-        if aside is not None:
-            logger.warning("An earlier run was in %s; its files are now in %s.", self.folder.path, aside)
-
     def _load(self, checkpoint: Path, max_iterations: int, allow_changes: bool) -> None:
         """Restore the state of a checkpoint, and remove from the folder what was written after it."""
         record, learner = read_record(checkpoint), self.learner
@@ -398,10 +334,3 @@ class Session:
             return DecodePlan()
         with policy.merged_adapter() if is_measured else contextlib.nullcontext(policy.language_model) as model:
             return choose_plan(model.causal_lm, max(1, num_rows), generation.max_new_tokens, generation.decode_layout)
-
-
-def _run_folder_of(checkpoint: Path) -> Path:
-    """The folder of the run that a checkpoint belongs to; the checkpoint may be reached through a link elsewhere."""
-    behind_link = checkpoint.resolve().parent
-    is_elsewhere = not RunFolder(checkpoint.parent).holds_metrics and RunFolder(behind_link).holds_metrics
-    return behind_link if is_elsewhere else checkpoint.parent
