@@ -32,8 +32,8 @@ from test_engine import metrics
 
 JOB = Path(__file__).with_name("ray_job.py")
 ITERATIONS = 6
-OPEN = os.environ | {"RAY_AUTH_MODE": "disabled"}
-"""Of a cluster of several nodes, and of who joins it."""
+OPEN = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+"""Of a cluster of several nodes, and of who joins it. Its workers have the priority of other programs."""
 
 
 class Watching(KonicFinetuningCallback):
@@ -124,7 +124,7 @@ def job(folder, model, what, iterations=4, address=None):
     )  # fmt: skip
 
 
-def wait_for(condition, explain, seconds=120):
+def wait_for(condition, explain, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, explain()
