@@ -219,6 +219,15 @@ def test_numbers_of_a_dropped_batch_are_looked_at_by_no_check():
     assert list(new_findings([equal, equal, dropped, equal], PPO, GenerationConfig())) == ["constant_reward"]
 
 
+@pytest.mark.parametrize(("earlier", "says"), [(0.0, "the task is solved"), (2.0, "grows in small steps")])
+def test_a_reward_that_is_always_earned_by_now_is_not_called_rare(earlier, says):
+    known = iteration(reward_mean=earlier, reward_min=earlier, reward_max=earlier)
+    unscored = iteration(num_unscored=8, reward_std=0.0, reward_min=math.nan, reward_max=math.nan)
+    equal = iteration(reward_mean=1.0, reward_min=1.0, reward_max=1.0, reward_std=0.0)
+    found = new_findings([unscored, known, equal, equal, equal], PPO, GenerationConfig())
+    assert says in found["constant_reward"]
+
+
 def test_one_token_responses_are_not_called_empty():
     history = [iteration(response_length_mean=1.0, ended_fraction=1.0)] * 3
     assert new_findings(history, PPO, GenerationConfig(max_new_tokens=1)) == {}

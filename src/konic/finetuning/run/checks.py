@@ -123,10 +123,16 @@ def _constant_reward(history: History, config: TrainingConfig, generation: Gener
         return None
     if len({result.reward_min for result in recent}) > 1:
         return None  # each batch has equal rewards, but another reward than the one before
+    said = f"Every response of the last {len(recent)} iterations got the reward {recent[0].reward_mean:g}"
+    scored = [result for result in history if result.num_unscored < result.num_samples]
+    if recent[0].reward_min >= max(r.reward_max for r in scored) > min(r.reward_min for r in scored):
+        return (
+            f"{said}, the highest of the run: there is nothing more to learn from. If the responses in completions/ "
+            "are what you want, the task is solved; if not, the reward is too easy to earn."
+        )
     return (
-        f"Every response of the last {len(recent)} iterations got the reward {recent[0].reward_mean:g}: there is "
-        "nothing to learn from. Look at completions/: is the reward what you meant? A reward that grows in small steps "
-        "teaches sooner than a rare one."
+        f"{said}: there is nothing to learn from. Look at completions/: is the reward what you meant? A reward that "
+        "grows in small steps teaches sooner than a rare one."
     )
 
 
