@@ -164,9 +164,7 @@ def print_comparison(before: Evaluation, after: Evaluation) -> None:
         table.add_row(label, *numbers)
     console.print()
     console.print(table)
-    console.print(
-        f"Gain in mean reward: {gain.mean:+.3f} (95 % interval {gain.low:+.3f} to {gain.high:+.3f}, paired bootstrap)"
-    )
+    console.print(f"Gain in mean reward: {gain.mean:+.3f} ({gain.words(3)}, paired bootstrap)")
     for index in range(min(4, len(before.prompts))):
         pair = Table(box=box.SIMPLE_HEAD, title=Text(f"{printable(before.prompts[index])} …"), title_justify="left")
         for side, heading in ((before, "before"), (after, "after")):

@@ -87,7 +87,7 @@ def test_on_the_held_out_prompts_it_finds_what_the_run_found(model_folders, data
         letters = found["measures"]["letters"][side]["mean"]
         assert letters == pytest.approx(statistics.fmean(table["reward/letters"]))
     gain = found["measures"]["mean reward"]["difference"]
-    assert gain["low"] <= gain["mean"] <= gain["high"]
+    assert (gain["low"], gain["high"]) == (None, None)  # of three prompts
     assert found["measures"]["KL (nats/response)"]["weights"]["mean"] > 0
 
 

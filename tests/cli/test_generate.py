@@ -172,3 +172,20 @@ def test_prompts_that_are_missing_are_one_error(run, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
         done = konic_here("generate", *arguments)
         assert done.returncode in (1, 2) and said in done.stderr, done.stderr
+
+
+def test_a_base_model_is_found_from_another_folder_than_the_runs(model_folders, tmp_path, monkeypatch):
+    from konic.saved.agents import SavedRun
+
+    (tmp_path / "job").mkdir()
+    (tmp_path / "tiny").symlink_to(model_folders["llama"])
+    monkeypatch.chdir(tmp_path / "job")
+    make_engine("../tiny", tmp_path / "run").train(1)
+    monkeypatch.chdir(tmp_path)
+    assert SavedRun.read(tmp_path / "run").agent("base").get_base_model() == str(tmp_path / "job" / "../tiny")
+    done = konic_here("generate", tmp_path / "run", "x", "--weights", "base", "--max-new-tokens", 2)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    for elsewhere in ({**record, "current_folder": "/nowhere"}, {**record, "current_folder": 3}):
+        (tmp_path / "run/run.json").write_text(json.dumps(elsewhere))
+        assert SavedRun.read(tmp_path / "run").base_model == "../tiny"

@@ -44,3 +44,10 @@ def test_no_file_is_overwritten(tmp_path):
     (tmp_path / "file").write_text("")
     blocked = konic_here("init", tmp_path / "file" / "x")
     assert (blocked.returncode, "cannot be written" in blocked.stderr) == (1, True)
+
+
+def test_without_a_folder_it_writes_into_the_current_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = konic_here("init")
+    assert made.returncode == 0, made.stderr
+    assert sorted(os.listdir()) == ["job.py", "job.yaml", "my_rewards.py"]

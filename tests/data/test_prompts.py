@@ -499,7 +499,7 @@ def test_new_prompts_take_the_place_of_a_name_and_a_new_name_that_of_prompts():
     changed = named.with_fields({"prompts": ["a"]})
     assert (changed.source, changed.name) == (DatasetSource.MEMORY, None)
     assert in_memory.with_fields({"name": None}).prompts == ("a",)
-    with pytest.raises(ConfigError, match="not MEMORY"):
+    with pytest.raises(ConfigError, match="are both given"):
         in_memory.with_fields({"prompts": ["a"], "name": "x"})
 
 
@@ -623,7 +623,7 @@ def test_many_bad_rows_are_counted_and_the_first_ten_named():
 def test_empty_prompts_of_a_dataset_are_left_out_and_told_unless_they_are_most(tmp_path, caplog):
     path = write(tmp_path / "a.csv", 'prompt,label\na,1\n"",2\nb,3\n')
     assert [(row.row, row.content) for row in local(path).rows] == [(0, "a"), (2, "b")]
-    assert "1 of 3 prompts are empty and left out: rows 1." in caplog.text
+    assert "empty prompts are left out, 1 of 3: rows 1." in caplog.text
     rows = ["a", "b", None, "", {"prompt": []}, *"cdefg"]
     assert contents(memory(rows, shuffle=False).rows) == [*"abcdefg"]
     assert "rows 2, 3, 4." in caplog.text
@@ -812,10 +812,30 @@ def test_a_template_makes_text_of_a_rows_columns_and_leaves_them_to_the_rewards(
     assert rows[1].columns == {"title": "Down", "text": "dull"}
 
 
-@pytest.mark.parametrize("template", ["no columns", "{}", "{text.__class__}", "{0}", "{text", "{a b}", "{text:>10000}"])
+@pytest.mark.parametrize(
+    "template", ["no columns", "{}", "{text.__class__}", "{0}", "{text", "{a b }", '{"a": "{text}"}', "{text:>10000}"]
+)
 def test_a_template_must_name_columns(template):
     with pytest.raises(ConfigError, match="prompt_template="):
         DatasetConfig(prompts=["x"], prompt_template=template)
+
+
+def test_a_template_may_name_columns_whose_names_have_spaces():
+    config = DatasetConfig(prompts=[{"Prompt Text": "fine", "a-b": "x"}], prompt_template="{Prompt Text} {a-b} {{}}")
+    assert load_prompts(config).rows[0].content == "fine x {}"
+
+
+@pytest.mark.parametrize("chats", [False, True])
+def test_held_out_prompts_that_are_also_trained_on_are_told(caplog, chats):
+    def prompts(*texts):
+        return [[{"role": "user", "content": text}] for text in texts] if chats else list(texts)
+
+    load_prompts(DatasetConfig(prompts=prompts("a", "b", "a", "c", "a"), held_out=2, shuffle=False))
+    assert "held-out prompts that are also trained on, 1 of 2: rows 4. A gain on them" in caplog.text
+    caplog.clear()
+    load_prompts(DatasetConfig(prompts=prompts("a", "b", "a", "c"), held_out=1, shuffle=False))
+    load_prompts(DatasetConfig(prompts=prompts("a", "a", "a")))
+    assert not caplog.text
 
 
 def test_a_template_and_a_system_prompt_exclude_each_other():
@@ -831,7 +851,7 @@ def test_a_template_and_a_system_prompt_exclude_each_other():
         ({}, DatasetSource.BUNDLED),
         ({"source": "bundled", "name": "x"}, "goes with source=HUGGINGFACE or LOCAL"),
         ({"source": "huggingface"}, "needs name="),
-        ({"prompts": ["a"], "name": "x"}, "goes with source=HUGGINGFACE or LOCAL, not MEMORY"),
+        ({"prompts": ["a"], "name": "x"}, r"are both given: give one of them"),
         ({"prompts": ["a"], "streaming": True}, "streaming goes with source=HUGGINGFACE"),
         ({"prompts": ["a"], "subset": "s"}, "subset goes with source=HUGGINGFACE"),
         ({"prompts": ["a"], "split": "test"}, "split='test' goes with"),

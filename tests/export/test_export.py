@@ -130,10 +130,21 @@ def test_the_card_shows_before_and_after_and_no_path_of_this_machine(trained, mo
         until = len(rows) if weights == "final" else 1
         assert f"| reward | {rows[0]['reward_mean']:.4f} | {rows[until - 1]['reward_mean']:.4f} |" in card
         assert f"for {until} iterations" in card
+        assert "iterations_done" not in card
         assert str(tmp_path.parent) not in card and str(Path(model_folders["llama"]).parent) not in card
     assert without_paths({"a": ["/home/me/x.csv", "~me/y", "C:\\me\\z", "~/q"], "b": "org/name", "c": "{a}/b"}) == {
         "a": ["x.csv", "y", "z", "q"], "b": "org/name", "c": "{a}/b",
     }  # fmt: skip
+
+
+def test_the_card_shows_the_last_part_of_a_relative_base_alone(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    record = json.loads((run / "run.json").read_text())
+    record["settings"]["model_name"] = "../some/tiny"
+    (run / "run.json").write_text(json.dumps(record))
+    export(run, tmp_path / "out", "--format", "adapter")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# tiny, finetuned" in card and "../some" not in card
 
 
 def test_a_dtype_of_ones_own(trained, tmp_path):

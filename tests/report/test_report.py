@@ -101,10 +101,10 @@ def page_of(*folders, output):
 
 def test_the_outcome_is_that_of_the_held_out_prompts(tmp_path):
     run = make_run(tmp_path / "run")
-    evaluation(run, 0, [0.0, 0.0, 1.0, 1.0], kind=[0.0, 0.0, 1.0, 1.0])
-    evaluation(run, 3, [1.0, 1.0, 2.0, 2.0], kl=2.5, kind=[1.0, 1.0, 2.0, 2.0])
+    evaluation(run, 0, [0.0, 0.0, 0.5, 1.0, 1.0], kind=[0.0, 0.0, 0.5, 1.0, 1.0])
+    evaluation(run, 3, [1.0, 1.0, 1.5, 2.0, 2.0], kl=2.5, kind=[1.0, 1.0, 1.5, 2.0, 2.0])
     _, page = page_of(run, output=tmp_path / "report.html")
-    said = "On 4 held-out prompts, the mean reward rose from 0.500 to 1.500: +1.000 (95 % interval +1.000 to +1.000)"
+    said = "On 5 held-out prompts, the mean reward rose from 0.500 to 1.500: +1.000 (95 % interval +1.000 to +1.000)"
     assert f"{said}, for a KL of 2.50 nats per response." in page.text
     assert "konic train job.py" in page.text
     assert "2.13.0" in page.text
@@ -114,7 +114,13 @@ def test_the_outcome_is_that_of_the_held_out_prompts(tmp_path):
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        ([1.0, 1.0, 1.0], [0.0, 0.0, 0.0], "fell from 1.000 to 0.000"),
+        ([1.0] * 5, [0.0] * 5, "fell from 1.000 to 0.000"),
+        (
+            [0.0],
+            [1.0],
+            "On 1 held-out prompt, the mean reward went from 0.000 to 1.000, which may be chance",
+        ),
+        ([0.0] * 4, [1.0] * 4, "+1.000 (fewer than 5 prompts: too few for an interval)"),
         ([0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 1.0, 0.2], "which may be chance"),
         ([None, None], [None, None], "no reward to compare"),
     ],
@@ -167,12 +173,12 @@ def test_a_reward_that_did_not_move_is_said_once(tmp_path, rewards, said):
 def test_a_rise_is_questioned_where_length_words_or_one_reward_explain_it(tmp_path):
     run = make_run(tmp_path / "run", settings={"reward_weights": {"kind": 2.0, "short": 1.0}},
                    reward_breakdown={"kind": 0.0, "short": 0.0})  # fmt: skip
-    evaluation(run, 0, [0.0] * 4, length=10, kind=[0.0] * 4, short=[0.5] * 4)
-    evaluation(run, 3, [1.0] * 4, ["yes yes yes yes yes"] * 4, length=20, kind=[0.5] * 4, short=[0.5] * 4)
+    evaluation(run, 0, [0.0] * 5, length=10, kind=[0.0] * 5, short=[0.5] * 5)
+    evaluation(run, 3, [1.0] * 5, ["yes yes yes yes yes"] * 5, length=20, kind=[0.5] * 5, short=[0.5] * 5)
     found = suspicions(Run.read(run), outcome(Run.read(run)))
     assert len(found) == 3
     assert "from 10 to 20 tokens" in found[0]
-    assert "6% of their pairs of words" in found[1]  # one of sixteen
+    assert "5% of their pairs of words" in found[1]  # one of twenty
     assert "100% came from kind" in found[2]
 
 

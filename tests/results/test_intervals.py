@@ -4,12 +4,21 @@ import math
 import statistics
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from konic.finetuning.results import intervals
-from konic.finetuning.results.intervals import bootstrap, distinct_n, mean, paired_bootstrap, spread
+from konic.finetuning.results.intervals import (
+    FEWEST_PAIRS,
+    _student_t,
+    bootstrap,
+    distinct_n,
+    mean,
+    paired_bootstrap,
+    spread,
+)
 
 
 def test_the_mean_is_exactly_rounded_and_nan_of_none():
@@ -42,21 +51,50 @@ def all_resamples(gains):
 def test_the_interval_is_that_of_all_possible_resamples():
     gains = [0.0, 1.0, 2.0, 4.0, 8.0, 16.0]
     means = all_resamples(gains)
+    wider = 2.5706 / 1.96 * math.sqrt(6 / 5)  # Student's t of 5 degrees of freedom
     interval = paired_bootstrap([5.0] * 6, [5 + gain for gain in gains], resamples=40_000)
     assert interval.mean == pytest.approx(31 / 6)
     for got, share in ((interval.low, 0.025), (interval.high, 0.975)):
         below, above = (means[round(at * len(means))] for at in (share - 0.005, share + 0.005))
-        assert below <= got <= above
+        assert below <= interval.mean + (got - interval.mean) / wider <= above
+
+
+def test_the_interval_of_few_pairs_covers_the_mean_as_often_as_it_says():
+    """Of 1,000 samples from a normal distribution; the plain percentiles cover it in 86 % for 5 and 88 % for 8."""
+    generator = np.random.default_rng(0)
+    for count in (5, 8, 16):
+        intervals = (paired_bootstrap([0.0] * count, generator.normal(size=count), resamples=500) for _ in range(1000))
+        assert 0.93 < statistics.fmean(each.low <= 0 <= each.high for each in intervals) < 0.97
+
+
+def test_fewer_than_five_pairs_have_no_interval():
+    for count in range(1, FEWEST_PAIRS):
+        interval = paired_bootstrap([0.0] * count, [1.0] * count)
+        assert interval.mean == 1
+        assert not interval.is_known and not interval.leaves_out_zero
+        assert interval.words(3) == "fewer than 5 prompts: too few for an interval"
+    interval = paired_bootstrap([0.0] * FEWEST_PAIRS, [1.0] * FEWEST_PAIRS)
+    assert interval.is_known and interval.leaves_out_zero
+    assert interval.words(2) == "95 % interval +1.00 to +1.00"
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(4, 2.77645), (5, 2.57058), (9, 2.26216), (29, 2.04523), (10**6, 1.95997)]
+)
+def test_students_t_is_that_of_the_tables(freedom, quantile):
+    assert _student_t(freedom) == pytest.approx(quantile, rel=3e-3)
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=1, max_size=20), st.integers(0, 1000))
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=5, max_size=20), st.integers(0, 1000))
 def test_the_interval_lies_within_the_gains_and_its_mean_is_theirs(pairs, seed):
     before, after = zip(*pairs, strict=True)
     gains = [b - a for a, b in pairs]
     interval = paired_bootstrap(before, after, seed=seed, resamples=500)
     assert interval.mean == pytest.approx(math.fsum(gains) / len(gains), abs=1e-12)
-    assert min(gains) - 1e-12 <= interval.low <= interval.high <= max(gains) + 1e-12
+    middle, wider = interval.mean, 1.6  # 2.776 / 1.96 · √(5/4) = 1.58 for five pairs
+    assert middle - wider * (middle - min(gains)) - 1e-9 <= interval.low <= middle + 1e-9
+    assert middle - 1e-9 <= interval.high <= middle + wider * (max(gains) - middle) + 1e-9
 
 
 def test_the_interval_covers_the_mean():
@@ -105,7 +143,7 @@ def test_distinct_n_counts_pairs_of_words_by_default():
 
 def test_pairs_without_a_value_are_left_out():
     nan = math.nan
-    interval = paired_bootstrap([0.0, nan, 1.0, 5.0], [1.0, 3.0, 2.0, nan])
+    interval = paired_bootstrap([0.0, nan, 1.0, 5.0, 1.0, 1.0, 1.0], [1.0, 3.0, 2.0, nan, 2.0, 2.0, 2.0])
     assert (interval.mean, interval.low, interval.high) == (1.0, 1.0, 1.0)
     assert math.isnan(paired_bootstrap([nan], [1.0]).mean)
     with pytest.raises(ValueError, match="shorter"):
@@ -151,6 +189,6 @@ def test_many_values_are_drawn_in_parts_with_the_same_interval(monkeypatch):
 
 
 def test_the_interval_of_values_is_that_of_their_gains_over_nothing():
-    values = [1.0, 4.0, math.nan, 2.0]
-    assert bootstrap(values) == paired_bootstrap([0.0] * 4, values)
-    assert bootstrap(values).mean == pytest.approx(7 / 3)
+    values = [1.0, 4.0, math.nan, 2.0, 2.0, 2.0]
+    assert bootstrap(values) == paired_bootstrap([0.0] * 6, values)
+    assert bootstrap(values).mean == pytest.approx(11 / 5)

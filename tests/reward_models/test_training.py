@@ -913,6 +913,13 @@ def test_the_commands_mistakes_are_one_message_and_nothing_is_written(konic, bas
     assert not (tmp_path / "judge").exists()
 
 
+def test_without_an_output_it_speaks_of_the_data(konic, bases, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = konic("train", "nowhere.jsonl", "--base", bases["bert"], "--device", "cpu")
+    assert code == 1
+    assert "nowhere.jsonl" in err and "Traceback" not in err
+
+
 def test_the_commands_help_shows_an_example(konic):
     code, out, _ = konic("train", "--help")
     assert code == 0

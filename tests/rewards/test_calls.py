@@ -5,8 +5,10 @@ import inspect
 import math
 import pickle
 import signal
+import statistics
 import threading
 import time
+import urllib.request
 from fractions import Fraction
 
 import numpy as np
@@ -747,6 +749,20 @@ def test_a_faults_traceback_tells_what_led_to_it(function, told):
     assert told[3] in fault.traceback
     assert function.__name__ in fault.traceback
     assert not any(file in fault.traceback for file in (reward_calls.__file__, asyncio.__path__[0]))
+
+
+def test_a_faults_traceback_leaves_out_what_libraries_do_inside():
+    def asks(prompt, response):
+        return urllib.request.urlopen("http://127.0.0.1:9/")  # nothing listens there
+
+    told = outcomes_of(asks)[0].traceback
+    assert "in asks" in told and "Connection refused" in told.splitlines()[-1]
+    assert urllib.request.__file__ not in told and "During handling" not in told
+    assert len(told.splitlines()) <= 5
+
+    names = {}
+    exec(compile("def of_a_library(prompt, response): raise KeyError(prompt)", statistics.__file__, "exec"), names)
+    assert "in of_a_library" in outcomes_of(names["of_a_library"])[0].traceback
 
 
 def ping(depth):

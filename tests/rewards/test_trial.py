@@ -656,7 +656,7 @@ def test_rows_with_an_empty_prompt_are_left_out_with_their_responses(tmp_path, c
     rows = [{"prompt": text, "response": f"to {text}"} for text in ("a", " ", "b")]
     samples = read_responses(str(written(tmp_path, rows)))
     assert [(sample.prompt, sample.response) for sample in samples] == [("a", "to a"), ("b", "to b")]
-    assert "1 of 3 prompts are empty and left out: rows 1." in caplog.text
+    assert "empty prompts are left out, 1 of 3: rows 1." in caplog.text
 
 
 def test_a_file_that_is_not_there_or_is_no_data_is_told(tmp_path):

@@ -219,6 +219,12 @@ def test_numbers_of_a_dropped_batch_are_looked_at_by_no_check():
     assert list(new_findings([equal, equal, dropped, equal], PPO, GenerationConfig())) == ["constant_reward"]
 
 
+def test_rewards_that_fail_are_not_said_to_abstain():
+    failed = iteration(num_unscored=8, num_reward_errors=8, reward_std=0.0)
+    found = new_findings([*HEALTHY, failed, failed, failed], PPO, GenerationConfig())["no_rewards"]
+    assert "No response of the last 3 iterations has a score: 24 calls of rewards failed" in found
+
+
 @pytest.mark.parametrize(("earlier", "says"), [(0.0, "the task is solved"), (2.0, "grows in small steps")])
 def test_a_reward_that_is_always_earned_by_now_is_not_called_rare(earlier, says):
     known = iteration(reward_mean=earlier, reward_min=earlier, reward_max=earlier)

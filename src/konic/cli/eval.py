@@ -1,6 +1,7 @@
 """`konic eval RUN`: weights of a run compared with its base model, or with others of its weights, on prompts."""
 
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -130,6 +131,8 @@ def show(comparison: "Comparison") -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from konic.finetuning.results.intervals import FEWEST_PAIRS
+
     console = Console(highlight=False, width=None if is_terminal(sys.stdout) else 100)
     count = f", {comparison.num_samples} responses to each" if comparison.num_samples > 1 else ""
     title = f"{comparison.weights[0]} against {comparison.against[0]} on {comparison.num_prompts} prompts{count}"
@@ -138,15 +141,26 @@ def show(comparison: "Comparison") -> None:
     for heading in (comparison.against[0], comparison.weights[0], "difference"):
         table.add_column(heading, justify="right")
     for measure in comparison.measures():
-        cells = _cell(measure.against), _cell(measure.weights), _cell(measure.difference, "+")
+        digits = _digits(measure.difference)
+        sides = _cell(measure.against, digits), _cell(measure.weights, digits)
+        cells = *sides, _cell(measure.difference, digits, "+")
         style = "bold" if measure.name == "mean reward" else None
         table.add_row(Text(printable(measure.name)), *cells, style=style)
     console.print(table)
     console.print("In brackets: 95 % intervals, by the bootstrap over prompts; of the difference, over pairs.")
+    if comparison.num_prompts < FEWEST_PAIRS:
+        console.print(f"Fewer than {FEWEST_PAIRS} prompts are too few for intervals.")
 
 
-def _cell(interval: "Interval", sign: str = "") -> str:
-    if interval.mean != interval.mean:
+def _digits(difference: "Interval") -> int:
+    """The decimals of a row: two, or as many more as show on which side of 0 each end of the difference is."""
+    ends = [end for end in (difference.low, difference.high) if abs(end) > 1e-9]
+    return next((digits for digits in range(2, 6) if all(round(end, digits) for end in ends)), 6)
+
+
+def _cell(interval: "Interval", digits: int, sign: str = "") -> str:
+    if math.isnan(interval.mean):
         return "–"
-    has_interval = interval.low == interval.low
-    return f"{interval.mean:{sign}.3f}" + (f" [{interval.low:.2f}, {interval.high:.2f}]" if has_interval else "")
+    low, high = (round(end, digits) + 0.0 for end in (interval.low, interval.high))  # never "-0.00"
+    ends = f" [{low:.{digits}f}, {high:.{digits}f}]" if interval.is_known else ""
+    return f"{interval.mean:{sign}.{max(3, digits)}f}{ends}"

@@ -5,18 +5,18 @@ from pathlib import Path
 import typer
 
 
-def read_name(value: str) -> str:
-    """Return the text given.
+def read_name(value: str | Path) -> str:
+    """Return the text given. The default value of an option also comes here, and may be a path.
 
     Raises:
         typer.BadParameter: It is empty; the message names the option.
     """
-    if not value.strip():
+    if not str(value).strip():
         raise typer.BadParameter("it is empty. The current folder is .")
-    return value
+    return str(value)
 
 
-def read_path(value: str) -> Path:
+def read_path(value: str | Path) -> Path:
     """Return the path given, which may not be empty."""
     return Path(read_name(value))
 

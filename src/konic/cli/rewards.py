@@ -107,7 +107,7 @@ def show(trial: "ComposerTrial") -> None:
         reward.name: [
             f"{reward.milliseconds:.2f}",
             str(failed[reward.name]),
-            "yes" if reward.is_deterministic else "NO",
+            "–" if failed[reward.name] == trial.num_responses else "yes" if reward.is_deterministic else "NO",
         ]
         for reward in trial.rewards
     }

@@ -26,7 +26,10 @@ def set_settings(agent: KonicFinetuningAgent, assignments: Sequence[str]) -> tup
         config, dot, field = target.strip().partition(".")
         if not (equals and dot and field):
             shown = f"{target}=***" if equals and "token" in target else assignment
-            raise ConfigError(f"--set {shown!r}: give config.field=value, such as training_config.algorithm=dapo.")
+            raise ConfigError(
+                f"--set {shown!r}: give config.field=value, such as training_config.algorithm=dapo. "
+                "The model and the rewards are changed in the file."
+            )
         changes.setdefault(config, {})[field] = _parse(value.strip())
     try:
         changed = agent.with_settings(changes)

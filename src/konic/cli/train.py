@@ -165,5 +165,7 @@ def train(
             save_total_limit=options.save_total_limit,
             allow_changes=allow_changes,
         )
+    if options.max_iterations == 0:
+        write_line("--max-iterations 0: nothing is trained.", sys.stderr)
     if result.stopped_because == INTERRUPTED:
         raise typer.Exit(130)  # as a shell says that Ctrl-C ended a command

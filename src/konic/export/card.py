@@ -9,6 +9,7 @@ from konic.export.private import own_places, without_paths, without_places
 from konic.export.saved import SavedModel, is_hub_id
 from konic.finetuning.models.locations import PACKAGED_MODELS
 from konic.finetuning.run.card import model_card
+from konic.finetuning.system.places import looks_like_path
 from konic.text import escape_markdown, redact_all
 
 
@@ -21,6 +22,8 @@ def export_card(saved: SavedModel, is_adapter: bool, file: str | None = None) ->
         file: The GGUF file, if that is the export.
     """
     settings = without_places(without_paths(redact_all(saved.settings)), own_places(saved))
+    if looks_like_path(str(settings.get("model_name"))):
+        settings["model_name"] = Path(str(settings["model_name"])).name
     result = replace(saved.result(), model_name=str(settings.get("model_name")))
     base = saved.base if saved.is_adapter else str(saved.settings.get("model_name"))
     is_public = is_hub_id(base) and (saved.is_adapter or "/" in base)

@@ -11,11 +11,21 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+_OTHER_NAMES = {
+    "base_model": "model_name", "model": "model_name", "output_dir": "checkpoint_dir", "output": "checkpoint_dir",
+    "save_dir": "checkpoint_dir", "callbacks": "callback", "num_iterations": "max_iterations",
+    "max_steps": "max_iterations", "num_train_epochs": "max_iterations", "save_steps": "save_every",
+    "resume": "resume_from_checkpoint",
+}  # fmt: skip
+"""What other libraries, or konic in another place, call an argument."""
+
+
 def refuse_unknown(names: Iterable[str], where: str, known: Sequence[str]) -> None:
     """Raise ConfigError for a name that is no argument."""
     for name in names:
         if name not in known:
-            hint = " Here it is model_name." if name in ("base_model", "model") else did_you_mean(name, known)
+            other = _OTHER_NAMES.get(name)
+            hint = f" Here it is {other}." if other in known else did_you_mean(name, known)
             raise ConfigError(f"{where} has no argument {name!r}.{hint} It has: {', '.join(known)}.")
 
 

@@ -20,8 +20,8 @@ MAX_PENALTY = 1e15
 
 _OTHER_NAMES = MappingProxyType(
     {
-        "lr": "learning_rate", "lr_scheduler_type": "lr_scheduler", "epochs": "ppo_epochs",
-        "num_ppo_epochs": "ppo_epochs", "num_train_epochs": "ppo_epochs", "num_iterations": "ppo_epochs",
+        "lr": "learning_rate", "lr_scheduler_type": "lr_scheduler",
+        "num_ppo_epochs": "ppo_epochs", "num_iterations": "ppo_epochs",
         "per_device_train_batch_size": "batch_size", "num_mini_batches": "num_minibatches",
         "group_size": "num_generations", "beta": "kl_penalty_weight", "kl_coef": "kl_penalty_weight",
         "init_kl_coef": "kl_penalty_weight", "epsilon": "clip_ratio", "cliprange": "clip_ratio",
@@ -42,7 +42,7 @@ _OTHER_NAMES = MappingProxyType(
 """Names of the same settings in TRL, PEFT, datasets and vLLM, or shorter ones that people try first."""
 _ELSEWHERE = {
     "engine.train({}=...)": "max_iterations save_every save_total_limit resume_from_checkpoint allow_changes",
-    "engine.train(max_iterations=...)": "max_steps iterations num_steps",
+    "engine.train(max_iterations=...)": "max_steps iterations num_steps epochs num_train_epochs",
     "engine.train(save_every=...)": "save_steps save_strategy",
     "KonicFinetuningEngine.from_agent(agent, checkpoint_dir=...)": "checkpoint_dir output_dir save_dir output",
     "KonicFinetuningEngine.from_agent(agent, device=...)": "device use_cpu no_cuda",

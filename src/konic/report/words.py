@@ -41,13 +41,13 @@ class Outcome:
         change = f"from {self.before:.3f} to {self.after:.3f}"
         if math.isnan(self.before) or math.isnan(self.after):
             return f"There is no reward to compare {self.where}."
-        is_known = self.gain is None or self.gain.low > 0 or self.gain.high < 0
+        is_known = self.gain is None or self.gain.leaves_out_zero
         if f"{self.before:.3f}" == f"{self.after:.3f}" and not (self.gain and is_known):
             return f"{self.where}, the mean reward was {self.after:.3f}{paid}."
         verb = "rose" if self.after > self.before else "fell"
         if self.gain is None:
             return f"{self.where}, the mean reward {verb} {change}{paid}."
-        interval = f"{self.gain.mean:+.3f} (95 % interval {self.gain.low:+.3f} to {self.gain.high:+.3f})"
+        interval = f"{self.gain.mean:+.3f} ({self.gain.words(3)})"
         if is_known:
             return f"{self.where}, the mean reward {verb} {change}: {interval}{paid}."
         return f"{self.where}, the mean reward went {change}, which may be chance: {interval}{paid}."
@@ -59,7 +59,7 @@ def outcome(run: Run) -> Outcome:
         before, after = run.evaluations.values()
         if before.prompts == after.prompts:
             return Outcome(
-                where=f"On {len(before.prompts)} held-out prompts",
+                where=f"On {len(before.prompts)} held-out prompt{'s' * (len(before.prompts) != 1)}",
                 before=before.reward_mean,
                 after=after.reward_mean,
                 gain=paired_bootstrap(before.rewards, after.rewards),

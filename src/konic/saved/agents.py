@@ -71,11 +71,19 @@ class SavedRun:
         """
         return self.run.find_weights(weights, BASE)
 
+    @property
+    def base_model(self) -> str:
+        """The model that the run started from; a relative path is one in the folder where the run was started."""
+        name = str(self.run.settings["model_name"])
+        started_in = self.run.record.get("current_folder")
+        there = Path(started_in, name) if isinstance(started_in, str) else Path(name)
+        return str(there) if there.exists() else name
+
     def agent(self, name: str) -> KonicFinetuningAgent:
         """Return an agent for weights of the run, by a name that :meth:`name_of` returned."""
-        settings, kwargs = self.run.settings, recorded(self.run, "model_kwargs")
+        kwargs = recorded(self.run, "model_kwargs")
         is_base = name == BASE
-        model = str(settings["model_name"]) if is_base else str(self.run.path / name)
+        model = self.base_model if is_base else str(self.run.path / name)
         own = {key: value for key, value in kwargs.items() if key in _SAFE_MODEL_KWARGS}
         revision = {"revision": kwargs["revision"]} if is_base and kwargs.get("revision") else {}
         return KonicFinetuningAgent(

@@ -27,6 +27,8 @@ class CompositeCallback(BaseKonicFinetuningCallback):
     """
 
     def __init__(self, callbacks: Sequence[BaseKonicFinetuningCallback]) -> None:
+        if isinstance(callbacks, str):
+            raise ConfigError(f"callback={callbacks!r} is not a BaseKonicFinetuningCallback, but text.")
         for callback in callbacks:
             if not isinstance(callback, BaseKonicFinetuningCallback):
                 hint = " Give an instance: add ()." if isinstance(callback, type) else ""

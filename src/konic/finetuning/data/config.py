@@ -139,7 +139,9 @@ class DatasetConfig(Settings):
         if source in (DatasetSource.LOCAL, DatasetSource.HUGGINGFACE) and not self.name:
             what = "the path of a file or folder" if source is DatasetSource.LOCAL else "a Hub dataset"
             raise ValueError(f"source={source.name} needs name=, {what}")
-        if source in (DatasetSource.BUNDLED, DatasetSource.MEMORY) and self.name:
+        if source is DatasetSource.MEMORY and self.name:
+            raise ValueError(f"name={self.name!r} and prompts=[...] are both given: give one of them")
+        if source is DatasetSource.BUNDLED and self.name:
             raise ValueError(f"name={self.name!r} goes with source=HUGGINGFACE or LOCAL, not {source.name}")
         if source is DatasetSource.BUNDLED and self.split not in BUNDLED_SPLITS:
             raise ValueError(
@@ -190,9 +192,11 @@ class DatasetConfig(Settings):
             fields = [name for _, name, _, _ in parts if name is not None]
             if any(re.search(r"[0-9]{5}", form) for _, _, form, _ in parts if form):
                 raise ValueError(f"prompt_template={self.prompt_template!r}: a width has at most four digits")
-            if not fields or not all(name.isidentifier() for name in fields):
+            wrong = next((name for name in fields if not re.fullmatch(r"[^\W\d](?:[\w -]*\w)?", name)), None)
+            if not fields or wrong is not None:
+                why = "" if wrong is None else f": {wrong!r} cannot be the name of one. A brace that is text is doubled"
                 raise ValueError(
-                    f"prompt_template={self.prompt_template!r} must name columns in braces, as in '{{text}}'"
+                    f"prompt_template={self.prompt_template!r} must name columns in braces, as in '{{text}}'{why}"
                 )
             for name in ("system_prompt", "chat_template_kwargs"):
                 if getattr(self, name) is not None:

@@ -128,6 +128,7 @@ def load_prompts(config: DatasetConfig) -> PromptSet:
             f"{_where(config)}: held_out={config.held_out}, but at most {available} rows can be held out. "
             "Lower held_out."
         )
+    _warn_of_trained(held_out, prompts, _where(config))
     return PromptSet(
         rows=prompts,
         held_out=held_out,
@@ -136,6 +137,19 @@ def load_prompts(config: DatasetConfig) -> PromptSet:
         weights=_weights(prompts, config) if config.weights_column is not None else None,
         prefers_undecided=config.prefer_undecided,
     )
+
+
+def _warn_of_trained(held_out: Sequence[Prompt], rows: Sequence[Prompt], where: str) -> None:
+    """Warn of held-out prompts that are trained on as well."""
+    trained = {repr(prompt.content) for prompt in rows} if held_out else set()
+    both = [prompt.row for prompt in held_out if repr(prompt.content) in trained]
+    if both:
+        named = ", ".join(map(str, both[:10])) + (f" and {len(both) - 10} more" if len(both) > 10 else "")
+        logger.warning(
+            "%s: held-out prompts that are also trained on, %d of %d: rows %s. A gain on them is not one on unseen "
+            "prompts; remove the duplicates.",
+            where, len(both), len(held_out), named,
+        )  # fmt: skip
 
 
 def _pick(config: DatasetConfig) -> tuple[list[int], Any]:
@@ -232,7 +246,7 @@ def _warn_of_empty(bad: Sequence[tuple[int, str]], count: int, where: str) -> No
     if bad:
         named = ", ".join(str(index) for index, _ in bad[:10])
         more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-        logger.warning("%s: %d of %d prompts are empty and left out: rows %s%s.", where, len(bad), count, named, more)
+        logger.warning("%s: empty prompts are left out, %d of %d: rows %s%s.", where, len(bad), count, named, more)
 
 
 def _is_empty(numbered: tuple[int, Any], config: DatasetConfig, where: str) -> bool:

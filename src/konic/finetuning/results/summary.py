@@ -152,7 +152,7 @@ class FinetuningResult:
         gain = self.held_out_gain
         if gain is not None and self.before is not None and self.after is not None:
             lines.append(f"Held-out Reward: {self.before.reward_mean:.4f} -> {self.after.reward_mean:.4f}")
-            lines.append(f"Held-out Gain: {gain.mean:+.4f} (95 % interval {gain.low:+.4f} to {gain.high:+.4f})")
+            lines.append(f"Held-out Gain: {gain.mean:+.4f} ({gain.words(4)})")
         lines.append(f"Time: {self.total_time_sec:.1f}s")
         if self.stopped_because:
             lines.append(f"Stopped early: {self.stopped_because}")

@@ -6,6 +6,7 @@ import inspect
 import math
 import numbers
 import os
+import sysconfig
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ Empty if the reward abstained.
 """
 _MAX_TRACEBACK = 4000
 _NOT_THE_USERS = (os.path.dirname(__file__) + os.sep, asyncio.__path__[0], concurrent.futures.__path__[0])
+_LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+"""Folders of Python's modules and of installed packages."""
 
 
 @dataclass(frozen=True)
@@ -157,15 +160,31 @@ def number(value: Any, key: object = None) -> float:
 
 
 def users_traceback(error: BaseException) -> str:
-    """The traceback of an error and its causes, without frames of this package, asyncio and concurrent.futures."""
+    """The traceback of an error and its causes: the frames of the user's code, and causes that have some.
+
+    If the error itself has no such frame, as where a reward is a function of a library, all but konic's are kept.
+    """
     report = traceback.TracebackException.from_exception(error)
+    has_own = any(map(_is_the_users, report.stack))
     link: traceback.TracebackException | None = report
     while link is not None:
-        frames = [frame for frame in link.stack if not frame.filename.startswith(_NOT_THE_USERS)]
-        link.stack = traceback.StackSummary.from_list(frames)
+        kept = _is_the_users if has_own else _is_not_of_konic
+        link.stack = traceback.StackSummary.from_list([frame for frame in link.stack if kept(frame)])
+        if has_own and link.__cause__ and not any(map(_is_the_users, link.__cause__.stack)):
+            link.__cause__ = None
+        if has_own and link.__context__ and not any(map(_is_the_users, link.__context__.stack)):
+            link.__context__ = None
         link = link.__cause__ or link.__context__
     text = printable_lines("".join(report.format()).rstrip())
     return text if len(text) <= _MAX_TRACEBACK else "… " + text[-_MAX_TRACEBACK:]
+
+
+def _is_not_of_konic(frame: traceback.FrameSummary) -> bool:
+    return not frame.filename.startswith(_NOT_THE_USERS)
+
+
+def _is_the_users(frame: traceback.FrameSummary) -> bool:
+    return not frame.filename.startswith((*_NOT_THE_USERS, *_LIBRARIES, "<frozen "))
 
 
 def sample_lines(prompt: str, response: str) -> tuple[str, str]:

@@ -49,13 +49,14 @@ def model_card(
     gain = result.held_out_gain
     if gain is not None and result.before is not None and result.after is not None:
         lines += [
-            f"On {len(result.before.prompts)} held-out prompts, with the same random numbers before and after, the "
+            f"On held-out prompts ({len(result.before.prompts)}), with the same random numbers before and after, the "
             f"mean reward went from {result.before.reward_mean:.4f} to {result.after.reward_mean:.4f}: a gain of "
-            f"{gain.mean:+.4f} (95 % interval {gain.low:+.4f} to {gain.high:+.4f}, paired bootstrap).",
+            f"{gain.mean:+.4f} ({gain.words(4)}, paired bootstrap).",
             "",
         ]
     lines += loading or _loading(is_adapter)
-    lines += ["", "Settings:", "", "```json", json.dumps(settings, indent=1, default=str), "```"]
+    shown = {name: value for name, value in settings.items() if name != "iterations_done"}  # when it was last resumed
+    lines += ["", "Settings:", "", "```json", json.dumps(shown, indent=1, default=str), "```"]
     return str(ModelCard(f"---\n{header.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"))
 
 

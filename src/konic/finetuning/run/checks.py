@@ -249,6 +249,12 @@ def _no_rewards(history: History, config: TrainingConfig, generation: Generation
     if (len(recent) < PATIENCE and not is_first) or any(r.num_unscored < r.num_samples for r in recent):
         return None
     when = "the first iteration" if is_first else f"the last {PATIENCE} iterations"
+    failed = sum(result.num_reward_errors for result in recent)
+    if failed:
+        return (
+            f"No response of {when} has a score: {failed} calls of rewards failed, whose errors are shown above. "
+            "Nothing was learned."
+        )
     return (
         f"Every reward abstained from every response of {when}: nothing was learned. A reward abstains by returning "
         "None: is a `return` missing, or does it expect a format that the responses do not have?"

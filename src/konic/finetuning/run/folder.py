@@ -198,6 +198,7 @@ class RunFolder:
         """Write `run.json`: settings, command, versions, machine, and the files of the job and of its rewards."""
         record = {
             "command": redact(shlex.join(sys.argv)),
+            "current_folder": _current_folder(),
             "settings": settings,
             "job": None if job_file is None else file_and_hash(job_file),
             "rewards": origin_of(composer).file,
@@ -328,6 +329,13 @@ def _require_outside_of_runs(folder: Path) -> None:
 
 def _line(result: FinetuningIterationResult) -> str:
     return json.dumps(result.to_dict()) + "\n"
+
+
+def _current_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
 
 
 def _owner(run_file: Path) -> str:

@@ -225,6 +225,11 @@ class Session:
                     "starts higher than the one before ended.",
                     self.state.iteration, last,
                 )  # fmt: skip
+            if self.state.iteration >= last:
+                logger.warning(
+                    "Nothing is left to train: %d iterations are done, and max_iterations=%d is their total.",
+                    self.state.iteration, max_iterations,
+                )  # fmt: skip
             policy = self.learner.policy
             policy.decode_plan = DecodePlan(**from_first(self.world, asdict(policy.decode_plan)))
             require_equal_processes(self.world, self.settings(last), self.learner.policy.trainable())
