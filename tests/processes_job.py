@@ -37,6 +37,7 @@ CASES = {name: {"algorithm": name} for name in ALGORITHMS} | {
     "longer": {"batch_size": 5},
     "skipped": {"on_reward_error": "skip", "max_error_rate": 1.0},
     "normalised": {},
+    "whole batch": {"algorithm": "grpo"},
     "other settings": {"learning_rate": 1e-2 * (1 + RANK)},
     "too many": {"batch_size": 1},
     "alone": {"sharding": "fsdp"},
@@ -113,6 +114,32 @@ class Bare(Rewards):
         return super().vowels(prompt, response)
 
 
+class OfWholeBatch(Rewards):
+    """Rewards that see all responses, and a total that depends on how often it was asked for."""
+
+    asked = 0
+
+    @llm_reward
+    def novelty(self, prompts: list[str], responses: list[str]) -> list[float]:
+        return [1 / sum(other[:1] == response[:1] for other in responses) for response in responses]
+
+    def compose_batch(self, prompts, responses, **columns):
+        self.asked += 1
+        totals, parts = super().compose_batch(prompts, responses, **columns)
+        return [total + self.asked * len(text) / 100 for total, text in zip(totals, responses, strict=True)], parts
+
+
+class Reweighing(KonicFinetuningCallback):
+    """Changes a weight between iterations, in the first process, which alone has callbacks."""
+
+    def __init__(self, composer):
+        super().__init__(verbose=False)
+        self.composer = composer
+
+    def on_iteration_end(self, result):
+        self.composer.set_reward_weight("vowels", 1 + result.iteration)
+
+
 def model_kwargs(case):
     if "quantised" in case:
         kind = next(kind for kind in QUANTISED if f"quantised {kind}" in case)
@@ -146,9 +173,10 @@ def train(model, folder, case, iterations=3, **options):
     changes |= CASES[case]
     if "sharded_sampling" in changes and "WORLD_SIZE" not in os.environ:
         del changes["sharded_sampling"], changes["sharding"]  # one process has nobody to divide its weights with
+    composer = (OfWholeBatch if case == "whole batch" else Rewards if "normalised" in case else Bare)(case)
     agent = KonicFinetuningAgent(
         base_model=model,
-        reward_composer=Rewards(case) if "normalised" in case else Bare(case),
+        reward_composer=composer,
         lora_config=changes.pop("lora_config"),
         dataset_config=DatasetConfig(source=DatasetSource.MEMORY, prompts=PROMPTS, held_out=3),
         training_config=TrainingConfig(**changes),
@@ -156,6 +184,7 @@ def train(model, folder, case, iterations=3, **options):
         model_kwargs=model_kwargs(case),
     )
     callback = Failing(verbose=False) if case == "sharded callback" else KonicFinetuningCallback(verbose=False)
+    callback = Reweighing(composer) if case == "whole batch" else callback
     run = folder / case.replace(" ", "-")
     engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=run, callback=callback, device="cpu")
     if case in ("sharded killed", "sharded not finite"):

@@ -1401,3 +1401,12 @@ def test_a_termination_that_a_reward_swallows_still_ends_the_run(model_folders, 
     assert child.returncode == -signal.SIGTERM
     assert lines[-1] == "3"  # the iteration that it ended in, whose batch is not learned from
     assert (tmp_path / "run" / "checkpoint-2" / "complete.json").is_file()
+
+
+def test_a_callback_cannot_use_a_model_that_several_processes_train(model_folders, tmp_path):
+    engine = make_engine(model_folders["llama"], tmp_path)
+    with engine._divided(True):
+        for use in (engine.generate, engine.evaluate):
+            with pytest.raises(ConfigError, match=f"{use.__name__}.. needs all processes of a training"):
+                use(["x"])
+    assert len(engine.generate(["x"])) == 1

@@ -24,7 +24,7 @@ from konic.finetuning import ConfigError
 from konic.finetuning.system.world import find_world
 
 JOB = Path(__file__).with_name("processes_job.py")
-VARIANTS = ["minibatches", "kl in the loss", "full", "uneven", "skipped", "normalised"]
+VARIANTS = ["minibatches", "kl in the loss", "full", "uneven", "skipped", "normalised", "whole batch"]
 SHARDED = ["sharded ppo", "sharded grpo", "sharded full", "sharded full grpo", "sharded normalised"]
 OF_LLAMA = ["sharded llama", "sharded llama full"]
 IN_BFLOAT16 = ["bfloat16", "sharded bfloat16", "sharded bfloat16 in step"]

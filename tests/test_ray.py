@@ -37,6 +37,8 @@ from konic.finetuning.callbacks.composite import Callbacks
 from konic.finetuning.cluster import connection, driver, embedded, nodes
 from konic.finetuning.cluster.desk import Desk
 from konic.finetuning.cluster.mailbox import _Stream, describe_losses
+from konic.finetuning.cluster.worker import Outcome
+from konic.finetuning.system.pickling import own_paths
 from ray_job import Rewards, make_agent
 from test_processes import same
 
@@ -248,13 +250,53 @@ def test_a_second_training_asks_no_callback_again_about_the_first():
     assert callback.seen == (3,)
 
 
+def test_a_training_after_an_error_goes_on_from_the_newest_checkpoint(model, tmp_path, monkeypatch):
+    given = []
+
+    def fails(ray, scaling, job, desk):
+        given.append(dict(job.options))
+        desk.on_checkpoint_saved(f"{tmp_path}/run/checkpoint-3", 3)
+        desk.failure = ConfigError("the callback has failed")
+        return Outcome()
+
+    monkeypatch.setattr(driver, "_run", fails)
+    monkeypatch.setattr(driver, "connected", lambda scaling: contextlib.nullcontext((None, None)))
+    agent = make_agent(model, Rewards())
+    engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=tmp_path / "run", scaling=ScalingConfig())
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="the callback has failed"):
+            engine.train(4)
+    assert [(each["max_iterations"], each["resume_from_checkpoint"]) for each in given] == [
+        (4, None), (7, f"{tmp_path}/run/checkpoint-3")
+    ]  # fmt: skip
+
+
+def test_an_earlier_ray_train_is_refused_by_name(monkeypatch):
+    class Earlier:
+        num_workers = 2
+
+    monkeypatch.setattr(ray.train, "ScalingConfig", Earlier)
+    with pytest.raises(ConfigError, match="RAY_TRAIN_V2_ENABLED=0 selects an earlier Ray Train"):
+        connection.check_scaling(Earlier(), "cpu", 12)
+
+
+def test_folders_of_modules_go_to_the_workers_and_those_of_packages_do_not(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    assert str(tmp_path) in own_paths()
+    assert not any("site-packages" in path or path.startswith(os.path.dirname(os.__file__)) for path in own_paths())
+
+
 def test_rewards_sent_by_value_keep_their_order_and_their_source(tmp_path):
     (tmp_path / "mine.py").write_text(
         textwrap.dedent("""
-        import json, sys
+        import functools, json, sys
         from konic.finetuning import KonicLLMRewardComposer, llm_reward
         from konic.finetuning.rewards.composer import keep_origin, origin_of
         from konic.finetuning.system.pickling import pickled_by_value
+
+        @functools.cache
+        def doubled(number):
+            return 2 * number
 
         class Base(KonicLLMRewardComposer):
             @llm_reward
@@ -264,7 +306,11 @@ def test_rewards_sent_by_value_keep_their_order_and_their_source(tmp_path):
         class Mine(Base):
             @llm_reward
             def vowels(self, prompt: str, response: str) -> float:
-                return 2.0
+                return doubled(1.0)
+
+            @functools.lru_cache(maxsize=7)
+            def kept(self, word):
+                return word
 
             @llm_reward
             def low(self, prompt: str, response: str) -> float:
@@ -280,7 +326,8 @@ def test_rewards_sent_by_value_keep_their_order_and_their_source(tmp_path):
     )
     load = (
         "import json, cloudpickle; from konic.finetuning.rewards.composer import origin_of; "
-        "c = cloudpickle.load(open('sent', 'rb')); print(json.dumps([c.settings(), origin_of(c).file]))"
+        "c = cloudpickle.load(open('sent', 'rb')); print(json.dumps([c.settings(), origin_of(c).file])); "
+        "assert c.vowels('', '') == 2 and c.kept('a') == 'a' and c.kept.cache_info().maxsize == 7"
     )
     here = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
     (tmp_path / "mine.py").rename(tmp_path / "other.py")  # as on a node that has no such file
@@ -369,10 +416,11 @@ def test_what_workers_print_by_any_way_arrives_by_lines():
     stream = _Stream(SimpleNamespace(post=lambda *event: sent.append(event)), "stdout")
     stream.writelines(["a", "b\nc", "d"])
     print("e", file=stream, flush=True)
+    stream.buffer.write("é\n".encode())
     stream.write("f")
     assert not stream.isatty() and stream.writable()
     stream.end_line()
-    assert sent == [("text", "stdout", text) for text in ("ab", "cde", "f")]
+    assert sent == [("text", "stdout", text) for text in ("ab", "cde", "é", "f")]
 
 
 def test_another_konic_on_a_node_is_named(cluster, monkeypatch):

@@ -96,6 +96,13 @@ def test_a_job_that_cannot_run_is_a_finding(options, told, model_folders, tmp_pa
     assert told in found["job"]["what"]
 
 
+def test_a_job_for_a_cluster_is_examined_without_one(model_folders, tmp_path):
+    cluster = ["training_config.reward_workers=1", 'training_config.reward_resources={"CPU": 1}']
+    run, found = examine(tmp_path, model_folders["llama"], *(part for each in cluster for part in ("--set", each)))
+    assert run.returncode == 0, run.stdout
+    assert "job" not in found  # which is there where it fails
+
+
 def session_of(learner):
     return SimpleNamespace(learner=learner, training=TrainingConfig(), generation=GenerationConfig())
 

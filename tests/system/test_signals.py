@@ -97,3 +97,19 @@ def test_a_stop_that_a_block_catches_is_raised_at_its_end(answer):
         caught()
     with raising_on_signals():
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("within", [stopping_on_signals, uninterrupted])
+def test_a_child_that_a_reward_forks_ends_as_any_program_does(within):
+    """`multiprocessing.Pool` ends its children with SIGTERM; a handler of ours would swallow it."""
+    with within():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        child = os.fork()
+        if child == 0:
+            own = [signal.getsignal(number) for number in before]
+            is_usual = own == [signal.default_int_handler, signal.SIG_DFL]
+            os._exit(0 if is_usual and not signal.pthread_sigmask(signal.SIG_BLOCK, ()) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert {number: signal.getsignal(number) for number in before} == before
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())

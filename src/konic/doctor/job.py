@@ -121,6 +121,7 @@ def _iteration_seconds(small: FinetuningIterationResult, large: FinetuningIterat
 
 def _engine(agent: KonicFinetuningAgent, folder: str, device: str) -> KonicFinetuningEngine:
     place = Path(tempfile.mkdtemp(dir=folder)) / "run"
+    agent = agent.with_settings({"training_config": {"reward_resources": None}})  # there is no cluster here
     return KonicFinetuningEngine.from_agent(
         agent, checkpoint_dir=place, device=device, callback=KonicFinetuningCallback(verbose=False)
     )

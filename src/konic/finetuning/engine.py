@@ -3,7 +3,8 @@
 import copy
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -100,6 +101,7 @@ class KonicFinetuningEngine:
     lora_config = _of_agent("lora_config")
     training_config = _of_agent("training_config")
     generation_config = _of_agent("generation_config")
+    _is_divided = False
     scaling: Any = None
     """A ray.train.ScalingConfig: Ray starts the processes that train; None trains in this one."""
     job_file: Path | None = None
@@ -267,7 +269,7 @@ class KonicFinetuningEngine:
                     for result in session.state.history if resume_from_checkpoint else ():
                         callbacks.should_stop_early(result)
                     try:
-                        with session.world.telling_errors():
+                        with session.world.telling_errors(), self._divided(session.world.size > 1):
                             stopped = Trainer(session, callbacks, saver, last_iteration).run()
                     except BaseException as error:
                         if not isinstance(error, KeyboardInterrupt) or not session.weights_are_whole:
@@ -290,7 +292,7 @@ class KonicFinetuningEngine:
         if self.device == "auto":
             worker.device = "cuda" if self.scaling.use_gpu else "cpu"
         limit = self.training_config.process_timeout_seconds
-        with stopping_on_signals(), tolerant_streams(), callbacks.reporting_errors():
+        with stopping_on_signals(), tolerant_streams(), callbacks.reporting_errors(), self._divided(True):
             return ray.train(worker, callbacks, self.checkpoint_dir, options, limit)
 
     @with_known_arguments
@@ -306,6 +308,7 @@ class KonicFinetuningEngine:
             prompts, responses, rewards and reward_mean; reward_breakdown (a list per reward, before weights) and
             reward_breakdown_mean; and per response kl_per_response (nats) and response_lengths (tokens).
         """
+        self._require_whole("evaluate")
         session = self._current_session()
         chosen = session.prompts.held_out if prompts is None else self._make_prompts(prompts, "evaluate(prompts)")
         if not chosen:
@@ -319,6 +322,7 @@ class KonicFinetuningEngine:
     @raising_on_signals()
     def generate(self, prompts: Sequence[Any]) -> list[str]:
         """A response to every prompt, with the same random numbers every time."""
+        self._require_whole("generate")
         session, made = self._current_session(), self._make_prompts(prompts, "generate(prompts)")
         learner, generation, seed = session.learner, session.generation, session.training.seed
         return [
@@ -344,6 +348,22 @@ class KonicFinetuningEngine:
             return
         with filling_folder(folder) as target:
             write_model(session.learner, target, session.result(), settings, merge)
+
+    @contextmanager
+    def _divided(self, is_divided: bool) -> Iterator[None]:
+        """Within it, several processes train, if they do, and a callback in one of them cannot use the model."""
+        self._is_divided = is_divided
+        try:
+            yield
+        finally:
+            self._is_divided = False
+
+    def _require_whole(self, method: str) -> None:
+        if self._is_divided:
+            raise ConfigError(
+                f"{method}() needs all processes of a training, and a callback runs in one of them: call it after "
+                "train(), or set DatasetConfig(held_out=...) and TrainingConfig(eval_every=...)."
+            )
 
     def _current_session(self) -> Session:
         """The session, with the attributes of the engine as they are set now."""

@@ -41,6 +41,8 @@ def check_scaling(scaling: Any, device: str, batch_size: int) -> None:
         raise ConfigError("scaling lets Ray start the processes: start the script without torchrun, or leave it out.")
     if not isinstance(scaling, ScalingConfig):
         raise ConfigError(f"scaling must be a ray.train.ScalingConfig, got {scaling!r:.200}.")
+    if not hasattr(scaling, "min_workers"):
+        raise ConfigError("RAY_TRAIN_V2_ENABLED=0 selects an earlier Ray Train, without which konic works: unset it.")
     if scaling.min_workers < 1:
         raise ConfigError(f"scaling: num_workers={scaling.num_workers}, and there must be at least 1.")
     if scaling.max_workers > batch_size:

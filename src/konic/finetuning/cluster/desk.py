@@ -37,7 +37,9 @@ class Desk:
         self._idle_since: float | None = time.monotonic()
         """When the last worker was lost, or the training was started; None while workers run, or once it was told."""
         self._has_begun = self._has_ended = False
-        self._iteration = self._last_ended = self._last_saved = 0
+        self.last_saved = 0
+        """The last iteration that a checkpoint of this training has; 0 before the first."""
+        self._iteration = self._last_ended = 0
         self._stops: dict[int, bool] = {}
 
     def note(self, kind: str, *content: Any) -> None:
@@ -119,8 +121,8 @@ class Desk:
     def on_checkpoint_saved(self, path: str, iteration: int) -> None:
         """Remember the checkpoint; call the callbacks, unless it is repeated."""
         self.checkpoint = path
-        if iteration > self._last_saved:
-            self._last_saved = iteration
+        if iteration > self.last_saved:
+            self.last_saved = iteration
             self._callbacks.on_checkpoint_saved(path, iteration)
 
     def on_train_end(self, result: FinetuningResult) -> None:

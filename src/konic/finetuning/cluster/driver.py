@@ -23,7 +23,7 @@ from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.rewards.composer import keep_origin
 from konic.finetuning.run.folder import RunFolder
 from konic.finetuning.system.files import as_path
-from konic.finetuning.system.pickling import pickled_by_value
+from konic.finetuning.system.pickling import own_paths, pickled_by_value
 from konic.finetuning.system.places import is_url
 from konic.finetuning.system.signals import uninterrupted
 from konic.output import get_logger
@@ -75,13 +75,14 @@ class RayTraining:
             options["max_iterations"] += self._iterations
         engine.checkpoint_dir = self._folder
         keep_origin(engine.agent.get_reward_composer())
-        job = Job(_pickled(engine), self._folder, options, _current_folder(), limit_seconds)
+        job = Job(_pickled(engine), self._folder, options, _current_folder(), own_paths(), limit_seconds)
         desk = Desk(callbacks, options["resume_from_checkpoint"], is_url(self._folder), self._iterations)
         try:
             with connected(self.scaling) as (ray, scaling):
                 outcome = _run(ray, scaling, job, desk)
         finally:
             self.checkpoint = desk.checkpoint or self.checkpoint
+            self._iterations = max(self._iterations, desk.last_saved)  # where a training after an error goes on
         if desk.failure is not None:
             raise desk.failure
         if outcome.error is not None:

@@ -123,6 +123,11 @@ class _Stream(io.TextIOBase):
                 self._line.post("text", self._name, whole)
         return len(text)
 
+    @property
+    def buffer(self) -> io.BufferedIOBase:
+        """A stream of bytes, which are the text in UTF-8."""
+        return _Bytes(self)
+
     def writable(self) -> bool:
         """True."""
         return True
@@ -138,6 +143,20 @@ class _Stream(io.TextIOBase):
     def isatty(self) -> bool:
         """False: the driver may have a terminal, this process has none."""
         return False
+
+
+class _Bytes(io.BufferedIOBase):
+    def __init__(self, text: _Stream) -> None:
+        self._text = text
+
+    def write(self, content: Any) -> int:
+        """Write the bytes as text."""
+        self._text.write(bytes(content).decode(errors="replace"))
+        return len(content)
+
+    def writable(self) -> bool:
+        """True."""
+        return True
 
 
 class _LogHandler(logging.Handler):

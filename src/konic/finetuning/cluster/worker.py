@@ -2,9 +2,10 @@
 
 import os
 import socket
+import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ class Job:
     """Arguments of `engine.train`."""
     current_folder: str
     """That of the driver: relative paths mean the same in the workers, where they have such a folder."""
+    paths: Sequence[str]
+    """Folders where the driver finds modules of the user's own; a reward may import one while it runs."""
     limit_seconds: float
     """Seconds to wait for another worker."""
     version: str = konic.__version__
@@ -102,6 +105,7 @@ def _loaded(job: Job) -> Any:
         )
     with suppress(OSError):
         os.chdir(job.current_folder)
+    sys.path += [path for path in job.paths if path not in sys.path and os.path.isdir(path)]
     try:
         return cloudpickle.loads(job.engine)
     except ModuleNotFoundError as error:

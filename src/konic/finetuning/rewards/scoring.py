@@ -33,7 +33,7 @@ from konic.finetuning.rewards.totals import (
     prepared_parts,
 )
 from konic.finetuning.rewards.workers import RewardPool
-from konic.finetuning.system.world import ALONE, World
+from konic.finetuning.system.world import ALONE, World, from_first
 from konic.output import get_logger
 
 logger = get_logger(__name__)
@@ -158,7 +158,10 @@ class Scorer:
         moments: Mapping[str, RunningMoments] | None = None,
         update_moments: bool = False,
     ) -> Scores:
-        """Score a batch; the calls of the rewards are divided among the processes.
+        """Score a batch.
+
+        The calls of rewards that get one response are divided among the processes. A reward that gets the batch, the
+        reducer and the composer's own `compose` are called in the first process, so that they see all of it, once.
 
         Args:
             samples: [B].
@@ -172,25 +175,44 @@ class Scorer:
         weighting = describe_weighting(self._composer)
         rewards = weighting.rewards
         seconds: dict[str, list[float]] = {reward.name: [] for reward in rewards}
-        rows = self._world.own_rows(len(samples))
-        own = self._outcomes(rewards, samples[rows.start : rows.stop], seconds) if rows else [[] for _ in rewards]
-        outcomes, seconds = self._shared(own, samples, seconds)
+        outcomes, seconds = self._shared(self._own_outcomes(rewards, samples, seconds), samples, seconds)
         parts, faults = collect_parts(outcomes, len(samples)), first_faults(outcomes, len(samples))
         given = dict(moments or {})
         counted = [own for own, fault in zip(parts, faults, strict=True) if not fault]
         known = moments_after(rewards, given if update_moments else {}, counted)
         known |= {} if update_moments else given
-        totals = compute_totals(weighting, parts, faults, samples, known)
-        composed = compose_totals(self._composer, rewards, samples, parts, totals, faults, self._accepted)
-        return Scores(
-            rewards=composed.totals,
-            breakdown=named_by_part(rewards, composed.breakdown),
-            parts=collect_breakdown([prepared_parts(weighting, own, known) for own in parts]),
-            weights=part_weights(weighting, composed.breakdown),
-            seconds=seconds,
-            faults=composed.faults,
-            moments=known if update_moments else given,
-        )
+        told: dict[str, Any] | None = None
+        if self._world.rank == 0:
+            totals = compute_totals(weighting, parts, faults, samples, known)
+            composed = compose_totals(self._composer, rewards, samples, parts, totals, faults, self._accepted)
+            told = {
+                "rewards": composed.totals,
+                "breakdown": composed.breakdown,
+                "parts": collect_breakdown([prepared_parts(weighting, own, known) for own in parts]),
+                "weights": part_weights(weighting, composed.breakdown),
+                "faults": composed.faults if self._world.size == 1 else [*map(_as_json, composed.faults)],
+            }
+        told = from_first(self._world, told)
+        breakdown, shown = named_by_part(rewards, told.pop("breakdown")), [*map(_from_json, told.pop("faults"))]
+        moments = known if update_moments else given
+        return Scores(**told, breakdown=breakdown, faults=shown, seconds=seconds, moments=moments)
+
+    def _own_outcomes(
+        self, rewards: Sequence[Reward], samples: Sequence[Sample], seconds: Mapping[str, list[float]]
+    ) -> list[list[Outcome]]:
+        """The outcomes per reward of the samples that this process scores."""
+        if self._world.size == 1:
+            return self._outcomes(rewards, samples, seconds)
+        rows = self._world.own_rows(len(samples))
+        own = samples[rows.start : rows.stop]
+        divided = [reward for reward in rewards if reward.is_model or reward.shape == "sample"]
+        whole = [reward for reward in rewards if reward not in divided] if self._world.rank == 0 else []
+        found: dict[str, list[Outcome]] = {reward.name: [] for reward in rewards}
+        for part, given in ((divided, own), (whole, samples)):
+            if part and given:
+                done = self._outcomes(part, given, seconds)
+                found |= {reward.name: each for reward, each in zip(part, done, strict=True)}
+        return [found[reward.name] for reward in rewards]
 
     def _outcomes(
         self, rewards: Sequence[Reward], samples: Sequence[Sample], seconds: Mapping[str, list[float]]
@@ -213,10 +235,10 @@ class Scorer:
         """The outcomes of all processes per reward and sample, and their seconds. The first process warns for all."""
         if self._world.size == 1:
             return own, seconds
-        told = [[[o.who, o.what, o.traceback] if isinstance(o, Fault) else o for o in each] for each in own]
+        told = [[*map(_as_json, each)] for each in own]
         messages = self._world.gather({"outcomes": told, "seconds": seconds})
         parts = zip(*(message["outcomes"] for message in messages), strict=True)
-        outcomes = [[Fault(*o) if isinstance(o, list) else o for o in chain(*each)] for each in parts]
+        outcomes: list[list[Outcome]] = [[*map(_from_json, chain(*each))] for each in parts]
         if self._world.rank == 0:
             for each, done in zip(outcomes, own, strict=True):
                 for _ in self._accepted(iter(each[len(done) :]), samples[len(done) :]):
@@ -239,6 +261,14 @@ class Scorer:
         if self._shown[kind] <= _FAULTS_SHOWN:
             last = " Further errors like this are only counted." if self._shown[kind] == _FAULTS_SHOWN else ""
             logger.warning("Skipped a response: %s%s", fault.error(sample.prompt, sample.response), last)
+
+
+def _as_json(outcome: Outcome | None) -> Any:
+    return [outcome.who, outcome.what, outcome.traceback] if isinstance(outcome, Fault) else outcome
+
+
+def _from_json(told: Any) -> Any:
+    return Fault(*told) if isinstance(told, list) else told
 
 
 def _pool(composer: KonicLLMRewardComposer, config: TrainingConfig) -> RewardPool | RemoteRewardPool:

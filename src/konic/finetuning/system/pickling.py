@@ -1,8 +1,11 @@
 """An object -> bytes that another Python process can load without the user's files: their code is sent by value."""
 
+import functools
+import io
 import os
+import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
@@ -11,6 +14,8 @@ import cloudpickle
 
 _INSTALLED = tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
+_Cached = type(functools.cache(lambda: None))
+
 
 def pickled_by_value(value: Any, modules: Iterable[ModuleType]) -> bytes:
     """Pickle an object, together with the code of those of the modules that are the user's own.
@@ -18,12 +23,40 @@ def pickled_by_value(value: Any, modules: Iterable[ModuleType]) -> bytes:
     Raises:
         Exception: Something in it cannot be pickled, such as an open file.
     """
+    names: set[str] = set()
     with ExitStack() as registered:
         for module in modules:
             if _is_the_users(module):
                 cloudpickle.register_pickle_by_value(module)
                 registered.callback(cloudpickle.unregister_pickle_by_value, module)
-        return cloudpickle.dumps(value)
+                names.add(module.__name__)
+        buffer = io.BytesIO()
+        _Pickler(buffer, names).dump(value)
+        return buffer.getvalue()
+
+
+def own_paths() -> list[str]:
+    """The folders of `sys.path` that hold neither Python's modules nor installed packages."""
+    folders = (os.path.abspath(path) for path in sys.path if os.path.isdir(path))
+    return [path for path in folders if not f"{path}{os.sep}".startswith(_INSTALLED)]
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Sends `functools.cache` and `lru_cache` functions by value as well, with an empty cache."""
+
+    def __init__(self, file: io.BytesIO, modules: Iterable[str]) -> None:
+        super().__init__(file)
+        self._modules = {"__main__", *modules}
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Return how an object is made again."""
+        if isinstance(obj, _Cached) and getattr(obj, "__module__", None) in self._modules:
+            return _cached, (obj.__wrapped__, obj.cache_parameters())
+        return super().reducer_override(obj)
+
+
+def _cached(function: Callable[..., Any], parameters: Mapping[str, Any]) -> Any:
+    return functools.lru_cache(**parameters)(function)
 
 
 def _is_the_users(module: ModuleType) -> bool:

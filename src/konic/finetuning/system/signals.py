@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -135,3 +135,32 @@ def _deliver(number: signal.Signals, handler: object) -> None:
 def in_main_thread() -> bool:
     """True in the only thread that receives signals and may set their handlers."""
     return threading.current_thread() is threading.main_thread()
+
+
+class _Masks(threading.local):
+    """What the thread that forks had blocked."""
+
+    before: Iterable[int] = ()
+
+
+_masks = _Masks()
+
+
+def _hold_for_fork() -> None:
+    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _release_after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+
+
+def _release_in_child() -> None:
+    """Let a child that a reward forks end as any program does: the handlers here would swallow its SIGTERM."""
+    for number in SIGNALS:
+        if getattr(signal.getsignal(number), "__module__", "") == __name__:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _release_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_hold_for_fork, after_in_parent=_release_after_fork, after_in_child=_release_in_child)
