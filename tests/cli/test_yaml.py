@@ -105,7 +105,7 @@ def test_a_composer_is_found_by_its_import_path(composer, weights, tmp_path, mon
 @pytest.mark.parametrize(
     ("composer", "told"),
     [
-        ("my_rewards.py:Brif", "line 2: reward_composer: my_rewards.py has no 'Brif' Did you mean 'Brief'?"),
+        ("my_rewards.py:Brif", "line 2: reward_composer: my_rewards.py has no 'Brif'. Did you mean 'Brief'?"),
         ("absent.py:Brief", "there is no file"),
         ("Brief", "give file.py:Name or package.module:Name"),
         ("my_rewards.py:number", "is int 5, not a composer"),
@@ -122,7 +122,8 @@ def test_a_composer_is_found_by_its_import_path(composer, weights, tmp_path, mon
 )
 def test_a_composer_that_cannot_be_used_is_one_message(composer, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert told in refused(job(tmp_path, JOB.replace("my_rewards.py:Brief", composer)))
+    message = refused(job(tmp_path, JOB.replace("my_rewards.py:Brief", composer)))
+    assert told in message and message.count("job.yaml") == 1
     assert not (tmp_path / "ran").exists()
 
 

@@ -593,7 +593,7 @@ def test_a_column_missing_from_a_later_row_is_told_with_its_number():
         (b"bytes", "bytes, not text"),
         ([], "no messages"),
         (["text"], "without role and content"),
-        ([{"role": "user"}], "without role and content"),
+        ([{"role": "user"}], "without role and content: it has 'role'"),
         ([{"role": "user", "content": None}], "content is not text"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "its role is 'assistant'"),
         ([{"role": "user", "content": "  "}], "the last message is empty"),

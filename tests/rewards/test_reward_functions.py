@@ -536,7 +536,8 @@ def test_a_reducer_that_fails_is_named_with_the_sample():
     with pytest.raises(RewardError) as error:
         total_of(Length(reducer=Broken), {"length": 1.0}, "the prompt", "the response")
     assert str(error.value) == (
-        "Reducer 'Broken' raised KeyError: 'absent'\n  prompt:   'the prompt'\n  response: 'the response'"
+        "Reducer 'Broken' raised KeyError: 'absent'\n  prompt:   'the prompt'\n  response: 'the response'\n"
+        "  parts:    'length'"
     )
     assert isinstance(error.value.__cause__, KeyError)
     with pytest.raises(RewardError, match=r"Reducer 'Wordy' returned 'high', not a number\.\n  prompt:   'p'"):

@@ -140,11 +140,9 @@ class _YamlJob:
         options = self._made("train", TrainOptions)
         if options.output is not None and "://" not in options.output:
             options = options.with_fields({"output": str(self._folder / Path(options.output).expanduser())})
-        base_model = self._place(base_model, "base_model")
+        base_model, composer = self._place(base_model, "base_model"), self.composer()
         try:
-            agent = KonicFinetuningAgent(
-                base_model, self.composer(), model_kwargs=self._mapping("model_kwargs"), **configs
-            )
+            agent = KonicFinetuningAgent(base_model, composer, model_kwargs=self._mapping("model_kwargs"), **configs)
         except ConfigError as error:
             raise self._located(error) from None
         return Job(agent, self._document.file, options)
@@ -190,7 +188,7 @@ class _YamlJob:
             module = run_user_code(self._document.file, importlib.import_module, place)
         if not hasattr(module, name):
             own = [each for each in vars(module) if not each.startswith("_")]
-            raise self._bad_composer(f"{place} has no {name!r}{did_you_mean(name, own).rstrip('.')}")
+            raise self._bad_composer(f"{place} has no {name!r}", did_you_mean(name, own))
         return getattr(module, name)
 
     def _made_composer(self, found: Any, arguments: dict[str, Any], given: str) -> KonicLLMRewardComposer:
@@ -217,8 +215,8 @@ class _YamlJob:
         below = source is not None and Path(source).resolve().is_relative_to(self._folder.resolve())
         return place.endswith(".py") or (below and "site-packages" not in str(source))
 
-    def _bad_composer(self, problem: str) -> ConfigError:
-        return self._document.error(f"reward_composer: {problem}.", "reward_composer")
+    def _bad_composer(self, problem: str, hint: str = "") -> ConfigError:
+        return self._document.error(f"reward_composer: {problem}.{hint}", "reward_composer")
 
     def _made(self, name: str, kind: type[Settings]) -> Any:
         fields = dict(self._mapping(name))

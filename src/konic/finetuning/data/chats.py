@@ -119,7 +119,8 @@ def find_problem(content: Any) -> str | None:
                 "messages with 'from' and 'value': name these 'role' and 'content', with the roles user and assistant"
             )
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            return "a message without role and content"
+            keys = f": it has {', '.join(map(short_repr, message))}" if isinstance(message, Mapping) and message else ""
+            return f"a message without role and content{keys}"
         if isinstance(message["content"], list | tuple):
             return "a message whose content is a list of parts: give their text as one string"
         if not isinstance(message["content"], str) or not isinstance(message["role"], str):

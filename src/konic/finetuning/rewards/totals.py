@@ -18,6 +18,7 @@ from konic.finetuning.rewards.outcomes import (
     Reward,
     number,
     sample_lines,
+    shorten,
 )
 from konic.finetuning.rewards.reducers import takes_weights
 from konic.finetuning.system.user_code import preserved_state
@@ -138,7 +139,8 @@ def compute_total(
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # such as sys.exit()
-        raise RewardError(f"{who} raised {describe_error(error, 1000)}", *where) from safe_cause(error)
+        known = [f"  parts:    {', '.join(map(shorten, parts))}"] if isinstance(error, KeyError) else []
+        raise RewardError(f"{who} raised {describe_error(error, 1000)}", *where, *known) from safe_cause(error)
 
 
 def weighted_parts(weighting: Weighting, parts: Parts, moments: Mapping[str, RunningMoments] | None = None) -> Parts:
