@@ -731,7 +731,7 @@ def test_held_out_prompts_are_evaluated_before_during_and_after(model_folders, t
     gain = sum(result.after.rewards) / 10 - sum(result.before.rewards) / 10
     assert result.held_out_gain.mean == pytest.approx(gain)
     assert f"Held-out Gain: {result.held_out_gain.mean:+.4f} (95 % interval" in result.summary()
-    assert "10 held-out prompts" in (tmp_path / "run" / "final" / "README.md").read_text()
+    assert "held-out prompts (10)" in (tmp_path / "run" / "final" / "README.md").read_text()
 
 
 def test_best_is_chosen_on_the_held_out_prompts_where_there_are_any(model_folders, tmp_path):
