@@ -18,6 +18,7 @@ from pathlib import Path
 from konic.doctor.findings import Finding
 from konic.doctor.limits import decoding, limits, token_costs
 from konic.finetuning import KonicFinetuningAgent, KonicFinetuningCallback, KonicFinetuningEngine, TrainingConfig
+from konic.finetuning.agent import read_agent
 from konic.finetuning.data.samples import Sample
 from konic.finetuning.data.tokenization import encode_prompt
 from konic.finetuning.results.iteration import FinetuningIterationResult
@@ -121,7 +122,9 @@ def _iteration_seconds(small: FinetuningIterationResult, large: FinetuningIterat
 
 def _engine(agent: KonicFinetuningAgent, folder: str, device: str) -> KonicFinetuningEngine:
     place = Path(tempfile.mkdtemp(dir=folder)) / "run"
-    agent = agent.with_settings({"training_config": {"reward_resources": None}})  # there is no cluster here
+    training = agent.get_training_config()
+    if training.reward_resources is not None:  # there is no cluster here
+        agent = read_agent(agent, training_config=training.with_fields({"reward_resources": None}))
     return KonicFinetuningEngine.from_agent(
         agent, checkpoint_dir=place, device=device, callback=KonicFinetuningCallback(verbose=False)
     )

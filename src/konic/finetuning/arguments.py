@@ -14,7 +14,7 @@ R = TypeVar("R")
 _OTHER_NAMES = {
     "base_model": "model_name", "model": "model_name", "output_dir": "checkpoint_dir", "output": "checkpoint_dir",
     "save_dir": "checkpoint_dir", "callbacks": "callback", "num_iterations": "max_iterations",
-    "max_steps": "max_iterations", "num_train_epochs": "max_iterations", "save_steps": "save_every",
+    "max_steps": "max_iterations", "save_steps": "save_every",
     "resume": "resume_from_checkpoint",
 }  # fmt: skip
 """What other libraries, or konic in another place, call an argument."""

@@ -1,5 +1,6 @@
 """A run's folder -> agents for its base model and for the weights that it saved. Its script is not imported."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from konic.finetuning import (
     llm_reward,
 )
 from konic.finetuning.errors import OutputError
+from konic.finetuning.models.locations import PACKAGED_MODELS
 from konic.finetuning.models.quantised import recorded_quantisation
 from konic.report.run import Run
 
@@ -76,8 +78,10 @@ class SavedRun:
         """The model that the run started from; a relative path is one in the folder where the run was started."""
         name = str(self.run.settings["model_name"])
         started_in = self.run.record.get("current_folder")
-        there = Path(started_in, name) if isinstance(started_in, str) else Path(name)
-        return str(there) if there.exists() else name
+        if not isinstance(started_in, str) or name in PACKAGED_MODELS:
+            return name
+        there = os.path.join(started_in, name)
+        return there if os.path.exists(there) else name
 
     def agent(self, name: str) -> KonicFinetuningAgent:
         """Return an agent for weights of the run, by a name that :meth:`name_of` returned."""

@@ -170,7 +170,7 @@ def users_traceback(error: BaseException) -> str:
     while link is not None:
         kept = _is_the_users if has_own else _is_not_of_konic
         link.stack = traceback.StackSummary.from_list([frame for frame in link.stack if kept(frame)])
-        if has_own and link.__cause__ and not any(map(_is_the_users, link.__cause__.stack)):
+        if has_own and link.__cause__ and link.__cause__.stack and not any(map(_is_the_users, link.__cause__.stack)):
             link.__cause__ = None
         if has_own and link.__context__ and not any(map(_is_the_users, link.__context__.stack)):
             link.__context__ = None
