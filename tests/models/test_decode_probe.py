@@ -129,15 +129,24 @@ def test_without_a_place_to_remember_it_the_default_is_taken(model, measured, mo
 
 def test_a_named_layout_is_taken_without_measuring(model, measured, monkeypatch):
     assert choose_plan(model, 4, 48, "plain") == PLAIN
-    monkeypatch.setattr(decode_probe, "layouts", lambda: ("plain", "onednn"))
+    monkeypatch.setattr(decode_probe, "layouts", lambda dtype: ("plain", "onednn"))
     with pytest.raises(
-        ConfigError, match=r"decode_layout='mkl' is not part .* which has plain, onednn\. Leave it out, or"
+        ConfigError, match=r"decode_layout='mkl' is not part .* for float32, which has plain, onednn\. Leave it out, or"
     ):
         choose_plan(model, 4, 48, "mkl")
     assert measured == []
 
 
-@pytest.mark.parametrize("dtype, num_tokens", [(torch.float64, 48), (torch.bfloat16, 48), (torch.float32, 8)])
+def test_the_layouts_of_bfloat16_are_its_own(model):
+    model = model.bfloat16()
+    with pytest.raises(ConfigError, match=r"'mkl' is not part of this build of torch for bfloat16, which has plain"):
+        choose_plan(model, 4, 48, "mkl")
+    assert {plan.layout for plan in plan_timings(model, 4)} == set(layouts(torch.bfloat16))
+    in_bfloat16 = plan_timings(model, 4)
+    assert plan_timings(model.float(), 4) != in_bfloat16, "each dtype is measured"
+
+
+@pytest.mark.parametrize("dtype, num_tokens", [(torch.float64, 48), (torch.float16, 48), (torch.float32, 8)])
 def test_where_nothing_is_packed_nothing_is_measured(model, measured, dtype, num_tokens):
     assert choose_plan(model.to(dtype), 4, num_tokens, "auto") == DEFAULT
     assert measured == []
@@ -165,12 +174,12 @@ def test_the_plan_with_the_least_time_wins_if_the_default_is_clearly_slower(
 def test_threads_are_halved_as_long_as_that_is_faster(monkeypatch):
     seconds = {None: 8.0, 8: 4.0, 4: 2.0, 2: 3.0, 1: 1.0}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
-    monkeypatch.setattr(decode_probe, "layouts", lambda: ("plain", "onednn"))
+    monkeypatch.setattr(decode_probe, "layouts", lambda dtype: ("plain", "onednn"))
     slower = {"plain": 0.0, "onednn": 1.0}
     monkeypatch.setattr(decode_probe, "_pack", lambda layers, num_rows, layout: (1.0, []))
     times = lambda products, plan: seconds[plan.threads] + slower[plan.layout]  # noqa: E731
     monkeypatch.setattr(decode_probe, "_multiply", times)
-    timings = decode_probe._measure([], 4)
+    timings = decode_probe._measure([torch.nn.Linear(1, 1)], 4)
     assert {plan: step for plan, (_, step) in timings.items()} == {
         PLAIN: 8.0, DEFAULT: 9.0, DecodePlan("plain", 8): 4.0, DecodePlan("plain", 4): 2.0, DecodePlan("plain", 2): 3.0,
     }  # fmt: skip

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import shake_adapter, tiny_learner, tiny_model
 from konic.finetuning.models import prepacked as packing
+from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.prepacked import (
     PrepackedLinear,
     Prepacking,
@@ -19,6 +20,8 @@ from konic.finetuning.models.prepacked import (
 )
 
 PACKED_FOR = 8
+HAS_BFLOAT16 = "onednn" in layouts(torch.bfloat16)
+needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="this processor has no products in bfloat16")
 needs_mkldnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
 PACKINGS = [Prepacking(PACKED_FOR, layout) for layout in layouts() if layout != "plain"]
 packed_or_not = pytest.mark.parametrize("prepacking", [None, *PACKINGS], ids=str)
@@ -82,6 +85,25 @@ def test_a_product_of_several_layers_has_their_outputs_side_by_side(prepacking, 
 def test_rows_that_leave_a_packed_product_change_none_of_the_others(prepacking):
     product, x = Product([random(40, 24)], None, prepacking), random(PACKED_FOR, 24, seed=1)
     assert product(x)[:5].equal(product(x[:5]))
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("num_rows", [1, 3, 8, 100])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_product_in_bfloat16_is_rounded_once_or_twice_from_the_exact_one(num_rows, has_bias, adds):
+    weight, x = random(40, 24, seed=1).bfloat16(), random(num_rows, 24, seed=2).bfloat16()
+    bias = random(40, seed=3).bfloat16() if has_bias else None
+    add = random(num_rows, 40, seed=4).bfloat16() if adds else None
+    exact = x.double() @ weight.double().T + (bias.double() if has_bias else 0) + (add.double() if adds else 0)
+    product = Product([weight], bias, Prepacking(PACKED_FOR))
+    assert (product.num_rows, product.dtype) == (PACKED_FOR, torch.bfloat16)
+    result = product(x, add)
+    assert result.dtype == torch.bfloat16
+    parts = x.double().abs() @ weight.double().abs().T + (add.double().abs() if adds else 0) + 1
+    assert ((result.double() - exact).abs() <= 2**-8 * parts).all()
+    assert (result.double() - exact).abs().mean() < 1.1 * (exact.bfloat16().double() - exact).abs().mean()
+    assert product(x)[:1].equal(product(x[:1])), "a row does not depend on its neighbours"
 
 
 @packed_or_not
@@ -200,7 +222,44 @@ def test_a_model_in_fp32_is_packed_for_the_rows_it_will_have():
     assert rows_to_prepack(model, 1, 500) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@needs_bfloat16
+def test_a_model_in_bfloat16_is_packed_and_computes_the_same(architecture):
+    model, ids = tiny_model(architecture, torch.bfloat16), torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        exact = tiny_model(architecture, torch.bfloat16).float()(ids).logits
+        plain = model(ids).logits
+        with prepacked_layers(model, Prepacking(2)):
+            assert packed_names(model)
+            packed = model(ids).logits
+    assert rows_to_prepack(model, 8, 1000) == 8
+    error = (plain - exact).abs().mean()
+    assert 0 < error < 0.05
+    assert (packed - exact).abs().mean() < 1.1 * error
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("widens", [True, False])
+def test_a_packed_head_in_bfloat16_gives_the_logits_of_one_that_is_not(widens):
+    """A wide head forms sums in fp32, also packed; with more rows than it is packed for it is not used at all."""
+    model = LanguageModel(tiny_model("llama", torch.bfloat16).requires_grad_(False))
+    assert not widens or model.widen_head()
+    few, many = (random(num_rows, 32, seed=1).bfloat16() for num_rows in (4, 50))
+    plain = [model.logits(hidden) for hidden in (few, many)]
+    with model.prepacked_head(4):
+        packed = [model.logits(hidden[None])[0] for hidden in (few, many)]
+    assert {logits.dtype for logits in packed} == {torch.float32}
+    assert_close(packed, plain, rtol=0, atol=1e-5 if widens else 2e-2)
+    assert not widens or packed[1].equal(plain[1])
+    assert model.logits(few).equal(plain[0])
+
+
+def test_a_processor_without_products_in_bfloat16_packs_none(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert layouts(torch.bfloat16) == ("plain",)
+    assert rows_to_prepack(tiny_model("gpt2", torch.bfloat16), 8, 1000) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_precisions_are_not_packed(dtype):
     assert rows_to_prepack(tiny_model("gpt2", dtype), 8, 1000) is None
 

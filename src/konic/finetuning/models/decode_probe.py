@@ -59,12 +59,14 @@ def choose_plan(
     a choice that could differ from one run to the next would make them differ too.
 
     Raises:
-        ConfigError: This build of PyTorch does not have the layout.
+        ConfigError: This build of PyTorch does not have the layout for the model's weights.
     """
-    if layout not in ("auto", "onednn", *layouts()):
+    dtype = causal_lm.dtype
+    if layout not in ("auto", "onednn", *layouts(dtype)):
         raise ConfigError(
-            f"GenerationConfig: decode_layout={layout!r} is not part of this build of torch, which has "
-            f"{', '.join(layouts())}. Leave it out, or take 'auto' for the fastest of them."
+            f"GenerationConfig: decode_layout={layout!r} is not part of this build of torch for "
+            f"{str(dtype).removeprefix('torch.')}, which has {', '.join(layouts(dtype))}. Leave it out, or take 'auto' "
+            "for the fastest of them."
         )
     if layout != "auto":
         return DecodePlan(layout)
@@ -79,7 +81,8 @@ def plan_timings(causal_lm: PreTrainedModel, num_rows: int) -> Mapping[DecodePla
         return {}
     key = {
         "processor": processor_name(), "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": num_rows,
-        "layouts": list(layouts()), "shapes": [list(weight_and_bias(layer)[0].shape) for layer in layers],
+        "dtype": str(causal_lm.dtype), "layouts": list(layouts(causal_lm.dtype)),
+        "shapes": [list(weight_and_bias(layer)[0].shape) for layer in layers],
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     with contextlib.suppress(OSError, KonicError):
@@ -146,7 +149,7 @@ def _measure(layers: list[Any], num_rows: int) -> dict[DecodePlan, Timing]:
 
     The layouts are measured in turn, round after round, so that a slow moment of the machine meets all of them.
     """
-    packed = {layout: _pack(layers, num_rows, layout) for layout in layouts()}
+    packed = {layout: _pack(layers, num_rows, layout) for layout in layouts(layers[0].weight.dtype)}
     rounds: list[dict[DecodePlan, float]] = []
     started = time.perf_counter()
     while len(rounds) <= ROUNDS and (len(rounds) < 3 or time.perf_counter() - started < SECONDS):
@@ -177,7 +180,8 @@ def _pack(layers: list[Any], num_rows: int, layout: Layout) -> tuple[float, list
     products = []
     for layer in layers:
         weight, bias = weight_and_bias(layer)
-        products.append((Product([weight], bias, prepacking), torch.ones(num_rows, weight.shape[1])))
+        rows = torch.ones(num_rows, weight.shape[1], dtype=weight.dtype)
+        products.append((Product([weight], bias, prepacking), rows))
     return time.perf_counter() - started, products
 
 

@@ -127,12 +127,13 @@ class LanguageModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., V] of hidden states [..., H], in fp32 or better."""
-        if self.wide_head is not None:
+        rows, packed = hidden.reshape(-1, hidden.shape[-1]), self._prepacked_head
+        if packed is not None and (self.wide_head is None or len(rows) <= packed.num_rows):
+            logits = packed(rows.to(packed.dtype)).view(*hidden.shape[:-1], -1)
+        elif self.wide_head is not None:
             logits = self.wide_head(hidden)
-        elif self._prepacked_head is None:
-            logits = self.causal_lm.get_output_embeddings()(hidden)
         else:
-            logits = self._prepacked_head(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
+            logits = self.causal_lm.get_output_embeddings()(hidden)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         if self.scale != 1.0:
@@ -194,14 +195,16 @@ class LanguageModel:
     def prepacked_head(self, num_rows: int | None) -> Iterator[None]:
         """Make :meth:`logits` use a packed copy of a plain head inside the context; None changes nothing.
 
-        The packed head has no gradient. A head packed for few rows also works for hundreds of rows.
+        The packed head has no gradient. A head packed for few rows also works for hundreds of rows, where a wide head
+        is faster without.
         """
-        head, is_prepacked = self.causal_lm.get_output_embeddings(), self._prepacked_head is not None
-        is_other = type(head) is not nn.Linear or self.wide_head is not None
-        if num_rows is None or is_prepacked or is_other:
+        head = self.causal_lm.get_output_embeddings()
+        if num_rows is None or self._prepacked_head is not None or type(head) is not nn.Linear:
             yield
             return
-        self._prepacked_head = Product([head.weight], head.bias, Prepacking(num_rows))
+        packing = Prepacking(num_rows)
+        wide = self.wide_head
+        self._prepacked_head = Product([head.weight], head.bias, packing) if wide is None else wide.packed(packing)
         try:
             yield
         finally:

@@ -37,7 +37,7 @@ Layout = Literal["plain", "onednn", "mkl"]
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """How responses are sampled on a CPU in fp32. Every plan gives the same numbers, up to rounding."""
+    """How responses are sampled on a CPU, in fp32 or bfloat16. Every plan gives the same numbers, up to rounding."""
 
     layout: Layout = "onednn"
     """Of the weights, but for the head, which oneDNN packs unless the layout is "plain"."""
@@ -69,14 +69,18 @@ def threads_of(plan: DecodePlan) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def layouts() -> tuple[Layout, ...]:
-    """Return the layouts that this build of PyTorch has."""
+def layouts(dtype: torch.dtype = torch.float32) -> tuple[Layout, ...]:
+    """Return the layouts that this build of PyTorch has on this processor for weights of a dtype."""
     found: list[Layout] = ["plain"]
-    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return tuple(found)
+    if dtype == torch.float32:
         found += ["onednn"]
         has_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
         if has_mkl and hasattr(torch.ops.mkl, "_mkl_linear"):
             found += ["mkl"]
+    elif dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        found += ["onednn"]
     return tuple(found)
 
 
@@ -111,6 +115,16 @@ class Product:
             return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x, add, self._weight, self._bias, "add")
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that W is packed for; 0 if it is not."""
+        return self._prepacking.num_rows if self._prepacking else 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of W, x and the product."""
+        return self._weight.dtype
+
     def _mkl(self, x: Tensor, num_rows: int) -> Tensor:
         """MKL multiplies exactly as many rows as it packed for. Fewer are padded, more use the original weights."""
         if len(x) > num_rows:
@@ -143,17 +157,17 @@ def weight_and_bias(layer: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
 def rows_to_prepack(causal_lm: PreTrainedModel, num_rows: int, num_tokens: int) -> int | None:
     """Return `num_rows` if packing is possible and worth its time, else None.
 
-    Packing needs fp32 weights on a CPU, oneDNN, memory for a copy of the weights, and at least :data:`MIN_TOKENS`
-    tokens.
+    Packing needs a CPU, weights of a dtype that oneDNN packs, memory for a copy of them, and at least
+    :data:`MIN_TOKENS` tokens.
     """
-    if causal_lm.device.type != "cpu" or causal_lm.dtype != torch.float32 or num_tokens < MIN_TOKENS:
+    if causal_lm.device.type != "cpu" or "onednn" not in layouts(causal_lm.dtype) or num_tokens < MIN_TOKENS:
         return None
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     weights = [(weight.numel() * weight.element_size(), weight.requires_grad) for weight in causal_lm.parameters()]
     size = sum(part for part, _ in weights)
     is_trained = 2 * sum(part for part, learns in weights if learns) > size
     fits = size * (TRAINED_MEMORY_SHARE if is_trained else FROZEN_MEMORY_SHARE) <= memory
-    return num_rows if fits and torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
+    return num_rows if fits else None
 
 
 def plain_layers(causal_lm: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Linear | Conv1D]]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from konic.finetuning.models.prepacked import Prepacking, Product
+
 
 class WideHead:
     """Computes the logits of a frozen linear layer in bfloat16. On a CPU, it keeps a copy of the weights in fp32."""
@@ -32,14 +34,17 @@ class WideHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the same without gradient."""
-        weight = self._weight()
-        bias = None if self._head.bias is None else self._head.bias.detach().float()
+        weight, bias = self._weight(), self._bias()
         if weight.dtype == torch.bfloat16:
             rows = hidden.reshape(-1, hidden.shape[-1])
             logits = torch.mm(rows, weight.T, out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
             return logits if bias is None else logits.add_(bias)
         with bfloat16_products():
             return functional.linear(hidden.float(), weight, bias)
+
+    def packed(self, prepacking: Prepacking) -> Product | None:
+        """Return the product that gives the same logits [n, V] for hidden states [n, H] in fp32, packed; CPU only."""
+        return None if self._copy is None else Product([self._copy], self._bias(), prepacking)
 
     def gradient(self, of_logits: Tensor) -> Tensor:
         """Return the gradient [..., H] of the hidden states for that of the logits [..., V]."""
@@ -53,6 +58,9 @@ class WideHead:
             return self._copy
         weight = self._head.weight.detach()
         return weight if weight.device.type == "cuda" else weight.float()
+
+    def _bias(self) -> Tensor | None:
+        return None if self._head.bias is None else self._head.bias.detach().float()
 
 
 class _Logits(torch.autograd.Function):
