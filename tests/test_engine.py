@@ -1169,9 +1169,17 @@ agent = KonicFinetuningAgent({model_folders["llama"]!r}, R(), LoraConfig(r=2), D
     TrainingConfig(batch_size=2), GenerationConfig(max_new_tokens=3, max_prompt_length=8))
 KonicFinetuningEngine.from_agent(agent, checkpoint_dir={str(tmp_path / "run")!r}).train(1)
 """
+    code += """
+import sys
+print("loaded:", *sys.modules)
+"""
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert child.returncode == 0, child.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["rewards"]["file"] is None
+    loaded = set(child.stdout.rpartition("loaded:")[2].split())
+    assert "konic.finetuning.system.world" in loaded
+    of_several = ("konic.finetuning.cluster", "konic.finetuning.system.group", "konic.finetuning.models.fsdp", "ray")
+    assert not {name for name in loaded if name.startswith(of_several)}, "one process loads nothing for several"
 
 
 def test_a_second_ctrl_c_in_an_update_saves_nothing_of_it(model_folders, tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -42,6 +44,7 @@ from konic.finetuning.system.pickling import own_paths
 from ray_job import Rewards, make_agent
 from test_processes import same
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, of many kinds
 
 
@@ -111,11 +114,13 @@ def test_a_killed_worker_is_replaced_and_the_run_is_that_of_one_process(cluster,
     assert engine.evaluate(prompts)["rewards"] == pytest.approx(one_engine.evaluate(prompts)["rewards"], abs=1e-9)
 
 
-def test_an_error_of_one_worker_is_raised_here_with_its_name_and_is_not_tried_again(cluster, model, tmp_path):
+def test_an_error_of_one_worker_is_raised_here_with_its_name_and_is_not_tried_again(cluster, model, tmp_path, caplog):
     with pytest.raises(RewardError) as caught:
         train(model, tmp_path / "run", Rewards("error"), ScalingConfig(num_workers=2))
     what = "Reward 'vowels' raised ValueError: no such word"
     assert str(caught.value).startswith(f"In process 1 of 2 on {socket.gethostname()}: {what}")
+    assert "A worker was lost" not in caplog.text, "nothing was started again"
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 0
 
 
 def test_workers_train_into_a_url_and_the_engine_goes_on_with_their_weights(cluster, model, tmp_path, monkeypatch):
@@ -160,6 +165,12 @@ def test_ray_and_its_workers_listen_on_loopback_alone_and_its_files_are_the_user
         ({"num_workers": 13}, {}, "batch_size=12 is fewer responses than num_workers=13"),
         ({"num_workers": 2}, {"device": "cuda"}, "ScalingConfig\\(use_gpu=True\\)"),
         ({"num_workers": 2, "use_gpu": True}, {"device": "cpu"}, "would not use"),
+        ({"num_workers": 2, "resources_per_worker": {"CPU": 0}}, {}, "and one of them more, such as"),
+        ({"num_workers": 2, "resources_per_worker": {"CPU": -1}}, {}, "a number of at least 0"),
+        ({"num_workers": 2, "resources_per_worker": {"CPU": None}}, {}, "a number of at least 0"),
+        ({"num_workers": 2, "resources_per_worker": {"CPU": math.nan}}, {}, "a number of at least 0"),
+        ({"num_workers": 2, "resources_per_worker": "CPU"}, {}, "a number of at least 0"),
+        ({"num_workers": 2, "placement_strategy": "NEAR"}, {}, "'NEAR' must be one of PACK, SPREAD, STRICT_PACK"),
     ],
 )
 def test_what_cannot_be_is_refused_before_ray_starts(model, scaling, options, message):
@@ -368,6 +379,15 @@ def test_workers_that_may_not_share_a_node_are_refused_where_there_is_one(cluste
     nodes.require_room(ray, ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0}))
 
 
+def test_workers_that_no_node_may_take_by_its_labels_are_refused(cluster):
+    here = dict(ray.nodes()[0]["Labels"])
+    name, value = next(iter(here.items()))
+    nodes.require_room(ray, ScalingConfig(num_workers=1, label_selector={name: value}))
+    nodes.require_room(ray, ScalingConfig(num_workers=1, label_selector={"zone": "!in(a,b)"}))
+    with pytest.raises(ConfigError, match=r"has room for 0 on nodes with the labels zone=a\. Ask for fewer"):
+        nodes.require_room(ray, ScalingConfig(num_workers=1, label_selector={"zone": "a"}))
+
+
 def test_sockets_get_a_short_folder_where_the_usual_one_is_long(monkeypatch):
     for usual, chosen in (("/tmp", None), ("/scratch/of/a/job/1234567", "/tmp")):
         monkeypatch.setattr(tempfile, "tempdir", usual)
@@ -496,17 +516,47 @@ def test_options_of_the_command_that_do_not_fit_are_one_error(tmp_path, model, m
     assert json.dumps(done.stdout) == '""'
 
 
-def test_ray_does_not_take_the_signal_that_asks_to_save_and_end():
-    code = """
-import signal
-import ray
-from ray.train import ScalingConfig
-from konic.finetuning.cluster.connection import connected
-from konic.finetuning.system.signals import stopping_on_signals
-with stopping_on_signals() as stop:
-    with connected(ScalingConfig(num_workers=1)):
-        print(signal.getsignal(signal.SIGTERM) is stop)
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout.split() == ["True"], done.stderr
+def test_the_command_trains_a_script_in_workers_and_sigterm_saves_the_run(model, tmp_path):
+    """Ray replaces the handler of SIGTERM by one that ends the process without saving."""
+    job = script(
+        tmp_path,
+        f"""
+        import sys
+        import time
+        from konic.finetuning import KonicLLMRewardComposer, llm_reward
+        from ray_job import make_agent
+
+        class Mine(KonicLLMRewardComposer):
+            @llm_reward
+            def patience(self, prompt: str, response: str) -> float:
+                time.sleep(0.05)
+                print("given:", sys.argv[1:3])
+                return len(response) / 10
+
+        agent = make_agent({str(model)!r}, Mine())
+        """,
+    )
+    run = tmp_path / "run"
+    command = [sys.executable, "-W", "ignore", "-m", "konic", "train", job, "--num-workers", "1", "--output", run]
+    paths = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(BENCHMARKS)]))
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PYTHONPATH": paths}
+    started = subprocess.Popen(
+        [*map(str, command), "--max-iterations", "200"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment,
+    )  # fmt: skip
+    printed = []
+    try:
+        for line in started.stdout:
+            printed.append(line)
+            if "[Iter    2]" in line:
+                started.terminate()
+        assert started.wait(60) == 128 + signal.SIGTERM, printed
+    finally:
+        started.kill()
+        started.stdout.close()
+    assert f"given: ['train', '{job}']\n" in printed, "what rewards print arrives, and they see the driver's arguments"
+    record = json.loads((run / "run.json").read_text())
+    assert record["command"].endswith("--max-iterations 200") and " train " in record["command"]
+    assert record["process"]["id"] == started.pid, "the process to stop"
+    assert record["rewards"]["file"] and (run / "final" / "adapter_model.safetensors").is_file()
+    assert 2 <= len((run / "metrics.jsonl").read_text().splitlines()) < 200

@@ -286,6 +286,7 @@ def test_names_that_lead_out_or_are_hidden_are_not_of_the_run(name):
         ("s3://", "names no folder there"),
         ("file://machine/run", "names a folder of another machine. A folder here is file:///folder"),
         (Path("s3://bucket/run"), "give a URL as text"),
+        ("file:///runs/kind#1", r"kind: a folder's URL has no part after #\. Write %23"),
         ("https://", "is no URL of a folder|names no folder"),
     ],
 )
@@ -300,6 +301,13 @@ def test_a_place_that_cannot_be_written_is_an_error_before_the_training(model_fo
     with pytest.raises(OutputError, match=r"file/run: cannot be (read|written)"):
         make_engine(model_folder, f"file://{tmp_path}/file/run", seen).train(2, save_every=1)
     assert seen.told == []
+
+
+@pytest.mark.parametrize("form", ["file://{}", "FILE://{}", "file://localhost{}"])
+def test_a_folder_of_this_machine_has_any_name_in_a_url(tmp_path, form):
+    mirror = mirror_of(form.format(tmp_path / "ü ñ%20x"))
+    mirror.require_writable()
+    assert (tmp_path / "ü ñ x").is_dir()
 
 
 def test_a_secret_in_a_url_is_in_no_name():

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +15,6 @@ from konic.finetuning.arguments import check_counts, refuse_unknown, with_known_
 from konic.finetuning.callbacks.composite import Callbacks
 from konic.finetuning.callbacks.console import KonicFinetuningCallback
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
-from konic.finetuning.cluster.connection import check_scaling
-from konic.finetuning.cluster.driver import RayTraining
 from konic.finetuning.data.prompts import Prompt, make_prompts
 from konic.finetuning.data.rows import rows_of
 from konic.finetuning.errors import ConfigError, OutputError, no_attribute
@@ -34,6 +32,7 @@ from konic.finetuning.system.files import as_path, filling_folder
 from konic.finetuning.system.places import is_url
 from konic.finetuning.system.signals import raising_on_signals, stopping_on_signals, uninterrupted
 from konic.finetuning.system.user_code import standard_torch_modes
+from konic.finetuning.system.world import is_one_of_several
 from konic.finetuning.trainer import Trainer
 from konic.output import tolerant_streams
 
@@ -106,6 +105,8 @@ class KonicFinetuningEngine:
     """A ray.train.ScalingConfig: Ray starts the processes that train; None trains in this one."""
     job_file: Path | None = None
     """The script or YAML file that the agent is from, for `run.json`; set by `konic train`."""
+    driver: Mapping[str, Any] | None = None
+    """Process id and host of the process that has started this one, if another one has; for `run.json`."""
 
     def __init__(
         self,
@@ -166,15 +167,20 @@ class KonicFinetuningEngine:
         self.device = "auto" if device is None else device
         self.callback = KonicFinetuningCallback() if callback is None else callback
         check_model_kwargs(agent.get_model_kwargs())
-        self.scaling, self._ray = scaling, None if scaling is None else RayTraining(scaling)
+        self.scaling, self._ray = scaling, None
         if scaling is None:
-            pick_device(self.device)
+            if not is_one_of_several():  # which have to be told by each other: `train` checks it
+                pick_device(self.device)
             if agent.get_training_config().reward_resources is not None:
                 raise ConfigError(
                     "TrainingConfig: reward_resources places reward workers in a Ray cluster, and this training is not "
                     "on Ray: give scaling=ScalingConfig(...) or --num-workers, or leave it out."
                 )
         else:
+            from konic.finetuning.cluster.connection import check_scaling
+            from konic.finetuning.cluster.driver import RayTraining
+
+            self._ray = RayTraining(scaling)
             check_scaling(scaling, self.device, agent.get_training_config().batch_size)
         if is_url(checkpoint_dir):
             mirror_of(str(checkpoint_dir)).check()
@@ -282,7 +288,7 @@ class KonicFinetuningEngine:
                     callbacks.on_train_end(final)
                     return final
 
-    def _train_on_ray(self, ray: RayTraining, **options: Any) -> FinetuningResult:
+    def _train_on_ray(self, ray: Any, **options: Any) -> FinetuningResult:
         """Train in workers. This engine takes over their newest checkpoint when its own model is needed."""
         check_counts(**{name: options[name] for name in ("max_iterations", "save_every", "save_total_limit")})
         worker, callbacks = copy.copy(self), Callbacks(self.callback)
@@ -368,7 +374,7 @@ class KonicFinetuningEngine:
     def _current_session(self) -> Session:
         """The session, with the attributes of the engine as they are set now."""
         self._session.place.checkpoint_dir = self.checkpoint_dir
-        self._session.device, self._session.job_file = self.device, self.job_file
+        self._session.device, self._session.job_file, self._session.driver = self.device, self.job_file, self.driver
         if self._ray is not None:
             self._session.adopt(self._ray.checkpoint)
         return self._session

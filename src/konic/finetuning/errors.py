@@ -91,6 +91,10 @@ class TrainingError(KonicError):
     """A number of the run violated an invariant; the weights are those from before the step."""
 
 
+class ProcessLostError(TrainingError):
+    """Another process of the run is gone; there is nobody to tell."""
+
+
 class NotFiniteError(TrainingError):
     """A number is NaN or infinite. With on_nonfinite="skip" training drops its batch or step instead."""
 

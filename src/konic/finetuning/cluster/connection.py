@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ _CONNECT_SECONDS = 10.0
 _PRINTS_ADDRESS = "`ray start --head` prints the address of a cluster."
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000000 04 00 00000000")
 """How a client of HTTP/2, which Ray's head speaks, begins: the preface and empty settings (RFC 9113, section 3.4)."""
+_PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 _FRAME_BYTES, _TYPE, _SETTINGS = 9, 3, 4
 """The length of a frame's header, where its type stands, and the type with which a server begins."""
 
@@ -43,18 +45,35 @@ def check_scaling(scaling: Any, device: str, batch_size: int) -> None:
         raise ConfigError(f"scaling must be a ray.train.ScalingConfig, got {scaling!r:.200}.")
     if not hasattr(scaling, "min_workers"):
         raise ConfigError("RAY_TRAIN_V2_ENABLED=0 selects an earlier Ray Train, without which konic works: unset it.")
-    if scaling.min_workers < 1:
+    if not isinstance(scaling.min_workers, int) or scaling.min_workers < 1:
         raise ConfigError(f"scaling: num_workers={scaling.num_workers}, and there must be at least 1.")
     if scaling.max_workers > batch_size:
         raise ConfigError(
             f"TrainingConfig: batch_size={batch_size} is fewer responses than num_workers={scaling.num_workers}. "
             "Raise it, or ask for fewer workers."
         )
+    _check_resources(scaling)
     wanted = device.partition(":")[0]
     if wanted == "cuda" and not scaling.use_gpu:
         raise ConfigError(f"device={device!r} needs workers that have a GPU: ScalingConfig(use_gpu=True).")
     if wanted not in ("auto", "cuda") and scaling.use_gpu:
         raise ConfigError(f"ScalingConfig(use_gpu=True) keeps GPUs that device={device!r} would not use.")
+
+
+def _check_resources(scaling: Any) -> None:
+    amounts, placement = scaling.resources_per_worker, scaling.placement_strategy
+    if amounts is not None:
+        is_right = isinstance(amounts, dict) and all(
+            isinstance(name, str) and type(amount) in (int, float) and 0 <= amount < math.inf
+            for name, amount in amounts.items()
+        )
+        if not is_right or not any((amounts | ({"GPU": 1} if scaling.use_gpu else {})).values()):
+            raise ConfigError(
+                f"scaling: resources_per_worker={amounts!r:.200} must give each resource a number of at least 0, and "
+                "one of them more, such as {'CPU': 2}."
+            )
+    if placement not in _PLACEMENTS:
+        raise ConfigError(f"scaling: placement_strategy={placement!r:.200} must be one of {', '.join(_PLACEMENTS)}.")
 
 
 @contextmanager
@@ -116,8 +135,12 @@ def _connect(ray: Any, address: str) -> None:
         with signals_kept():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
+        by_token = os.environ.get("RAY_AUTH_MODE") == "token"
+        hint = (
+            "" if by_token else " Where the cluster asks for a token, set RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN."
+        )
         raise ConfigError(
-            f"Ray address {address!r}: this process cannot join the cluster: {describe_error(error)}"
+            f"Ray address {address!r}: this process cannot join the cluster: {describe_error(error)}.{hint}"
         ) from safe_cause(error)
 
 

@@ -79,13 +79,13 @@ class Desk:
             return FAILED
 
     def on_attempt(self, num_workers: int) -> dict[str, Any]:
-        """The workers have started: return what differs from the options given. After a loss, the run is resumed.
+        """The workers have started: return where they resume, and which attempt it is, from 1.
 
         A run that saved nothing yet starts as it did at first.
         """
         self.attempts += 1
         self._idle_since, self.has_workers = None, True
-        return {"resume_from_checkpoint": True} if self.checkpoint else {"resume_from_checkpoint": self._resume}
+        return {"resume_from_checkpoint": bool(self.checkpoint) or self._resume, "attempt": self.attempts}
 
     def has_waited(self, seconds: float) -> bool:
         """True where no worker has run for so long; once, until workers are lost again."""

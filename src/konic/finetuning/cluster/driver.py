@@ -5,6 +5,7 @@ decided here, in the one process that outlives them.
 """
 
 import os
+import socket
 import sys
 import tempfile
 import threading
@@ -75,7 +76,10 @@ class RayTraining:
             options["max_iterations"] += self._iterations
         engine.checkpoint_dir = self._folder
         keep_origin(engine.agent.get_reward_composer())
-        job = Job(_pickled(engine), self._folder, options, _current_folder(), own_paths(), limit_seconds)
+        driver = {"id": os.getpid(), "host": socket.gethostname()}
+        job = Job(
+            _pickled(engine), self._folder, options, sys.argv, driver, _current_folder(), own_paths(), limit_seconds
+        )
         desk = Desk(callbacks, options["resume_from_checkpoint"], is_url(self._folder), self._iterations)
         try:
             with connected(self.scaling) as (ray, scaling):
@@ -98,6 +102,13 @@ def _run(ray: Any, scaling: Any, job: Job, desk: Desk) -> Outcome:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     require_equal_nodes(ray, scaling)
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if gpus and not scaling.use_gpu:
+        logger.warning(
+            "This Ray has %d GPUs, and no worker takes one: --device cuda, or ScalingConfig(use_gpu=True), gives each "
+            "worker a GPU.",
+            gpus,
+        )
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here, max_concurrency=1000).remote()
     ended: list[Any] = []

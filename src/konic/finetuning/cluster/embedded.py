@@ -17,6 +17,7 @@ from konic.text import describe_error
 
 _OBJECT_STORE_BYTES = 100 * 2**20
 """Weights do not pass through it: results and messages are small."""
+_OF_TOKENS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _MOST_CHARACTERS = 16
 """Of the folder for temporary files: the system takes 103 to 107 in the name of a socket, and Ray's are long."""
 
@@ -26,7 +27,8 @@ def embedded(ray: Any, num_workers: int) -> Iterator[None]:
     """Within it a Ray runs on this machine: it listens on loopback only, to the holder of a token."""
     from ray._private import ray_constants
 
-    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+    of_user = {name: os.environ[name] for name in _OF_TOKENS if name in os.environ}
+    if not of_user:
         os.environ["RAY_AUTH_TOKEN"] = _token()  # Ray asks for one, and would keep its own in a file
     own = {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its switch for loopback; it has none for Linux
@@ -55,6 +57,9 @@ def embedded(ray: Any, num_workers: int) -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = was_cluster
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+        for name in _OF_TOKENS:  # a cluster joined later has a token of its own, or none
+            os.environ.pop(name, None)
+        os.environ.update(of_user)
 
 
 def _short_folder() -> str | None:

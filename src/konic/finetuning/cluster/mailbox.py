@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import itertools
 import logging
 import sys
 import threading
@@ -25,6 +26,7 @@ class Mailbox:
     def __init__(self) -> None:
         self._posts: asyncio.Queue[tuple[int | None, tuple[Any, ...]]] = asyncio.Queue()
         self._asked: dict[int, asyncio.Future[Any]] = {}
+        self._numbers = itertools.count()
 
     async def post(self, *event: Any) -> None:
         """Take an event that needs no answer."""
@@ -32,10 +34,13 @@ class Mailbox:
 
     async def ask(self, *event: Any) -> Any:
         """Return the driver's answer to an event."""
-        number = len(self._asked)
+        number = next(self._numbers)
         self._asked[number] = asyncio.get_running_loop().create_future()
         self._posts.put_nowait((number, event))
-        return await self._asked[number]
+        try:
+            return await self._asked[number]
+        finally:
+            del self._asked[number]
 
     async def answer(self, number: int, value: Any) -> None:
         """Give the answer to an event that was asked."""

@@ -14,15 +14,29 @@ def require_room(ray: Any, scaling: Any) -> None:
     """Raise ConfigError if the nodes lack what the workers need, and no autoscaler can add any."""
     from ray._private.state import state
 
-    per_worker = scaling._resources_per_worker_not_none
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    per_worker, labels = scaling._resources_per_worker_not_none, _wanted_labels(scaling)
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in alive if labels.items() <= node.get("Labels", {}).items()]
     room = _room([_most_workers(node, per_worker, scaling.max_workers) for node in nodes], scaling.placement_strategy)
     if room < scaling.min_workers and not state.get_max_resources_from_cluster_config():
         raise ConfigError(
             f"num_workers={scaling.num_workers}: each worker takes {describe_resources(per_worker)}, and this Ray of "
-            f"{len(nodes)} nodes has room for {room}{_by_placement(scaling.placement_strategy)}. Ask for fewer workers "
-            "or resources, or add nodes."
+            f"{len(alive)} nodes has room for {room}{_by_placement(scaling.placement_strategy)}{_on_nodes(labels)}. "
+            "Ask for fewer workers or resources, or add nodes."
         )
+
+
+def _wanted_labels(scaling: Any) -> dict[str, str]:
+    """Return the labels that the node of every worker must have; what else a selector of Ray can say is left to Ray."""
+    selector = getattr(scaling, "label_selector", None)
+    if not isinstance(selector, dict):
+        return {}
+    return {name: value for name, value in selector.items() if not value.startswith(("!", "in("))}
+
+
+def _on_nodes(labels: Mapping[str, str]) -> str:
+    wanted = ", ".join(f"{name}={value}" for name, value in labels.items())
+    return f" on nodes with the labels {wanted}" if wanted else ""
 
 
 def _most_workers(node: Mapping[str, float], per_worker: Mapping[str, float], most: int) -> int:

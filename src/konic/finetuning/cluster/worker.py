@@ -17,16 +17,23 @@ from filelock import FileLock, Timeout
 import konic
 from konic.finetuning.cluster.mailbox import Line, Reporter
 from konic.finetuning.cluster.rendezvous import join_workers
-from konic.finetuning.errors import ConfigError, KonicError, OutputError, TrainingError, safe_cause
+from konic.finetuning.errors import (
+    ConfigError,
+    KonicError,
+    OutputError,
+    ProcessLostError,
+    TrainingError,
+    safe_cause,
+)
 from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.run.remote import copy_of
-from konic.finetuning.system.group import ProcessLostError
 from konic.finetuning.system.places import is_url
 from konic.finetuning.system.world import World, find_world, from_first
 from konic.text import describe_error, indented
 
-_LOCK_SECONDS = 60.0
-"""How long a worker that takes over waits for the end of the process that it replaces."""
+_LOCK_SECONDS, _FIRST_LOCK_SECONDS = 60.0, 10.0
+"""How long a worker waits for the end of the process that it replaces; at first there is one only if a driver was
+killed a moment ago."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,10 @@ class Job:
     """The run's folder, or its URL."""
     options: Mapping[str, Any]
     """Arguments of `engine.train`."""
+    command: Sequence[str]
+    """`sys.argv` of the driver, for `run.json` and for rewards that read it."""
+    driver: Mapping[str, Any]
+    """Process id and host of the driver: whoever wants to stop the run stops that process."""
     current_folder: str
     """That of the driver: relative paths mean the same in the workers, where they have such a folder."""
     paths: Sequence[str]
@@ -77,14 +88,15 @@ def _outcome(job: Job, line: Line) -> Outcome:
     try:
         with world.telling_errors():
             engine = _loaded(job)
-            options = dict(job.options)
-            options |= from_first(world, line.ask("on_attempt", world.size) if world.rank == 0 else None)
+            told = from_first(world, line.ask("on_attempt", world.size) if world.rank == 0 else None)
+            options = {**job.options, "resume_from_checkpoint": told["resume_from_checkpoint"]}
             hosts = {message["host"] for message in world.gather({"host": socket.gethostname()})}
             if len(hosts) > 1 and not is_url(job.folder):
                 _require_shared(Path(job.folder), world)
             if world.rank == 0:
-                _wait_for_lock(Path(copy_of(job.folder)))
-        engine.callback = Reporter(line)
+                limit = _FIRST_LOCK_SECONDS if told["attempt"] == 1 else _LOCK_SECONDS
+                _wait_for_lock(Path(copy_of(job.folder)), limit)
+        engine.callback, engine.driver = Reporter(line), job.driver
         return Outcome(engine.train(**options))
     except ProcessLostError:
         raise
@@ -103,6 +115,7 @@ def _loaded(job: Job) -> Any:
             f"this node has konic {konic.__version__}, and the training was started by konic {job.version}. Install "
             "the same version on every node."
         )
+    sys.argv[:] = job.command
     with suppress(OSError):
         os.chdir(job.current_folder)
     sys.path += [path for path in job.paths if path not in sys.path and os.path.isdir(path)]
@@ -134,10 +147,10 @@ def _require_shared(folder: Path, world: World) -> None:
         )
 
 
-def _wait_for_lock(folder: Path) -> None:
+def _wait_for_lock(folder: Path, seconds: float) -> None:
     """Wait for the end of a process of the same run that was killed; another run's lock is an error later."""
     if (folder / ".lock").exists():
-        with suppress(Timeout, OSError), FileLock(folder / ".lock").acquire(timeout=_LOCK_SECONDS):
+        with suppress(Timeout, OSError), FileLock(folder / ".lock").acquire(timeout=seconds):
             pass
 
 

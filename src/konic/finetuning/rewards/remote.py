@@ -14,7 +14,7 @@ from typing import Any
 import cloudpickle
 
 from konic.finetuning.data.samples import Sample
-from konic.finetuning.errors import ConfigError, RewardError, safe_cause
+from konic.finetuning.errors import ConfigError, ProcessLostError, RewardError, safe_cause
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer, RewardModel
 from konic.finetuning.rewards.listing import list_rewards
 from konic.finetuning.rewards.outcomes import Outcome, Reward
@@ -218,8 +218,6 @@ def _next(stream: Iterator[Any]) -> Any:
 @contextlib.contextmanager
 def _naming_the_lost() -> Iterator[None]:
     import ray
-
-    from konic.finetuning.system.group import ProcessLostError  # it loads torch
 
     try:
         yield

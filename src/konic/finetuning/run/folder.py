@@ -9,7 +9,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -193,9 +193,18 @@ class RunFolder:
             lock.release()
 
     def write_run(
-        self, settings: dict[str, Any], environment: dict[str, Any], composer: Any, job_file: Path | None
+        self,
+        settings: dict[str, Any],
+        environment: dict[str, Any],
+        composer: Any,
+        job_file: Path | None,
+        driver: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write `run.json`: settings, command, versions, machine, and the files of the job and of its rewards."""
+        """Write `run.json`: settings, command, versions, machine, and the files of the job and of its rewards.
+
+        `driver` is the process to stop, by id and host, if it is another one than this.
+        """
+        process = {"id": os.getpid(), "host": socket.gethostname(), **(driver or {})}
         record = {
             "command": redact(shlex.join(sys.argv)),
             "current_folder": _current_folder(),
@@ -204,7 +213,7 @@ class RunFolder:
             "rewards": origin_of(composer).file,
             "environment": environment,
             "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
-            "process": {"id": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M}"},
+            "process": process | {"since": f"{datetime.now():%Y-%m-%d %H:%M}"},
         }
         write_text(self.path / _RUN_FILE, json.dumps(record, indent=1, default=str))
 

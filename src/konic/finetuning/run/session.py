@@ -63,6 +63,7 @@ class Session:
         self.device = "auto"
         self.place = RunPlace(agent.get_base_model(), self.world)
         self.job_file: Path | None = None
+        self.driver: Mapping[str, Any] | None = None
         self.served_check: ServedCheck | None = None
         """Checks what a server samples; None where konic samples by itself."""
         self._served_sampler: Sampler | None = None
@@ -202,6 +203,7 @@ class Session:
                 "An error in an update left the weights of this engine between two iterations. Create a new engine; if "
                 "there is a checkpoint, resume with train(resume_from_checkpoint=...)."
             )
+        pick_device(self.device)
         check_settings(self.agent, self.world.size, self.device)
         first = self.prompts.rows[0]
         names = dict.fromkeys([*first.columns, *collect_columns([first])[0]])
@@ -234,7 +236,7 @@ class Session:
             policy.decode_plan = DecodePlan(**from_first(self.world, asdict(policy.decode_plan)))
             require_equal_processes(self.world, self.settings(last), self.learner.policy.trainable())
             device, composer = self.learner.policy.device, self.agent.get_reward_composer()
-            self.folder.write_run(self.settings(last), environment(device), composer, self.job_file)
+            self.folder.write_run(self.settings(last), environment(device), composer, self.job_file, self.driver)
             with self._served(last):
                 yield last
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import konic.finetuning.errors
-from konic.finetuning.errors import ConfigError, KonicError, TrainingError, safe_cause
+from konic.finetuning.errors import ConfigError, KonicError, ProcessLostError, TrainingError, safe_cause
 from konic.finetuning.system.signals import uninterrupted
 from konic.output import get_logger
 from konic.text import describe_error
@@ -154,10 +154,6 @@ class Group:
                 f"Process {self.rank} of {self.size} on {socket.gethostname()} has lost another process of this run, "
                 f"which ended, or did not answer for {self._limit.total_seconds():g} s: {describe_error(error)}"
             ) from safe_cause(error)
-
-
-class ProcessLostError(TrainingError):
-    """Another process is gone; there is nobody to tell."""
 
 
 def _write(message: Mapping[str, Any]) -> bytes:

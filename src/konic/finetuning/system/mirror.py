@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from konic.finetuning.errors import KonicError, OutputError, safe_cause
 from konic.finetuning.system.files import remove, unwritable, write_text
@@ -48,6 +48,8 @@ class Mirror:
         """The URL without what may be secret: a name, a password, and what follows `?`."""
         if "://" not in url:
             raise OutputError(f"{self.address}: give a URL as text, not as a path, which has one slash less.")
+        if "#" in url:
+            raise OutputError(f"{self.address}: a folder's URL has no part after #. Write %23, or leave it out.")
         self._url, self._only_reads = url, only_reads
         digest = hashlib.sha256(self.address.encode()).hexdigest()[:12]
         self.path = copies / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', self.address.rpartition('/')[2])}-{digest}"
@@ -233,9 +235,14 @@ def _opened(url: str, address: str) -> tuple[Any, str]:
 
     if not url.partition("://")[2].strip("/"):
         raise OutputError(f"{address}: names no folder there. Give one, such as s3://bucket/run.")
-    if url.startswith("file://") and urlsplit(url).netloc not in ("", "localhost"):
+    if url.lower().startswith("file://") and urlsplit(url).netloc not in ("", "localhost"):
         raise OutputError(f"{address}: names a folder of another machine. A folder here is file:///folder, or /folder.")
-    scheme, options = url.partition("://")[0], url.partition("?")[2]
+    scheme, rest = url.split("://", 1)
+    scheme = scheme.lower()
+    if scheme == "file":
+        rest = re.sub(r"[^!-~]", lambda found: quote(found[0]), rest.removeprefix("localhost"))
+    url = f"{scheme}://{rest}"
+    options = url.partition("?")[2]
     if scheme in ("gs", "gcs") and "retry_limit_seconds=" not in options:  # its own limit is a quarter of an hour
         url += f"{'&' if options else '?'}retry_limit_seconds={_GCS_SECONDS}"
     try:

@@ -88,13 +88,18 @@ def find_world(limit_seconds: float) -> World:
     Args:
         limit_seconds: Seconds that a process waits for the others before it says which of them is missing.
     """
-    distributed = sys.modules.get("torch.distributed")
-    has_group = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    if not has_group and os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+    if not is_one_of_several():
         return ALONE
     from konic.finetuning.system.group import Group
 
     return Group.joined(limit_seconds)
+
+
+def is_one_of_several() -> bool:
+    """Return True if this process was started with others, by Ray Train or torchrun."""
+    distributed = sys.modules.get("torch.distributed")
+    has_group = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return has_group or os.environ.get("WORLD_SIZE", "1") not in ("", "1")
 
 
 def from_first(world: World, value: Any) -> Any:
