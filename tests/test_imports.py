@@ -51,7 +51,7 @@ INSIDE = {
         "hooks", "trackers", "mlflow", "tensorboard", "trackio", "wandb", "live", "display", "console",
         "json_lines", "composite",
     ],
-    "cluster": ["embedded", "nodes", "connection", "mailbox", "desk", "rendezvous", "worker", "driver"],
+    "cluster": ["ray_inside", "embedded", "nodes", "connection", "mailbox", "desk", "rendezvous", "worker", "driver"],
     "konic_0_1": ["callback", "reward", "dataset", "environment", "module", "backends"],
     "run": [
         "environment", "card", "state", "checkpoint", "resume", "processes", "checks", "served", "measures", "tables",

@@ -32,14 +32,15 @@ from konic.finetuning import (
     ConfigError,
     KonicFinetuningCallback,
     KonicFinetuningEngine,
+    OutputError,
     RewardError,
     TrainingError,
 )
 from konic.finetuning.callbacks.composite import Callbacks
-from konic.finetuning.cluster import connection, driver, embedded, nodes
+from konic.finetuning.cluster import connection, driver, embedded, nodes, ray_inside
 from konic.finetuning.cluster.desk import Desk
 from konic.finetuning.cluster.mailbox import _Stream, describe_losses
-from konic.finetuning.cluster.worker import Outcome
+from konic.finetuning.cluster.worker import Outcome, _require_shared
 from konic.finetuning.system.pickling import own_paths
 from ray_job import Rewards, make_agent
 from test_processes import same
@@ -239,6 +240,11 @@ def test_the_head_of_a_ray_is_known_by_how_it_answers(cluster, monkeypatch):
     monkeypatch.setenv("RAY_USE_TLS", "1")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert connection._speaks_http2("127.0.0.1", silent.getsockname()[1])
+
+
+def test_a_ray_without_what_is_used_inside_it_is_named():
+    with pytest.raises(ConfigError, match=f"^Ray {ray.__version__} is not one that this konic knows .*no attribute"):
+        ray_inside.worker_resources(SimpleNamespace())
 
 
 def test_workers_have_the_priority_of_the_process_that_starts_them(cluster):
@@ -448,6 +454,41 @@ def test_another_konic_on_a_node_is_named(cluster, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("Version mismatch: the cluster has Ray 2.59.0"), r"cannot join .*: Version mismatch.*2\.59\.0$"),
+        (ConnectionError("Failed to connect to Ray"), "Failed to connect to Ray. If the cluster asks for a token, set"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_one_error(monkeypatch, error, message):
+    def init(**options):
+        raise error
+
+    monkeypatch.setattr(connection, "_speaks_http2", lambda host, port: True)
+    with pytest.raises(ConfigError, match=message):
+        connection._connect(SimpleNamespace(init=init), "10.0.0.1:6379")
+
+
+def test_a_worker_that_does_not_see_the_folder_of_the_others_or_cannot_write_it_says_so(tmp_path):
+    class Two:
+        def gather(self, message):
+            return [{"name": ".worker-of-another-disk"}, message]
+
+    with pytest.raises(OutputError, match=r"run: this node does not see what process 0 writes there\. Name a"):
+        _require_shared(tmp_path / "run", Two())
+    assert list((tmp_path / "run").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file/run: cannot be written here: NotADirectoryError"):
+        _require_shared(tmp_path / "file" / "run", Two())
+
+
+def test_no_secret_goes_into_a_runtime_environment_which_the_dashboard_shows(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "planted")
+    trainer = driver._trainer(ScalingConfig(num_workers=1), None, None, str(tmp_path))
+    assert trainer.run_config.worker_runtime_env == {"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}}
+
+
 def test_a_node_where_torch_finds_no_gpu_is_named(cluster):
     needs = SimpleNamespace(_resources_per_worker_not_none={"CPU": 1}, use_gpu=True)  # as if the node had announced one
     with pytest.raises(ConfigError, match=r"Node 127\.0\.0\.1 \(.*\): torch finds no GPU there"):

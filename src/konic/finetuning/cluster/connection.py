@@ -12,6 +12,7 @@ from typing import Any
 
 from konic.finetuning.cluster.embedded import embedded, signals_kept
 from konic.finetuning.cluster.nodes import require_room
+from konic.finetuning.cluster.ray_inside import quiet
 from konic.finetuning.errors import ConfigError, safe_cause
 from konic.text import describe_error
 
@@ -97,7 +98,7 @@ def connected(scaling: Any) -> Iterator[tuple[Any, Any]]:
         _connect(ray, address)
         try:
             require_room(ray, scaling)
-            with _quiet():
+            with quiet():
                 yield ray, scaling
         finally:
             ray.shutdown()
@@ -108,7 +109,7 @@ def connected(scaling: Any) -> Iterator[tuple[Any, Any]]:
             share = max(1, (os.cpu_count() or 1) // scaling.max_workers)
             own = replace(scaling, resources_per_worker={"CPU": share} | ({"GPU": 1} if scaling.use_gpu else {}))
         require_room(ray, own)
-        with _quiet():
+        with quiet():
             yield ray, own
 
 
@@ -135,12 +136,11 @@ def _connect(ray: Any, address: str) -> None:
         with signals_kept():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
-        by_token = os.environ.get("RAY_AUTH_MODE") == "token"
-        hint = (
-            "" if by_token else " Where the cluster asks for a token, set RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN."
-        )
+        has_token = os.environ.get("RAY_AUTH_MODE") == "token"
+        hint = ". If the cluster asks for a token, set RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN."
         raise ConfigError(
-            f"Ray address {address!r}: this process cannot join the cluster: {describe_error(error)}.{hint}"
+            f"Ray address {address!r}: this process cannot join the cluster: {describe_error(error)}"
+            + (hint if isinstance(error, ConnectionError) and not has_token else "")
         ) from safe_cause(error)
 
 
@@ -159,15 +159,3 @@ def _speaks_http2(host: str, port: int) -> bool:
         while len(header) < _FRAME_BYTES and (part := server.recv(_FRAME_BYTES - len(header))):
             header += part
     return len(header) == _FRAME_BYTES and header[_TYPE] == _SETTINGS
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Within it Ray prints nothing of its own: of a lost worker it has ten lines, and konic one."""
-    from ray._private import worker
-
-    before, worker._worker_logs_enabled = worker._worker_logs_enabled, False
-    try:
-        yield
-    finally:
-        worker._worker_logs_enabled = before

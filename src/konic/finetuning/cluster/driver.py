@@ -18,6 +18,7 @@ from konic.finetuning.cluster.connection import connected
 from konic.finetuning.cluster.desk import MAX_RESTARTS, Desk
 from konic.finetuning.cluster.mailbox import Mailbox, describe_losses
 from konic.finetuning.cluster.nodes import describe_resources, require_equal_nodes, require_room
+from konic.finetuning.cluster.ray_inside import worker_resources
 from konic.finetuning.cluster.worker import Job, Outcome
 from konic.finetuning.errors import ConfigError, KonicError, OutputError, TrainingError, safe_cause
 from konic.finetuning.results.summary import FinetuningResult
@@ -205,7 +206,7 @@ def _explain_waiting(ray: Any, desk: Desk, scaling: Any) -> None:
         require_room(ray, scaling)
     except ConfigError as error:
         raise TrainingError(f"The workers cannot be started again: {error}", _newest(desk)) from None
-    needs, free = scaling._resources_per_worker_not_none, ray.available_resources()
+    needs, free = worker_resources(scaling), ray.available_resources()
     logger.warning(
         "No worker has started for %.0f s: they are slow to start, or wait for room. Each takes %s, and free is %s.",
         _PATIENCE_SECONDS, describe_resources(needs), describe_resources({name: free.get(name, 0) for name in needs}),

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from konic.finetuning.cluster.ray_inside import one_machine
 from konic.finetuning.errors import ConfigError, safe_cause
 from konic.finetuning.system.signals import in_main_thread
 from konic.text import describe_error
@@ -25,8 +26,6 @@ _MOST_CHARACTERS = 16
 @contextmanager
 def embedded(ray: Any, num_workers: int) -> Iterator[None]:
     """Within it a Ray runs on this machine: it listens on loopback only, to the holder of a token."""
-    from ray._private import ray_constants
-
     of_user = {name: os.environ[name] for name in _OF_TOKENS if name in os.environ}
     if not of_user:
         os.environ["RAY_AUTH_TOKEN"] = _token()  # Ray asks for one, and would keep its own in a file
@@ -36,25 +35,24 @@ def embedded(ray: Any, num_workers: int) -> Iterator[None]:
         "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),  # noqa: SIM112  its name
     }
     folder = tempfile.mkdtemp(prefix="konic-ray-", dir=_short_folder())
-    was_cluster, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
-        try:
-            with _environment(own), signals_kept():
-                ray.init(
-                    address="local",
-                    num_cpus=max(os.cpu_count() or 1, num_workers),
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    _node_ip_address="127.0.0.1",
-                    _temp_dir=os.path.join(folder, "ray"),  # Ray opens it to everybody, and `folder` is ours alone
-                )
-        except Exception as error:
-            raise ConfigError(f"Ray cannot start on this machine: {describe_error(error)}") from safe_cause(error)
-        yield
+        with one_machine():
+            try:
+                with _environment(own), signals_kept():
+                    ray.init(
+                        address="local",
+                        num_cpus=max(os.cpu_count() or 1, num_workers),
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                        object_store_memory=_OBJECT_STORE_BYTES,
+                        _node_ip_address="127.0.0.1",
+                        _temp_dir=os.path.join(folder, "ray"),  # Ray opens it to everybody, and `folder` is ours alone
+                    )
+            except Exception as error:
+                raise ConfigError(f"Ray cannot start on this machine: {describe_error(error)}") from safe_cause(error)
+            yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = was_cluster
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
         for name in _OF_TOKENS:  # a cluster joined later has a token of its own, or none

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import konic
+from konic.finetuning.cluster.ray_inside import may_grow, worker_resources
 from konic.finetuning.errors import ConfigError, safe_cause
 from konic.text import describe_error
 
@@ -12,13 +13,11 @@ _PROBE_SECONDS = 120.0
 
 def require_room(ray: Any, scaling: Any) -> None:
     """Raise ConfigError if the nodes lack what the workers need, and no autoscaler can add any."""
-    from ray._private.state import state
-
-    per_worker, labels = scaling._resources_per_worker_not_none, _wanted_labels(scaling)
+    per_worker, labels = worker_resources(scaling), _wanted_labels(scaling)
     alive = [node for node in ray.nodes() if node["Alive"]]
     nodes = [node["Resources"] for node in alive if labels.items() <= node.get("Labels", {}).items()]
     room = _room([_most_workers(node, per_worker, scaling.max_workers) for node in nodes], scaling.placement_strategy)
-    if room < scaling.min_workers and not state.get_max_resources_from_cluster_config():
+    if room < scaling.min_workers and not may_grow():
         raise ConfigError(
             f"num_workers={scaling.num_workers}: each worker takes {describe_resources(per_worker)}, and this Ray of "
             f"{len(alive)} nodes has room for {room}{_by_placement(scaling.placement_strategy)}{_on_nodes(labels)}. "
@@ -84,7 +83,7 @@ def require_equal_nodes(ray: Any, scaling: Any) -> None:
             has_gpu = torch.cuda.is_available()
         return socket.gethostname(), f"konic {konic.__version__}", has_gpu
 
-    per_worker, task = scaling._resources_per_worker_not_none, ray.remote(num_cpus=0, max_retries=0)(found)
+    per_worker, task = worker_resources(scaling), ray.remote(num_cpus=0, max_retries=0)(found)
     nodes = [
         node
         for node in ray.nodes()
