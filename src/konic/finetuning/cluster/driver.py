@@ -25,7 +25,7 @@ from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.rewards.composer import keep_origin
 from konic.finetuning.run.folder import RunFolder
 from konic.finetuning.system.files import as_path
-from konic.finetuning.system.pickling import own_paths, pickled_by_value
+from konic.finetuning.system.pickling import own_paths, pickled_by_value, what_cannot_be_pickled
 from konic.finetuning.system.places import is_url
 from konic.finetuning.system.signals import uninterrupted
 from konic.output import get_logger
@@ -235,12 +235,16 @@ def _newest(desk: Desk) -> str:
 
 
 def _pickled(engine: Any) -> bytes:
+    modules = [module for module in list(sys.modules.values()) if module is not None]
     try:
-        return pickled_by_value(engine, [module for module in list(sys.modules.values()) if module is not None])
+        return pickled_by_value(engine, modules)
     except Exception as error:
+        composer = engine.agent.get_reward_composer()
+        found = what_cannot_be_pickled(composer, modules)
+        where = f" in {found}" if found else ""
         raise ConfigError(
-            f"The agent cannot be sent to the workers: {describe_error(error)}. If its composer holds something open "
-            "(a lock, a file, a connection), open it inside the reward instead."
+            f"The agent cannot be sent to the workers: {describe_error(error)}{where}. Open a lock, a file or a "
+            "connection inside the reward instead."
         ) from safe_cause(error)
 
 

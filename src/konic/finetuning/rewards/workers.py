@@ -31,7 +31,7 @@ from konic.finetuning.rewards.listing import list_rewards
 from konic.finetuning.rewards.outcomes import Fault, Outcome, Reward, timeout_fault
 from konic.finetuning.rewards.signatures import requested_columns
 from konic.finetuning.system.child import importing_nothing_from_here
-from konic.finetuning.system.pickling import pickled_by_value
+from konic.finetuning.system.pickling import pickled_by_value, what_cannot_be_pickled
 from konic.output import tolerate_broken_streams
 from konic.text import describe_error
 
@@ -275,13 +275,15 @@ def pickled_composer(composer: KonicLLMRewardComposer) -> bytes:
     bare = without_models(composer)
     functions = [reward.call for reward in list_rewards(bare)]
     names = {getattr(thing, "__module__", None) for thing in (*type(bare).__mro__, *functions)}
+    modules = [sys.modules[name] for name in names if name in sys.modules]
     try:
-        return pickled_by_value(bare, [sys.modules[name] for name in names if name in sys.modules])
+        return pickled_by_value(bare, modules)
     except Exception as error:
+        found = what_cannot_be_pickled(bare, modules)
+        where = f" in {found}" if found else ""
         raise RewardError(
-            f"reward_workers: {type(composer).__name__} cannot be sent to worker processes: "
-            f"{describe_error(error)}. If a method or attribute holds something open (a lock, a file, a connection), "
-            "open it inside the reward instead, or set reward_workers=0."
+            f"reward_workers: {type(composer).__name__} cannot be sent to worker processes: {describe_error(error)}"
+            f"{where}. Open a lock, a file or a connection inside the reward instead, or set reward_workers=0."
         ) from safe_cause(error)
 
 

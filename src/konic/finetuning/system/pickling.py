@@ -1,6 +1,7 @@
 """An object -> bytes that another Python process can load without the user's files: their code is sent by value."""
 
 import functools
+import inspect
 import io
 import os
 import sys
@@ -33,6 +34,25 @@ def pickled_by_value(value: Any, modules: Iterable[ModuleType]) -> bytes:
         buffer = io.BytesIO()
         _Pickler(buffer, names).dump(value)
         return buffer.getvalue()
+
+
+def what_cannot_be_pickled(value: Any, modules: Iterable[ModuleType]) -> str:
+    """Return what keeps an object from being pickled: an attribute, or a name that a method uses; "" if unknown."""
+    parts = [(f"its attribute {name!r}", part) for name, part in getattr(value, "__dict__", {}).items()]
+    for name, method in inspect.getmembers(type(value), inspect.isfunction):
+        used = inspect.getclosurevars(inspect.unwrap(method))
+        parts += [
+            (f"{other!r}, which {name!r} uses", part)
+            for other, part in {**used.globals, **used.nonlocals}.items()
+            if part is not type(value)
+        ]
+    modules = list(modules)
+    for words, part in parts:
+        try:
+            pickled_by_value(part, modules)
+        except Exception:
+            return words
+    return ""
 
 
 def own_paths() -> list[str]:
