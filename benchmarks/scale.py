@@ -5,9 +5,9 @@ python benchmarks/scale.py show               writes benchmarks/results/scale.md
 python benchmarks/scale.py lengths            samples real responses, and writes benchmarks/results/lengths.json
 
 SmolLM2-135M in fp32, LoRA r=8 on q_proj and v_proj, PPO with 2 optimizer steps an iteration. Responses are of 48
-tokens, or end at the lengths of real ones (lengths.json), cut at 128. The cases take turns, each in new processes; the
-first iteration of each is left out. Before them, 2, 4 and 8 processes only exchange something, and one process with a
-tiny model does what every process has to do for all responses (scale_job.py).
+tokens, rise from 8 to 64, or end at the lengths of real ones (lengths.json), of at most 128. The cases take turns, each
+in new processes; the first iteration of each is left out. Before them, 2, 4 and 8 processes only exchange something,
+and one process with a tiny model does what every process has to do for all responses (scale_job.py).
 """
 
 import argparse
@@ -24,24 +24,30 @@ from pathlib import Path
 
 from bench import TOKENS, machine
 from konic.finetuning import KonicLLMRewardComposer, LoraConfig
-from scale_formulas import read_lengths
+from scale_formulas import most_uneven, read_lengths
 from scale_job import EPOCHS, EXCHANGES, ITERATIONS, MESSAGE_BYTES, characters
 from scale_model import LENGTHS, LIMIT, RESULTS
 
 CASES = (
-    (1, 1, 4, False), (2, 1, 8, False), (1, 2, 8, False), (1, 1, 8, False), (2, 1, 16, False), (1, 2, 16, False),
-    (1, 1, 16, False), (2, 1, 8, True), (2, 1, 16, True),
+    (1, 1, 4, "equal"), (2, 1, 8, "equal"), (1, 2, 8, "equal"), (1, 1, 8, "equal"), (2, 1, 16, "equal"),
+    (1, 2, 16, "equal"), (1, 1, 16, "equal"), (2, 1, 8, "rising"), (2, 1, 8, "real"), (2, 1, 16, "real"),
 )  # fmt: skip
-"""Processes, threads of each, responses of all, and whether their lengths are real ones."""
+"""Processes, threads of each, responses of all, and their lengths."""
 TALKING = (2, 4, 8)
 """Processes that only exchange something. More than two of them share the two cores."""
 WHOLE = (64, 256, 1024)
 """Responses that one process works on as each process does for all responses."""
 
 
-def lengths_of(batch, is_ragged):
-    """Response tokens [batch] of a case, the same in every round."""
-    return read_lengths(LENGTHS, LIMIT)[:batch] if is_ragged else [TOKENS] * batch
+def lengths_of(batch, kind):
+    """Response tokens [batch] of a case, the same in every round.
+
+    Of the real ones, those that divide the work most unevenly. Nearly every share of real ones has a response of full
+    length; rising ones let a process wait in sampling too.
+    """
+    if kind == "real":
+        return most_uneven(read_lengths(LENGTHS, LIMIT), batch)
+    return [*range(8, 8 * batch + 1, 8)] if kind == "rising" else [TOKENS] * batch
 
 
 def sample_lengths(num_prompts=32, each=4):
@@ -110,9 +116,9 @@ def run(rounds):
     found["whole"] = [measure("whole", 1, batch=batch)[0] for batch in WHOLE]
     turns = {case: [] for case in CASES}
     for _, case in itertools.product(range(rounds), CASES):
-        size, threads, batch, is_ragged = case
+        size, threads, batch, kind = case
         begun = time.monotonic()
-        lengths = lengths_of(batch, is_ragged)
+        lengths = lengths_of(batch, kind)
         turns[case].append(measure("iteration", size, threads=threads, lengths=lengths))
         total = turns[case][-1][0]["iterations"][0]["total"]
         took, load = time.monotonic() - begun, os.getloadavg()[0]
@@ -144,6 +150,7 @@ def summary(turns):
 
     return {
         "total": median(lambda each: each["total"]),
+        "rest": median(lambda each: each["total"] - sum(each["seconds"].values())),
         "seconds": medians("seconds"),
         "processor": medians("processor"),
         "bytes": turns[-1][0]["iterations"][-1]["bytes"],

@@ -1,6 +1,7 @@
 """The formulas of scale_model.py: lengths of responses, times of one process and links in; seconds out.
 
-All but those that read files are pure. Lengths and tokens are counts, times are seconds, sizes bytes; bandwidths are in bytes per second.
+All but those that read files are pure. Lengths and tokens are counts, times are seconds, sizes bytes; bandwidths are in
+bytes per second.
 """
 
 import json
@@ -109,6 +110,12 @@ def shares(lengths: Sequence[int], size: int) -> list[Sequence[int]]:
     """The responses of each process: parts in order, as equal as they can be."""
     ends = [len(lengths) * rank // size for rank in range(size + 1)]
     return [lengths[start:end] for start, end in pairwise(ends)]
+
+
+def most_uneven(lengths: Sequence[int], count: int) -> Sequence[int]:
+    """The block of so many lengths in a row whose two halves differ most in their sum."""
+    blocks = [lengths[start : start + count] for start in range(0, len(lengths) - count + 1, count)]
+    return max(blocks, key=lambda block: abs(sum(block[: count // 2]) - sum(block[count // 2 :])))
 
 
 def sampling_seconds(lengths: Sequence[int], prompts: Line, decode_step: Line) -> float:

@@ -1,5 +1,6 @@
 """The model of scaling, by cases worked by hand."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from scale_formulas import (
     iteration,
     lengths_of_run,
     message_seconds,
+    most_uneven,
     read_lengths,
     ring_seconds,
     sampling_seconds,
@@ -30,7 +32,7 @@ from scale_formulas import (
     sum_seconds,
     total_seconds,
 )
-from scale_model import ADAPTER_BYTES, check, cpu_worker, gpu_worker, measured_network, span
+from scale_model import ADAPTER_BYTES, LENGTHS, LIMIT, check, cpu_worker, gpu_worker, measured_network, span
 
 NO_LINK = Link(0.0, 1.0)
 NOTHING = Line(((0, 0.0),))
@@ -49,6 +51,11 @@ def test_a_line_of_one_point_is_constant():
 
 def test_shares_are_those_of_the_processes():
     assert [*map(list, shares([1, 2, 3, 4, 5], 2))] == [[1, 2], [3, 4, 5]]
+
+
+def test_the_most_uneven_block_is_that_whose_halves_differ_most():
+    assert most_uneven([9, 9, 1, 5, 1, 2, 7], 2) == [1, 5]
+    assert most_uneven([1, 9, 9, 1, 5, 5, 1, 1], 4) == [5, 5, 1, 1]
 
 
 def test_a_step_of_sampling_costs_by_the_responses_that_still_grow():
@@ -128,7 +135,14 @@ def found():
     def case(processes, batch, lengths, **measured):
         processor = {"prompts": 1.0, "sampling": 25.0, "update": batch * 48 / processes}
         seconds = {"waiting": 2.0, "gradients": 0.5, "messages": 0.25}
-        of_case = {"processes": processes, "threads": 1, "batch": batch, "lengths": lengths, "total": 1000.0}
+        of_case = {
+            "processes": processes,
+            "threads": 1,
+            "batch": batch,
+            "lengths": lengths,
+            "total": 1000.0,
+            "rest": 0.5,
+        }
         return of_case | {"processor": processor, "seconds": seconds} | measured
 
     exchanges = {"small message": 0.5, "large message": 1.5, "small sum": 0.5, "large sum": 2.5}
@@ -170,3 +184,9 @@ def test_the_check_compares_waiting_and_the_iteration_of_ragged_responses():
 def test_a_range_is_one_number_where_both_ends_are_the_same():
     assert span(1234.5, 1234.9, " s") == "1,230 s"
     assert span(0.001, 2.0) == "0.001 to 2"
+
+
+def test_the_committed_lengths_are_those_of_a_real_model():
+    made = json.loads(LENGTHS.read_text())
+    assert len(made["lengths"]) == 128
+    assert 1 <= min(made["lengths"]) < max(made["lengths"]) == made["limit"] == LIMIT
