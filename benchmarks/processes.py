@@ -35,8 +35,9 @@ Path(sys.argv[1]).write_text(
         f"Made by `make processes` on {machine()}; gloo.", "",
         "Three iterations of 12 responses (5 in `uneven`) on a tiny GPT-2 in float64. Each number is the largest "
         "difference of", "any trained weight, metric, response or evaluated reward between one process and any of "
-        "several. `sharded` divides", "the weights among several, and not in one. The norms of Llama compute in fp32.",
-        "",
+        "several. `sharded` divides", "the weights among several, and not in one. The norms of Llama compute in fp32. "
+        "In `half`, the second half of a batch", "has no score, so that half of the processes have no token to learn "
+        "from.", "",
         "| case | " + " | ".join(f"{size} processes" for size in SIZES) + " |", "|---" * (1 + len(SIZES)) + "|", *rows,
     ]) + "\n"
 )  # fmt: skip
