@@ -100,7 +100,8 @@ gpu: $(if $(GPU_PYTHON),,$(READY))
 	@$(if $(GPU_PYTHON),PYTHONPATH=src $(GPU_PYTHON),$(BIN)/python) benchmarks/gpu.py \
 		$(if $(TRL116),--trl116 $(TRL116)) $(if $(TRL026),--trl026 $(TRL026))
 
-# Runs killed anywhere and resumed, a hundred times; needs a system that can fork.
+# Runs killed anywhere and resumed, a hundred times; needs a system that can fork. `make cluster` kills workers, actors,
+# nodes and drivers of trainings on Ray.
 chaos: $(READY)
 	@$(BIN)/python tests/kill_test.py 100 benchmarks/results/chaos.md
 	@$(BIN)/python benchmarks/long_run.py

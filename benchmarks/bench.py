@@ -188,8 +188,9 @@ def save_model(model, tokenizer, folder):
     return folder
 
 
-def machine():
-    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "peft"))
+def machine(*packages):
+    """Processor and versions; `packages` are those named beside the usual ones."""
+    packages = ", ".join(f"{package} {version(package)}" for package in (*packages, "torch", "transformers", "peft"))
     return f"{os.cpu_count()} cores of {processor_name()}; Python {platform.python_version()}, {packages}"
 
 

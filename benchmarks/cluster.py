@@ -5,17 +5,15 @@ python benchmarks/cluster.py KILLS OUTPUT
 
 import contextlib
 import os
-import platform
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import ray
@@ -23,15 +21,20 @@ from ray.train import ScalingConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+from bench import machine
 from conftest import byte_tokenizer, tiny_model
 from kill_test import differences
 from konic.finetuning import KonicFinetuningCallback, KonicFinetuningEngine, RewardError
+from konic.finetuning.cluster.desk import Desk
 from konic.finetuning.cluster.embedded import embedded
+from ranks import free_port
 from ray_job import Rewards, make_agent
 from test_engine import metrics
 
 JOB = Path(__file__).with_name("ray_job.py")
 ITERATIONS = 6
+MAX_SECONDS = 30
+"""From an error in one worker to the end of all."""
 OPEN = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
 """Of a cluster of several nodes, and of who joins it. Its workers have the priority of other programs."""
 
@@ -107,12 +110,23 @@ def random_kills(folder, model, count):
 
 
 def user_error(folder, model):
-    start = time.monotonic()
-    try:
-        train(model, folder / "error", Rewards("error"))
-    except RewardError as error:
-        return time.monotonic() - start, str(error).splitlines()[0]
-    raise AssertionError("no error")
+    """Let a reward raise in one worker: the seconds from then until no worker is left, and the error.
+
+    It must be over within MAX_SECONDS, and nothing is started again.
+    """
+    raised, desks = folder / "raised", []
+    with mock.patch("konic.finetuning.cluster.driver.Desk", lambda *given: desks.append(Desk(*given)) or desks[-1]):
+        try:
+            train(model, folder / "error", Rewards("error", raised))
+        except RewardError as error:
+            line = str(error).splitlines()[0]
+        else:
+            raise AssertionError("no error")
+    wait_for(lambda: not workers(), lambda: f"{workers()} have not ended")
+    seconds = time.time() - float(raised.read_text())
+    assert seconds <= MAX_SECONDS, f"it took {seconds:.1f} s"
+    assert [(desk.attempts, desk.losses) for desk in desks] == [(1, 0)], "it was tried again"
+    return seconds, line
 
 
 def job(folder, model, what, iterations=4, address=None):
@@ -190,10 +204,7 @@ def nodes(folder, count):
 
     Nodes that are added to the list are ended too.
     """
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{found.getsockname()[1]}"
-    started = []
+    address, started = f"127.0.0.1:{free_port()}", []
     try:
         for number in range(1, count + 1):
             started.append(start_node(folder, address, number))
@@ -302,13 +313,10 @@ def no_room_left(folder, model):
 
 
 def main():
-    count, output = int(sys.argv[1]), Path(sys.argv[2])
-    cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
-    versions = ", ".join(f"{name} {version(name)}" for name in ("ray", "torch", "transformers", "peft"))
+    num_kills, output = int(sys.argv[1]), Path(sys.argv[2])
     lines = [
         "# Trainings on Ray that are disturbed", "",
-        f"Made by `make cluster` on {cpu.partition(':')[2].strip() or platform.machine()}, 2 workers; "
-        f"Python {platform.python_version()}, {versions}. A tiny GPT-2 in float64, {ITERATIONS} iterations.", "",
+        f"Made by `make cluster` on {machine('ray')}, 2 workers. A tiny GPT-2 in float64, {ITERATIONS} iterations.", "",
         "| what | result |", "|---|---|",
     ]  # fmt: skip
 
@@ -324,9 +332,9 @@ def main():
         byte_tokenizer("gpt2").save_pretrained(model)
         with embedded(ray, 2):
             seconds, line = user_error(folder, model)
-            row("a reward raises on one worker", f"ended after {seconds:.0f} s, the start included: “{line}”")
-            equal, wrong = random_kills(folder, model, count)
-        row("a worker is killed (SIGKILL) at a random moment", f"{equal} of {count} runs equal bit for bit")
+            row("a reward raises on one worker", f"both ended {seconds:.1f} s later, and were started once: “{line}”")
+            equal, wrong = random_kills(folder, model, num_kills)
+        row("a worker is killed (SIGKILL) at a random moment", f"{equal} of {num_kills} runs equal bit for bit")
         for problem in wrong:
             row("", problem)
         seconds, line = hung(folder, model)
@@ -339,10 +347,10 @@ def main():
             said = f": “{lines_of_it[0]}”" if lines_of_it else ""
             row(f"{name} is killed", f"{'; '.join(found) or 'equal bit for bit'}{said}")
             wrong += found
-        count, first, last = dead_driver(folder, model)
+        num_processes, first, last = dead_driver(folder, model)
         row(
             "the driver is killed (SIGKILL)",
-            f"both workers ended after {first:.1f} s, all {count} processes after {last:.0f} s",
+            f"both workers ended after {first:.1f} s, all {num_processes} processes after {last:.0f} s",
         )
         row("Ctrl-C", f"saved and ended after {interrupted(folder, model):.1f} s")
         with node_folder() as short:

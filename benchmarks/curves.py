@@ -87,9 +87,9 @@ class Pause(KonicFinetuningCallback):
         return self.responses >= self.until
 
 
-def agent_of(settings, seed=0, full=False):
+def agent_of(settings, seed=0, full=False, held_out=64):
     """The demo's agent with other training settings; `full` trains every weight."""
-    demo = build_agent()
+    demo = build_agent(held_out=held_out)
     if settings and "algorithm" in settings:
         settings = {"kl_placement": None, **settings}  # each row's own place
     return KonicFinetuningAgent(

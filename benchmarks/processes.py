@@ -3,14 +3,13 @@
 python benchmarks/processes.py OUTPUT
 """
 
-import platform
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+from bench import machine
 from konic.finetuning.algorithms import ALGORITHMS
 from test_processes import MORE_SHARDED, OF_LLAMA, SHARDED, VARIANTS, difference, run, save_models, told
 
@@ -30,19 +29,15 @@ with tempfile.TemporaryDirectory() as temp:
         rows.append(f"| {case} | " + " | ".join(f"{most:.1e}" for most, _ in found) + " |")
         print(rows[-1], flush=True)
 
-versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-cpu = next(
-    (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.machine()
-)
 Path(sys.argv[1]).write_text(
     "\n".join([
         "# Several processes against one", "",
-        f"Made by `make processes` on {cpu.partition(':')[2].strip() or cpu}; Python {platform.python_version()}, "
-        f"{versions}; gloo.", "",
+        f"Made by `make processes` on {machine()}; gloo.", "",
         "Three iterations of 12 responses (5 in `uneven`) on a tiny GPT-2 in float64. Each number is the largest "
         "difference of", "any trained weight, metric, response or evaluated reward between one process and any of "
-        "several. `sharded` divides", "the weights among several, and not in one. The norms of Llama compute in fp32.",
-        "",
+        "several. `sharded` divides", "the weights among several, and not in one. The norms of Llama compute in fp32. "
+        "In `half`, the second half of a batch", "has no score, so that half of the processes have no token to learn "
+        "from.", "",
         "| case | " + " | ".join(f"{size} processes" for size in SIZES) + " |", "|---" * (1 + len(SIZES)) + "|", *rows,
     ]) + "\n"
 )  # fmt: skip

@@ -1,34 +1,71 @@
-"""Two processes against one in float32: the share of sampled tokens that differ, on SmolLM2-135M and the demo's task.
+"""Several processes against one in float32, on SmolLM2-135M and the demo's task: the numbers of the first optimizer
+step, against their limits, and the share of sampled tokens that differ in later iterations.
 
-python benchmarks/processes_tokens.py OUTPUT
-python benchmarks/processes_tokens.py FOLDER ALGORITHM      a run, alone or under torchrun
+python benchmarks/processes_tokens.py OUTPUT      ends with an error if a number is above its limit
+python benchmarks/processes_tokens.py first_step|training ALGORITHM FOLDER     a run, alone or under torchrun
 
 A response that differs in one token goes its own way after it, because each token is sampled given those before it.
 """
 
-import platform
+import os
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow.parquet
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from bench import machine
+from conftest import shake_adapter
 from curves import agent_of
+from first_step import LIMITS, differences, first_step_recorded, sizes
 from konic.finetuning import KonicFinetuningCallback, KonicFinetuningEngine
 
+ALGORITHMS = ("ppo", "grpo")
+SIZES = (2, 4)
 ITERATIONS = 6
+MOVED_BY = 0.02
+"""Standard deviation of the noise on every trained weight, in the run whose first step is recorded."""
 
 
-def train(folder, algorithm):
-    agent = agent_of({"algorithm": algorithm, "max_minutes": None})
+def first_step(folder, algorithm):
+    """A run whose first step is recorded. It evaluates nothing at its end, which would take longer."""
+    # the self-checks refuse a first policy that is not its reference
+    agent = agent_of({"algorithm": algorithm, "max_minutes": None, "self_checks": False}, held_out=0)
+    engine = make_engine(agent, folder)
+    shake_adapter(engine._session.learner.policy, MOVED_BY)
+    with first_step_recorded(numbers(folder, int(os.environ.get("RANK", "0")))):
+        engine.train(1, save_every=0)
+
+
+def training(folder, algorithm):
+    """A run of the demo with another algorithm."""
+    make_engine(agent_of({"algorithm": algorithm, "max_minutes": None}), folder).train(ITERATIONS, save_every=0)
+
+
+def make_engine(agent, folder):
+    folder.mkdir(parents=True, exist_ok=True)
     quiet = KonicFinetuningCallback(verbose=False)
-    KonicFinetuningEngine.from_agent(agent, checkpoint_dir=folder, callback=quiet).train(ITERATIONS, save_every=0)
+    return KonicFinetuningEngine.from_agent(agent, checkpoint_dir=folder / "run", callback=quiet, device="cpu")
+
+
+def numbers(folder, rank):
+    return folder / f"first-step-{rank}.safetensors"
+
+
+def launch(what, algorithm, folder, size):
+    """Run a function of RUNS in `size` processes; the folder where it left its files."""
+    folder = Path(folder) / f"{what}-{algorithm}-{size}"
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(size)] if size > 1 else []
+    subprocess.run([sys.executable, "-W", "ignore", *torchrun, __file__, what, algorithm, str(folder)], check=True)
+    return folder
 
 
 def tokens(folder, iteration):
-    return pyarrow.parquet.read_table(folder / "completions" / f"{iteration:06d}.parquet")["token_ids"].to_pylist()
+    path = folder / "run" / "completions" / f"{iteration:06d}.parquet"
+    return pyarrow.parquet.read_table(path)["token_ids"].to_pylist()
 
 
 def compared(one, two, iteration):
@@ -40,31 +77,72 @@ def compared(one, two, iteration):
     return sum(a != b for a, b in pairs), len(pairs), different, sum(len(a) for a, _ in pairs)
 
 
-def main(output):
+def first_steps(folder):
+    """The table of the numbers of the first step, a sentence of their sizes, and those above their limits."""
+    columns, kls = {}, []
+    for algorithm in ALGORITHMS:
+        one = numbers(launch("first_step", algorithm, folder, 1), 0)
+        kls.append(f"{sizes(one)['exact KL']:.2g} ({algorithm})")
+        for size in SIZES:
+            several = launch("first_step", algorithm, folder, size)
+            ranks = [differences(one, numbers(several, rank)) for rank in range(size)]
+            columns[f"{algorithm}, {size}"] = {name: max(each[name] for each in ranks) for name in ranks[0]}
+    rows = [f"| | limit | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    for name in next(iter(columns.values())):
+        limit = f"{LIMITS[name]:.0e}" if name in LIMITS else ""
+        rows.append(f"| {name} | {limit} | {' | '.join(f'{found[name]:.1e}' for found in columns.values())} |")
+    print(*rows, sep="\n", flush=True)
+    above = [
+        f"{column}: {name} is {found[name]:.2g}, above its limit of {limit:g}"
+        for column, found in columns.items()
+        for name, limit in LIMITS.items()
+        if not found[name] <= limit
+    ]
+    return rows, " and ".join(kls), above
+
+
+def sampled(folder):
+    """The rows of the tokens that differ between two processes and one."""
     rows = []
-    with tempfile.TemporaryDirectory() as temp:
-        for algorithm in ("ppo", "grpo"):
-            one, two = Path(temp) / f"{algorithm}-1", Path(temp) / f"{algorithm}-2"
-            torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-            for folder, launcher in ((one, []), (two, torchrun)):
-                command = [sys.executable, "-W", "ignore", *launcher, __file__, str(folder), algorithm]
-                subprocess.run(command, check=True)
-            for iteration in range(1, ITERATIONS + 1):
-                changed, count, different, total = compared(one, two, iteration)
-                share = f"{different / total:.1%}"
-                rows.append(f"| {algorithm} | {iteration} | {changed} of {count} | {share} of {total} |")
-                print(rows[-1], flush=True)
-    cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), platform.machine())
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    for algorithm in ALGORITHMS:
+        one, two = (launch("training", algorithm, folder, size) for size in (1, 2))
+        for iteration in range(1, ITERATIONS + 1):
+            changed, count, different, total = compared(one, two, iteration)
+            rows.append(f"| {algorithm} | {iteration} | {changed} of {count} | {different / total:.1%} of {total} |")
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main(output):
+    with tempfile.TemporaryDirectory() as folder:
+        steps, kl, above = first_steps(folder)
+        rows = sampled(folder)
     lines = [
-        "# Two processes against one in float32", "",
-        f"Made by `make processes` on {cpu.partition(':')[2].strip() or cpu}; Python {platform.python_version()}, "
-        f"{versions}; gloo.", "",
-        "SmolLM2-135M on the demo's task. After the first token that differs, a response goes its own way.", "",
+        "# Several processes against one in float32", "",
+        f"Made by `make processes` (`python benchmarks/processes_tokens.py OUTPUT`) on {machine()}; gloo. SmolLM2-135M "
+        "with LoRA r=8 on the demo's task, 16 responses an iteration, one thread in each process.", "",
+        "## The first optimizer step", "",
+        "A column is an algorithm and a number of processes; each number is the largest of any of them. At the start, "
+        "noise is", "added to every weight of the adapter and of the value head, so that no gradient is 0, and the KL "
+        f"is {kl} nats per token.", "All sampled tokens are equal. The policy's log-probs come from the sampler, "
+        "the reference's from a pass over whole sequences, as in", "training. The gradient is that of all trained "
+        "weights together, summed over the processes, before it is clipped. Adam divides it by its own size, so that "
+        "rounding shows more in the change of the weights, which has no limit.",
+        "The script ends with an error where a number is above its limit.", "",
+        *steps, *(["", "Above the limit:", "", *(f"- {line}" for line in above)] if above else []), "",
+        "## Sampled tokens", "",
+        "Two processes against one, from a new adapter on. After the first token that differs, a response goes its own "
+        "way.", "",
         "| algorithm | iteration | responses that differ | tokens that differ |", "|---|---|---|---|", *rows,
     ]  # fmt: skip
     Path(output).write_text("\n".join(lines) + "\n")
+    sys.exit("\n".join(above) or None)
 
+
+RUNS = {"first_step": first_step, "training": training}
 
 if __name__ == "__main__":
-    main(*sys.argv[1:]) if len(sys.argv) == 2 else train(*sys.argv[1:])
+    if len(sys.argv) == 2:
+        main(sys.argv[1])
+    else:
+        RUNS[sys.argv[1]](Path(sys.argv[3]), sys.argv[2])

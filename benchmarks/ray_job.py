@@ -27,9 +27,10 @@ PROMPTS = ["ab", "the film was", "x", "why not", "no", "go on then", "a", "and s
 
 
 class Rewards(KonicLLMRewardComposer):
-    """Counts letters. `trouble` is what goes wrong in the second worker, once if `marker` names a file.
+    """Counts letters. `trouble` is what goes wrong in the second worker; `marker` names a file.
 
-    With "grow" and "pool", each worker is slow.
+    "killed" and "hang" happen once, and leave the file; "error" writes the time into it. With "grow" and "pool", each
+    worker is slow.
     """
 
     def __init__(self, trouble="nothing", marker=None):
@@ -53,6 +54,8 @@ class Rewards(KonicLLMRewardComposer):
             time.sleep(0.2)
             return
         if self.trouble == "error":
+            if self.marker:
+                Path(self.marker).write_text(str(time.time()))
             raise ValueError("no such word")
         calls, self.calls = getattr(self, "calls", 0), getattr(self, "calls", 0) + 1
         if calls < 15 or Path(self.marker).exists():  # in the third iteration, once

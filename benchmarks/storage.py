@@ -7,13 +7,11 @@ import contextlib
 import hashlib
 import logging
 import os
-import platform
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import ray
@@ -22,11 +20,13 @@ from ray.train import ScalingConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+from bench import machine
 from conftest import byte_tokenizer, tiny_model
 from kill_test import differences
 from konic.finetuning import KonicFinetuningCallback, KonicFinetuningEngine, OutputError
 from konic.finetuning.cluster.embedded import embedded
 from konic.finetuning.run.remote import fetched, mirror_of
+from ranks import free_port
 from ray_job import Rewards, make_agent
 
 ITERATIONS = 6
@@ -56,9 +56,7 @@ class Server:
     """The S3 server. It keeps what it has in memory, so it is paused rather than ended."""
 
     def __init__(self, program):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.process = subprocess.Popen(
             [program, "-H", "127.0.0.1", "-p", str(self.port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -179,13 +177,10 @@ def no_bucket(model):
 
 def main():
     program, output = sys.argv[1], Path(sys.argv[2])
-    cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
-    versions = ", ".join(f"{name} {version(name)}" for name in ("pyarrow", "ray", "torch"))
     lines = [
         "# Runs in an object store", "",
-        f"Made by `make storage`: the S3 server of moto 5.2.5 on loopback; {cpu.partition(':')[2].strip()}, Python "
-        f"{platform.python_version()}, {versions}. A tiny GPT-2 in float64, {ITERATIONS} iterations, a checkpoint "
-        "after each.", "",
+        f"Made by `make storage`: the S3 server of moto 5.2.5 on loopback; {machine('pyarrow', 'ray')}. A tiny GPT-2 "
+        f"in float64, {ITERATIONS} iterations, a checkpoint after each.", "",
         "| what | result |", "|---|---|",
     ]  # fmt: skip
 

@@ -4,6 +4,7 @@ The model is GPT-2's shape: in float64 nothing in it rounds to fp32, as the norm
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -20,13 +21,16 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import byte_tokenizer, tiny_model
+from first_step import LIMITS, differences, sizes
 from konic.finetuning import ConfigError
 from konic.finetuning.system.world import find_world
+from ranks import free_port, start_ranks
 
 JOB = Path(__file__).with_name("processes_job.py")
-VARIANTS = ["minibatches", "kl in the loss", "full", "uneven", "skipped", "normalised", "whole batch"]
-SHARDED = ["sharded ppo", "sharded grpo", "sharded full", "sharded full grpo", "sharded normalised"]
+VARIANTS = ["minibatches", "kl in the loss", "full", "uneven", "skipped", "half", "normalised", "whole batch"]
+SHARDED = ["sharded ppo", "sharded grpo", "sharded full", "sharded full grpo", "sharded half", "sharded normalised"]
 OF_LLAMA = ["sharded llama", "sharded llama full"]
+IN_FLOAT32 = ["float32", "float32 grpo"]
 IN_BFLOAT16 = ["bfloat16", "sharded bfloat16", "sharded bfloat16 in step"]
 MORE_SHARDED = [
     "sharded ppo in step", "sharded grpo whole", "sharded full in step", "sharded full grpo whole", "sharded uneven",
@@ -53,17 +57,8 @@ def save_models(folder):
 def run(model, folder, size, *cases, seconds=300, act=lambda _: None):
     """The job in `size` processes, to which `act` does something: their exit codes, and their standard error."""
     folder.mkdir(exist_ok=True)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    several = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if size > 1 else {}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", JOB, model, folder, *cases], stderr=subprocess.PIPE, text=True,
-            env=os.environ | several | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if several else {}),
-        )
-        for rank in range(size)
-    ]  # fmt: skip
+    command = [sys.executable, "-W", "ignore", JOB, model, folder, *cases]
+    started = start_ranks(command, size, stderr=subprocess.PIPE, text=True)
     try:
         act(started)
         errors = [process.communicate(timeout=seconds)[1] for process in started]
@@ -77,6 +72,11 @@ def told(folder, case, rank=0):
     return json.loads((folder / f"{case}-{rank}.json").read_text())
 
 
+def own_tokens(folder, case, rank):
+    """How many tokens of each optimizer step that process had an advantage for."""
+    return json.loads((folder / f"{case}-{rank}-tokens.json").read_text())
+
+
 def numbers(value):
     """All numbers of a nested value but the times, by where they stand."""
     if isinstance(value, dict):
@@ -88,11 +88,21 @@ def numbers(value):
 
 
 def difference(left, right):
-    """The largest difference of two numbers that stand at the same place, and that place."""
+    """The largest difference of two numbers that stand at the same place, and that place.
+
+    It is infinite where other values differ, or one is no number.
+    """
     left, right = numbers(left), numbers(right)
     assert left.keys() == right.keys()
-    unequal = [name for name, value in left.items() if not (value == right[name] or value != value != right[name])]
-    return max(((abs(left[name] - right[name]), name) for name in unequal), default=(0.0, ""))
+    gaps = ((gap(value, right[name]), name) for name, value in left.items())
+    return max((found for found in gaps if found[0]), default=(0.0, ""))
+
+
+def gap(left, right):
+    if left == right or (left != left and right != right):
+        return 0.0
+    both = all(isinstance(value, int | float) and not math.isnan(value) for value in (left, right))
+    return abs(left - right) if both else math.inf
 
 
 def same(left, right):
@@ -102,7 +112,7 @@ def same(left, right):
 @pytest.fixture(scope="module")
 def alone(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    codes, errors = run(model, folder, 1, *EQUAL, *OF_LLAMA, "longer", "alone")
+    codes, errors = run(model, folder, 1, *EQUAL, *OF_LLAMA, *IN_FLOAT32, "longer", "alone")
     assert codes == [0], errors
     return folder
 
@@ -110,7 +120,7 @@ def alone(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    codes, errors = run(model, folder, 2, *EQUAL, *OF_LLAMA, *IN_BFLOAT16)
+    codes, errors = run(model, folder, 2, *EQUAL, *OF_LLAMA, *IN_FLOAT32, *IN_BFLOAT16)
     assert codes == [0, 0], errors
     return folder
 
@@ -145,6 +155,32 @@ def test_divided_weights_give_the_numbers_of_whole_ones_up_to_the_rounding_of_ll
     assert difference(told(alone, case), told(two, case, 1)) < (1e-6,)
 
 
+@pytest.mark.parametrize("case", IN_FLOAT32)
+def test_in_fp32_the_first_step_is_that_of_one_process_up_to_rounding(alone, two, case):
+    one = alone / f"{case}-0.safetensors"
+    assert sizes(one)["exact KL"] > 1e-3
+    for rank in range(2):
+        found = differences(one, two / f"{case}-{rank}.safetensors")
+        assert {name: found[name] for name, limit in LIMITS.items() if not found[name] <= limit} == {}
+
+
+@pytest.mark.parametrize("case", ["half", "sharded half"])
+def test_one_of_the_processes_can_have_no_token_to_learn_from(alone, two, case):
+    """That its numbers are those of one process is tested with the other cases."""
+    steps = own_tokens(alone, case, 0)
+    assert min(steps) > 0
+    assert own_tokens(two, case, 0) == steps
+    assert own_tokens(two, case, 1) == [0] * len(steps)
+
+
+def test_a_difference_names_the_place_also_where_only_one_value_is_a_number():
+    assert difference({"a": [1.0, None]}, {"a": [1.5, None]}) == (0.5, "a.0.")
+    for other in (1.0, "text", math.nan):
+        assert difference({"a": [2.0, None]}, {"a": [2.0, other]}) == (math.inf, "a.1.")
+    assert difference({"a": math.nan}, {"a": 1.0}) == (math.inf, "a.")
+    assert difference({"a": math.nan}, {"a": float("nan")}) == (0.0, "")
+
+
 def test_divided_weights_in_bfloat16_give_the_numbers_of_whole_ones(two):
     whole, divided, in_step = (told(two, case) for case in IN_BFLOAT16)
     same(whole, divided)
@@ -155,12 +191,20 @@ def test_divided_weights_in_bfloat16_give_the_numbers_of_whole_ones(two):
 
 
 def test_a_run_with_divided_weights_goes_on_without_and_back(model, alone, two, tmp_path):
+    cases = ["sharded full", "sharded ppo"]  # all weights, and LoRA
     for start, size in ((two, 1), (alone, 2)):
-        shutil.copytree(start / "sharded-full", tmp_path / str(size) / "sharded-full")
-    assert run(model, tmp_path / "1", 1, "sharded full:4")[0] == [0]
-    codes, errors = run(model, tmp_path / "2", 2, "sharded full:4", "sharded killed")
+        for case in cases:
+            name = case.replace(" ", "-")
+            shutil.copytree(start / name, tmp_path / str(size) / name)
+    resumed = [f"{case}:4" for case in cases]
+    codes, errors = run(model, tmp_path / "1", 1, *resumed)
+    assert codes == [0], errors
+    codes, errors = run(model, tmp_path / "2", 2, *resumed, "sharded killed")
     assert codes == [0, 9], errors
-    same(told(tmp_path / "1", "sharded full"), told(tmp_path / "2", "sharded full", 1))
+    for case in cases:
+        one, several = told(tmp_path / "1", case), told(tmp_path / "2", case, 1)
+        assert len(one["history"]) == 4
+        same(one, several)
     kind, what = told(tmp_path / "2", "sharded killed")["error"]
     assert kind == "ProcessLostError" and what.startswith("Process 0 of 2") and "has lost another process" in what
 
@@ -267,9 +311,6 @@ from konic.finetuning.system.group import Group
 Group.joined(60)
 print("is a member:", dist.is_initialized())
 """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | alone, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "is a member: True\nis a member: False\n"), done.stderr
