@@ -156,6 +156,8 @@ class Case:
     """What goes wrong in the rewards of the second process: "slow", "error", "interrupt", "kill" or "hang"."""
     update_trouble: str = ""
     """What goes wrong in its first pass of an update: "not finite" or "kill"."""
+    other_device: str = "cpu"
+    """The device of the second process."""
     is_moved: bool = False
     """True for an adapter that has changed the model already, whose first step is recorded."""
 
@@ -183,6 +185,7 @@ CASES = {name: Case({"algorithm": name}) for name in ALGORITHMS} | {
     "float32 grpo": Case(settings(GRPO, num_minibatches=2), is_moved=True, dtype="float32", iterations=1),
     "other settings": Case({"learning_rate": 1e-2 * (1 + RANK)}),
     "too many": Case({"batch_size": 1}),
+    "no device": Case(other_device="cuda:99"),
     "alone": Case({"sharding": "fsdp"}),
     "error": Case(trouble="error"),
     "interrupted": Case(trouble="interrupt"),
@@ -274,7 +277,8 @@ def train(model, folder, name, iterations=None, **options):
         model_kwargs=model_kwargs(case),
     )
     run, callback, tokens = folder / name.replace(" ", "-"), case.callback(composer), []
-    engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=run, callback=callback, device="cpu")
+    device = case.other_device if RANK == 1 else "cpu"
+    engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=run, callback=callback, device=device)
     if case.update_trouble:
         loaded = engine._session.learner  # by both: dividing the weights takes both
         if RANK == 1:

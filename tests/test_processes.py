@@ -129,7 +129,10 @@ def two(model, tmp_path_factory):
 def wrong(model, tmp_path_factory):
     """Runs that go wrong, one after the other in the same two processes; the last one ends them."""
     folder = tmp_path_factory.mktemp("wrong")
-    cases = ["error", "other settings", "too many", "interrupted", "sharded not finite", "sharded callback", "killed"]
+    cases = [
+        "error", "other settings", "too many", "no device", "interrupted", "sharded not finite", "sharded callback",
+        "killed",
+    ]  # fmt: skip
     codes, errors = run(model, folder, 2, *cases)
     assert codes == [0, 9], errors
     return folder
@@ -223,6 +226,14 @@ def test_an_error_of_one_process_ends_all_with_it(wrong):
     assert first[0] == second[0] == "RewardError"
     assert second[1].startswith(what)
     assert first[1].startswith(f"In process 1 of 2 on {socket.gethostname()}: {what}") and 'File "' in first[1]
+
+
+def test_a_device_that_one_process_lacks_is_named_with_it_before_the_training(wrong):
+    first, second = (told(wrong, "no device", rank)["error"] for rank in range(2))
+    assert first[0] == second[0] == "ConfigError"
+    assert second[1].startswith("device='cuda:99' is not available.")
+    assert first[1].startswith(f"In process 1 of 2 on {socket.gethostname()}: device='cuda:99' is not available.")
+    assert not (wrong / "no-device").exists()
 
 
 def test_a_loss_that_is_not_finite_in_one_process_leaves_no_other_waiting_for_its_passes(wrong):
