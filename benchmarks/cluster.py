@@ -253,22 +253,66 @@ def grown(folder, model):
     The seconds until it has a worker, the iterations before that, and the largest difference of a metric from those of
     one process.
     """
-    iterations, alone = 12, folder / "alone"
-    KonicFinetuningEngine.from_agent(
-        make_agent(model, Rewards()), checkpoint_dir=alone, callback=Watching(), device="cpu"
-    ).train(iterations)
-    with nodes(folder, 1) as (address, processes):
-        driver = job(folder, model, "grow", iterations, address)
-        wait_for_iterations(folder / "grow", 2)
+    with elastic(folder, model, 1) as (processes, address, differences_from_one):
         processes.append(start_node(folder, address, 2))
         start = time.monotonic()
         wait_for(lambda: workers(processes[1].pid), lambda: "the second node got no worker")
         seconds, before = time.monotonic() - start, len(metrics(folder / "grow"))
-        output, errors = driver.communicate(timeout=240)
-        assert "STOPPED None" in output, errors
-    rows = zip(metrics(alone), metrics(folder / "grow"), strict=True)
-    numbers = [(one[name], two[name]) for one, two in rows for name in one if isinstance(one[name], float)]
-    return seconds, before, max(abs(one - two) for one, two in numbers)
+        return seconds, before, differences_from_one()[0]
+
+
+def shrunk(folder, model):
+    """Train with two workers of at least one, until a node is killed.
+
+    The seconds until the training has ended, the largest difference of a metric from those of one process, and what is
+    said of the loss.
+    """
+    with elastic(folder, model, 2) as (processes, _, differences_from_one):
+        assert workers(processes[1].pid), "the second node has no worker"
+        start = time.monotonic()
+        end_family(processes[1])
+        difference, errors = differences_from_one()
+        return time.monotonic() - start, difference, loss(errors)
+
+
+@contextlib.contextmanager
+def elastic(folder, model, count):
+    """A training of one or two workers on `count` nodes, after two iterations.
+
+    Yields the nodes, their address, and a function that waits for its end: the largest difference of a metric from
+    those of one process, and the errors that were printed.
+    """
+    iterations, alone = 12, folder / "alone"
+    KonicFinetuningEngine.from_agent(
+        make_agent(model, Rewards()), checkpoint_dir=alone, callback=Watching(), device="cpu"
+    ).train(iterations)
+    with nodes(folder, count) as (address, processes):
+        driver = job(folder, model, "grow", iterations, address)
+        wait_for_iterations(folder / "grow", 2)
+
+        def differences_from_one():
+            output, errors = driver.communicate(timeout=240)
+            assert "STOPPED None" in output, errors
+            rows = zip(metrics(alone), metrics(folder / "grow"), strict=True)
+            numbers = [(one[name], two[name]) for one, two in rows for name in one if isinstance(one[name], float)]
+            return max(abs(one - two) for one, two in numbers), errors
+
+        yield processes, address, differences_from_one
+
+
+def dead_driver_of_a_cluster(folder, model):
+    """Kill a driver in a cluster of two nodes that is not its own: the seconds until no worker is left."""
+    with nodes(folder, 2) as (address, processes):
+        driver = job(folder, model, "slow", 200, address)
+        wait_for_iterations(folder / "slow", 2)
+        working = [worker for process in processes for worker in workers(process.pid)]
+        assert working
+        driver.kill()
+        start = time.monotonic()
+        _, alive = psutil.wait_procs(working, timeout=180)
+        assert not alive, alive
+        driver.communicate()
+        return time.monotonic() - start
 
 
 def lost_actor(folder, model, what, kind):
@@ -363,6 +407,16 @@ def main():
             f"a worker on it {seconds:.0f} s later, after iteration {before} of 12; metrics differ from those of one "
             f"process by {difference:.1g} at most",
         )
+        with node_folder() as short:
+            seconds, difference, line = shrunk(short, model)
+        row(
+            "one of two nodes is killed, with its worker, `num_workers=(1, 2)`",
+            f"finished {seconds:.0f} s later with one worker; metrics differ from those of one process by "
+            f"{difference:.1g} at most: “{line}”",
+        )
+        with node_folder() as short:
+            seconds = dead_driver_of_a_cluster(short, model)
+        row("the driver of a training on two nodes is killed", f"its workers ended after {seconds:.1f} s")
         with node_folder() as short:
             seconds, line = survived_node(short, model)
         row("one of three nodes is killed, with its worker", f"finished {seconds:.0f} s later: “{line}”")
