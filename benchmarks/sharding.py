@@ -1,15 +1,15 @@
 """Memory of each process with divided weights, against whole ones, and what gathering the weights costs.
 
 python benchmarks/sharding.py writes benchmarks/results/sharding.md. A model of random weights is trained for two
-iterations by two processes on one machine. Resident memory counts, pages of the model's file included: while it is
-loaded, each process maps the whole file, whose pages the system may take back.
+iterations by two processes on one machine. Resident memory holds pages of the model's file too: each process maps the
+whole file, whose pages the system may take back, and shares them with the others. Private memory is what is left
+without the pages of files (RssAnon): what each process needs for itself.
 """
 
+import copy
 import json
 import os
 import re
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from bench import machine
 from konic.finetuning import (
@@ -32,8 +34,8 @@ from konic.finetuning import (
     TrainingConfig,
     llm_reward,
 )
+from ranks import start_ranks
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 RESULTS = Path(__file__).parent / "results" / "sharding.md"
 MIB = 2**20
 PROMPTS = ["ab", "the film was", "why not", "go on then"]
@@ -54,7 +56,7 @@ class Rewards(KonicLLMRewardComposer):
 
 
 class Memory(KonicFinetuningCallback):
-    """The most resident memory of the process in each stage."""
+    """The most resident and the most private memory of the process in each stage."""
 
     def __init__(self):
         super().__init__(verbose=False)
@@ -63,8 +65,9 @@ class Memory(KonicFinetuningCallback):
 
     def _watch(self):
         while True:
-            used = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-            self.peaks[self.stage] = max(used, self.peaks.get(self.stage, 0))
+            status, peaks = Path("/proc/self/status").read_text(), self.peaks.setdefault(self.stage, [0, 0])
+            for index, name in enumerate(("VmRSS", "RssAnon")):
+                peaks[index] = max(peaks[index], int(re.search(rf"{name}:\s+(\d+)", status)[1]) * 1024)
             time.sleep(0.005)
 
 
@@ -109,7 +112,7 @@ def job(model, output, mode, kind):
     found = {"peaks": memory.peaks, "rollout": last.generation_time_sec, "update": last.update_time_sec}
     sharding = engine._session.learner.policy.sharding
     if mode != "whole":
-        found["peaks"], start = dict(memory.peaks), time.monotonic()  # what follows is no part of a run
+        found["peaks"], start = copy.deepcopy(memory.peaks), time.monotonic()  # what follows is no part of a run
         for unit in sharding._units:
             unit.unshard()
         found["gather"] = time.monotonic() - start
@@ -118,23 +121,21 @@ def job(model, output, mode, kind):
 
 def run(model, mode, kind):
     """Both processes of a mode; what each found."""
-    with tempfile.TemporaryDirectory() as output, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        several = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        free.close()
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", __file__, "job", model, output, mode, kind],
-                env=os.environ | several | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            )
-            for rank in range(2)
-        ]
+    with tempfile.TemporaryDirectory() as output:
+        started = start_ranks([sys.executable, "-W", "ignore", __file__, "job", model, output, mode, kind], 2)
         assert [process.wait() for process in started] == [0, 0]
         return [json.loads((Path(output) / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+def peak(found, stages):
+    """The most resident memory of any process in any of the stages, and the most private memory."""
+    both = zip(*[each["peaks"][stage] for each in found for stage in stages if stage in each["peaks"]], strict=True)
+    resident, private = (max(numbers) / MIB for numbers in both)
+    return f"{resident:,.0f} ({private:,.0f}) MB"
+
+
 def make_model(folder, shape):
-    from conftest import byte_tokenizer
+    from conftest import byte_tokenizer  # loads pytest, which the measured processes do without
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -148,10 +149,12 @@ def make_model(folder, shape):
 
 
 def main():
+    os.environ["OMP_NUM_THREADS"] = "1"
     lines = [
         "Two processes with one thread each, fp32 where no other is named, gloo, gradient checkpointing; 4 responses "
         "of 8 tokens in all; "
-        f"{machine()}; `make sharding`",
+        f"{machine()}; `make sharding`. Memory is resident, and in brackets private: without the pages of the model's "
+        "file, which both processes share and the system may take back.",
         "",
         "| | weights (M) | loading | rollout | update | at the peak | rollout (s) | update (s) | gathering all (s) |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -161,11 +164,11 @@ def main():
             count = make_model(folder, SMALL if kind == "full" else LARGE)
             for mode in MODES:
                 found = run(folder, mode, kind)
-                peaks = {stage: max(each["peaks"].get(stage, 0) for each in found) / MIB for stage in found[0]["peaks"]}
-                numbers = [peaks["loading"], peaks["rollout"], peaks["update"], max(peaks.values())]
+                cells = [peak(found, [stage]) for stage in ("loading", "rollout", "update")]
+                cells.append(peak(found, found[0]["peaks"]))
                 gather = f"{found[0]['gather']:.1f}" if "gather" in found[0] else ""
                 lines.append(
-                    f"| {kind}, {mode} | {count / 1e6:.0f} | " + " | ".join(f"{n:,.0f} MB" for n in numbers)
+                    f"| {kind}, {mode} | {count / 1e6:.0f} | " + " | ".join(cells)
                     + f" | {found[0]['rollout']:.1f} | {found[0]['update']:.1f} | {gather} |"
                 )  # fmt: skip
                 print(lines[-1], flush=True)
