@@ -69,15 +69,16 @@ def cluster():
 
 
 class Watching(KonicFinetuningCallback):
-    """Remembers the events, in the process that started the training."""
+    """Remembers the events, in the process that started the training, and changes the weight of a reward in each."""
 
-    def __init__(self):
+    def __init__(self, composer):
         super().__init__()
-        self.events, self.process = [], os.getpid()
+        self.composer, self.events, self.process = composer, [], os.getpid()
 
     def on_iteration_end(self, result):
         assert os.getpid() == self.process
         self.events.append(result.iteration)
+        self.composer.set_reward_weight("vowels", 1 + result.iteration)
         super().on_iteration_end(result)
 
 
@@ -93,11 +94,12 @@ def train(model, run, rewards, scaling=None, callback=None, **training):
 
 
 def test_a_killed_worker_is_replaced_and_the_run_is_that_of_one_process(cluster, model, tmp_path, capsys, caplog):
-    one_engine, one = train(model, tmp_path / "one", Rewards())
+    rewards = Rewards()
+    one_engine, one = train(model, tmp_path / "one", rewards, callback=Watching(rewards))
     capsys.readouterr()
-    seen = Watching()
-    workers = ScalingConfig(num_workers=2)
-    engine, two = train(model, tmp_path / "two", Rewards("killed", tmp_path / "marker"), workers, seen)
+    rewards = Rewards("killed", tmp_path / "marker")
+    seen, workers = Watching(rewards), ScalingConfig(num_workers=2)
+    engine, two = train(model, tmp_path / "two", rewards, workers, seen)
     assert (tmp_path / "marker").exists()
     same([each.to_dict() for each in one.history], [each.to_dict() for each in two.history])
     names = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (tmp_path / "one", tmp_path / "two")]
@@ -351,6 +353,29 @@ def test_rewards_sent_by_value_keep_their_order_and_their_source(tmp_path):
     settings, file = json.loads(there.stdout)
     assert settings["rewards"] == ["zeal", "vowels", "low"]
     assert file["class"] == "Mine" and file["file"].endswith("mine.py")
+
+
+def test_repeated_iterations_get_the_weights_that_they_had():
+    weights = {"vowels": 1.0}
+
+    class Raising(KonicFinetuningCallback):
+        def on_iteration_end(self, result):
+            weights["vowels"] += 1
+
+    desk = Desk(Callbacks(Raising(verbose=False)), None, weights=lambda: dict(weights))
+
+    def iteration(number):
+        result = SimpleNamespace(iteration=number)
+        return [desk.answer("on_iteration_begin", number)[1], desk.answer("on_iteration_end", result)[1]]
+
+    first = [iteration(number) for number in (1, 2, 3)]
+    assert [end["vowels"] for _, end in first] == [2, 3, 4]
+    assert desk.on_attempt(2)["weights"] is None, "nothing is saved yet"
+    assert iteration(1) == first[0]
+    desk.answer("on_checkpoint_saved", "checkpoint-1", 1)
+    assert desk.on_attempt(2)["weights"] == {"vowels": 2}
+    assert [iteration(number) for number in (2, 3)] == first[1:]
+    assert iteration(4) == [{"vowels": 4}, {"vowels": 5}]
 
 
 def test_workers_lost_too_often_are_named_without_what_ray_has_printed():

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from konic.finetuning.callbacks.composite import Callbacks
@@ -21,8 +22,21 @@ _MAY_STOP = ("on_attempt", "on_iteration_begin", *_OF_ITERATION[:3], "should_sto
 class Desk:
     """Answers the workers: calls the callbacks, each event once, although a restarted run repeats iterations."""
 
-    def __init__(self, callbacks: Callbacks, resume: Any, is_remote: bool = False, iterations_told: int = 0) -> None:
+    def __init__(
+        self,
+        callbacks: Callbacks,
+        resume: Any,
+        is_remote: bool = False,
+        iterations_told: int = 0,
+        weights: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        """`weights` returns those of the rewards as they are now: a callback may change them."""
         self._callbacks, self._is_remote, self._iterations_told = callbacks, is_remote, iterations_told
+        self._weights: Callable[[], Mapping[str, float]] = weights
+        self._weights_in_force: Mapping[str, float] = {}
+        self._weights_told: dict[tuple[int, str], Mapping[str, float]] = {}
+        self._weights_saved: Mapping[str, float] | None = None
+        """Those of the newest checkpoint; None before the first one."""
         self._resume = resume
         self.checkpoint: str | None = None
         """The newest one, as the workers name it."""
@@ -70,7 +84,8 @@ class Desk:
             return INTERRUPT
         try:
             own = getattr(self, hook, None)
-            return self._once(hook, *values) if own is None else own(*values)
+            value = self._once(hook, *values) if own is None else own(*values)
+            return value if hook == "on_attempt" else (value, self._weights_after(hook))
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 self.is_interrupted = True
@@ -78,14 +93,22 @@ class Desk:
             self.failure = error
             return FAILED
 
+    def _weights_after(self, hook: str) -> Mapping[str, float]:
+        """Return the weights after an event; where it is repeated, those from when it was new."""
+        weights = self._weights()
+        same = self._weights_in_force if weights == self._weights_in_force else weights  # one object for many events
+        self._weights_in_force = self._weights_told.setdefault((self._iteration, hook), same)
+        return self._weights_in_force
+
     def on_attempt(self, num_workers: int) -> dict[str, Any]:
-        """The workers have started: return where they resume, and which attempt it is, from 1.
+        """The workers have started: return where they resume, with which weights, and which attempt it is, from 1.
 
         A run that saved nothing yet starts as it did at first.
         """
         self.attempts += 1
         self._idle_since, self.has_workers = None, True
-        return {"resume_from_checkpoint": bool(self.checkpoint) or self._resume, "attempt": self.attempts}
+        resume = bool(self.checkpoint) or self._resume
+        return {"resume_from_checkpoint": resume, "weights": self._weights_saved, "attempt": self.attempts}
 
     def has_waited(self, seconds: float) -> bool:
         """True where no worker has run for so long; once, until workers are lost again."""
@@ -120,7 +143,7 @@ class Desk:
 
     def on_checkpoint_saved(self, path: str, iteration: int) -> None:
         """Remember the checkpoint; call the callbacks, unless it is repeated."""
-        self.checkpoint = path
+        self.checkpoint, self._weights_saved = path, self._weights_in_force
         if iteration > self.last_saved:
             self.last_saved = iteration
             self._callbacks.on_checkpoint_saved(path, iteration)

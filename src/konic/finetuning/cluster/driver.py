@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from konic.finetuning.callbacks.composite import Callbacks
@@ -22,7 +23,7 @@ from konic.finetuning.cluster.ray_inside import worker_resources
 from konic.finetuning.cluster.worker import Job, Outcome
 from konic.finetuning.errors import ConfigError, KonicError, OutputError, TrainingError, safe_cause
 from konic.finetuning.results.summary import FinetuningResult
-from konic.finetuning.rewards.composer import keep_origin
+from konic.finetuning.rewards.composer import keep_origin, own_weights
 from konic.finetuning.run.folder import RunFolder
 from konic.finetuning.system.files import as_path
 from konic.finetuning.system.pickling import own_paths, pickled_by_value, what_cannot_be_pickled
@@ -81,7 +82,8 @@ class RayTraining:
         job = Job(
             _pickled(engine), self._folder, options, sys.argv, driver, _current_folder(), own_paths(), limit_seconds
         )
-        desk = Desk(callbacks, options["resume_from_checkpoint"], is_url(self._folder), self._iterations)
+        weights = partial(own_weights, engine.agent.get_reward_composer())
+        desk = Desk(callbacks, options["resume_from_checkpoint"], is_url(self._folder), self._iterations, weights)
         try:
             with connected(self.scaling) as (ray, scaling):
                 outcome = _run(ray, scaling, job, desk)

@@ -6,7 +6,7 @@ import itertools
 import logging
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
@@ -175,43 +175,48 @@ class _LogHandler(logging.Handler):
 
 
 class Reporter(BaseKonicFinetuningCallback):
-    """Calls the driver's callbacks from the first worker, and waits for them."""
+    """Calls the driver's callbacks from the first worker, waits for them, and takes over the weights they change."""
 
-    def __init__(self, line: Line) -> None:
-        self._line = line
+    def __init__(self, line: Line, take_weights: Callable[[Mapping[str, float]], None]) -> None:
+        self._line, self._take_weights = line, take_weights
+
+    def _told(self, hook: str, *values: Any) -> Any:
+        answer, weights = self._line.ask(hook, *values)
+        self._take_weights(weights)
+        return answer
 
     def on_train_begin(self, config: dict[str, Any]) -> None:
         """See the base class."""
-        self._line.ask("on_train_begin", config)
+        self._told("on_train_begin", config)
 
     def on_iteration_begin(self, iteration: int) -> None:
         """See the base class."""
-        self._line.ask("on_iteration_begin", iteration)
+        self._told("on_iteration_begin", iteration)
 
     def on_generation_begin(self, prompts: list[str]) -> None:
         """See the base class."""
-        self._line.ask("on_generation_begin", prompts)
+        self._told("on_generation_begin", prompts)
 
     def on_generation_end(self, prompts: list[str], responses: list[str]) -> None:
         """See the base class."""
-        self._line.ask("on_generation_end", prompts, responses)
+        self._told("on_generation_end", prompts, responses)
 
     def on_reward_computed(self, rewards: list[float], reward_breakdown: dict[str, list[float]]) -> None:
         """See the base class."""
-        self._line.ask("on_reward_computed", rewards, reward_breakdown)
+        self._told("on_reward_computed", rewards, reward_breakdown)
 
     def on_iteration_end(self, result: FinetuningIterationResult) -> None:
         """See the base class."""
-        self._line.ask("on_iteration_end", result)
+        self._told("on_iteration_end", result)
 
     def on_checkpoint_saved(self, path: str, iteration: int) -> None:
         """See the base class."""
-        self._line.ask("on_checkpoint_saved", path, iteration)
+        self._told("on_checkpoint_saved", path, iteration)
 
     def on_train_end(self, result: FinetuningResult) -> None:
         """See the base class."""
-        self._line.ask("on_train_end", result)
+        self._told("on_train_end", result)
 
     def should_stop_early(self, result: FinetuningIterationResult) -> bool:
         """See the base class."""
-        return bool(self._line.ask("should_stop_early", result))
+        return bool(self._told("should_stop_early", result))

@@ -344,3 +344,13 @@ def without_models(composer: KonicLLMRewardComposer) -> KonicLLMRewardComposer:
     for name in ("reducer", *_SHAPE_OF_OVERRIDE):  # only the run's own process weights and reduces
         copied.__dict__.pop(name, None)
     return copied
+
+
+def own_weights(composer: KonicLLMRewardComposer) -> dict[str, float]:
+    """Return the weights that the class or `set_reward_weight` gave, by name."""
+    return dict(composer._reward_weights)
+
+
+def take_weights(composer: KonicLLMRewardComposer, weights: Mapping[str, float]) -> None:
+    """Give a composer the weights of another process's."""
+    composer._reward_weights = dict(weights)
