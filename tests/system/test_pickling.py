@@ -29,6 +29,19 @@ def of_closure():
     return Mine()
 
 
+def of_name_without_value():
+    class Mine:
+        def __init__(self):
+            self.lock = LOCK
+
+        def score(self):
+            return later
+
+    if LIMIT == 0:
+        later = 1
+    return Mine()
+
+
 class Own:
     def __reduce__(self):
         raise TypeError("not this one")
@@ -40,6 +53,7 @@ class Own:
         (OfAttribute(), "its attribute 'opened'"),
         (of_closure(), "'lock', which 'score' uses"),
         (Own(), ""),
+        (of_name_without_value(), "its attribute 'lock'"),
     ],
 )
 def test_what_holds_an_object_back_is_named(value, words):

@@ -40,7 +40,10 @@ def what_cannot_be_pickled(value: Any, modules: Iterable[ModuleType]) -> str:
     """Return what keeps an object from being pickled: an attribute, or a name that a method uses; "" if unknown."""
     parts = [(f"its attribute {name!r}", part) for name, part in getattr(value, "__dict__", {}).items()]
     for name, method in inspect.getmembers(type(value), inspect.isfunction):
-        used = inspect.getclosurevars(inspect.unwrap(method))
+        try:
+            used = inspect.getclosurevars(inspect.unwrap(method))
+        except ValueError:  # it uses a name that has no value yet
+            continue
         parts += [
             (f"{other!r}, which {name!r} uses", part)
             for other, part in {**used.globals, **used.nonlocals}.items()
