@@ -1340,6 +1340,46 @@ def test_what_a_resume_would_score_or_ask_otherwise_is_named(model_folders, chan
         make_engine(model_folders["llama"], tmp_path, **changes).train(2, resume_from_checkpoint=True)
 
 
+class Heavier(Silent):
+    """Raises the weight of a reward after every iteration."""
+
+    def __init__(self, composer):
+        super().__init__()
+        self.composer = composer
+
+    def on_iteration_end(self, result):
+        self.composer.set_reward_weight("brief", 1 + result.iteration)
+
+
+def test_a_run_whose_callback_changes_weights_is_resumed_with_those_of_the_checkpoint(model_folders, tmp_path):
+    def engine(run, weights=None):
+        composer = LetterRewards(reward_weights=weights)
+        return make_engine(model_folders["llama"], tmp_path / run, composer=composer, callback=Heavier(composer))
+
+    whole = engine("whole")
+    whole.train(4)
+    engine("run").train(2)
+    again = engine("run")
+    again.train(4, resume_from_checkpoint=True)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    again.train(5, resume_from_checkpoint=True)  # in the engine that still has the weights of the end
+    assert again.reward_composer.settings()["reward_weights"] == {"brief": 6}
+    again.train(4, resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["reward_weights"] == {}
+
+    again.reward_composer.set_reward_weight("brief", 0.5)
+    with pytest.raises(OutputError, match=r"reward_weights was \{\} and is \{'brief': 0.5\}"):
+        again.train(5, resume_from_checkpoint=True)
+    with pytest.raises(OutputError, match=r"reward_weights was \{\} and is \{'brief': 2.0\}"):
+        engine("run", {"brief": 2}).train(5, resume_from_checkpoint=True)
+    engine("run", {"brief": 7}).train(5, resume_from_checkpoint=True, allow_changes=True)
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert settings["reward_weights"] == {"brief": 7.0}
+    other = completions(tmp_path / "run")[4][0]
+    assert other["reward"] == pytest.approx(other["reward/brief"] * 7 + other["reward/letters"])
+
+
 def test_a_second_training_with_a_falling_schedule_says_that_its_rate_starts_higher(model_folders, tmp_path, caplog):
     engine = make_engine(model_folders["llama"], tmp_path, lr_scheduler="linear")
     engine.train(2)

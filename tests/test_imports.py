@@ -54,8 +54,8 @@ INSIDE = {
     "cluster": ["ray_inside", "embedded", "nodes", "connection", "mailbox", "desk", "rendezvous", "worker", "driver"],
     "konic_0_1": ["callback", "reward", "dataset", "environment", "module", "backends"],
     "run": [
-        "environment", "card", "state", "checkpoint", "resume", "processes", "checks", "served", "measures", "tables",
-        "folder", "remote", "place", "saving", "preflight",
+        "environment", "card", "reward_weights", "state", "checkpoint", "resume", "processes", "checks", "served",
+        "measures", "tables", "folder", "remote", "place", "saving", "preflight",
         "session",
     ],
 }  # fmt: skip

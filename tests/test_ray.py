@@ -41,6 +41,8 @@ from konic.finetuning.cluster import connection, driver, embedded, nodes, ray_in
 from konic.finetuning.cluster.desk import Desk
 from konic.finetuning.cluster.mailbox import _Stream, describe_losses
 from konic.finetuning.cluster.worker import Outcome, _require_shared
+from konic.finetuning.rewards.composer import own_weights
+from konic.finetuning.run.reward_weights import RewardWeights
 from konic.finetuning.system.pickling import own_paths
 from ray_job import Rewards, make_agent
 from test_processes import same
@@ -115,6 +117,17 @@ def test_a_killed_worker_is_replaced_and_the_run_is_that_of_one_process(cluster,
     prompts = ["ab", "why not"]
     assert engine.generate(prompts) == one_engine.generate(prompts)
     assert engine.evaluate(prompts)["rewards"] == pytest.approx(one_engine.evaluate(prompts)["rewards"], abs=1e-9)
+
+    histories = []  # new engines, whose composers have the weights of the beginning
+    for name, scaling in (("one", None), ("two", workers)):
+        rewards = Rewards("killed", tmp_path / "marker")
+        engine = KonicFinetuningEngine.from_agent(
+            make_agent(model, rewards), checkpoint_dir=tmp_path / name, callback=Watching(rewards), scaling=scaling,
+            device="cpu",
+        )  # fmt: skip
+        histories.append([each.to_dict() for each in engine.train(5, resume_from_checkpoint=True).history])
+        assert own_weights(rewards) == {"vowels": 6.0}
+    same(*histories)
 
 
 def test_an_error_of_one_worker_is_raised_here_with_its_name_and_is_not_tried_again(cluster, model, tmp_path, caplog):
@@ -262,7 +275,7 @@ def test_a_second_training_asks_no_callback_again_about_the_first():
             return False
 
     callback = Asked(verbose=False)
-    desk = Desk(Callbacks(callback), None, iterations_told=2)
+    desk = Desk(Callbacks(callback), RewardWeights(Rewards()), iterations_told=2)
     assert not any(desk.should_stop_early(SimpleNamespace(iteration=number)) for number in (1, 2, 3, 3))
     assert callback.seen == (3,)
 
@@ -356,13 +369,14 @@ def test_rewards_sent_by_value_keep_their_order_and_their_source(tmp_path):
 
 
 def test_repeated_iterations_get_the_weights_that_they_had():
-    weights = {"vowels": 1.0}
+    composer = Rewards()
 
     class Raising(KonicFinetuningCallback):
         def on_iteration_end(self, result):
-            weights["vowels"] += 1
+            composer.set_reward_weight("vowels", 1 + own_weights(composer)["vowels"])
 
-    desk = Desk(Callbacks(Raising(verbose=False)), None, weights=lambda: dict(weights))
+    desk = Desk(Callbacks(Raising(verbose=False)), RewardWeights(composer))
+    desk.answer("on_train_begin", {}, {"vowels": 1.0})
 
     def iteration(number):
         result = SimpleNamespace(iteration=number)
@@ -370,16 +384,14 @@ def test_repeated_iterations_get_the_weights_that_they_had():
 
     first = [iteration(number) for number in (1, 2, 3)]
     assert [end["vowels"] for _, end in first] == [2, 3, 4]
-    assert desk.on_attempt(2)["weights"] is None, "nothing is saved yet"
     assert iteration(1) == first[0]
-    desk.answer("on_checkpoint_saved", "checkpoint-1", 1)
-    assert desk.on_attempt(2)["weights"] == {"vowels": 2}
+    desk.answer("on_train_begin", {}, {"vowels": 2.0})  # of the checkpoint of iteration 1
     assert [iteration(number) for number in (2, 3)] == first[1:]
     assert iteration(4) == [{"vowels": 4}, {"vowels": 5}]
 
 
 def test_workers_lost_too_often_are_named_without_what_ray_has_printed():
-    desk = Desk(Callbacks([]), None)
+    desk = Desk(Callbacks([]), RewardWeights(Rewards()))
     desk.on_attempt(2)
     for _ in range(4):
         desk.note("lost", "worker 1: its process ended")
@@ -449,7 +461,7 @@ def test_a_ctrl_c_ends_the_wait_at_once_while_no_worker_runs(has_started, is_los
         pressed.append(1)
         raise KeyboardInterrupt
 
-    desk = Desk(Callbacks([]), None)
+    desk = Desk(Callbacks([]), RewardWeights(Rewards()))
     if has_started:
         desk.on_attempt(2)
     if is_lost:
@@ -530,7 +542,7 @@ def test_a_process_that_ended_is_named_rather_than_what_the_others_say():
 
 
 def test_without_room_to_start_again_a_training_ends_with_the_newest_checkpoint(cluster, monkeypatch):
-    desk = Desk(Callbacks([]), None)
+    desk = Desk(Callbacks([]), RewardWeights(Rewards()))
     assert not desk.has_waited(60)
     assert desk.has_waited(0)
     assert not desk.has_waited(0)  # it is told once
@@ -546,7 +558,7 @@ def test_without_room_to_start_again_a_training_ends_with_the_newest_checkpoint(
 
 
 def test_workers_that_do_not_start_are_told_with_what_they_take(cluster, caplog):
-    driver._explain_waiting(ray, Desk(Callbacks([]), None), ScalingConfig(num_workers=2))
+    driver._explain_waiting(ray, Desk(Callbacks([]), RewardWeights(Rewards())), ScalingConfig(num_workers=2))
     assert "No worker has started for 60 s" in caplog.text
     assert "Each takes 1 CPU, and free is " in caplog.text
 

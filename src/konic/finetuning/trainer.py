@@ -100,6 +100,7 @@ class Trainer:
                 session.folder.write_iteration(result, rollout, scores, left_out, advantages, rows)
                 require_not_all_dropped(state.history)
                 callbacks.on_iteration_end(result)
+                state.reward_weights = session.reward_weights.current
                 self._saver.after_iteration()
 
             stopped = self._reason_to_stop(result, run_clock)

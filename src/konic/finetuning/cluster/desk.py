@@ -2,12 +2,13 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from konic.finetuning.callbacks.composite import Callbacks
 from konic.finetuning.cluster.mailbox import FAILED, INTERRUPT
 from konic.finetuning.results.summary import FinetuningResult
+from konic.finetuning.run.reward_weights import RewardWeights
 from konic.output import get_logger, write_line
 
 logger = get_logger(__name__)
@@ -25,18 +26,16 @@ class Desk:
     def __init__(
         self,
         callbacks: Callbacks,
-        resume: Any,
+        weights: RewardWeights,
+        resume: Any = None,
         is_remote: bool = False,
         iterations_told: int = 0,
-        weights: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
-        """`weights` returns those of the rewards as they are now: a callback may change them."""
+        """`weights` are those of this process, which its callbacks may change."""
         self._callbacks, self._is_remote, self._iterations_told = callbacks, is_remote, iterations_told
-        self._weights: Callable[[], Mapping[str, float]] = weights
+        self._weights = weights
         self._weights_in_force: Mapping[str, float] = {}
         self._weights_told: dict[tuple[int, str], Mapping[str, float]] = {}
-        self._weights_saved: Mapping[str, float] | None = None
-        """Those of the newest checkpoint; None before the first one."""
         self._resume = resume
         self.checkpoint: str | None = None
         """The newest one, as the workers name it."""
@@ -95,20 +94,20 @@ class Desk:
 
     def _weights_after(self, hook: str) -> Mapping[str, float]:
         """Return the weights after an event; where it is repeated, those from when it was new."""
-        weights = self._weights()
+        weights = self._weights.current
         same = self._weights_in_force if weights == self._weights_in_force else weights  # one object for many events
         self._weights_in_force = self._weights_told.setdefault((self._iteration, hook), same)
         return self._weights_in_force
 
     def on_attempt(self, num_workers: int) -> dict[str, Any]:
-        """The workers have started: return where they resume, with which weights, and which attempt it is, from 1.
+        """The workers have started: return where they resume, and which attempt it is, from 1.
 
         A run that saved nothing yet starts as it did at first.
         """
         self.attempts += 1
         self._idle_since, self.has_workers = None, True
         resume = bool(self.checkpoint) or self._resume
-        return {"resume_from_checkpoint": resume, "weights": self._weights_saved, "attempt": self.attempts}
+        return {"resume_from_checkpoint": resume, "attempt": self.attempts}
 
     def has_waited(self, seconds: float) -> bool:
         """True where no worker has run for so long; once, until workers are lost again."""
@@ -117,10 +116,11 @@ class Desk:
         self._idle_since = None
         return True
 
-    def on_train_begin(self, config: dict[str, Any]) -> None:
-        """Call the callbacks, once."""
+    def on_train_begin(self, config: dict[str, Any], weights: Mapping[str, float]) -> None:
+        """Call the callbacks, once, with the rewards' weights that a resumed run has."""
         if not self._has_begun:
             self._has_begun = True
+            self._weights.take(weights)
             if self._is_remote:
                 del config["run_folder"]  # is that of a worker's machine
             self._callbacks.on_train_begin(config)
@@ -143,7 +143,7 @@ class Desk:
 
     def on_checkpoint_saved(self, path: str, iteration: int) -> None:
         """Remember the checkpoint; call the callbacks, unless it is repeated."""
-        self.checkpoint, self._weights_saved = path, self._weights_in_force
+        self.checkpoint = path
         if iteration > self.last_saved:
             self.last_saved = iteration
             self._callbacks.on_checkpoint_saved(path, iteration)

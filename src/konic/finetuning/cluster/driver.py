@@ -11,7 +11,6 @@ import tempfile
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 from konic.finetuning.callbacks.composite import Callbacks
@@ -23,8 +22,9 @@ from konic.finetuning.cluster.ray_inside import worker_resources
 from konic.finetuning.cluster.worker import Job, Outcome
 from konic.finetuning.errors import ConfigError, KonicError, OutputError, TrainingError, safe_cause
 from konic.finetuning.results.summary import FinetuningResult
-from konic.finetuning.rewards.composer import keep_origin, own_weights
+from konic.finetuning.rewards.composer import keep_origin
 from konic.finetuning.run.folder import RunFolder
+from konic.finetuning.run.reward_weights import RewardWeights
 from konic.finetuning.system.files import as_path
 from konic.finetuning.system.pickling import own_paths, pickled_by_value, what_cannot_be_pickled
 from konic.finetuning.system.places import is_url
@@ -82,8 +82,8 @@ class RayTraining:
         job = Job(
             _pickled(engine), self._folder, options, sys.argv, driver, _current_folder(), own_paths(), limit_seconds
         )
-        weights = partial(own_weights, engine.agent.get_reward_composer())
-        desk = Desk(callbacks, options["resume_from_checkpoint"], is_url(self._folder), self._iterations, weights)
+        weights = RewardWeights(engine.agent.get_reward_composer())
+        desk = Desk(callbacks, weights, options["resume_from_checkpoint"], is_url(self._folder), self._iterations)
         try:
             with connected(self.scaling) as (ray, scaling):
                 outcome = _run(ray, scaling, job, desk)

@@ -6,13 +6,14 @@ import itertools
 import logging
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
 from konic.finetuning.errors import TrainingError
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
+from konic.finetuning.run.reward_weights import RewardWeights
 from konic.output import get_logger
 from konic.text import describe_error
 
@@ -177,17 +178,17 @@ class _LogHandler(logging.Handler):
 class Reporter(BaseKonicFinetuningCallback):
     """Calls the driver's callbacks from the first worker, waits for them, and takes over the weights they change."""
 
-    def __init__(self, line: Line, take_weights: Callable[[Mapping[str, float]], None]) -> None:
-        self._line, self._take_weights = line, take_weights
+    def __init__(self, line: Line, weights: RewardWeights) -> None:
+        self._line, self._weights = line, weights
 
     def _told(self, hook: str, *values: Any) -> Any:
         answer, weights = self._line.ask(hook, *values)
-        self._take_weights(weights)
+        self._weights.take(weights)
         return answer
 
     def on_train_begin(self, config: dict[str, Any]) -> None:
         """See the base class."""
-        self._told("on_train_begin", config)
+        self._told("on_train_begin", config, self._weights.current)
 
     def on_iteration_begin(self, iteration: int) -> None:
         """See the base class."""

@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from konic.finetuning.errors import (
     safe_cause,
 )
 from konic.finetuning.results.summary import FinetuningResult
-from konic.finetuning.rewards.composer import take_weights
 from konic.finetuning.run.remote import copy_of
+from konic.finetuning.run.reward_weights import RewardWeights
 from konic.finetuning.system.places import is_url
 from konic.finetuning.system.world import World, find_world, from_first
 from konic.text import describe_error, indented
@@ -92,16 +91,14 @@ def _outcome(job: Job, line: Line) -> Outcome:
             engine = _loaded(job)
             told = from_first(world, line.ask("on_attempt", world.size) if world.rank == 0 else None)
             options = {**job.options, "resume_from_checkpoint": told["resume_from_checkpoint"]}
-            composer = engine.agent.get_reward_composer()
-            if told["weights"] is not None:
-                take_weights(composer, told["weights"])
             hosts = {message["host"] for message in world.gather({"host": socket.gethostname()})}
             if len(hosts) > 1 and not is_url(job.folder):
                 _require_shared(Path(job.folder), world)
             if world.rank == 0:
                 limit = _FIRST_LOCK_SECONDS if told["attempt"] == 1 else _LOCK_SECONDS
                 _wait_for_lock(Path(copy_of(job.folder)), limit)
-        engine.callback, engine.driver = Reporter(line, partial(take_weights, composer)), job.driver
+        engine.callback = Reporter(line, RewardWeights(engine.agent.get_reward_composer()))
+        engine.driver = job.driver
         return Outcome(engine.train(**options))
     except ProcessLostError:
         raise

@@ -38,6 +38,7 @@ from konic.finetuning.run.preflight import check_settings
 from konic.finetuning.run.processes import require_equal_processes
 from konic.finetuning.run.remote import fetched
 from konic.finetuning.run.resume import plan_to_follow, require_same_run, same_best
+from konic.finetuning.run.reward_weights import RewardWeights
 from konic.finetuning.run.saving import NoSaver, Saver, write_card
 from konic.finetuning.run.served import ServedCheck
 from konic.finetuning.run.state import TrainerState
@@ -58,6 +59,7 @@ class Session:
         self.world = find_world(agent.get_training_config().process_timeout_seconds)
         self.scorer = Scorer(agent.get_reward_composer(), agent.get_training_config(), self.world)
         self.state = TrainerState()
+        self.reward_weights = RewardWeights(agent.get_reward_composer())
         self.weights_are_whole = True
         """False where an error left the weights between two iterations."""
         self.device = "auto"
@@ -134,6 +136,7 @@ class Session:
             "base_sha256": self.learner.base_sha256,
             "decode_plan": asdict(self.learner.policy.decode_plan),
             "precision": self.learner.policy.precision,
+            "reward_weights": self.reward_weights.first,
         }
         return self.agent.settings(uses_lora=self.learner.policy.uses_lora) | more
 
@@ -237,7 +240,7 @@ class Session:
             require_equal_processes(self.world, self.settings(last), self.learner.policy.trainable())
             device, composer = self.learner.policy.device, self.agent.get_reward_composer()
             self.folder.write_run(self.settings(last), environment(device), composer, self.job_file, self.driver)
-            with self._served(last):
+            with self._served(last), self.reward_weights.training():
                 yield last
 
     @contextlib.contextmanager
@@ -312,8 +315,13 @@ class Session:
     def _load(self, checkpoint: Path, max_iterations: int, allow_changes: bool) -> None:
         """Restore the state of a checkpoint, and remove from the folder what was written after it."""
         record, learner = read_record(checkpoint), self.learner
-        require_same_run(checkpoint, record, self.settings(max_iterations), learner.policy.device, allow_changes)
+        weights = record.settings.get("reward_weights"), record.state.reward_weights
+        keeps_weights = self.reward_weights.belong_to(*weights)
+        settings = self.settings(max_iterations) | ({"reward_weights": weights[0]} if keeps_weights else {})
+        require_same_run(checkpoint, record, settings, learner.policy.device, allow_changes)
         self.state = load_checkpoint(checkpoint, learner.policy, learner.optimizer)
+        if keeps_weights:
+            self.reward_weights.resume(*weights)
         if self.state.best_weights is not None and not same_best(record, self.selection, self.state.history):
             self.state.best_weights = None
             logger.warning(

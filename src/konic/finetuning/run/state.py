@@ -35,6 +35,8 @@ class TrainerState:
     """The trained weights with which the best iteration sampled; on the CPU."""
     reward_moments: dict[str, RunningMoments] = field(default_factory=dict)
     """Mean and spread of every normalised part of the rewards, over all samples so far."""
+    reward_weights: dict[str, float] = field(default_factory=dict)
+    """The weights of the rewards after the last iteration: a callback may have changed them."""
 
     def to_dict(self) -> dict[str, Any]:
         """Every field but the weights as JSON values."""
@@ -57,6 +59,7 @@ class TrainerState:
                 raise TypeError(f"{name} is {type(given[name]).__name__}, not {kind.__name__}")
         given["history"] = [FinetuningIterationResult.from_dict(result) for result in given["history"]]
         given["reward_moments"] = {name: RunningMoments(**own) for name, own in given["reward_moments"].items()}
+        given["reward_weights"] = {name: float(weight) for name, weight in given["reward_weights"].items()}
         return cls(**given)
 
     def is_best(self, reward: float, kl_per_response: float, selection: Selection) -> bool:
