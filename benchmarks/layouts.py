@@ -19,6 +19,7 @@ from turns import THREADS
 from bench import machine
 from konic.finetuning.models import decode_probe
 from konic.finetuning.models.loading import load_model
+from konic.finetuning.models.prepacked import DecodePlan
 from konic.finetuning.system.processor import processor_name
 
 RESULTS = Path(__file__).parent / "results" / "layouts.json"
@@ -35,7 +36,8 @@ def measure():
         probe_seconds = time.perf_counter() - started
         layers = [layer for _, _, layer in decode_probe.plain_layers(model)]
         whole = decode_probe._measure(layers, rows)
-        chosen, best = (decode_probe._fastest(timings, TOKENS) for timings in (at_load, whole))
+        usual = DecodePlan(decode_probe.usual_layout(rows, torch.float32))
+        chosen, best = (decode_probe._fastest(timings, TOKENS, usual) for timings in (at_load, whole))
         row = {
             "rows": rows, "probe_seconds": probe_seconds, "chosen": vars(chosen), "best": vars(best),
             "seconds": {f"{plan.layout}, {plan.threads or THREADS}": timing for plan, timing in whole.items()},

@@ -92,7 +92,7 @@ BOUNDS = [  # field, the values at the edge that are valid, the ones past it
     (GenerationConfig, "top_p", [TINY, 1], [0, 1.001]),
     (GenerationConfig, "top_k", [0], [-1]),
     (GenerationConfig, "skip_special_tokens", [True, False], ["perhaps", None]),
-    (GenerationConfig, "decode_layout", ["auto", "plain", "onednn", "mkl"], ["packed", None]),
+    (GenerationConfig, "decode_layout", ["auto", "plain", "onednn", "mkl", None], ["packed"]),
     (GenerationConfig, "do_sample", [True, False], ["perhaps", None]),
     (GenerationConfig, "repetition_penalty", [TINY], [0]),
     (GenerationConfig, "stop", [None, ("a", "b")], [("a", ""), (1,)]),

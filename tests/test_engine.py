@@ -222,6 +222,19 @@ def test_a_checkpoint_without_a_plan_goes_on_with_the_one_of_its_time(model_fold
     assert "decode_plan was {'layout': 'gone', 'threads': None}, which is not possible here" in caplog.text
 
 
+def test_a_run_from_when_one_layout_was_the_default_keeps_it(model_folders, tmp_path, monkeypatch):
+    make_engine(model_folders["llama"], tmp_path, generation={"decode_layout": "onednn"}).train(1)
+    monkeypatch.setattr(session_module, "choose_plan", lambda *_: DecodePlan("plain"))
+    engine = make_engine(model_folders["llama"], tmp_path)
+    engine.train(2, resume_from_checkpoint=True)
+    assert engine._session.learner.policy.decode_plan == DecodePlan("onednn")
+    assert make_engine(model_folders["llama"], tmp_path / "new").train(1).total_iterations == 1
+    with pytest.raises(OutputError, match="generation_config was"):
+        make_engine(model_folders["llama"], tmp_path, generation={"decode_layout": "mkl"}).train(
+            3, resume_from_checkpoint=True
+        )
+
+
 def test_all_processes_sample_by_the_plan_of_the_first(model_folders, tmp_path, monkeypatch):
     def from_first(world, value):
         return {"layout": "mkl", "threads": 3} if value == {"layout": "plain", "threads": None} else value

@@ -17,6 +17,7 @@ DEFAULT, PLAIN, MKL = DecodePlan(), DecodePlan("plain"), DecodePlan("mkl")
 def model(monkeypatch, tmp_path):
     """A model that is measured although it is tiny; what is measured goes to tmp_path / "cache"."""
     monkeypatch.setattr(decode_probe, "SMALLEST_BYTES", 1)
+    monkeypatch.setattr(decode_probe, "is_intel", lambda: False)
     monkeypatch.setenv("KONIC_CACHE", str(tmp_path / "cache"))
     return tiny_model("llama", torch.float32)
 
@@ -135,6 +136,35 @@ def test_a_named_layout_is_taken_without_measuring(model, measured, monkeypatch)
     ):
         choose_plan(model, 4, 48, "mkl")
     assert measured == []
+
+
+@pytest.mark.parametrize(
+    ("is_intel", "num_rows", "dtype", "expected"),
+    [
+        (False, 1, torch.float32, DEFAULT),
+        (False, 8, torch.float32, DEFAULT),
+        (True, 1, torch.float32, PLAIN),
+        (True, 2, torch.float32, MKL),
+        (True, 8, torch.bfloat16, DEFAULT),
+    ],
+)
+def test_without_a_word_the_maker_of_the_processor_decides(
+    model, measured, monkeypatch, is_intel, num_rows, dtype, expected
+):
+    monkeypatch.setattr(decode_probe, "is_intel", lambda: is_intel)
+    monkeypatch.setattr(decode_probe, "layouts", lambda dtype: ("plain", "onednn", *["mkl"][: dtype.itemsize // 4]))
+    assert choose_plan(model.to(dtype), num_rows, 48, None) == expected
+    assert measured == []
+    monkeypatch.setattr(decode_probe, "layouts", lambda dtype: ("plain", "onednn"))  # a torch without MKL
+    assert choose_plan(model, num_rows, 48, None) == DEFAULT
+
+
+def test_another_plan_than_the_usual_one_is_taken_only_where_it_is_clearly_faster():
+    timings = {DEFAULT: (0.1, 1.0), MKL: (0.1, 0.95), PLAIN: (0.1, 1.0)}
+    for usual in timings:
+        assert decode_probe._fastest(timings, 48, usual) == usual
+    assert decode_probe._fastest(timings | {MKL: (0.1, 0.8)}, 48, DEFAULT) == MKL
+    assert decode_probe._fastest({}, 48, MKL) == MKL
 
 
 def test_the_layouts_of_bfloat16_are_its_own(model):

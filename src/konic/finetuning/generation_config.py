@@ -43,9 +43,10 @@ class GenerationConfig(Settings):
     """Sample from the smallest set of tokens with this much probability; below 1 it changes the distribution."""
     top_k: int = Field(default=0, ge=0)
     """Sample from so many of the likeliest tokens; 0 means all. Above 0 it changes the distribution."""
-    decode_layout: Literal["onednn", "plain", "mkl", "auto"] = "onednn"
-    """Where the numbers of the weights stand in memory while a CPU samples; "mkl" is for fp32. "auto" measures once
-    what is fastest here, on a machine without other work; a resume keeps it. Layouts differ by rounding only."""
+    decode_layout: Literal["onednn", "plain", "mkl", "auto"] | None = None
+    """Where the numbers of the weights stand in memory while a CPU samples; "mkl" is for fp32. None takes what suits
+    the maker of the processor; "auto" measures once what is fastest here, on a machine without other work. A resume
+    keeps either. Layouts differ by rounding only."""
     do_sample: bool = True
     """False takes the likeliest token."""
     repetition_penalty: float = Field(default=1.0, gt=0)

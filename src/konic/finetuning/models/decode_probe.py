@@ -32,7 +32,7 @@ from konic.finetuning.models.prepacked import (
 )
 from konic.finetuning.system.files import write_text
 from konic.finetuning.system.places import read_regular
-from konic.finetuning.system.processor import processor_name
+from konic.finetuning.system.processor import is_intel, processor_name
 
 SAMPLE_BYTES = 2**29
 """Bytes of the weights that are measured. Fewer stay in the cache of a large processor, which decoding does not allow:
@@ -42,8 +42,8 @@ SMALLEST_BYTES = 2**24
 ROUNDS, SECONDS = 8, 0.6
 """Every layout is measured in so many rounds, or as many as the seconds allow; the fastest counts."""
 WORTH = 0.9
-"""Another plan than the default has to take at most this share of its time. On a machine that others use too, times of
-the same product differed by more than that within minutes, but seldom for one layout alone."""
+"""Another plan than the usual one has to take at most this share of its time. On a machine that others use too, times
+of the same product differed by more than that within minutes, but seldom for one layout alone."""
 
 _OF_A_BROKEN_FILE = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
 Timing = tuple[float, float]
@@ -51,27 +51,38 @@ Timing = tuple[float, float]
 
 
 def choose_plan(
-    causal_lm: PreTrainedModel, num_rows: int, num_tokens: int, layout: Literal["auto"] | Layout
+    causal_lm: PreTrainedModel, num_rows: int, num_tokens: int, layout: Literal["auto"] | Layout | None
 ) -> DecodePlan:
-    """Return the fastest plan to sample `num_tokens` tokens in each of `num_rows` rows; packing counts.
+    """Return the plan to sample `num_tokens` tokens in each of `num_rows` rows.
 
-    A layout other than "auto" is taken as it is. Without a file to remember the measurement in, the default is taken:
-    a choice that could differ from one run to the next would make them differ too.
+    None takes the usual one of this processor; "auto" the fastest, packing included. Without a file to remember the
+    measurement in, the usual one is taken: a choice that could differ from one run to the next would make them differ.
 
     Raises:
         ConfigError: This build of PyTorch does not have the layout for the model's weights.
     """
     dtype = causal_lm.dtype
-    if layout not in ("auto", "onednn", *layouts(dtype)):
+    if layout not in (None, "auto", "onednn", *layouts(dtype)):
         raise ConfigError(
             f"GenerationConfig: decode_layout={layout!r} is not part of this build of torch for "
             f"{str(dtype).removeprefix('torch.')}, which has {', '.join(layouts(dtype))}. Leave it out, or take 'auto' "
             "for the fastest of them."
         )
+    usual = DecodePlan(usual_layout(num_rows, dtype))
     if layout != "auto":
-        return DecodePlan(layout)
+        return DecodePlan(layout) if layout else usual
     timings = plan_timings(causal_lm, num_rows) if rows_to_prepack(causal_lm, num_rows, num_tokens) else {}
-    return _fastest(timings, num_tokens)
+    return _fastest(timings, num_tokens, usual)
+
+
+def usual_layout(num_rows: int, dtype: torch.dtype) -> Layout:
+    """Return the layout that is fastest as a rule: MKL's on a processor of its maker, but none there for one row.
+
+    The maker decides, and not a measurement, so that a run repeats itself bit for bit (docs/speed.md has the times).
+    """
+    if not is_intel() or "mkl" not in layouts(dtype):
+        return "onednn"
+    return "mkl" if num_rows > 1 else "plain"
 
 
 def plan_timings(causal_lm: PreTrainedModel, num_rows: int) -> Mapping[DecodePlan, Timing]:
@@ -123,14 +134,14 @@ def plan_from(record: Any) -> DecodePlan | None:
     return DecodePlan(layout, threads) if layout in layouts() and is_count else None
 
 
-def _fastest(timings: Mapping[DecodePlan, Timing], num_tokens: int) -> DecodePlan:
-    """Return the default plan, or one that is clearly faster."""
+def _fastest(timings: Mapping[DecodePlan, Timing], num_tokens: int, usual: DecodePlan) -> DecodePlan:
+    """Return the usual plan, or one that is clearly faster."""
 
     def seconds(plan: DecodePlan) -> float:
         pack, step = timings[plan]
-        return (pack + num_tokens * step) * (1.0 if plan == DecodePlan() else 1.0 / WORTH)
+        return (pack + num_tokens * step) * (1.0 if plan == usual else 1.0 / WORTH)
 
-    return min(timings, key=seconds, default=DecodePlan())
+    return min(timings, key=seconds, default=usual)
 
 
 def _sample(causal_lm: PreTrainedModel) -> list[Any]:

@@ -132,6 +132,8 @@ def require_same_run(
     if isinstance(saved.get("generation_config"), dict):  # rewards did not see special tokens before
         before = {"skip_special_tokens": True, "decode_layout": "onednn", "engine": "local"}
         saved["generation_config"] = before | saved["generation_config"]
+        if now["generation_config"]["decode_layout"] is None:  # the plan of the checkpoint is followed
+            saved["generation_config"]["decode_layout"] = None
         for name in (name for name in now["generation_config"] if name.startswith("vllm_")):  # another server may do
             saved["generation_config"][name] = now["generation_config"][name]
     for name in ("selection", "dataset_config"):  # fields added later have changed nothing that the run had done

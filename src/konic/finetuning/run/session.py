@@ -328,7 +328,7 @@ class Session:
                 "By the new settings another iteration is the best so far, whose weights are not kept: best/ stays as "
                 "the earlier settings chose it, until an iteration is better by the new ones."
             )
-        if self.generation.decode_layout == "auto":
+        if self.generation.decode_layout in (None, "auto"):
             learner.policy.decode_plan = plan_to_follow(record) or learner.policy.decode_plan
         earlier = self.folder.go_back_to(self.state.history)
         if earlier is not None:

@@ -11,7 +11,16 @@ def processor_name() -> str:
 
 def is_amd() -> bool:
     """Return True if the processor says that AMD made it."""
-    return "AuthenticAMD" in (_field("vendor_id") or platform.processor())
+    return "AuthenticAMD" in _maker()
+
+
+def is_intel() -> bool:
+    """Return True if the processor says that Intel made it."""
+    return "GenuineIntel" in _maker()
+
+
+def _maker() -> str:
+    return _field("vendor_id") or platform.processor()
 
 
 def _field(name: str) -> str:
