@@ -7,7 +7,7 @@ Shapes: B rows, P prompt tokens, T tokens so far, H hidden size, V vocabulary. A
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal, Protocol
 
 import torch
@@ -23,7 +23,7 @@ from konic.finetuning.rollout.fused_decoder import FusedDecoder
 from konic.finetuning.rollout.fused_transformer import can_be_fused, fused_transformer
 from konic.finetuning.rollout.graphed_decoder import GraphedDecoder
 from konic.finetuning.rollout.static_decoder import StaticDecoder
-from konic.finetuning.system.memory import return_freed_memory
+from konic.finetuning.system.memory import eager_free, return_freed_memory
 from konic.text import describe_error
 
 MAX_DIFFERENCE = 1e-3
@@ -69,25 +69,23 @@ def open_decoder(model: LanguageModel, num_rows: int, num_tokens: int) -> Iterat
     While the decoder is open, some layers of the model may be replaced by layers that compute the same.
     """
     prepacking, way = model.prepacking(num_rows, num_tokens), way_to_decode(model)
-    try:
-        with threads_of(model.decode_plan), model.prepacked_head(prepacking.num_rows if prepacking else None):
+    with threads_of(model.decode_plan), ExitStack() as opened:
+        if prepacking is not None:
+            opened.callback(return_freed_memory)
+        decoder: GeneralDecoder | FusedDecoder | StaticDecoder
+        with eager_free(prepacking is not None):  # a packed weight would leave gaps behind
+            opened.enter_context(model.prepacked_head(prepacking.num_rows if prepacking else None))
             if way == "plain":
-                with prepacked_layers(model.causal_lm, prepacking):
-                    yield GeneralDecoder(model)
-                return
-            decoder: FusedDecoder | StaticDecoder
-            if way == "fused":
+                opened.enter_context(prepacked_layers(model.causal_lm, prepacking))
+                decoder = GeneralDecoder(model)
+            elif way == "fused":
                 kind = GraphedDecoder if model.causal_lm.device.type == "cuda" else FusedDecoder
                 decoder = kind(model, fused_transformer(model, prepacking), num_tokens)
+                opened.callback(decoder.close)
             else:
                 decoder = StaticDecoder(model, num_tokens)
-            try:
-                yield decoder
-            finally:
-                decoder.close()
-    finally:
-        if prepacking is not None:
-            return_freed_memory()
+                opened.callback(decoder.close)
+        yield decoder
 
 
 def require_decodable(model: LanguageModel, name: str) -> None:
