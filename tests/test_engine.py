@@ -1,6 +1,7 @@
 """The whole run, end to end, on tiny models: what it learns, prints, writes, and how it ends."""
 
 import errno
+import inspect
 import json
 import math
 import os
@@ -33,7 +34,9 @@ from konic.finetuning import (
     MeanReducer,
     ModelError,
     OutputError,
+    RemoteRewardModel,
     RewardError,
+    TensorBoardCallback,
     TrainingError,
     llm_reward,
 )
@@ -1321,6 +1324,25 @@ def test_what_is_no_checkpoint_leads_to_one(model_folders, tmp_path):
 def test_an_unknown_argument_is_refused_with_the_known_ones(method, argument, message, tmp_path):
     with pytest.raises(ConfigError, match=re.escape(message)):
         getattr(make_engine("./nowhere", tmp_path), method)(**{argument: 3})
+
+
+@pytest.mark.parametrize(
+    ("make", "argument", "message"),
+    [
+        (
+            KonicFinetuningCallback,
+            "verbos",
+            "KonicFinetuningCallback has no argument 'verbos'. Did you mean 'verbose'?",
+        ),
+        (LetterRewards, "reward_weight", "has no argument 'reward_weight'. Did you mean 'reward_weights'?"),
+        (RemoteRewardModel, "nmae", "RemoteRewardModel has no argument 'nmae'. Did you mean 'name'?"),
+        (TensorBoardCallback, "sample_every", "TensorBoardCallback has no argument 'sample_every'. Did you mean 'samp"),
+    ],
+)
+def test_an_unknown_argument_of_a_class_is_refused_likewise(make, argument, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make(**{argument: 3})
+    assert "self" in inspect.signature(make.__init__).parameters, "help() still shows what there is"
 
 
 def test_models_of_iterations_that_are_dropped_go_with_them(model_folders, tmp_path):

@@ -20,7 +20,7 @@ ORDER = [
 """Modules and packages of konic.finetuning; each imports only from those before it."""
 INSIDE = {
     "system": [
-        "memory", "signals", "user_code", "places", "files", "mirror", "pickling", "processor", "child", "group",
+        "memory", "signals", "places", "user_code", "files", "mirror", "pickling", "processor", "child", "group",
         "world",
     ],
     "results": ["metrics", "intervals", "at_k", "iteration", "evaluation", "summary"],

@@ -416,6 +416,7 @@ def test_a_command_that_ctrl_c_ends_has_saved_and_says_so_by_its_exit_code(model
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "Stopped early: interrupted" in output
+    assert f"The same command with --output {tmp_path / 'run'} --resume goes on from here.\n" in errors
     assert (tmp_path / "run" / "final").is_dir()
 
 

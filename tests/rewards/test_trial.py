@@ -19,7 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from command import konic, script
+from command import konic, konic_here, script
 from konic.cli import app
 from konic.cli.rewards import sample_responses, show
 from konic.cli.scripts import load_agent, load_composer, load_composer_and_dataset
@@ -868,6 +868,14 @@ def shares_of(lengths):
     size, dots, end = [lengths[row] for row in (0, 2, 3)], [1, 0, 3], [0, 1, 0]
     total = np.sum([size, dots, end], axis=0)
     return [np.cov(values, total)[0, 1] / np.var(total, ddof=1) for values in (size, dots)]
+
+
+def test_a_reward_whose_every_call_fails_ends_the_command_with_an_error(texts, tmp_path):
+    failing = COMPOSER.replace('if "!" in response', "if True")
+    done = konic_here("rewards", script(tmp_path, failing), "--texts", texts)
+    assert done.returncode == 1
+    assert cells(done.stdout, "style", 1)[1:] == ["4", "–"]
+    assert done.stderr == f"Loading {tmp_path / 'job.py'} ...\n"
 
 
 def test_two_composers_are_one_message(texts, tmp_path):

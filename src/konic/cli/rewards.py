@@ -41,6 +41,7 @@ def rewards(
 
     Shows what each reward does, what moves the total, and what could go wrong, before you spend time on training.
     With --texts, a script needs only a composer. Without it, a script needs an agent, which names the base model.
+    Ends with code 1 if every call of a reward fails.
 
     Examples:
     konic rewards my_rewards.py
@@ -58,7 +59,10 @@ def rewards(
         agent = load_job(script).agent
         write_line(f"Sampling {samples} responses from {agent.get_base_model()} ...", sys.stderr)
         composer, tried = agent.get_reward_composer(), sample_responses(agent, samples, device)
-    show(try_rewards(composer, tried))
+    trial = try_rewards(composer, tried)
+    show(trial)
+    if any(len(reward.faults) == trial.num_responses for reward in trial.rewards):
+        raise typer.Exit(1)
 
 
 def sample_responses(agent: "KonicFinetuningAgent", count: int, device: str = "auto") -> "list[Sample]":

@@ -1,6 +1,7 @@
 """`konic train SCRIPT_OR_YAML`: trains the agent that a script or a YAML file defines."""
 
 import os
+import shlex
 import sys
 from contextlib import nullcontext
 from enum import StrEnum
@@ -168,4 +169,7 @@ def train(
     if options.max_iterations == 0:
         write_line("--max-iterations 0: nothing is trained.", sys.stderr)
     if result.stopped_because == INTERRUPTED:
+        if result.model_path is not None:
+            run = shlex.quote(os.path.dirname(result.model_path))
+            write_line(f"The same command with --output {run} --resume goes on from here.", sys.stderr)
         raise typer.Exit(130)  # as a shell says that Ctrl-C ended a command

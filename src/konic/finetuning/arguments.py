@@ -30,12 +30,16 @@ def refuse_unknown(names: Iterable[str], where: str, known: Sequence[str]) -> No
 
 
 def with_known_arguments(method: Callable[P, R]) -> Callable[P, R]:
-    """Let a method refuse an unknown argument with a ConfigError that names the known ones."""
+    """Let a method refuse an unknown argument with a ConfigError that names the known ones.
+
+    For `__init__` it names the class instead.
+    """
     known = list(inspect.signature(method).parameters)[1:]
+    where = method.__qualname__.removesuffix(".__init__").rpartition(".")[2]
 
     @functools.wraps(method)
     def call(*values: P.args, **named: P.kwargs) -> R:
-        refuse_unknown(named, method.__name__, known)
+        refuse_unknown(named, where, known)
         return method(*values, **named)
 
     return call

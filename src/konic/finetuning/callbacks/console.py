@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from konic.finetuning.arguments import require_count, require_flags
+from konic.finetuning.arguments import require_count, require_flags, with_known_arguments
 from konic.finetuning.callbacks.display import Display, open_display, peak_memory_bytes
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
 from konic.finetuning.callbacks.live import LiveState
@@ -31,6 +31,7 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         verbose: False prints nothing.
     """
 
+    @with_known_arguments
     def __init__(
         self,
         log_interval: int = 1,

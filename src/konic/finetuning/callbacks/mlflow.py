@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from konic.finetuning.arguments import with_known_arguments
 from konic.finetuning.callbacks.trackers import Tracker
 from konic.output import get_logger
 from konic.text import describe_error
@@ -24,6 +25,7 @@ class MLflowCallback(Tracker):
 
     label, extra, module = "MLflow", "mlflow", "mlflow"
 
+    @with_known_arguments
     def __init__(self, samples_every: int = 10, max_samples: int = 4) -> None:
         for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)

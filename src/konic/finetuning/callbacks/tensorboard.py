@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from konic.finetuning.arguments import with_known_arguments
 from konic.finetuning.callbacks.trackers import Tracker
 from konic.text import escape_markdown
 
@@ -19,6 +20,7 @@ class TensorBoardCallback(Tracker):
 
     label, extra, module = "TensorBoard", "tensorboard", "torch.utils.tensorboard"
 
+    @with_known_arguments
     def __init__(self, log_dir: str | Path | None = None, samples_every: int = 10, max_samples: int = 4) -> None:
         super().__init__(samples_every, max_samples)
         self._log_dir = log_dir

@@ -5,6 +5,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from konic.finetuning.arguments import with_known_arguments
 from konic.finetuning.callbacks.trackers import Tracker
 
 
@@ -22,6 +23,7 @@ class WandbCallback(Tracker):
 
     label, extra, module = "W&B", "wandb", "wandb"
 
+    @with_known_arguments
     def __init__(
         self, project: str = "konic", name: str | None = None, samples_every: int = 10, max_samples: int = 4
     ) -> None:

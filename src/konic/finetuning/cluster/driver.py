@@ -27,7 +27,7 @@ from konic.finetuning.run.folder import RunFolder
 from konic.finetuning.run.reward_weights import RewardWeights
 from konic.finetuning.system.files import as_path
 from konic.finetuning.system.pickling import own_paths, pickled_by_value, what_cannot_be_pickled
-from konic.finetuning.system.places import is_url
+from konic.finetuning.system.places import current_folder, is_url
 from konic.finetuning.system.signals import uninterrupted
 from konic.output import get_logger
 from konic.text import describe_error
@@ -79,9 +79,8 @@ class RayTraining:
         engine.checkpoint_dir = self._folder
         keep_origin(engine.agent.get_reward_composer())
         driver = {"id": os.getpid(), "host": socket.gethostname()}
-        job = Job(
-            _pickled(engine), self._folder, options, sys.argv, driver, _current_folder(), own_paths(), limit_seconds
-        )
+        here = current_folder() or ""
+        job = Job(_pickled(engine), self._folder, options, sys.argv, driver, here, own_paths(), limit_seconds)
         weights = RewardWeights(engine.agent.get_reward_composer())
         desk = Desk(callbacks, weights, options["resume_from_checkpoint"], is_url(self._folder), self._iterations)
         try:
@@ -248,10 +247,3 @@ def _pickled(engine: Any) -> bytes:
             f"The agent cannot be sent to the workers: {describe_error(error)}{where}. Open a lock, a file or a "
             "connection inside the reward instead."
         ) from safe_cause(error)
-
-
-def _current_folder() -> str:
-    try:
-        return os.getcwd()
-    except FileNotFoundError:
-        return ""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, Self
 
+from konic.finetuning.arguments import with_known_arguments
 from konic.finetuning.data.samples import samples_from_texts
 from konic.finetuning.errors import ConfigError, RewardError, did_you_mean
 from konic.finetuning.rewards.calls import call_reward
@@ -98,6 +99,7 @@ class KonicLLMRewardComposer(OldNames):
         self._reward_weights = checked_weights(weights or {})
         return self
 
+    @with_known_arguments
     @with_the_places_of_0_1
     def __init__(
         self,

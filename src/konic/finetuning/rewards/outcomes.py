@@ -6,7 +6,6 @@ import inspect
 import math
 import numbers
 import os
-import sysconfig
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from konic.finetuning.errors import ConfigError, RewardError, is_valid_text, safe_cause
+from konic.finetuning.system.places import INSTALLED
 from konic.text import indented, printable_lines, redact
 
 Parts = dict[str, float]
@@ -24,8 +24,6 @@ Empty if the reward abstained.
 """
 _MAX_TRACEBACK = 4000
 _NOT_THE_USERS = (os.path.dirname(__file__) + os.sep, asyncio.__path__[0], concurrent.futures.__path__[0])
-_LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-"""Folders of Python's modules and of installed packages."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ def _is_not_of_konic(frame: traceback.FrameSummary) -> bool:
 
 
 def _is_the_users(frame: traceback.FrameSummary) -> bool:
-    return not frame.filename.startswith((*_NOT_THE_USERS, *_LIBRARIES, "<frozen "))
+    return not frame.filename.startswith((*_NOT_THE_USERS, *INSTALLED, "<frozen "))
 
 
 def sample_lines(prompt: str, response: str) -> tuple[str, str]:

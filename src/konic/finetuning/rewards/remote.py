@@ -13,6 +13,7 @@ from typing import Any
 
 import cloudpickle
 
+from konic.finetuning.arguments import with_known_arguments
 from konic.finetuning.data.samples import Sample
 from konic.finetuning.errors import ConfigError, ProcessLostError, RewardError, safe_cause
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer, RewardModel
@@ -20,6 +21,7 @@ from konic.finetuning.rewards.listing import list_rewards
 from konic.finetuning.rewards.outcomes import Outcome, Reward
 from konic.finetuning.rewards.workers import RESTARTS, RewardPool, pickled_composer
 from konic.finetuning.system.pickling import pickled_by_value
+from konic.finetuning.system.places import current_folder
 from konic.text import describe_error, printable
 
 ROOM_SECONDS = 120.0
@@ -55,7 +57,7 @@ class RemoteRewardPool:
             RewardError: The composer cannot be sent to it.
         """
         if self._actor is None:
-            given = pickled_composer(self._composer), self._workers, self._timeout, _current_folder()
+            given = pickled_composer(self._composer), self._workers, self._timeout, current_folder() or ""
             self._actor = _actor(_RewardHost, self._resources).remote(*given)
 
     def submit(
@@ -98,6 +100,7 @@ class RemoteRewardModel:
         ConfigError: `make` is no function, or the resources are no numbers of at least 0.
     """
 
+    @with_known_arguments
     def __init__(
         self,
         name: str,
@@ -146,7 +149,7 @@ class RemoteRewardModel:
         if self._model is None:
             make = pickled_by_value(self._make, [module for module in list(sys.modules.values()) if module is not None])
             options = {"name": self._key, "get_if_exists": True}
-            self._model = _actor(_ModelHost, self._resources, **options).remote(make, _current_folder())
+            self._model = _actor(_ModelHost, self._resources, **options).remote(make, current_folder() or "")
             _require_room(self._model, f"RemoteRewardModel {self.name!r}", self._resources)
         return self._model
 
@@ -268,10 +271,3 @@ def _kill(actor: Any) -> None:
 
     with contextlib.suppress(Exception):  # Ray may have ended
         ray.kill(actor)
-
-
-def _current_folder() -> str:
-    try:
-        return os.getcwd()
-    except FileNotFoundError:
-        return ""

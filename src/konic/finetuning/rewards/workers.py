@@ -32,6 +32,7 @@ from konic.finetuning.rewards.outcomes import Fault, Outcome, Reward, timeout_fa
 from konic.finetuning.rewards.signatures import requested_columns
 from konic.finetuning.system.child import importing_nothing_from_here
 from konic.finetuning.system.pickling import pickled_by_value, what_cannot_be_pickled
+from konic.finetuning.system.places import current_folder
 from konic.output import tolerate_broken_streams
 from konic.text import describe_error
 
@@ -72,12 +73,8 @@ class RewardPool:
         if self._pool is not None and not self._pool.active:  # its workers were killed between two calls
             self.close()
         if self._pool is None:
-            try:
-                os.getcwd()
-            except FileNotFoundError:
-                raise RewardError(
-                    "reward_workers: the current folder no longer exists: change to one that does."
-                ) from None
+            if current_folder() is None:
+                raise RewardError("reward_workers: the current folder no longer exists: change to one that does.")
             if os.name == "posix":
                 with _main_left_alone():
                     resource_tracker.ensure_running()  # the pool would start it, and from the current folder

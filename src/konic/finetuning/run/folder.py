@@ -40,7 +40,7 @@ from konic.finetuning.system.files import (
     unwritable,
     write_text,
 )
-from konic.finetuning.system.places import find_stray, open_no_link, read_regular
+from konic.finetuning.system.places import current_folder, find_stray, open_no_link, read_regular
 from konic.output import get_logger
 from konic.text import describe_error, redact
 
@@ -207,7 +207,7 @@ class RunFolder:
         process = {"id": os.getpid(), "host": socket.gethostname(), **(driver or {})}
         record = {
             "command": redact(shlex.join(sys.argv)),
-            "current_folder": _current_folder(),
+            "current_folder": current_folder(),
             "settings": settings,
             "job": None if job_file is None else file_and_hash(job_file),
             "rewards": origin_of(composer).file,
@@ -338,13 +338,6 @@ def _require_outside_of_runs(folder: Path) -> None:
 
 def _line(result: FinetuningIterationResult) -> str:
     return json.dumps(result.to_dict()) + "\n"
-
-
-def _current_folder() -> str | None:
-    try:
-        return os.getcwd()
-    except FileNotFoundError:
-        return None
 
 
 def _owner(run_file: Path) -> str:

@@ -5,7 +5,6 @@ import inspect
 import io
 import os
 import sys
-import sysconfig
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from types import ModuleType
@@ -13,7 +12,7 @@ from typing import Any
 
 import cloudpickle
 
-_INSTALLED = tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+from konic.finetuning.system.places import INSTALLED
 
 _Cached = type(functools.cache(lambda: None))
 
@@ -61,7 +60,7 @@ def what_cannot_be_pickled(value: Any, modules: Iterable[ModuleType]) -> str:
 def own_paths() -> list[str]:
     """The folders of `sys.path` that hold neither Python's modules nor installed packages."""
     folders = (os.path.abspath(path) for path in sys.path if os.path.isdir(path))
-    return [path for path in folders if not f"{path}{os.sep}".startswith(_INSTALLED)]
+    return [path for path in folders if not f"{path}{os.sep}".startswith(INSTALLED)]
 
 
 class _Pickler(cloudpickle.Pickler):
@@ -89,4 +88,4 @@ def _is_the_users(module: ModuleType) -> bool:
         return False
     path = os.path.abspath(file)
     is_in_packages = {"site-packages", "dist-packages"} & set(path.split(os.sep))
-    return not is_in_packages and not path.startswith(_INSTALLED)
+    return not is_in_packages and not path.startswith(INSTALLED)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import stat
+import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,8 +18,18 @@ _FILE_SUFFIXES = frozenset(
     ).split()
 )
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+INSTALLED = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+"""Folders of Python's modules and of installed packages."""
 _OF_A_RUN = re.compile(r"final|best|checkpoint-\d+|earlier-\d+")
 """Folders that a run writes."""
+
+
+def current_folder() -> str | None:
+    """Return the path of the current folder; None if it was removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
 
 
 def is_url(place: Any) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+from konic.finetuning.system.places import current_folder
 from konic.finetuning.system.signals import QUIET_SIGNALS, SIGNALS, StopHandler, in_main_thread
 from konic.output import get_logger
 
@@ -83,13 +84,6 @@ def _settings() -> tuple[Setting, ...]:
     return own if torch is None else (*own, *_torch_settings(torch))
 
 
-def _working_folder() -> str | None:
-    try:
-        return os.getcwd()
-    except FileNotFoundError:
-        return None
-
-
 def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
@@ -124,7 +118,7 @@ def _change_folder(folder: str | None) -> None:
 
 
 _PYTHON: tuple[Setting, ...] = (
-    ("the working directory", _working_folder, _change_folder),
+    ("the working directory", current_folder, _change_folder),
     ("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
     ("the umask", _umask, os.umask),
 )
