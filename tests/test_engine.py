@@ -1415,6 +1415,13 @@ def test_a_run_whose_callback_changes_weights_is_resumed_with_those_of_the_check
     assert other["reward"] == pytest.approx(other["reward/brief"] * 7 + other["reward/letters"])
 
 
+def test_a_resume_of_a_run_that_is_done_says_so_and_keeps_it(model_folders, tmp_path, caplog):
+    make_engine(model_folders["llama"], tmp_path).train(2)
+    result = make_engine(model_folders["llama"], tmp_path).train(2, resume_from_checkpoint=True)
+    assert "Nothing is left to train: 2 iterations are done, and max_iterations=2 is their total." in caplog.text
+    assert result.total_iterations == len(metrics(tmp_path)) == 2
+
+
 def test_a_second_training_with_a_falling_schedule_says_that_its_rate_starts_higher(model_folders, tmp_path, caplog):
     engine = make_engine(model_folders["llama"], tmp_path, lr_scheduler="linear")
     engine.train(2)

@@ -390,6 +390,14 @@ def test_repeated_iterations_get_the_weights_that_they_had():
     assert iteration(4) == [{"vowels": 4}, {"vowels": 5}]
 
 
+def test_an_agent_that_cannot_be_sent_is_one_error_that_names_what_it_holds(model):
+    rewards = Rewards()
+    rewards.guard = threading.Lock()
+    engine = KonicFinetuningEngine.from_agent(make_agent(model, rewards))
+    with pytest.raises(ConfigError, match=r"cannot be sent to the workers: TypeError: .*lock.* in .*guard.*Open a"):
+        driver._pickled(engine)
+
+
 def test_workers_lost_too_often_are_named_without_what_ray_has_printed():
     desk = Desk(Callbacks([]), RewardWeights(Rewards()))
     desk.on_attempt(2)

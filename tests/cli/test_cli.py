@@ -141,6 +141,14 @@ def test_a_script_that_cannot_be_used_is_one_message(text, told, tmp_path):
         assert 'job.py", line 4, in helper' in run.stderr
 
 
+def test_no_iterations_train_nothing_and_that_is_said(model_folders, tmp_path):
+    path = script(tmp_path, SCRIPT.format(name="build_agent", model=model_folders["llama"]))
+    run = konic_here("train", path, "--max-iterations", 0, "--output", tmp_path / "out")
+    assert run.returncode == 0
+    assert run.stderr.endswith("--max-iterations 0: nothing is trained.\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_users_mistake_has_no_traceback(model_folders, tmp_path):
     text = SCRIPT.format(name="build_agent", model="./not-there")
     run = konic("train", script(tmp_path, text), cwd=tmp_path)

@@ -39,6 +39,25 @@ def examine(tmp_path, model, *options, **changes):
     return run, {finding["name"]: finding for finding in json.loads(run.stdout)}
 
 
+OWN = """
+class Own(KonicFinetuningAgent):
+    def get_training_config(self):
+        return TrainingConfig(batch_size=2)
+
+agent = Own(base_model=agent.get_base_model(), reward_composer=Rewards(), dataset_config=agent.get_dataset_config(),
+            generation_config=agent.get_generation_config())
+"""
+
+
+def test_an_agent_whose_own_getter_makes_its_settings_is_examined_with_these(model_folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = script(tmp_path, SCRIPT.format(model=model_folders["llama"], **WELL) + OWN)
+    run = konic_here("doctor", job, "--device", "cpu", "--json")
+    found = {finding["name"]: finding for finding in json.loads(run.stdout)}
+    assert run.returncode == 0, run.stdout
+    assert found["time"]["status"] == found["before the first step"]["status"] == "ok"
+
+
 def test_the_machine_is_examined_without_a_job():
     run = konic_here("doctor")
     assert run.returncode == 0, run.stdout

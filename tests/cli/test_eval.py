@@ -1,6 +1,7 @@
 """`konic eval`: the numbers of a run's weights, as the run itself found them; and what it refuses."""
 
 import json
+import math
 import os
 import shutil
 import statistics
@@ -9,7 +10,9 @@ import pyarrow.parquet
 import pytest
 
 from command import konic_here, script
+from konic.cli.eval import _cell, _digits
 from konic.finetuning import DatasetConfig
+from konic.finetuning.results.intervals import Interval
 from test_engine import make_engine
 
 REWARDS = """
@@ -222,3 +225,18 @@ def test_the_recorded_script_is_imported_only_if_asked_for_unchanged_ones_own_an
     edit(run, lambda record: record.update(rewards=5))
     assert refused(run).endswith("Give the rewards: --rewards SCRIPT.\n")
     assert "names no script" in refused(run, "--recorded-rewards")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [
+        (-0.2, 0.1, "-0.050 [-0.20, 0.10]"),
+        (-0.003, 0.12, "+0.058 [-0.003, 0.120]"),  # on both sides of 0, so that two decimals would not show it
+        (0.00004, 0.2, "+0.10002 [0.00004, 0.20000]"),
+        (-1e-12, 0.2, "+0.100 [0.00, 0.20]"),
+        (math.nan, math.nan, "+0.100"),
+    ],
+)
+def test_an_interval_has_as_many_decimals_as_show_on_which_side_of_0_it_ends(low, high, shown):
+    interval = Interval(0.1 if math.isnan(low) else (low + high) / 2, low, high)
+    assert _cell(interval, _digits(interval), "+") == shown

@@ -42,7 +42,7 @@ def examine_job(agent: KonicFinetuningAgent, max_iterations: int, device: str) -
         KonicError: The job cannot run; the message says why.
     """
     held_out, every = agent.get_dataset_config().held_out, agent.get_training_config().eval_every
-    tried = agent.with_settings(
+    tried = read_agent(agent).with_settings(  # also those that its class makes by itself
         {
             "training_config": {"eval_every": None, "max_minutes": None, "sharding": None, "sharded_sampling": None},
             "dataset_config": {"held_out": 0},
