@@ -2,9 +2,11 @@
 step, against their limits, and the share of sampled tokens that differ in later iterations.
 
 python benchmarks/processes_tokens.py OUTPUT      ends with an error if a number is above its limit
-python benchmarks/processes_tokens.py first_step|training ALGORITHM FOLDER     a run, alone or under torchrun
+python benchmarks/processes_tokens.py first_step|training ALGORITHM FOLDER SEED [NUMBERS OF ONE PROCESS]
+    a run, alone or under torchrun
 
-A response that differs in one token goes its own way after it, because each token is sampled given those before it.
+A response that differs in one token goes its own way after it, because each token is sampled given those before it. So
+the first step is that of the first seed with which every process samples the same tokens.
 """
 
 import os
@@ -26,23 +28,28 @@ from konic.finetuning import KonicFinetuningCallback, KonicFinetuningEngine
 ALGORITHMS = ("ppo", "grpo")
 SIZES = (2, 4)
 ITERATIONS = 6
+SEEDS = 8
+"""Seeds that are tried: how many need it depends on how the processor's library rounds products of few rows."""
 MOVED_BY = 0.02
 """Standard deviation of the noise on every trained weight, in the run whose first step is recorded."""
 
 
-def first_step(folder, algorithm):
+def first_step(folder, algorithm, seed, *of_one):
     """A run whose first step is recorded. It evaluates nothing at its end, which would take longer."""
     # the self-checks refuse a first policy that is not its reference
-    agent = agent_of({"algorithm": algorithm, "max_minutes": None, "self_checks": False}, held_out=0)
+    settings = {"algorithm": algorithm, "max_minutes": None, "self_checks": False}
+    agent = agent_of(settings, seed, held_out=0)
     engine = make_engine(agent, folder)
     shake_adapter(engine._session.learner.policy, MOVED_BY)
-    with first_step_recorded(numbers(folder, int(os.environ.get("RANK", "0")))):
+    with first_step_recorded(numbers(folder, int(os.environ.get("RANK", "0"))), *of_one):
         engine.train(1, save_every=0)
 
 
-def training(folder, algorithm):
+def training(folder, algorithm, seed):
     """A run of the demo with another algorithm."""
-    make_engine(agent_of({"algorithm": algorithm, "max_minutes": None}), folder).train(ITERATIONS, save_every=0)
+    make_engine(agent_of({"algorithm": algorithm, "max_minutes": None, "seed": seed}), folder).train(
+        ITERATIONS, save_every=0
+    )
 
 
 def make_engine(agent, folder):
@@ -55,11 +62,13 @@ def numbers(folder, rank):
     return folder / f"first-step-{rank}.safetensors"
 
 
-def launch(what, algorithm, folder, size):
+def launch(what, algorithm, folder, size, seed=0, *of_one):
     """Run a function of RUNS in `size` processes; the folder where it left its files."""
-    folder = Path(folder) / f"{what}-{algorithm}-{size}"
+    folder = Path(folder) / f"{what}-{algorithm}-{size}-{seed}"
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(size)] if size > 1 else []
-    subprocess.run([sys.executable, "-W", "ignore", *torchrun, __file__, what, algorithm, str(folder)], check=True)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", *torchrun, __file__, what, algorithm, folder, str(seed), *of_one], check=True
+    )
     return folder
 
 
@@ -77,16 +86,34 @@ def compared(one, two, iteration):
     return sum(a != b for a, b in pairs), len(pairs), different, sum(len(a) for a, _ in pairs)
 
 
+def first_step_of(algorithm, folder, seed):
+    """The numbers of one process, and how far those of each other number of processes are from them.
+
+    Raises:
+        AssertionError: A sampled token differs.
+    """
+    one, columns = numbers(launch("first_step", algorithm, folder, 1, seed), 0), {}
+    for size in SIZES:
+        several = launch("first_step", algorithm, folder, size, seed, one)
+        ranks = [differences(one, numbers(several, rank)) for rank in range(size)]
+        columns[f"{algorithm}, {size}"] = {name: max(each[name] for each in ranks) for name in ranks[0]}
+    return one, columns
+
+
 def first_steps(folder):
     """The table of the numbers of the first step, a sentence of their sizes, and those above their limits."""
     columns, kls = {}, []
     for algorithm in ALGORITHMS:
-        one = numbers(launch("first_step", algorithm, folder, 1), 0)
-        kls.append(f"{sizes(one)['exact KL']:.2g} ({algorithm})")
-        for size in SIZES:
-            several = launch("first_step", algorithm, folder, size)
-            ranks = [differences(one, numbers(several, rank)) for rank in range(size)]
-            columns[f"{algorithm}, {size}"] = {name: max(each[name] for each in ranks) for name in ranks[0]}
+        for seed in range(SEEDS):
+            try:
+                one, found = first_step_of(algorithm, folder, seed)
+                break
+            except AssertionError:
+                print(f"{algorithm}, seed {seed}: a token differs", flush=True)
+        else:
+            sys.exit(f"{algorithm}: with none of {SEEDS} seeds do all processes sample the same tokens")
+        columns |= found
+        kls.append(f"{sizes(one)['exact KL']:.2g} ({algorithm}, seed {seed})")
     rows = [f"| | limit | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
     for name in next(iter(columns.values())):
         limit = f"{LIMITS[name]:.0e}" if name in LIMITS else ""
@@ -124,10 +151,12 @@ def main(output):
         "## The first optimizer step", "",
         "A column is an algorithm and a number of processes; each number is the largest of any of them. At the start, "
         "noise is", "added to every weight of the adapter and of the value head, so that no gradient is 0, and the KL "
-        f"is {kl} nats per token.", "All sampled tokens are equal. The policy's log-probs come from the sampler, "
-        "the reference's from a pass over whole sequences, as in", "training. The gradient is that of all trained "
-        "weights together, summed over the processes, before it is clipped. Adam divides it by its own size, so that "
-        "rounding shows more in the change of the weights, which has no limit.",
+        f"is {kl} nats per token.", "All sampled tokens are equal: the seed is the first one of "
+        "which that is true. The policy's log-probs come from the sampler, the reference's from a pass over whole "
+        "sequences, as in", "training. The gradient is that of all trained "
+        "weights together, summed over the processes, before it is clipped; the limit is for one rollout, so it is "
+        "computed with the log-probs of the one process's sampler, and below once more with each one's own. Adam "
+        "divides it by its own size, so that rounding shows more in the change of the weights, which has no limit.",
         "The script ends with an error where a number is above its limit.", "",
         *steps, *(["", "Above the limit:", "", *(f"- {line}" for line in above)] if above else []), "",
         "## Sampled tokens", "",
@@ -145,4 +174,4 @@ if __name__ == "__main__":
     if len(sys.argv) == 2:
         main(sys.argv[1])
     else:
-        RUNS[sys.argv[1]](Path(sys.argv[3]), sys.argv[2])
+        RUNS[sys.argv[1]](Path(sys.argv[3]), sys.argv[2], int(sys.argv[4]), *sys.argv[5:])

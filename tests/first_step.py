@@ -4,6 +4,7 @@ Shapes: B responses of all processes, R response tokens, W trained weights.
 """
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,21 +23,37 @@ LIMITS = {
     "gradient, relative L2": 1e-5,
 }
 """In fp32. Those of log-probs and gradients were measured on the real model, for other micro-batches of one process.
-The KL is in nats too, and advantages and loss stand between log-probs and gradients, so they have the same."""
+The KL is in nats too, and advantages and loss stand between log-probs and gradients, so they have the same. The
+gradient's is for one rollout: that of several processes is computed with the sampler's log-probs of the one."""
 
 
 @contextmanager
-def first_step_recorded(file):
+def first_step_recorded(file, of_one=None):
     """A context in which the first optimizer step of this process leaves its numbers in a file.
 
-    Among them is the change of the weights by that step, which the second step sees at its start.
+    Among them is the change of the weights by that step, which the second step sees at its start; and the gradient once
+    more, with the sampler's log-probs of the file of another process, if there is one.
     """
     usual, first = StepGradients.accumulate, {}
+
+    def gradient_like(step, rows, num_tokens):
+        own, trainable = step._rollout, [*step._policy.trainable().values()]
+        log_probs = load_file(of_one)["log_probs"]
+        if log_probs.shape != own.log_probs.shape:  # other tokens: nothing can be compared
+            return torch.zeros(0)
+        step._rollout = replace(own, log_probs=log_probs)
+        usual(step, rows, num_tokens)
+        gradient = _flat(each.grad for each in trainable if each.grad is not None)
+        step._rollout = own
+        for each in trainable:
+            each.grad = None
+        return gradient
 
     def accumulate(self, rows, num_tokens):
         weights = _flat(self._policy.trainable().values())
         if "weights" in first:
             save_file(first | {"change": weights - first.pop("weights")}, file)
+        like = gradient_like(self, rows, num_tokens) if of_one and not first else None
         stats = usual(self, rows, num_tokens)
         if first:
             return stats
@@ -54,6 +71,7 @@ def first_step_recorded(file):
             gradient=_flat(each.grad for each in self._policy.trainable().values() if each.grad is not None),  # [W]
             weights=weights,
         )
+        first["gradient_of_one_rollout"] = first["gradient"].clone() if like is None else like
         return stats
 
     StepGradients.accumulate = accumulate
@@ -79,10 +97,14 @@ def differences(one, several):
     ]
     found.append(_relative(one["advantages"], several["advantages"]))
     found.append((several["loss"] - one["loss"]).abs())
-    found.append(_relative(one["gradient"], several["gradient"]))
+    found.append(_relative(one["gradient"], several["gradient_of_one_rollout"]))
     found = {name: number.item() for name, number in zip(LIMITS, found, strict=True)}
     return found | {
-        "change of the weights by the step, relative L2": _relative(one["change"], several["change"]).item()
+        f"{what}, relative L2": _relative(one[name], several[name]).item()
+        for what, name in (
+            ("gradient with its own sampler's log-probs", "gradient"),
+            ("change of the weights by the step", "change"),
+        )
     }
 
 

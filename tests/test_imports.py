@@ -41,7 +41,7 @@ INSIDE = {
     ],
     "rollout": [
         "sampler", "streaming", "shares", "fused_transformer", "fused_decoder", "graphed_decoder", "static_decoder",
-        "roomy_cache", "decoding", "local_sampler",
+        "decoding", "local_sampler",
         "vllm_client", "vllm_guard", "vllm_server", "vllm_weights", "vllm_sampler", "serving",
         "rollout", "rows", "evaluation",
     ],

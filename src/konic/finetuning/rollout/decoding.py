@@ -22,7 +22,6 @@ from konic.finetuning.models.prepacked import prepacked_layers, threads_of
 from konic.finetuning.rollout.fused_decoder import FusedDecoder
 from konic.finetuning.rollout.fused_transformer import can_be_fused, fused_transformer
 from konic.finetuning.rollout.graphed_decoder import GraphedDecoder
-from konic.finetuning.rollout.roomy_cache import roomy_cache
 from konic.finetuning.rollout.static_decoder import StaticDecoder
 from konic.finetuning.system.memory import eager_free, return_freed_memory
 from konic.text import describe_error
@@ -178,7 +177,7 @@ class GeneralDecoder:
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
-        self._cache = roomy_cache(model.causal_lm.config)
+        self._cache = DynamicCache(config=model.causal_lm.config)
 
     def prefill(self, ids: Tensor, mask: Tensor) -> Tensor:
         """See :class:`Decoder`."""
