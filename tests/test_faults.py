@@ -151,7 +151,8 @@ FIELDS = {
         "real": "temperature top_p repetition_penalty vllm_timeout_seconds",
         "flag": "do_sample skip_special_tokens",
         "texts": "stop vllm_arguments",
-        "word": "decode_layout engine",
+        "word": "engine",
+        "word or None": "decode_layout",
         "text or None": "vllm_address vllm_python vllm_folder",
     },
     LoraConfig: {
