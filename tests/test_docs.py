@@ -109,7 +109,8 @@ def test_the_readmes_tree_names_every_module():
 
 @pytest.mark.parametrize("script", ["examples/first_reward.py", "src/konic/demo.py"])
 def test_the_examples_run_on_the_real_model(script, tmp_path):
-    agent = load_agent(ROOT / script).with_settings({"dataset_config": {"held_out": 4}})  # instead of the demo's 64
+    shorter = {"dataset_config": {"held_out": 4}, "generation_config": {"max_new_tokens": 16}}
+    agent = load_agent(ROOT / script).with_settings(shorter)
     quiet = KonicFinetuningCallback(verbose=False)
     engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=tmp_path, callback=quiet, device="cpu")
     result = engine.train(1).history[0]

@@ -7,13 +7,25 @@ import pytest
 
 from konic.finetuning import ConfigError, DatasetConfig, KonicLLMRewardComposer, OutputError, llm_reward
 from konic.finetuning.algorithms import ALGORITHMS
-from test_engine import completions, make_engine, metrics, same_tensors, weights
+from test_engine import Silent, completions, make_engine, metrics, same_tensors, weights
 
 
 class OneToken(KonicLLMRewardComposer):
     @llm_reward
     def right(self, prompt, response):
         return float(response == "k")
+
+
+class Until(Silent):
+    """Ends a run once the mean reward of its last five iterations has reached a goal."""
+
+    def __init__(self, goal):
+        super().__init__()
+        self.goal, self.rewards = goal, []
+
+    def should_stop_early(self, result):
+        self.rewards.append(result.reward_mean)
+        return len(self.rewards) > 5 and sum(self.rewards[-5:]) / 5 >= self.goal
 
 
 @pytest.mark.parametrize(("algorithm", "seed"), [*((name, 0) for name in ALGORITHMS), ("ppo", 2), ("grpo", 2)])
@@ -24,15 +36,16 @@ def test_the_bandit_is_solved(model_folders, algorithm, seed, tmp_path):
     DPPO trains an adapter below a fixed head, with which this model gives no answer more often than about 0.45.
     """
     fixed_head = algorithm == "dppo"
+    goal = 0.25 if fixed_head else 0.95
     engine = make_engine(
         model_folders["llama"], tmp_path, composer=OneToken(), dataset=DatasetConfig(prompts=["one"]),
-        generation={"max_new_tokens": 1}, batch_size=64, num_generations=64,
+        callback=Until(goal), generation={"max_new_tokens": 1}, batch_size=64, num_generations=64,
         learning_rate=2e-2 if fixed_head else 5e-3, ppo_epochs=4,
         kl_penalty_weight=0.01, kl_limit=None, seed=seed, algorithm=algorithm, lora=fixed_head,
     )  # fmt: skip
     curve = engine.train(50).get_reward_curve()
     assert curve[0] < 0.05
-    assert sum(curve[-5:]) / 5 >= (0.25 if fixed_head else 0.95)
+    assert sum(curve[-5:]) / 5 >= goal
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

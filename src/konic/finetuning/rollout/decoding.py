@@ -71,6 +71,7 @@ def open_decoder(model: LanguageModel, num_rows: int, num_tokens: int) -> Iterat
     prepacking, way = model.prepacking(num_rows, num_tokens), way_to_decode(model)
     with threads_of(model.decode_plan), ExitStack() as opened:
         if prepacking is not None:
+            return_freed_memory()  # what an update has freed would stand beside the packed weights
             opened.callback(return_freed_memory)
         decoder: GeneralDecoder | FusedDecoder | StaticDecoder
         with eager_free(prepacking is not None):  # a packed weight would leave gaps behind
