@@ -196,9 +196,11 @@ def same_best(record: CheckpointRecord, selection: Selection, history: Sequence[
     return replace(selection, **known).best(history) is selection.best(history)
 
 
-def plan_to_follow(record: CheckpointRecord) -> DecodePlan | None:
+def plan_to_follow(record: CheckpointRecord, current: DecodePlan) -> DecodePlan | None:
     """Return how a run has sampled so far, which keeps its numbers the same bit for bit; None if it cannot here."""
     recorded = record.settings.get("decode_plan", asdict(DecodePlan()))  # of a run before there was another plan
+    if recorded == asdict(current):  # also where it does not apply: a GPU, a torch without oneDNN
+        return current
     plan = plan_from(recorded)
     if plan is None:
         logger.warning("decode_plan was %s, which is not possible here: numbers differ by rounding.", recorded)

@@ -329,7 +329,8 @@ class Session:
                 "the earlier settings chose it, until an iteration is better by the new ones."
             )
         if self.generation.decode_layout in (None, "auto"):
-            learner.policy.decode_plan = plan_to_follow(record) or learner.policy.decode_plan
+            current = learner.policy.decode_plan
+            learner.policy.decode_plan = plan_to_follow(record, current) or current
         earlier = self.folder.go_back_to(self.state.history)
         if earlier is not None:
             logger.warning("What had been written after iteration %d is now in %s.", self.state.iteration, earlier)
