@@ -47,9 +47,8 @@ def first_step(folder, algorithm, seed, *of_one):
 
 def training(folder, algorithm, seed):
     """A run of the demo with another algorithm."""
-    make_engine(agent_of({"algorithm": algorithm, "max_minutes": None, "seed": seed}), folder).train(
-        ITERATIONS, save_every=0
-    )
+    agent = agent_of({"algorithm": algorithm, "max_minutes": None}, seed)
+    make_engine(agent, folder).train(ITERATIONS, save_every=0)
 
 
 def make_engine(agent, folder):

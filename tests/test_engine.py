@@ -43,6 +43,7 @@ from konic.finetuning import (
 from konic.finetuning import trainer as trainer_module
 from konic.finetuning.data.prompts import PromptSet, load_prompts, make_prompts
 from konic.finetuning.errors import NotFiniteError
+from konic.finetuning.models import decode_probe
 from konic.finetuning.models.prepacked import DecodePlan, Product
 from konic.finetuning.run import saving
 from konic.finetuning.run import session as session_module
@@ -236,6 +237,13 @@ def test_a_run_from_when_one_layout_was_the_default_keeps_it(model_folders, tmp_
         make_engine(model_folders["llama"], tmp_path, generation={"decode_layout": "mkl"}).train(
             3, resume_from_checkpoint=True
         )
+
+
+def test_a_plan_that_is_the_same_but_does_not_apply_here_is_no_warning(model_folders, tmp_path, monkeypatch, caplog):
+    make_engine(model_folders["llama"], tmp_path).train(1)
+    monkeypatch.setattr(decode_probe, "layouts", lambda *_: ("plain",))  # a GPU, a torch without oneDNN
+    make_engine(model_folders["llama"], tmp_path).train(2, resume_from_checkpoint=True)
+    assert "decode_plan" not in caplog.text
 
 
 def test_all_processes_sample_by_the_plan_of_the_first(model_folders, tmp_path, monkeypatch):

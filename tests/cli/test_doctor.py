@@ -8,6 +8,7 @@ import pytest
 
 from command import konic_here, script
 from conftest import tiny_learner
+from konic.doctor import job as doctor_job
 from konic.doctor import limits as limits_of_sampling
 from konic.finetuning import GenerationConfig, TrainingConfig
 from konic.finetuning.models.prepacked import DecodePlan
@@ -42,7 +43,7 @@ def examine(tmp_path, model, *options, **changes):
 OWN = """
 class Own(KonicFinetuningAgent):
     def get_training_config(self):
-        return TrainingConfig(batch_size=2)
+        return TrainingConfig(batch_size=6)
 
 agent = Own(base_model=agent.get_base_model(), reward_composer=Rewards(), dataset_config=agent.get_dataset_config(),
             generation_config=agent.get_generation_config())
@@ -51,11 +52,19 @@ agent = Own(base_model=agent.get_base_model(), reward_composer=Rewards(), datase
 
 def test_an_agent_whose_own_getter_makes_its_settings_is_examined_with_these(model_folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    batch_sizes, whole_groups = [], doctor_job._whole_groups
+
+    def noted(size, training):
+        batch_sizes.append(training.batch_size)
+        return whole_groups(size, training)
+
+    monkeypatch.setattr(doctor_job, "_whole_groups", noted)
     job = script(tmp_path, SCRIPT.format(model=model_folders["llama"], **WELL) + OWN)
     run = konic_here("doctor", job, "--device", "cpu", "--json")
     found = {finding["name"]: finding for finding in json.loads(run.stdout)}
     assert run.returncode == 0, run.stdout
     assert found["time"]["status"] == found["before the first step"]["status"] == "ok"
+    assert batch_sizes == [6, 6]
 
 
 def test_the_machine_is_examined_without_a_job():

@@ -234,27 +234,29 @@ def test_decoding_by_any_plan_is_the_models_own_to_rounding(name, layout):
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_weights_are_packed_into_memory_that_is_given_back_whole(name, monkeypatch):
     """What is packed among other blocks leaves gaps when it is freed: 240 MB at the second sampling, packed by MKL."""
-    inside, packed = [], []
+    events, exact = [], Product.__init__
 
     @contextmanager
     def eager_free(on):
-        inside.append(on)
+        events.append("packing" if on else "no packing")
         yield
-        inside.pop()
-
-    exact = Product.__init__
+        events.append("packed")
 
     def noted(product, weights, bias, prepacking):
-        packed.append(inside == [True])
+        events.append("a weight")
         exact(product, weights, bias, prepacking)
 
     monkeypatch.setattr(decoding, "eager_free", eager_free)
+    monkeypatch.setattr(decoding, "return_freed_memory", lambda: events.append("freed"))
     monkeypatch.setattr(Product, "__init__", noted)
     with open_decoder(model_of(name, torch.float32), 4, 40):
-        assert inside == [], "what sampling frees stays with the process: that is faster"
-    assert len(packed) > 4 and all(packed)
+        assert events[-1] == "packed", "what sampling frees stays with the process: that is faster"
+        assert events[:2] == ["freed", "packing"] and set(events[2:-1]) == {"a weight"} and len(events) > 6
+    assert events[-2:] == ["packed", "freed"]
+    events.clear()
     with open_decoder(model_of(name, torch.float32), 4, 2):  # too few tokens to pack
-        assert inside == []
+        assert events[0] == "no packing"
+    assert "freed" not in events
 
 
 def test_a_plan_changes_the_threads_while_it_decodes():

@@ -61,7 +61,7 @@ def rewards(
         composer, tried = agent.get_reward_composer(), sample_responses(agent, samples, device)
     trial = try_rewards(composer, tried)
     show(trial)
-    if any(len(reward.faults) == trial.num_responses for reward in trial.rewards):
+    if any(reward.always_fails for reward in trial.rewards):
         raise typer.Exit(1)
 
 
@@ -111,7 +111,7 @@ def show(trial: "ComposerTrial") -> None:
         reward.name: [
             f"{reward.milliseconds:.2f}",
             str(failed[reward.name]),
-            "–" if failed[reward.name] == trial.num_responses else "yes" if reward.is_deterministic else "NO",
+            "–" if reward.always_fails else "yes" if reward.is_deterministic else "NO",
         ]
         for reward in trial.rewards
     }

@@ -74,6 +74,8 @@ class RewardTrial:
     is_deterministic: bool
     """True if a second call, with the responses in reverse order, gave the same values."""
     probe_faults: dict[str, Fault]
+    always_fails: bool
+    """True if it failed on every response tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +214,7 @@ def _try_reward(reward: Reward, samples: Sequence[Sample]) -> _Tried:
         faults=faults,
         is_deterministic=is_deterministic,
         probe_faults=probe_faults,
+        always_fails=len(faults) == len(samples),
     )
     return _Tried(trial, outcomes, probed)
 

@@ -38,14 +38,18 @@ class RewardWeights:
         finally:
             self._left = self.current
 
-    def belong_to(self, first: Mapping[str, float] | None, then: Mapping[str, float]) -> bool:
+    def can_continue(self, first: Mapping[str, float] | None, then: Mapping[str, float]) -> bool:
         """True if a run that began with `first`, and had `then` at a checkpoint, may continue from it.
 
         The weights of now are those of its beginning in a new process, and those of its end in the engine that ran it.
         """
-        if self.current != self._left:
-            self._first = None
-        return self.first == first or self.current == then
+        is_set_by_user = self.current != self._left
+        own_first = self.current if is_set_by_user else self.first
+        return own_first == first or self.current == then
+
+    def restart(self) -> None:
+        """Let the run begin with the weights of now."""
+        self._first = None
 
     def resume(self, first: Mapping[str, float] | None, then: Mapping[str, float]) -> None:
         """Go on from a checkpoint of such a run."""

@@ -316,7 +316,9 @@ class Session:
         """Restore the state of a checkpoint, and remove from the folder what was written after it."""
         record, learner = read_record(checkpoint), self.learner
         weights = record.settings.get("reward_weights"), record.state.reward_weights
-        keeps_weights = self.reward_weights.belong_to(*weights)
+        keeps_weights = self.reward_weights.can_continue(*weights)
+        if not keeps_weights:
+            self.reward_weights.restart()
         settings = self.settings(max_iterations) | ({"reward_weights": weights[0]} if keeps_weights else {})
         require_same_run(checkpoint, record, settings, learner.policy.device, allow_changes)
         self.state = load_checkpoint(checkpoint, learner.policy, learner.optimizer)
