@@ -240,8 +240,8 @@ def test_a_run_from_when_one_layout_was_the_default_keeps_it(model_folders, tmp_
 
 
 def test_a_plan_that_is_the_same_but_does_not_apply_here_is_no_warning(model_folders, tmp_path, monkeypatch, caplog):
-    make_engine(model_folders["llama"], tmp_path).train(1)
     monkeypatch.setattr(decode_probe, "layouts", lambda *_: ("plain",))  # a GPU, a torch without oneDNN
+    make_engine(model_folders["llama"], tmp_path).train(1)
     make_engine(model_folders["llama"], tmp_path).train(2, resume_from_checkpoint=True)
     assert "decode_plan" not in caplog.text
 
