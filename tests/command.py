@@ -7,12 +7,13 @@ import sys
 import textwrap
 from unittest import mock
 
+import warm
 from konic.cli import main
 
 
 def konic(*arguments, cwd=None):
     command = [sys.executable, "-m", "konic", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+    return warm.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
 
 
 def konic_here(*arguments):

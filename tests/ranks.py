@@ -12,11 +12,11 @@ def free_port():
         return found.getsockname()[1]
 
 
-def start_ranks(command, size, **options):
+def start_ranks(command, size, popen=subprocess.Popen, **options):
     """The command, started in `size` processes that find each other; one is started without any others."""
     meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
-        subprocess.Popen(
+        popen(
             command,
             env=os.environ | (meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}),
             **options,

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import warm
 from conftest import LORA_TARGETS, PLANTED, PROMPTS, byte_tokenizer, tiny_model
 from konic.finetuning import (
     BaseKonicFinetuningCallback,
@@ -961,7 +962,7 @@ def run_child(model, run, body):
         engine = make_engine({model!r}, {str(run)!r}, callback=Slow())
         """)
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
+    return warm.Popen(
         [sys.executable, "-c", script + textwrap.dedent(body)], stdout=subprocess.PIPE, text=True, env=environment
     )
 

@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 
+import warm
 from command import konic_here, script
 from conftest import PROMPTS
 from konic.finetuning import (
@@ -187,7 +188,7 @@ def child(model_folders, run, more, **options):
     text = textwrap.dedent(CHILD).format(
         tests=os.path.dirname(__file__), model=model_folders["llama"], run=str(run), more=more
     )
-    return subprocess.Popen(
+    return warm.Popen(
         [sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
 

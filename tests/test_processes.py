@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import warm
 from conftest import byte_tokenizer, tiny_model
 from first_step import LIMITS, differences, sizes
 from konic.finetuning import ConfigError
@@ -58,7 +59,7 @@ def run(model, folder, size, *cases, seconds=300, act=lambda _: None):
     """The job in `size` processes, to which `act` does something: their exit codes, and their standard error."""
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-W", "ignore", JOB, model, folder, *cases]
-    started = start_ranks(command, size, stderr=subprocess.PIPE, text=True)
+    started = start_ranks(command, size, warm.Popen, stderr=subprocess.PIPE, text=True)
     try:
         act(started)
         errors = [process.communicate(timeout=seconds)[1] for process in started]

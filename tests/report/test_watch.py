@@ -13,6 +13,7 @@ from http.client import HTTPConnection
 import pytest
 from test_report import HOSTILE, evaluation, make_run, metrics
 
+import warm
 from command import konic_here
 from konic.report import watch
 from konic.report.watch import LivePage, Server
@@ -158,9 +159,7 @@ def test_what_is_no_run_and_a_port_in_use_are_one_error(run, tmp_path):
 def test_ctrl_c_ends_it_without_a_traceback(run, again):
     at_exit = "atexit.register(signal.raise_signal, signal.SIGINT); " * again  # while Python ends
     code = f"import atexit, signal; {at_exit}from konic.cli import main; main()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, "report", run, "--watch"], stderr=subprocess.PIPE, text=True
-    ) as it:
+    with warm.Popen([sys.executable, "-c", code, "report", run, "--watch"], stderr=subprocess.PIPE, text=True) as it:
         told = next(line for line in it.stderr if line.startswith("Open http://127.0.0.1:"))
         time.sleep(0.2)
         it.send_signal(signal.SIGINT)

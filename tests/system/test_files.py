@@ -1,10 +1,10 @@
 import os
-import subprocess
 import sys
 import textwrap
 
 import pytest
 
+import warm
 from konic.finetuning.errors import OutputError
 from konic.finetuning.system.files import as_path
 
@@ -63,7 +63,7 @@ IN_A_FOLDER_THAT_IS_GONE = """
 def test_a_current_folder_that_is_gone_is_said_and_a_run_elsewhere_goes_on(model_folders, tmp_path):
     (tmp_path / "gone").mkdir()
     code = textwrap.dedent(IN_A_FOLDER_THAT_IS_GONE)
-    child = subprocess.run(
+    child = warm.run(
         [sys.executable, "-c", code, model_folders["llama"], str(tmp_path / "run")],
         cwd=tmp_path / "gone", capture_output=True, text=True, timeout=100,
     )  # fmt: skip
