@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
@@ -1508,4 +1509,13 @@ def test_a_callback_cannot_use_a_model_that_several_processes_train(model_folder
         for use in (engine.generate, engine.evaluate):
             with pytest.raises(ConfigError, match=f"{use.__name__}.. needs all processes of a training"):
                 use(["x"])
+        engine.save_pretrained(tmp_path / "adapter")  # this process has it whole
+        engine._ray = SimpleNamespace(checkpoint=None)  # this process has none
+        with pytest.raises(ConfigError, match=r"save_pretrained.. needs all .* or take the checkpoint of train\(save_"):
+            engine.save_pretrained(tmp_path / "other")
+        engine._ray = None
     assert len(engine.generate(["x"])) == 1
+    full = make_engine(model_folders["llama"], tmp_path / "full", lora=None, sharding="fsdp")
+    with full._divided(True), pytest.raises(ConfigError, match=r"save_pretrained.. needs all processes"):
+        full.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()

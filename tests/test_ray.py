@@ -184,12 +184,25 @@ def test_ray_and_its_workers_listen_on_loopback_alone_and_its_files_are_the_user
         ({"num_workers": 2, "resources_per_worker": {"CPU": -1}}, {}, "a number of at least 0"),
         ({"num_workers": 2, "resources_per_worker": {"CPU": None}}, {}, "a number of at least 0"),
         ({"num_workers": 2, "resources_per_worker": {"CPU": math.nan}}, {}, "a number of at least 0"),
+        ({"num_workers": True}, {}, "num_workers=True, and there must be at least 1"),
+        ({"num_workers": 2, "label_selector": {"a": 1}}, {}, r"label_selector=.'a': 1. must be a dict of text by text"),
+        ({"num_workers": 2, "label_selector": "x"}, {}, "label_selector='x' must be a dict of text by text"),
+        ({"num_workers": 2, "label_selector": [{"a": "b"}, None]}, {}, "or a list of one for each worker"),
         ({"num_workers": 2, "placement_strategy": "NEAR"}, {}, "'NEAR' must be one of PACK, SPREAD, STRICT_PACK"),
     ],
 )
 def test_what_cannot_be_is_refused_before_ray_starts(model, scaling, options, message):
     with pytest.raises(ConfigError, match=message):
         KonicFinetuningEngine.from_agent(make_agent(model, Rewards()), scaling=ScalingConfig(**scaling), **options)
+
+
+def test_a_run_in_the_memory_of_one_process_is_refused_before_ray_starts(model):
+    agent = make_agent(model, Rewards())
+    engine = KonicFinetuningEngine.from_agent(
+        agent, checkpoint_dir="memory://run", scaling=ScalingConfig(num_workers=1)
+    )
+    with pytest.raises(OutputError, match="memory://run: this is the memory of one process"):
+        engine.train(1)
 
 
 def test_workers_for_which_there_is_no_room_are_refused(cluster, model, tmp_path):
@@ -519,15 +532,28 @@ def test_a_cluster_that_cannot_be_joined_is_one_error(monkeypatch, error, messag
 
 def test_a_worker_that_does_not_see_the_folder_of_the_others_or_cannot_write_it_says_so(tmp_path):
     class Two:
-        def gather(self, message):
-            return [{"name": ".worker-of-another-disk"}, message]
+        """This worker and another one, which has another disk, or the same."""
 
-    with pytest.raises(OutputError, match=r"run: this node does not see what process 0 writes there\. Name a"):
-        _require_shared(tmp_path / "run", Two())
-    assert list((tmp_path / "run").iterdir()) == []
+        def __init__(self, has_own_disk):
+            self.has_own_disk = has_own_disk
+
+        def gather(self, message):
+            if message and not self.has_own_disk:
+                assert (tmp_path / "a run" / message["name"]).is_file()
+                (tmp_path / "a run" / ".worker-other").touch()
+            return [{"name": ".worker-other"}, message]
+
+    for place in (tmp_path / "a run", (tmp_path / "a run").as_uri()):
+        with pytest.raises(OutputError, match=r"run: this node does not see what process 0 writes there\. Name a"):
+            _require_shared(str(place), Two(has_own_disk=True))
+        assert list((tmp_path / "a run").iterdir()) == []
+        _require_shared(str(place), Two(has_own_disk=False))
+        (tmp_path / "a run" / ".worker-other").unlink()
+        assert list((tmp_path / "a run").iterdir()) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="file/run: cannot be written here: NotADirectoryError"):
-        _require_shared(tmp_path / "file" / "run", Two())
+    for place in (tmp_path / "file" / "run", (tmp_path / "file" / "run").as_uri()):
+        with pytest.raises(OutputError, match="file/run: cannot be written"):
+            _require_shared(str(place), Two(has_own_disk=True))
 
 
 def test_no_secret_goes_into_a_runtime_environment_which_the_dashboard_shows(tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 
 import math
 import os
+import re
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -142,6 +144,43 @@ def test_a_reward_model_is_made_once_in_an_actor_that_all_share(cluster):  # noq
     assert batches == 1
 
 
+class Locked(Exception):
+    """An error that cannot be sent to another process."""
+
+    def __init__(self, *numbers):
+        super().__init__(*numbers)
+        self.lock = threading.Lock()
+
+
+class Hopeless:
+    """A reward model that fails each time."""
+
+    name = "hopeless"
+
+    def score(self, prompts, responses):
+        if responses == ["dies"]:
+            os._exit(9)
+        if responses == ["hangs"]:
+            time.sleep(60)
+        raise Locked(1, 2)
+
+
+def test_a_reward_model_that_fails_each_time_is_one_error_of_one_line_and_never_hangs(cluster):  # noqa: F811
+    model = RemoteRewardModel("quality", Hopeless, timeout_seconds=1)  # noqa: F811
+    composer = KonicLLMRewardComposer(reward_models=[model])
+    with Scorer(composer, TrainingConfig()) as scorer:
+        for response, message in {
+            "raises": r"Reward model 'quality' raised Locked: \(1, 2\)\Z",
+            "dies": r"quality' raised RewardError: RemoteRewardModel 'quality': its actor was lost 3 times: .*[^.]\Z",
+            "hangs": r"RewardError: RemoteRewardModel 'quality' did not answer for 1 s, for 1 responses\. If it needs",
+        }.items():
+            with pytest.raises(RewardError) as caught:
+                scorer.score(samples_from_texts(["p"], [response], {}))
+            first, *more = caught.value.args
+            assert re.search(message, first.removesuffix(".")), caught.value.args
+            assert not [line for line in more if "ray" in line or "remote.py" in line or "Redacted" in line], more
+
+
 def test_without_ray_a_reward_model_is_made_here(monkeypatch):
     monkeypatch.setattr(remote, "is_connected", lambda: False)
     model = RemoteRewardModel("quality", Quality, {"GPU": 1})  # noqa: F811
@@ -154,11 +193,14 @@ def test_without_ray_a_reward_model_is_made_here(monkeypatch):
     [
         (Quality(), {}, "make must be a function"),
         (Quality, {"GPU": -1}, r"resources\['GPU'\] must be 0 or more, got -1"),
+        (Quality, {"timeout_seconds": 0}, "timeout_seconds must be above 0, or None, got 0"),
+        (Quality, {"timeout_seconds": True}, "timeout_seconds must be above 0, or None, got True"),
     ],
 )
 def test_a_reward_model_that_cannot_be_is_refused(make, resources, message):
+    options = resources if "timeout_seconds" in resources else {"resources": resources}
     with pytest.raises(ConfigError, match=message):
-        RemoteRewardModel("quality", make, resources)
+        RemoteRewardModel("quality", make, **options)
 
 
 def test_reward_resources_without_ray_are_refused(model):  # noqa: F811

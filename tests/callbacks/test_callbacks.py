@@ -291,6 +291,21 @@ def test_any_callback_may_stop_the_run_and_all_are_asked(stops):
     assert [name for name, *_ in calls] == ["a", "b"]
 
 
+def test_a_callback_for_which_other_processes_wait_too_long_is_named(caplog):
+    class Uploads(KonicFinetuningCallback):
+        pass
+
+    callbacks = Callbacks([Uploads(verbose=False)])
+    callbacks.on_iteration_begin(1)
+    callbacks.patience_seconds = 1000.0
+    callbacks.on_iteration_begin(2)
+    assert caplog.text == ""
+    callbacks.patience_seconds = 0.0
+    callbacks.on_iteration_begin(3)
+    [message] = caplog.messages
+    assert message.startswith("Callback 'Uploads' took 0 s, and the other processes wait for at most process_timeout_s")
+
+
 @pytest.mark.parametrize("given", [None, [], (), "recorder"])
 def test_a_printer_comes_first_where_none_is_given(capsys, given):
     class Talker(BaseKonicFinetuningCallback):

@@ -75,6 +75,12 @@ def _of_agent(part: str) -> Any:
     return property(read, write)
 
 
+_EVALUATES = "set DatasetConfig(held_out=...) and TrainingConfig(eval_every=...)"
+_INSTEAD_IN_A_CALLBACK = {
+    "evaluate": _EVALUATES, "generate": _EVALUATES, "save_pretrained": "take the checkpoint of train(save_every=...)",
+}  # fmt: skip
+
+
 class KonicFinetuningEngine:
     """Trains an agent's model by reinforcement learning, and samples, evaluates and saves it.
 
@@ -262,6 +268,8 @@ class KonicFinetuningEngine:
             )
         session = self._current_session()
         callbacks = Callbacks(self.callback if session.world.rank == 0 else KonicFinetuningCallback(verbose=False))
+        if session.world.size > 1:
+            callbacks.patience_seconds = self.training_config.process_timeout_seconds
         with stopping_on_signals(), tolerant_streams(), session.world.telling_errors(), session.scorer:
             check_counts(max_iterations=max_iterations, save_every=save_every, save_total_limit=save_total_limit)
             session.check()
@@ -297,7 +305,7 @@ class KonicFinetuningEngine:
         worker.agent = vars(worker).pop("_session", self._session).agent
         if self.device == "auto":
             worker.device = "cuda" if self.scaling.use_gpu else "cpu"
-        limit = self.training_config.process_timeout_seconds
+        limit = callbacks.patience_seconds = self.training_config.process_timeout_seconds
         with stopping_on_signals(), tolerant_streams(), callbacks.reporting_errors(), self._divided(True):
             return ray.train(worker, callbacks, self.checkpoint_dir, options, limit)
 
@@ -347,6 +355,9 @@ class KonicFinetuningEngine:
             path: The folder; files of the same names in it are replaced.
             merge: True writes a full model with the adapter merged in, False the adapter (or the full model).
         """
+        is_in_parts = self.training_config.sharding is not None and self.agent.get_lora_config() is None
+        if self._ray is not None or is_in_parts:
+            self._require_whole("save_pretrained")
         session, folder = self._current_session(), as_path(path, "save_pretrained(path)", OutputError)
         settings = session.settings(session.state.iteration)
         if session.world.rank > 0:
@@ -368,7 +379,7 @@ class KonicFinetuningEngine:
         if self._is_divided:
             raise ConfigError(
                 f"{method}() needs all processes of a training, and a callback runs in one of them: call it after "
-                "train(), or set DatasetConfig(held_out=...) and TrainingConfig(eval_every=...)."
+                f"train(), or {_INSTEAD_IN_A_CALLBACK[method]}."
             )
 
     def _current_session(self) -> Session:

@@ -1,6 +1,8 @@
 """Combines the user's callbacks into one callback; every hook is written out for the type checker."""
 
 import inspect
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -35,6 +37,8 @@ class CompositeCallback(BaseKonicFinetuningCallback):
                 raise ConfigError(f"callback: {callback!r} is not a BaseKonicFinetuningCallback.{hint}")
             _check(callback)
         self.callbacks = list(callbacks)
+        self.patience_seconds = math.inf
+        """How long other processes wait while a callback runs here."""
 
     @property
     def reports_iterations(self) -> bool:
@@ -54,13 +58,20 @@ class CompositeCallback(BaseKonicFinetuningCallback):
         """Call every callback in order. It gets copies, and what it leaves changed of the process is undone."""
         results = []
         for callback in self.callbacks:
-            who = f"Callback {type(callback).__name__!r}"
+            who, started = f"Callback {type(callback).__name__!r}", time.monotonic()
             with preserved_state(who):
                 try:
                     results.append(call(callback))
                 except SystemExit:
                     logger.warning("%s called sys.exit(): what is done is saved, and the process ends.", who)
                     raise
+            seconds = time.monotonic() - started
+            if seconds > self.patience_seconds:
+                logger.warning(
+                    "%s took %.0f s, and the other processes wait for at most process_timeout_seconds=%g: raise it, or "
+                    "do the work outside the callback.",
+                    who, seconds, self.patience_seconds,
+                )  # fmt: skip
         return results
 
     def on_train_begin(self, config: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ def check_scaling(scaling: Any, device: str, batch_size: int) -> None:
         raise ConfigError(f"scaling must be a ray.train.ScalingConfig, got {scaling!r:.200}.")
     if not hasattr(scaling, "min_workers"):
         raise ConfigError("RAY_TRAIN_V2_ENABLED=0 selects an earlier Ray Train, without which konic works: unset it.")
-    if not isinstance(scaling.min_workers, int) or scaling.min_workers < 1:
+    if type(scaling.min_workers) is not int or type(scaling.max_workers) is not int or scaling.min_workers < 1:
         raise ConfigError(f"scaling: num_workers={scaling.num_workers}, and there must be at least 1.")
     if scaling.max_workers > batch_size:
         raise ConfigError(
@@ -75,6 +75,17 @@ def _check_resources(scaling: Any) -> None:
             )
     if placement not in _PLACEMENTS:
         raise ConfigError(f"scaling: placement_strategy={placement!r:.200} must be one of {', '.join(_PLACEMENTS)}.")
+    labels = getattr(scaling, "label_selector", None)
+    of_workers = labels if isinstance(labels, list) else [{} if labels is None else labels]
+    if not all(isinstance(own, dict) and all(map(_is_text, (*own, *own.values()))) for own in of_workers):
+        raise ConfigError(
+            f"scaling: label_selector={labels!r:.200} must be a dict of text by text, such as {{'ray.io/zone': 'a'}}, "
+            "or a list of one for each worker."
+        )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 from konic.finetuning.callbacks.composite import Callbacks
 from konic.finetuning.cluster.connection import connected
@@ -69,6 +70,10 @@ class RayTraining:
         if isinstance(resume, str | os.PathLike) and not is_url(resume):
             options["resume_from_checkpoint"] = str(as_path(resume, "resume", OutputError))
         if folder is not None or not self._folder:
+            if urlsplit(str(folder)).scheme == "memory":
+                raise OutputError(
+                    f"{folder}: this is the memory of one process, and the workers are others. Name a folder."
+                )
             named = folder if is_url(folder) else RunFolder.named(folder, engine.agent.get_base_model()).path.absolute()
             folder = str(named)
             if folder != self._folder:

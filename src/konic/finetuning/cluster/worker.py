@@ -3,10 +3,10 @@
 import os
 import socket
 import sys
-import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from konic.finetuning.errors import (
     safe_cause,
 )
 from konic.finetuning.results.summary import FinetuningResult
-from konic.finetuning.run.remote import copy_of
+from konic.finetuning.run.remote import copy_of, mirror_of
 from konic.finetuning.run.reward_weights import RewardWeights
 from konic.finetuning.system.places import is_url
 from konic.finetuning.system.world import World, find_world, from_first
@@ -92,8 +92,8 @@ def _outcome(job: Job, line: Line) -> Outcome:
             told = from_first(world, line.ask("on_attempt", world.size) if world.rank == 0 else None)
             options = {**job.options, "resume_from_checkpoint": told["resume_from_checkpoint"]}
             hosts = {message["host"] for message in world.gather({"host": socket.gethostname()})}
-            if len(hosts) > 1 and not is_url(job.folder):
-                _require_shared(Path(job.folder), world)
+            if len(hosts) > 1:
+                _require_shared(job.folder, world)
             if world.rank == 0:
                 limit = _FIRST_LOCK_SECONDS if told["attempt"] == 1 else _LOCK_SECONDS
                 _wait_for_lock(Path(copy_of(job.folder)), limit)
@@ -132,21 +132,35 @@ def _loaded(job: Job) -> Any:
         raise ConfigError(f"the agent cannot be loaded on this node: {describe_error(error)}") from safe_cause(error)
 
 
-def _require_shared(folder: Path, world: World) -> None:
+def _require_shared(place: str, world: World) -> None:
     """Raise OutputError on a worker that cannot write the run's folder, or does not see what the others write there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".worker-") as own:
-            names = [message["name"] for message in world.gather({"name": os.path.basename(own.name)})]
-            missing = [rank for rank, name in enumerate(names) if not (folder / name).exists()]
-            world.gather({})  # every worker has looked
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written here: {describe_error(error)}.") from None
+    mirror = mirror_of(place) if is_url(place) else None
+    name = f".worker-{uuid.uuid4().hex}"
+    with mirror.marked(name) if mirror else _marked(Path(place), name):
+        names = [message["name"] for message in world.gather({"name": name})]
+        sees = mirror.has if mirror else lambda other: (Path(place) / other).exists()
+        missing = [rank for rank, other in enumerate(names) if not sees(other)]
+        world.gather({})  # every worker has looked
     if missing:
         raise OutputError(
-            f"{folder}: this node does not see what process {missing[0]} writes there. Name a checkpoint_dir on "
-            "storage that all nodes share."
+            f"{mirror.address if mirror else place}: this node does not see what process {missing[0]} writes there. "
+            "Name a checkpoint_dir on storage that all nodes share."
         )
+
+
+@contextmanager
+def _marked(folder: Path, name: str) -> Iterator[None]:
+    """Within it, an empty file of this name is in the folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written here: {describe_error(error)}.") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / name).unlink()
 
 
 def _wait_for_lock(folder: Path, seconds: float) -> None:

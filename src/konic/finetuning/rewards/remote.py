@@ -15,7 +15,7 @@ import cloudpickle
 
 from konic.finetuning.arguments import with_known_arguments
 from konic.finetuning.data.samples import Sample
-from konic.finetuning.errors import ConfigError, ProcessLostError, RewardError, safe_cause
+from konic.finetuning.errors import ConfigError, ProcessLostError, RewardError
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer, RewardModel
 from konic.finetuning.rewards.listing import list_rewards
 from konic.finetuning.rewards.outcomes import Outcome, Reward
@@ -95,9 +95,11 @@ class RemoteRewardModel:
             It is called in the actor, once, so that no other process loads the model.
         resources: What the actor takes, such as `{"GPU": 1}`; None takes nothing, so that it fits anywhere.
         normalize: As in `@llm_reward(normalize=True)`.
+        timeout_seconds: How long to wait for the scores of a batch, in which the actor may also score those of other
+            workers; None sets no limit. Without Ray there is none.
 
     Raises:
-        ConfigError: `make` is no function, or the resources are no numbers of at least 0.
+        ConfigError: `make` is no function, the resources are no numbers of at least 0, or the limit none above 0.
     """
 
     @with_known_arguments
@@ -107,14 +109,17 @@ class RemoteRewardModel:
         make: Callable[[], RewardModel],
         resources: Mapping[str, float] | None = None,
         normalize: bool = False,
+        timeout_seconds: float | None = 1800.0,
     ) -> None:
-        self.name, self.normalize = name, normalize
+        self.name, self.normalize, self._timeout = name, normalize, timeout_seconds
         if not callable(make):
             raise ConfigError(f"RemoteRewardModel: make must be a function that returns the model, got {make!r:.200}.")
         self._make, self._resources = make, dict(resources or {})
         for resource, amount in self._resources.items():
-            if isinstance(amount, bool) or not isinstance(amount, int | float) or not amount >= 0:
+            if not (_is_number(amount) and amount >= 0):
                 raise ConfigError(f"RemoteRewardModel: resources[{resource!r}] must be 0 or more, got {amount!r}.")
+        if timeout_seconds is not None and not (_is_number(timeout_seconds) and timeout_seconds > 0):
+            raise ConfigError(f"RemoteRewardModel: timeout_seconds must be above 0, or None, got {timeout_seconds!r}.")
         self._key = f"konic-{uuid.uuid4().hex}"
         self._model: Any = None
         """The actor, or the model itself without Ray."""
@@ -127,7 +132,7 @@ class RemoteRewardModel:
 
         Raises:
             Exception: What the model raised.
-            RewardError: The cluster has no room for the actor, or has lost it several times.
+            RewardError: The cluster has no room for the actor, or has lost it several times, or it takes too long.
         """
         if not is_connected():
             self._model = self._model or self._make()
@@ -136,14 +141,21 @@ class RemoteRewardModel:
 
         for _ in range(RESTARTS):
             try:
-                return ray.get(self._shared_actor().score.remote(prompts, responses))
+                return ray.get(self._shared_actor().score.remote(prompts, responses), timeout=self._timeout)
+            except ray.exceptions.GetTimeoutError:
+                _kill(self._model)
+                self._model = None
+                raise RewardError(
+                    f"RemoteRewardModel {self.name!r} did not answer for {self._timeout:g} s, for {len(responses)} "
+                    "responses. If it needs longer, raise its timeout_seconds."
+                ) from None
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             except ray.exceptions.RayActorError as error:
                 lost, self._model = error, None
         raise RewardError(
             f"RemoteRewardModel {self.name!r}: its actor was lost {RESTARTS} times: {_first_line(lost)}"
-        ) from safe_cause(lost)
+        ) from None  # Ray's traceback names its own files alone
 
     def _shared_actor(self) -> Any:
         if self._model is None:
@@ -200,8 +212,25 @@ class _ModelHost:
 
     def score(self, prompts: list[str], responses: list[str]) -> Sequence[float | None]:
         """Score a batch; the first one loads the model."""
-        self._model = self._model or cloudpickle.loads(self._make)()
-        return self._model.score(prompts, responses)  # type: ignore[attr-defined]
+        try:
+            self._model = self._model or cloudpickle.loads(self._make)()
+            return self._model.score(prompts, responses)  # type: ignore[attr-defined]
+        except Exception as error:
+            raise _sendable(error) from None
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return the error, or where it cannot be sent to another process, one of the same name with its message."""
+    try:
+        cloudpickle.loads(cloudpickle.dumps(error))
+    except Exception:
+        name, _, message = describe_error(error, 1000).partition(": ")
+        return type(name, (Exception,), {})(message)
+    return error
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _received(stream: Iterator[Any], count: int, seconds: list[float]) -> Iterator[Outcome]:

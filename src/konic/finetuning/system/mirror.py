@@ -65,12 +65,35 @@ class Mirror:
 
     def require_writable(self) -> None:
         """Raise OutputError if a small file cannot be written at the URL, and removed again."""
-        place = f"{self._place[1]}/.konic-{os.getpid()}"
+        with self.marked(f".konic-{os.getpid()}"):
+            pass
+
+    @contextmanager
+    def marked(self, name: str) -> Iterator[None]:
+        """Within it, a small file of this name is at the URL.
+
+        Raises:
+            OutputError: It cannot be written, or not be removed again.
+        """
+        place = f"{self._place[1]}/{name}"
         with self._naming_failures("cannot be written"):
             self._make_folder_of(place)
             with self._place[0].open_output_stream(place) as file:
                 file.write(b"konic")
-            self._place[0].delete_file(place)
+        try:
+            yield
+        finally:
+            with self._naming_failures("cannot be written"):
+                self._place[0].delete_file(place)
+
+    def has(self, name: str) -> bool:
+        """True if a file of this name is at the URL, asked there.
+
+        Raises:
+            OutputError: The URL cannot be read.
+        """
+        with self._naming_failures("cannot be read"):
+            return bool(self._place[0].get_file_info(f"{self._place[1]}/{name}").is_file)
 
     def fetch(self) -> None:
         """Make the copy equal to what is at the URL.
