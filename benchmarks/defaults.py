@@ -13,6 +13,7 @@ other need a FILE each. `--seconds` also ends a run after so many seconds of tra
 import argparse
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -127,8 +128,14 @@ def line_of(row):
         )
     highest = max(entry["kl_per_response"] for entry in rows)
     told = ", ".join(sorted({f"`{name}`" for entry in rows for name in entry["checks"]}))
-    cells += [f"{highest:.1f}", f"{rows[-1]['response_length_mean']:.0f}", told]
+    cells += [f"{highest:.1f}", f"{rows[-1]['response_length_mean']:.0f}", told, where_of(row)]
     return f"| {row['task']} | {row['settings']} | {row['seed']} | " + " | ".join(cells) + " |"
+
+
+def where_of(row):
+    """The processor and the dtype, short."""
+    name = re.sub(r"^\d+ cores of |\(R\)| Processor$", "", row["machine"].partition(";")[0])
+    return f"{name}, {row['dtype']}"
 
 
 def show():
@@ -136,8 +143,8 @@ def show():
     rows = sorted(read(), key=lambda row: (TASKS.index(row["task"]), names.index(row["settings"]), row["seed"]))
     looks = " | ".join(f"{responses} responses" for responses in LOOKS)
     lines = [
-        f"| task | settings | seed | reward at first | {looks} | highest KL | tokens at last | findings |",
-        "|---|---|---|---|" + "---|" * len(LOOKS) + "---|---|---|",
+        f"| task | settings | seed | reward at first | {looks} | highest KL | tokens at last | findings | on |",
+        "|---|---|---|---|" + "---|" * len(LOOKS) + "---|---|---|---|",
         *map(line_of, rows),
         "",
         f"Machines: {'; '.join(sorted({row['machine'] for row in rows}))}.",
