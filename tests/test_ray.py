@@ -196,6 +196,13 @@ def test_what_cannot_be_is_refused_before_ray_starts(model, scaling, options, me
         KonicFinetuningEngine.from_agent(make_agent(model, Rewards()), scaling=ScalingConfig(**scaling), **options)
 
 
+def test_scaling_that_is_set_after_the_engine_was_made_is_refused_and_not_ignored(model):
+    engine = KonicFinetuningEngine.from_agent(make_agent(model, Rewards()))
+    engine.scaling = ScalingConfig(num_workers=2)
+    with pytest.raises(ConfigError, match="scaling is chosen when an engine is made: from_agent"):
+        engine.train(1)
+
+
 def test_a_run_in_the_memory_of_one_process_is_refused_before_ray_starts(model):
     agent = make_agent(model, Rewards())
     engine = KonicFinetuningEngine.from_agent(

@@ -257,6 +257,8 @@ class KonicFinetuningEngine:
         Raises:
             KonicError: Something the user can fix. Every whole iteration before it is kept.
         """
+        if self.scaling is not (None if self._ray is None else self._ray.scaling):
+            raise ConfigError("scaling is chosen when an engine is made: from_agent(agent, scaling=...).")
         if self._ray is not None:
             return self._train_on_ray(
                 self._ray,
