@@ -270,7 +270,7 @@ class KonicFinetuningEngine:
             )
         session = self._current_session()
         callbacks = Callbacks(self.callback if session.world.rank == 0 else KonicFinetuningCallback(verbose=False))
-        if session.world.size > 1:
+        if session.world.size > 1 and self.driver is None:  # else the driver has the user's callbacks, and says it
             callbacks.patience_seconds = self.training_config.process_timeout_seconds
         with stopping_on_signals(), tolerant_streams(), session.world.telling_errors(), session.scorer:
             check_counts(max_iterations=max_iterations, save_every=save_every, save_total_limit=save_total_limit)
