@@ -148,6 +148,14 @@ def test_where_no_reward_is_ever_earned_the_policy_stays_exactly_where_it_is(
     assert all((weight == 0).all() for name, weight in adapter.items() if "lora_B" in name)
 
 
+@pytest.mark.parametrize(("algorithm", "most"), [("rloo", 1e-6), ("reinforce++", 1e-6), ("grpo", 0.3)])
+def test_an_entropy_bonus_without_a_reward_does_not_run_away(model_folders, tmp_path, algorithm, most):
+    """With the KL in the reward nothing would hold it: 36 nats per response after 40 iterations."""
+    options = {"algorithm": algorithm, "learning_rate": 1e-2, "entropy_coef": 0.01, "batch_size": 8}
+    history = make_engine(model_folders["llama"], tmp_path, composer=Same(), **options).train(20).history
+    assert max(result.kl_per_response for result in history) < most
+
+
 @pytest.mark.parametrize("kl_limit", [None, 1.0])
 def test_a_run_meets_its_kl_limit_and_not_beyond(model_folders, tmp_path, kl_limit):
     options = {"learning_rate": 1e-2, "batch_size": 16, "kl_penalty_weight": 0.01, "kl_limit": kl_limit}

@@ -55,7 +55,9 @@ def test_settings_are_changed_from_the_command_line_and_what_follows_is_printed(
     assert "training_config.kl_penalty_weight = 0.0 (the file: 0.05)" in lines  # DAPO's own
     assert "training_config.filter_equal_groups = True (the file: False)" in lines
     assert "generation_config.stop = ('x',) (the file: None)" in lines
-    assert sum("(the file:" in line for line in lines) == 6
+    assert "training_config.num_generations = 4 (the file: 1)" in lines
+    assert "training_config.clip_ratio_high = 0.28 (the file: 0.2)" in lines
+    assert sum("(the file:" in line for line in lines) == 8
     settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
     assert (settings["algorithm"], settings["generation_config"]["stop"]) == ("dapo", ["x"])
 

@@ -16,6 +16,7 @@ from konic.finetuning.config import GenerationConfig, TrainingConfig
 from konic.finetuning.learning.estimators import (
     compute_advantages,
     in_equal_group,
+    mean_penalty,
     reasons_left_out,
     rows_to_learn_from,
 )
@@ -373,6 +374,12 @@ def test_dapo_charges_long_responses_and_leaves_equal_groups_out(rolled):
     found = compute_advantages(rolled, scored(scores), config, 0.0)
     check(found.advantages, rolled, [[a] * n for a, n in zip(expected, lengths, strict=True)])
     assert found.kl_loss_weight == 0.0
+    taken = [score - penalised for score, penalised in zip(scores, charged, strict=True)]
+    assert mean_penalty(rolled, scored(scores), config) == pytest.approx(statistics.mean(taken), abs=1e-12)
+    assert mean_penalty(rolled, scored([NAN, *scores[1:]]), config) == pytest.approx(
+        statistics.mean(taken[1:]), abs=1e-12
+    )
+    assert mean_penalty(rolled, scored([NAN] * 8), config) == 0.0
     whole = TrainingConfig(algorithm="dapo", batch_size=8)  # equal but for the penalty is equal
     found = compute_advantages(rolled, scored(scores), whole, 0.0)
     assert not found.mask[:4].any()  # they have no part in the token average either
@@ -458,5 +465,11 @@ def test_tokens_that_another_policy_drew_are_weighted(rolled, how, expected):
     )
     product = 0.45 if how == "truncate" else 0.0
     assert torch.allclose(whole.advantages[2], product * own.advantages[2], atol=1e-6)
+    far = replace(foreign, samples=replace(foreign.samples, log_probs=rolled.log_probs - 9.0))
+    dropped = compute_advantages(
+        far, scored(SCORES), settings("grpo", sampler_correction="mask", sampler_correction_level="sequence"), BETA
+    )
+    assert not dropped.advantages.any()
+    assert dropped.no_signal_fraction == own.no_signal_fraction < 1, "the rewards differ, whatever is left out"
     off = compute_advantages(foreign, scored(SCORES), settings("grpo", sampler_correction=None), BETA)
     assert torch.equal(off.advantages, own.advantages)

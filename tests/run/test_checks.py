@@ -28,16 +28,27 @@ def iteration(**values):
     return replace(healthy, **values)
 
 
+def equal(value=0.5, **values):
+    """An iteration in which all rewards are equal."""
+    return iteration(reward_mean=value, reward_std=0.0, reward_min=value, reward_max=value, **values)
+
+
+def unscored(**values):
+    nothing = dict.fromkeys(("reward_mean", "reward_min", "reward_max", "objective"), math.nan)
+    return iteration(num_unscored=8, reward_std=0.0, **nothing | values)
+
+
 GROUPS = TrainingConfig(algorithm="grpo", batch_size=8)
 BUDGET = TrainingConfig(kl_budget=5.0)
 MASKED = TrainingConfig(mask_truncated=True)
 PPO = TrainingConfig()
 HEALTHY = [iteration()] * 5
 CASES = {
-    "constant_reward": (PPO, [iteration(reward_std=0.0)] * 3),
+    "constant_reward": (PPO, [equal()] * 3),
+    "single_response": (TrainingConfig(batch_size=1), [iteration(num_samples=1, reward_std=0.0)]),
     "equal_groups": (GROUPS, [iteration(no_signal_fraction=0.95)] * 3),
     "never_ends": (PPO, [iteration(ended_fraction=0.0)] * 4),
-    "all_cut_off": (MASKED, [iteration(ended_fraction=0.0, num_samples=4, num_cut_off=4)] * 3),
+    "all_cut_off": (MASKED, [iteration(ended_fraction=0.0, num_samples=4, num_cut_off=3)] * 3),
     # the last of 20 ends among 64 responses comes within the first 40 with a probability of (40/64)^20 = 8e-5
     "stopped_ending": (PPO, [*HEALTHY, *[iteration(ended_fraction=0.0)] * 3]),
     "empty_responses": (PPO, [*HEALTHY, *[iteration(response_length_mean=1.0, ended_fraction=1.0)] * 3]),
@@ -54,6 +65,7 @@ CASES = {
 }
 SAID = {
     "constant_reward": r"got the reward 0\.5: there is nothing to learn from",
+    "single_response": r"batch_size=1: ppo compares the responses of a batch .*, so its reward is lost\. Set batch",
     "equal_groups": r"teaches grpo nothing\. Raise num_generations \(now 4\)",
     "never_ends": r"None of the first 32 responses ended by itself: each was cut off at max_new_tokens=48",
     "all_cut_off": r"every response of the last 3 iterations out of the loss: each was cut off at max_new_tokens=48",
@@ -111,17 +123,16 @@ def test_text_that_surprises_its_base_model_is_a_trick_too():
     history = [*HEALTHY, *[iteration(reward_mean=1.5, reference_loss=1.1)] * 3]
     (message,) = new_findings(history, PPO, GenerationConfig()).values()
     assert re.search(r"surprised by 1\.1 nats per token, 0\.0 at first\. The reward may pay for a trick", message)
-    unscored = [*history[:-1], iteration(reward_mean=math.nan, reference_loss=9.0)]
-    assert new_findings(unscored, PPO, GenerationConfig()) == {}
+    assert new_findings([*history[:-1], unscored(reference_loss=9.0)], PPO, GenerationConfig()) == {}
 
 
 @pytest.mark.parametrize(
     ("history", "config"),
     [
-        ([*[iteration(reward_std=0.0)] * 2, iteration(reward_std=1e-9)], PPO),
+        ([*[equal()] * 2, iteration(reward_std=1e-9)], PPO),
         ([iteration(reward_std=0.0, reward_min=value, reward_max=value) for value in (36.0, 2.0, 12.0)], PPO),
-        ([iteration(reward_std=0.0, num_samples=1)] * 11, PPO),  # too few to say that all are equal
-        ([iteration(reward_std=0.0, num_samples=8, num_unscored=7)] * 3, PPO),
+        ([equal(num_samples=1)] * 11, PPO),  # too few to say that all are equal
+        ([equal(num_samples=8, num_unscored=7)] * 3, PPO),
         ([iteration(no_signal_fraction=0.89)] * 3, GROUPS),
         ([*HEALTHY, *[iteration(ended_fraction=0.0)] * 2, iteration(ended_fraction=0.1)], PPO),
         ([iteration(ended_fraction=0.0, num_samples=10)] * 3, PPO),
@@ -147,10 +158,11 @@ def test_text_that_surprises_its_base_model_is_a_trick_too():
             PPO,
         ),  # the rounding of a KL of 0
         ([*HEALTHY, *[iteration(objective=0.15, num_samples=4)] * 3], PPO),  # fewer samples, less certainty
-        ([*HEALTHY, iteration(objective=-9.0), iteration(objective=math.nan), iteration(objective=-9.0)], PPO),
         ([*HEALTHY, *[iteration(response_length_mean=5.1)] * 3], PPO),
         ([*HEALTHY, *[iteration(response_length_mean=5.0, num_samples=1)] * 11], PPO),
-        ([iteration(ended_fraction=0.0, num_cut_off=8), *[iteration(num_cut_off=7)] * 3], MASKED),
+        ([iteration(ended_fraction=0.0, num_cut_off=8), *[iteration(ended_fraction=0.1, num_cut_off=7)] * 3], MASKED),
+        ([equal(penalty_mean=0.1)] * 4, PPO),  # the penalty differs, or may
+        ([iteration(num_samples=1, reward_std=0.0)], TrainingConfig(algorithm="grpo", batch_size=8)),
         ([*HEALTHY[:2], *[iteration(response_length_mean=1.1)] * 3], PPO),
         ([*HEALTHY, *[iteration(distinct_fraction=0.5)] * 2, iteration(distinct_fraction=0.51)], PPO),
         ([iteration(distinct_fraction=0.4)] * 6, PPO),  # few different responses from the start: such is the task
@@ -168,8 +180,8 @@ def test_just_short_of_a_finding_nothing_is_said(history, config):
 
 
 def test_batches_of_one_response_are_looked_at_together():
-    equal = [iteration(reward_std=0.0, num_samples=1)] * 12
-    (message,) = new_findings(equal, PPO, GenerationConfig()).values()
+    alone = [equal(num_samples=1)] * 12
+    (message,) = new_findings(alone, PPO, GenerationConfig()).values()
     assert "Every response of the last 12 iterations got the reward 0.5" in message
 
 
@@ -213,10 +225,9 @@ def test_groups_that_are_equal_each_by_itself_are_named_though_every_batch_is_on
 
 def test_numbers_of_a_dropped_batch_are_looked_at_by_no_check():
     dropped = iteration(reward_mean=1e30, objective=1e30, num_nonfinite=1, num_steps=0)
-    equal = iteration(reward_std=0.0)
-    for history in ([dropped, *HEALTHY], [equal, equal, dropped]):
+    for history in ([dropped, *HEALTHY], [equal(), equal(), dropped]):
         assert new_findings(history, PPO, GenerationConfig()) == {}
-    assert list(new_findings([equal, equal, dropped, equal], PPO, GenerationConfig())) == ["constant_reward"]
+    assert list(new_findings([equal(), equal(), dropped, equal()], PPO, GenerationConfig())) == ["constant_reward"]
 
 
 def test_rewards_that_fail_are_not_said_to_abstain():
@@ -227,11 +238,38 @@ def test_rewards_that_fail_are_not_said_to_abstain():
 
 @pytest.mark.parametrize(("earlier", "says"), [(0.0, "the task is solved"), (2.0, "grows in small steps")])
 def test_a_reward_that_is_always_earned_by_now_is_not_called_rare(earlier, says):
-    known = iteration(reward_mean=earlier, reward_min=earlier, reward_max=earlier)
-    unscored = iteration(num_unscored=8, reward_std=0.0, reward_min=math.nan, reward_max=math.nan)
-    equal = iteration(reward_mean=1.0, reward_min=1.0, reward_max=1.0, reward_std=0.0)
-    found = new_findings([unscored, known, equal, equal, equal], PPO, GenerationConfig())
+    known = iteration(reward_mean=earlier, reward_min=earlier, reward_max=earlier, reward_std=0.0)
+    found = new_findings([unscored(), known, *[equal(1.0)] * 3], PPO, GenerationConfig())
     assert says in found["constant_reward"]
+
+
+def test_an_iteration_without_rewards_hides_neither_a_fallen_objective_nor_a_trick():
+    for name in ("objective_fell", "reward_hacking"):
+        config, history = CASES[name]
+        for early in range(4):
+            found = new_findings([*history[:early], unscored(), *history[early:]], config, GenerationConfig())
+            assert list(found) == [name]
+
+
+@pytest.mark.parametrize(("share", "size"), [(0.2, 1), (0.2, 2), (0.2, 4), (1 / 30, 16), (0.8, 4)])
+def test_a_rare_reward_is_not_said_to_be_constant_once_it_was_earned(share, size):
+    """Of 40 runs of 60 iterations in which nothing changes, at most one, by chance."""
+    random, fired = np.random.Generator(np.random.Philox(key=0)), 0
+    for _ in range(40):
+        history, found = [], []
+        for _ in range(60):
+            rewards = (random.random(size) < share).astype(float)
+            spread = rewards.std(ddof=1) if size > 1 else 0.0
+            history.append(
+                iteration(
+                    reward_mean=rewards.mean(), reward_std=spread, reward_min=rewards.min(), reward_max=rewards.max(),
+                    num_samples=size,
+                )
+            )  # fmt: skip
+            if len({end for result in history for end in (result.reward_min, result.reward_max)}) > 1:
+                found += new_findings(history, TrainingConfig(batch_size=max(size, 2)), GenerationConfig())
+        fired += "constant_reward" in found
+    assert fired <= 1
 
 
 def test_one_token_responses_are_not_called_empty():

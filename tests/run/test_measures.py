@@ -13,6 +13,7 @@ from konic.finetuning.data.tokenization import PromptBatch
 from konic.finetuning.learning.estimators import Advantages
 from konic.finetuning.learning.update import UpdateStats
 from konic.finetuning.results.evaluation import Evaluation
+from konic.finetuning.results.summary import Selection
 from konic.finetuning.rewards.scoring import Scores
 from konic.finetuning.rollout.rollout import Rollout, States
 from konic.finetuning.rollout.sampler import Samples
@@ -25,6 +26,9 @@ STATS = UpdateStats(
     grad_norm=0.7, learning_rate=1e-3, explained_variance=0.08, first_log_ratio=0.0, sampler_gap=0.003, kl_loss=0.09,
     num_steps=4, num_nonfinite=2,
 )  # fmt: skip
+
+
+PRICED = Selection(kl_price=0.05)
 
 
 def hand_made():
@@ -55,16 +59,18 @@ def clock():
     return stages
 
 
-def measured(scores, evaluation=None, iteration=1, per_token=((0.5, 0, 0), (0.0, 0.0, 0.0)), rollout=None):
+def measured(scores, evaluation=None, iteration=1, rollout=None, selection=PRICED, penalty=0.0):
     mask = hand_made().response_mask & torch.tensor(scores.has_score)[:, None]
     advantages = Advantages(
-        advantages=torch.tensor(per_token), returns=torch.zeros(2, 3), mask=mask, has_signal=True,
+        advantages=torch.tensor([[0.5, 0, 0], [0.0, 0.0, 0.0]]), no_signal_fraction=0.5, returns=torch.zeros(2, 3),
+        mask=mask, has_signal=True,
         value_loss_weight=0.1, kl_loss_weight=0.0, effective_sample_size=0.9,
     )  # fmt: skip
     left_out = ["equal group", "cut off"]
     return iteration_result(
-        iteration, rollout or hand_made(), scores, advantages, STATS, 0.05, 0.07, clock(), evaluation, left_out
-    )
+        iteration, rollout or hand_made(), scores, advantages, STATS, selection, penalty, 0.07, clock(), evaluation,
+        left_out,
+    )  # fmt: skip
 
 
 def test_token_averages_are_over_tokens_and_response_sums_over_responses():
@@ -99,8 +105,16 @@ def test_token_averages_are_over_tokens_and_response_sums_over_responses():
 def test_unscored_samples_are_counted_and_left_out_of_the_mean():
     result = measured(Scores([NAN, 4.0], {}))
     assert (result.reward_mean, result.reward_std, result.num_unscored) == (4.0, 0.0, 1)
-    assert result.no_signal_fraction == 1.0
-    assert measured(Scores([NAN, NAN], {})).no_signal_fraction == 0.0
+
+
+def test_penalties_of_the_settings_and_nats_beyond_a_target_alone_lower_the_objective():
+    scores = Scores([1.0, 4.0], {})
+    found = measured(scores, penalty=0.75)
+    assert (found.reward_mean, found.penalty_mean) == (2.5, 0.75)
+    assert found.objective == pytest.approx(2.5 - 0.75 - 0.05 * 0.6)
+    for target, paid in ((0.25, 0.35), (0.6, 0.0), (9.0, 0.0)):
+        selection = Selection(kl_price=0.05, kl_free=target)
+        assert measured(scores, selection=selection).objective == pytest.approx(2.5 - 0.05 * paid)
 
 
 def test_an_evaluation_is_reported_with_the_iteration_that_its_policy_samples():

@@ -52,6 +52,8 @@ HISTORY = [
         (Selection(kl_price=0.15), 3, 1.5),  # 0.1, 0.3, 0.6, 0.15
         (Selection(kl_price=0.24), 1, 0.1),  # 0.1, -0.06, 0.06, -0.3
         (Selection(kl_price=0.15, kl_budget=5.0), 2, 0.9),
+        (Selection(kl_price=0.24, kl_free=4.0), 3, 1.5),  # 0.1, 0.9, 1.02, 0.66
+        (Selection(kl_price=0.35, kl_free=4.0), 2, 0.9),  # 0.1, 0.9, 0.8, 0.55
         (Selection(on_held_out=True, kl_price=9.0), 4, 0.8),  # held-out rewards are compared as they are
         (Selection(kl_budget=5.0), 2, 0.9),  # the first of equals; the budget itself is within it
         (Selection(kl_budget=3.0), 1, 0.1),
@@ -69,6 +71,14 @@ def test_the_best_iteration_is_the_highest_objective_within_the_budget(selection
         if state.is_best(reward_now, now.kl_per_response, selection):
             kept = now.iteration
     assert kept == number
+
+
+def test_penalties_of_the_settings_count_where_the_batch_chooses_and_not_on_held_out_prompts():
+    history = [replace(HISTORY[0], penalty_mean=0.0), replace(HISTORY[2], penalty_mean=1.5)]
+    for selection, number in ((Selection(), 1), (Selection(on_held_out=True), 1)):
+        assert FinetuningResult("m", history, 1.0, None, selection=selection).best_iteration == number
+    better = [replace(history[0], eval_reward_mean=0.3), history[1]]
+    assert FinetuningResult("m", better, 1.0, None, selection=Selection(on_held_out=True)).best_iteration == 3
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,19 @@
 """`--set config.field=value` -> an agent with other settings, and lines that say what changed."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from konic.cli.wording import as_of_set
 from konic.finetuning import ConfigError, KonicFinetuningAgent
 
 _WORDS = {"None": None, "True": True, "False": False}
+_OF_ALGORITHM: dict[str, Callable[[Any], Any]] = {
+    "num_generations": lambda training: training.responses_per_prompt,
+    "clip_ratio_low": lambda training: training.clip_ratios[0],
+    "clip_ratio_high": lambda training: training.clip_ratios[1],
+}
+"""What a setting that is None comes to."""
 
 
 def set_settings(agent: KonicFinetuningAgent, assignments: Sequence[str]) -> tuple[KonicFinetuningAgent, list[str]]:
@@ -49,10 +55,18 @@ def _parse(value: str) -> Any:
 def _differences(config: str, before: KonicFinetuningAgent, after: KonicFinetuningAgent) -> list[str]:
     old, new = getattr(before, f"get_{config}")(), getattr(after, f"get_{config}")()
     return [
-        f"{config}.{name} = {_show(name, getattr(new, name))} (the file: {_show(name, getattr(old, name, None))})"
+        f"{config}.{name} = {_show(name, _in_force(new, name))} (the file: {_show(name, _in_force(old, name))})"
         for name in type(new).model_fields
-        if getattr(old, name, None) != getattr(new, name)
+        if _in_force(old, name) != _in_force(new, name)
     ]
+
+
+def _in_force(config: Any, name: str) -> Any:
+    """Return a setting's value; where None leaves it to the algorithm, the algorithm's."""
+    value = getattr(config, name, None)
+    if value is None and name in _OF_ALGORITHM:
+        return _OF_ALGORITHM[name](config)
+    return value
 
 
 def _show(name: str, value: Any) -> str:

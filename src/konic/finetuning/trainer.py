@@ -16,6 +16,7 @@ from konic.finetuning.learning.estimators import (
     Advantages,
     compute_advantages,
     in_equal_group,
+    mean_penalty,
     reasons_left_out,
     rows_to_learn_from,
 )
@@ -82,11 +83,12 @@ class Trainer:
                 stats = self._update(iteration, learned, advantages, value_shift)
                 stage_clock.lap("update")
 
-                price = session.agent.kl_penalty_weight
+                penalty = mean_penalty(rollout, scores, session.training)
                 left_out = reasons_left_out(rollout, scores, session.training)
                 result = iteration_result(
-                    iteration, rollout, scores, advantages, stats, price, kl_weight, stage_clock, evaluation, left_out
-                )
+                    iteration, rollout, scores, advantages, stats, session.selection, penalty, kl_weight, stage_clock,
+                    evaluation, left_out,
+                )  # fmt: skip
                 result = self._with_findings(result)
                 state.add(
                     result,
@@ -229,7 +231,8 @@ class Trainer:
         if scores.is_dropped:
             return False
         if not selection.on_held_out:
-            reward, kl = mean(scores.valid_rewards()), rollout.kl.sum(dim=1).mean().item()
+            reward = mean(scores.valid_rewards()) - mean_penalty(rollout, scores, self._session.training)
+            kl = rollout.kl.sum(dim=1).mean().item()
         elif evaluation is not None:
             reward, kl = evaluation.reward_mean, mean(evaluation.kl_per_response)
         else:

@@ -49,6 +49,8 @@ class Advantages:
     """0 if the algorithm learns no values."""
     kl_loss_weight: float
     """Weight of the exact KL in the loss, in units of advantage per nat; 0 if the KL penalty is in the reward."""
+    no_signal_fraction: float = 0.0
+    """Share of the responses that count whose advantages are all 0, before `sampler_correction`."""
     effective_sample_size: float = 1.0
     """Share of the samples that count after `sampler_correction`, from 0 to 1."""
 
@@ -116,16 +118,20 @@ def compute_advantages(
     else:
         has_signal = _has_signal(rewards, has_score, config, scores_have_varied)
     advantages, returns = advantages.to(rollout.values.dtype), returns.to(rollout.values.dtype)
+    advantages = torch.where(mask & has_signal, advantages, 0.0)
+    counts = mask.any(dim=1)
+    num_silent = (counts & ~(advantages != 0).any(dim=1)).sum().item()
     weights = _sampler_weights(rollout, mask, config)
     if weights is not None:
         advantages = advantages * weights
     return Advantages(
-        advantages=torch.where(mask & has_signal, advantages, 0.0),
+        advantages=advantages,
         returns=torch.where(mask, returns, 0.0),
         mask=mask,
         has_signal=has_signal,
         value_loss_weight=config.vf_coef if config.algorithm_row.learns_values else 0.0,
         kl_loss_weight=kl_penalty_weight / reward_per_unit if config.kl_in_loss else 0.0,
+        no_signal_fraction=num_silent / max(1, counts.sum().item()),
         effective_sample_size=1.0 if weights is None or not mask.any() else effective_sample_size(weights[mask]),
     )
 
@@ -137,6 +143,13 @@ def _has_signal(rewards: Tensor, has_score: Tensor, config: TrainingConfig, scor
         return not bool(equal_groups(rewards.view(groups), has_score.view(groups)).all())
     scored = rewards[has_score]
     return bool((scored != scored[:1]).any()) or (len(scored) == 1 and scores_have_varied)
+
+
+def mean_penalty(rollout: Rollout, scores: Scores, config: TrainingConfig) -> float:
+    """Return the mean of what :func:`penalised_scores` takes off, over the responses that have a score; 0 without."""
+    less = torch.tensor(scores.filled(), dtype=torch.float64) - penalised_scores(rollout, scores, config).cpu()
+    taken = less[_has_score(scores, less)]
+    return taken.mean().item() if len(taken) else 0.0
 
 
 def penalised_scores(rollout: Rollout, scores: Scores, config: TrainingConfig) -> Tensor:

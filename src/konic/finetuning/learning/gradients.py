@@ -134,6 +134,8 @@ class StepGradients:
             chosen = rows[group]
             mask = self._advantages.mask[chosen]
             weights = loss_weights(config.algorithm_row.average, mask, num_tokens, num_responses)
+            if not isinstance(weights, float):
+                weights = weights.to(rollout.log_probs.dtype)
             found = self._losses(chosen, weights)
             problem = problem or _find_nonfinite(found.losses, mask, rollout, chosen)
             if problem is not None and not model.in_step:
@@ -210,7 +212,7 @@ def loss_weights(average: Average, mask: Tensor, num_tokens: int, num_responses:
     """
     if average == "token":
         return 1.0
-    return mask * num_tokens / (mask.sum(dim=1, keepdim=True).clamp(min=1) * num_responses)
+    return mask.double() * num_tokens / (mask.sum(dim=1, keepdim=True).clamp(min=1) * num_responses)
 
 
 def _find_nonfinite(losses: Tensor, mask: Tensor, rollout: Rollout, rows: Tensor) -> NotFiniteError | None:

@@ -80,7 +80,8 @@ def update(
     steps: list[StepStats] = []
     first_log_ratio = sampler_gap = rate = 0.0
     num_nonfinite = 0
-    train_policy = schedule.train_policy and (advantages.has_signal or config.entropy_coef > 0)
+    explores = config.entropy_coef > 0 and config.kl_in_loss  # the KL holds it; in the reward it is part of the signal
+    train_policy = schedule.train_policy and (advantages.has_signal or explores)
     learns = train_policy or advantages.value_loss_weight > 0
     gradients = StepGradients(policy, rollout, advantages, config, train_policy, world)
     with policy.saving_memory(), policy.fast_products(), _gradients_dropped_after(optimizer):

@@ -76,11 +76,20 @@ class FinetuningIterationResult:
     objective: Annotated[
         float,
         Metric(
-            "what the run maximises: reward_mean − β · kl_per_response, with the β that you set; null without a reward",
+            "what the run maximises: reward_mean − penalty_mean − β · kl_per_response, with the β that you set; with "
+            "`kl_target`, only nats above it are paid for; null without a reward",
             "reward",
             "trainer",
         ),
     ] = math.nan
+    penalty_mean: Annotated[
+        float,
+        Metric(
+            "mean of what `missing_eos_penalty` and `overlong_penalty` take off, over the samples that have a reward",
+            "reward",
+            "trainer",
+        ),
+    ] = 0.0
     kl_k1: Annotated[
         float,
         Metric(

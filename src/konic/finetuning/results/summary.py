@@ -25,7 +25,7 @@ class Selection:
     """How the best iteration is chosen: by the objective of its sampling policy, within the KL budget.
 
     On held-out prompts the objective is their mean reward; on the iteration's own batch it is the mean reward less the
-    price of its KL.
+    penalties of the settings and the price of its KL.
     """
 
     on_held_out: bool = False
@@ -34,13 +34,16 @@ class Selection:
     """Nats per response; a policy with a higher KL is excluded."""
     kl_price: float = 0.0
     """β: what a nat per response costs on the iteration's own batch, in units of reward."""
+    kl_free: float = 0.0
+    """Nats per response that cost nothing there: `kl_target`, which a run with an adaptive β is meant to pay."""
 
     def objective(self, result: FinetuningIterationResult) -> float:
         """What an iteration is chosen by; NaN if the iteration is excluded."""
         if result.was_dropped:
             return math.nan
         kl = result.eval_kl_per_response if self.on_held_out else result.kl_per_response
-        return self.objective_of(self.reward(result), kl)
+        penalty = 0.0 if self.on_held_out else result.penalty_mean
+        return self.objective_of(self.reward(result) - penalty, kl)
 
     def best(self, history: Sequence[FinetuningIterationResult]) -> FinetuningIterationResult | None:
         """The iteration with the highest objective, the first of several equal ones; None if all are excluded."""
@@ -55,7 +58,11 @@ class Selection:
         """What a policy with this mean reward and KL is chosen by; NaN if its KL is above the budget."""
         if self.kl_budget is not None and kl_per_response > self.kl_budget:
             return math.nan
-        return reward if self.on_held_out else reward - self.kl_price * kl_per_response
+        return reward if self.on_held_out else self.priced(reward, kl_per_response)
+
+    def priced(self, reward: float, kl_per_response: float) -> float:
+        """The reward less the price of the KL."""
+        return reward - self.kl_price * max(0.0, kl_per_response - self.kl_free)
 
 
 @dataclass(frozen=True)

@@ -118,13 +118,20 @@ def new_findings(
 
 
 def _constant_reward(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
-    recent = _shortest(history[::-1])
-    if not recent or any(r.num_unscored == r.num_samples or r.reward_std > 0 for r in recent):
+    recent, scored = _shortest(history[::-1]), _scored(history)
+    if not recent or any(r.num_unscored == r.num_samples or r.penalty_mean for r in recent):
         return None
-    if len({result.reward_min for result in recent}) > 1:
-        return None  # each batch has equal rewards, but another reward than the one before
+    value = recent[0].reward_min
+    others = [_num_others(result, value) for result in scored]
+    last = max((number for number, count in enumerate(others, 1) if count), default=0)
+    recent = scored[last:]
+    if len(recent) < PATIENCE or any(result.reward_std > 0 for result in recent):
+        return None
+    before, now = (sum(r.num_samples - r.num_unscored for r in part) for part in (scored[:last], scored))
+    # that the last other reward of so many comes no later, if nothing has changed
+    if last and (before / now) ** (sum(others) / config.responses_per_prompt) > BY_CHANCE:
+        return None
     said = f"Every response of the last {len(recent)} iterations got the reward {recent[0].reward_mean:g}"
-    scored = [result for result in history if result.num_unscored < result.num_samples]
     if recent[0].reward_min >= max(r.reward_max for r in scored) > min(r.reward_min for r in scored):
         return (
             f"{said}, the highest of the run: there is nothing more to learn from. If the responses in completions/ "
@@ -134,6 +141,18 @@ def _constant_reward(history: History, config: TrainingConfig, generation: Gener
         f"{said}: there is nothing to learn from. Look at completions/: is the reward what you meant? A reward that "
         "grows in small steps teaches sooner than a rare one."
     )
+
+
+def _num_others(result: FinetuningIterationResult, value: float) -> float:
+    """How many responses of an iteration have another reward than `value`, at least; exact if there are two rewards."""
+    span = max(abs(result.reward_max - value), abs(result.reward_min - value))
+    num_scored = result.num_samples - result.num_unscored
+    return num_scored * abs(result.reward_mean - value) / span if span else 0.0
+
+
+def _scored(history: History) -> History:
+    """The iterations in which a response has a reward."""
+    return [result for result in history if result.num_unscored < result.num_samples]
 
 
 def _shortest(history: History, size: int = 1) -> History:
@@ -153,6 +172,16 @@ def _ends(history: History, size: int = 1) -> tuple[History, History]:
     """The first and the last iterations that are :func:`_shortest`; both empty if they overlap."""
     start, recent = _shortest(history, size), _shortest(history[::-1], size)
     return (start, recent) if len(start) + len(recent) <= len(history) else ([], [])
+
+
+def _single_response(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
+    if config.batch_size > 1 or config.algorithm_row.advantages not in ("gae", "reward_to_go"):
+        return None
+    return (
+        f"batch_size=1: {config.algorithm} compares the responses of a batch (it whitens their advantages), and one "
+        "alone has nothing to be compared with, so its reward is lost. Set batch_size to 4 or more; "
+        "gradient_accumulation_steps keeps the memory as it is."
+    )
 
 
 def _equal_groups(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
@@ -184,7 +213,7 @@ def _never_ends(history: History, config: TrainingConfig, generation: Generation
 
 def _all_cut_off(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
     recent = _shortest(history[::-1])
-    if not recent or not config.mask_truncated or any(r.num_cut_off < r.num_samples for r in recent):
+    if not recent or not config.mask_truncated or any(r.ended_fraction > 0 for r in recent):
         return None
     return (
         f"mask_truncated left every response of the last {len(recent)} iterations out of the loss: each was cut off at "
@@ -262,14 +291,14 @@ def _no_rewards(history: History, config: TrainingConfig, generation: Generation
 
 
 def _objective_fell(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
-    start, recent = _ends(history, config.responses_per_prompt)
-    if not recent or any(math.isnan(result.objective + result.reward_mean) for result in (*start, *recent)):
+    start, recent = _ends(_scored(history), config.responses_per_prompt)
+    if not recent:
         return None
     before, now = (mean([result.objective for result in part]) for part in (start, recent))
     if now >= before - max(_noise(start, recent, config), ROUNDING):
         return None
     return (
-        f"The objective reward − β · KL, which the run maximises, was {before:.3f} in its first {len(start)} "
+        f"The objective reward − β · KL was {before:.3f} in its first {len(start)} "
         f"iterations and is {now:.3f} in the last {len(recent)}: the policy pays more for its KL "
         f"({recent[0].kl_per_response:.1f} nats per response) than its reward gains. best/ holds the best weights from "
         "before. Use a larger batch_size, a lower learning_rate or fewer ppo_epochs."
@@ -296,8 +325,8 @@ def _noise(start: History, recent: History, config: TrainingConfig) -> float:
 
 
 def _reward_hacking(history: History, config: TrainingConfig, generation: GenerationConfig) -> str | None:
-    start, recent = _ends(history, config.responses_per_prompt)
-    if not recent or any(math.isnan(result.reward_mean) for result in (*start, *recent)):
+    start, recent = _ends(_scored(history), config.responses_per_prompt)
+    if not recent:
         return None
     (before, now), (variety, variety_now), (loss, loss_now) = (
         [mean([getattr(result, name) for result in part]) for part in (start, recent)]
@@ -367,6 +396,7 @@ def _sampler_differs(history: History, config: TrainingConfig, generation: Gener
 FINDINGS: dict[str, _Finding] = {
     "no_rewards": _no_rewards,
     "constant_reward": _constant_reward,
+    "single_response": _single_response,
     "equal_groups": _equal_groups,
     "all_cut_off": _all_cut_off,
     "never_ends": _never_ends,

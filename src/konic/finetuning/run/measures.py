@@ -10,6 +10,7 @@ from konic.finetuning.learning.update import UpdateStats
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.intervals import distinct_n, mean, nanmean, spread
 from konic.finetuning.results.iteration import METRICS, FinetuningIterationResult
+from konic.finetuning.results.summary import Selection
 from konic.finetuning.rewards.scoring import Scores
 from konic.finetuning.rollout.rollout import Rollout
 
@@ -58,7 +59,8 @@ def iteration_result(
     scores: Scores,
     advantages: Advantages,
     stats: UpdateStats,
-    price: float,
+    selection: Selection,
+    penalty: float,
     kl_penalty_weight: float,
     clock: StageClock,
     evaluation: Evaluation | None,
@@ -66,8 +68,8 @@ def iteration_result(
 ) -> FinetuningIterationResult:
     """The metrics of an iteration. Token averages are over all its response tokens, left out of the loss or not.
 
-    `price` is the β that the user set, `kl_penalty_weight` the β of this iteration, `left_out` [B] why responses are
-    left out of the loss.
+    `selection` prices the KL, `penalty` is what the settings take off a reward on average, `kl_penalty_weight` the β of
+    this iteration, `left_out` [B] why responses are left out of the loss.
     """
     mask = rollout.response_mask
     lengths = mask.sum(dim=1).tolist()
@@ -88,7 +90,8 @@ def iteration_result(
         num_reward_errors=scores.num_faults,
         kl_divergence=rollout.kl[mask].mean().item(),
         kl_per_response=kl_per_response,
-        objective=mean(rewards) - price * kl_per_response,
+        penalty_mean=penalty,
+        objective=selection.priced(mean(rewards) - penalty, kl_per_response),
         kl_k1=k1(log_ratios).mean().item(),
         kl_k3=k3(log_ratios).mean().item(),
         kl_penalty_weight=kl_penalty_weight,
@@ -102,7 +105,7 @@ def iteration_result(
         num_in_equal_groups=left_out.count("equal group"),
         num_cut_off=left_out.count("cut off"),
         effective_sample_size=advantages.effective_sample_size,
-        no_signal_fraction=_no_signal_fraction(advantages),
+        no_signal_fraction=advantages.no_signal_fraction,
         generation_time_sec=clock.seconds["generation"],
         reward_compute_time_sec=clock.seconds["reward"],
         update_time_sec=clock.seconds["update"],
@@ -110,9 +113,3 @@ def iteration_result(
         eval_reward_mean=evaluation.reward_mean if evaluation else math.nan,
         eval_kl_per_response=mean(evaluation.kl_per_response) if evaluation else math.nan,
     )
-
-
-def _no_signal_fraction(advantages: Advantages) -> float:
-    scored = advantages.mask.any(dim=1)
-    silent = scored & ~(advantages.advantages != 0).any(dim=1)
-    return silent.sum().item() / max(1, scored.sum().item())

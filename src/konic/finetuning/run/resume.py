@@ -40,7 +40,10 @@ _BEFORE_IT_EXISTED: dict[str, Any] = {
 """What a run did before these settings existed; a checkpoint from then does not name them. A correction of the sampler
 changes nothing in fp32, and what rounding does in 16 bits."""
 
-_SET_BY = {"on_held_out": "whether eval_every is set", "kl_budget": "kl_budget", "kl_price": "kl_penalty_weight"}
+_SET_BY = {
+    "on_held_out": "whether eval_every is set", "kl_budget": "kl_budget", "kl_price": "kl_penalty_weight",
+    "kl_free": "kl_target",
+}  # fmt: skip
 """The setting behind each field of a selection."""
 _HASHES = {
     "prompts_sha256": "the rows of the dataset are not the same",

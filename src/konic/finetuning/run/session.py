@@ -91,6 +91,7 @@ class Session:
             on_held_out=self.training.eval_every is not None,
             kl_budget=self.training.kl_budget,
             kl_price=self.agent.kl_penalty_weight,
+            kl_free=self.training.kl_target or 0.0,
         )
 
     @property
