@@ -352,6 +352,8 @@ def test_end_tokens_must_be_tokens(ids):
         ({"algorithm": "max_rl", "overlong_penalty": 1.0}, "it takes neither .* nor overlong_penalty"),
         ({"algorithm": "dapo", "clip_ratio": 0.05}, r"clip_ratio=0\.05 would change nothing: .*'dapo' clips by 0\.2"),
         ({"algorithm": "cispo", "clip_ratio": 0.3, "clip_ratio_low": 0.1}, "Set clip_ratio_low and clip_ratio_high"),
+        ({"algorithm": "sapo", "clip_ratio": 0.3}, "algorithm='sapo' does not clip: leave clip_ratio, clip_ratio_low"),
+        ({"algorithm": "dppo", "clip_ratio_high": 0.3}, "algorithm='dppo' does not clip"),
         ({"vf_coef": 0, "value_warmup_iterations": 1}, "vf_coef=0.0 no value head learns"),
     ],
 )

@@ -224,6 +224,11 @@ class TrainingConfig(Settings):
                 f"clip_ratio={self.clip_ratio:g} would change nothing: algorithm={self.algorithm!r} clips by "
                 f"{own_ratios[0]:g} below and {own_ratios[1]:g} above 1. Set clip_ratio_low and clip_ratio_high"
             )
+        has_clip = self.clip_ratio != default or self.clip_ratio_low is not None or self.clip_ratio_high is not None
+        if has_clip and self.algorithm_row.policy_loss in ("soft_gate", "unclipped"):
+            raise ValueError(
+                f"algorithm={self.algorithm!r} does not clip: leave clip_ratio, clip_ratio_low and clip_ratio_high out"
+            )
         uses_ratios = self.algorithm_row.ratio_level == "token"
         if self.divergence_limit is not None and not uses_ratios:
             raise ValueError(
