@@ -21,6 +21,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import warm
 from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
 from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.data.prompts import make_prompts
@@ -207,6 +208,10 @@ def _no_secret_is_written(tmp_path_factory):
 
 
 def children_of(process=None, recursive=False):
-    """The processes that a run has started, without Python's own helper and the one that renders chat templates."""
+    """The processes that a run has started.
+
+    Without Python's own helper, the one that renders chat templates, and the server from which tests are forked.
+    """
     found = (process or psutil.Process()).children(recursive=recursive)
+    found = [child for child in found if child.pid not in warm.server_ids()]
     return [child for child in found if not re.search("resource_tracker|template_process", str(child.cmdline()))]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import warm
+from conftest import children_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every process is one of its own")
 WHERE = """
@@ -59,6 +60,12 @@ def test_a_signal_reaches_it(number):
         assert process.stdout.readline() == b"up\n" and is_forked(process)
         process.send_signal(number)
     assert process.returncode == -number
+
+
+def test_its_server_is_not_taken_for_a_process_of_a_run():
+    warm.run(code("pass"))
+    assert len(warm.server_ids()) == 1
+    assert warm.server_ids()[0] not in [child.pid for child in children_of()]
 
 
 def test_what_hangs_is_ended():

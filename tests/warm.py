@@ -90,6 +90,11 @@ def imported_with(environment):
     return {name: value for name, value in environment.items() if name not in READ_LATER}
 
 
+def server_ids():
+    """The process ids of servers that this process has started."""
+    return [server.pid for server in _servers]
+
+
 def server():
     """The server of this process, which ends with it."""
     if not _servers:
@@ -106,6 +111,7 @@ class Server:
         with theirs:
             command = [sys.executable, __file__, str(theirs.fileno())]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        self.pid = self._process.pid
         atexit.register(self._end)
 
     def _end(self):
