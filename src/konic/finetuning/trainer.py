@@ -78,12 +78,12 @@ class Trainer:
 
             with uninterrupted():  # Ctrl-C waits, so that an iteration counts as a whole or not at all
                 # the best weights are those that sampled, so they are copied before the update
-                is_best = self._is_best(rollout, scores, evaluation)
+                penalty = mean_penalty(rollout, scores, session.training)
+                is_best = self._is_best(rollout, scores, penalty, evaluation)
                 best_weights = snapshot(session.learner.policy) if is_best else state.best_weights
                 stats = self._update(iteration, learned, advantages, value_shift)
                 stage_clock.lap("update")
 
-                penalty = mean_penalty(rollout, scores, session.training)
                 left_out = reasons_left_out(rollout, scores, session.training)
                 result = iteration_result(
                     iteration, rollout, scores, advantages, stats, session.selection, penalty, kl_weight, stage_clock,
@@ -225,14 +225,13 @@ class Trainer:
             return weight
         return limited_kl_weight(weight, rollout.kl.sum(dim=1).mean().item(), config.kl_limit)
 
-    def _is_best(self, rollout: Rollout, scores: Scores, evaluation: Evaluation | None) -> bool:
+    def _is_best(self, rollout: Rollout, scores: Scores, penalty: float, evaluation: Evaluation | None) -> bool:
         """True if the policy that sampled is the best so far, on held-out prompts (eval_every) or else its batch."""
         selection = self._session.selection
         if scores.is_dropped:
             return False
         if not selection.on_held_out:
-            reward = mean(scores.valid_rewards()) - mean_penalty(rollout, scores, self._session.training)
-            kl = rollout.kl.sum(dim=1).mean().item()
+            reward, kl = mean(scores.valid_rewards()) - penalty, rollout.kl.sum(dim=1).mean().item()
         elif evaluation is not None:
             reward, kl = evaluation.reward_mean, mean(evaluation.kl_per_response)
         else:

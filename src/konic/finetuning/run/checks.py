@@ -298,7 +298,7 @@ def _objective_fell(history: History, config: TrainingConfig, generation: Genera
     if now >= before - max(_noise(start, recent, config), ROUNDING):
         return None
     return (
-        f"The objective reward − β · KL was {before:.3f} in its first {len(start)} "
+        f"The objective, the reward less penalties and less β · KL, was {before:.3f} in its first {len(start)} "
         f"iterations and is {now:.3f} in the last {len(recent)}: the policy pays more for its KL "
         f"({recent[0].kl_per_response:.1f} nats per response) than its reward gains. best/ holds the best weights from "
         "before. Use a larger batch_size, a lower learning_rate or fewer ppo_epochs."
