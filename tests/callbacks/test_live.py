@@ -1,5 +1,6 @@
 """The live view: what it draws, where it is shown, and that it leaves every printed line as it is."""
 
+import dataclasses
 import io
 import logging
 import sys
@@ -140,14 +141,14 @@ def terminal(monkeypatch):
     return connect
 
 
-def run(callback, print_in_reward=lambda: None):
+def run(callback, print_in_reward=lambda: None, result=None):
     callback.on_train_begin(CONFIG)
     callback.on_iteration_begin(1)
     callback.on_generation_begin(["p0"])
     callback.on_generation_end(["p0"], ["r0"])
     print_in_reward()
     callback.on_reward_computed([0.5], {"a": [0.5]})
-    callback.on_iteration_end(iteration())
+    callback.on_iteration_end(result or iteration())
     callback.on_train_end(finished())
 
 
@@ -203,6 +204,15 @@ def test_the_line_of_an_iteration_loses_its_padding_before_it_wraps(terminal, mo
     monkeypatch.setenv("COLUMNS", columns)
     run(KonicFinetuningCallback())
     assert f"{line}\n" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(("columns", "is_said"), [("100", True), ("99", False)])
+def test_a_terminal_with_room_says_how_many_responses_were_left_out(terminal, monkeypatch, columns, is_said):
+    terminal = terminal()
+    monkeypatch.setenv("COLUMNS", columns)
+    result = dataclasses.replace(iteration(), num_samples=12, num_in_equal_groups=4, num_cut_off=2, num_unscored=1)
+    run(KonicFinetuningCallback(), result=result)
+    assert f"{FIRST_LINE}{' | Left out: 7 of 12' if is_said else ''}\n" in terminal.getvalue()
 
 
 def test_an_error_or_ctrl_c_leaves_a_clean_terminal(terminal):

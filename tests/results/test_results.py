@@ -131,6 +131,16 @@ def test_the_summary_has_the_contracts_lines_in_order_then_the_runs_own():
     assert all(part in more for part in ("12", "12.3s", "max_minutes passed", "runs/x/final"))
 
 
+def test_the_summary_says_how_many_responses_did_not_count_and_why():
+    history = [iteration(1, num_in_equal_groups=4, num_unscored=0), iteration(2, num_in_equal_groups=2, num_cut_off=3)]
+    result = dataclasses.replace(run([]), history=history)
+    assert result.left_out == {"in groups of equal rewards": 6, "cut off": 3, "without a reward": 1}
+    assert "Left Out: 6 in groups of equal rewards, 3 cut off, 1 without a reward" in result.summary().splitlines()
+    none = dataclasses.replace(result, history=[iteration(num_unscored=0)])
+    assert none.left_out == {}
+    assert "Left Out" not in none.summary()
+
+
 def test_a_runs_dict_is_json_with_numbers_and_history():
     result = run([0.1, math.nan, 0.3])
     values = json.loads(json.dumps(result.to_dict(), allow_nan=False))

@@ -1,5 +1,6 @@
 """The callback that prints a run's lines, shows it live on a terminal and stops it early."""
 
+import math
 import re
 import shutil
 import sys
@@ -116,7 +117,7 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
             self._live.add(result, time.monotonic())
         if self.verbose and (result.iteration % self.log_interval == 0 or result.iteration == 1):
             line = iteration_line(result)
-            _print(line if self._display is None else _fitted(line))
+            _print(line if self._display is None else _fitted(line, _left_out(result)))
 
     def on_checkpoint_saved(self, path: str, iteration: int) -> None:
         """Show the phase."""
@@ -163,10 +164,18 @@ def iteration_line(result: FinetuningIterationResult) -> str:
     )
 
 
-def _fitted(line: str) -> str:
-    """The line for a terminal: without its padding where it is wider than the terminal, and would wrap."""
-    is_too_long = is_terminal(sys.stdout) and len(line) > shutil.get_terminal_size().columns
-    return re.sub(" {2,}", " ", line) if is_too_long else line
+def _left_out(result: FinetuningIterationResult) -> str:
+    """What a terminal's line adds where responses are left out of the loss."""
+    count = result.num_in_equal_groups + result.num_cut_off + result.num_unscored
+    return f" | Left out: {count} of {result.num_samples}" if count else ""
+
+
+def _fitted(line: str, more: str) -> str:
+    """The line for a terminal: with more where there is room, without its padding where it would wrap."""
+    columns = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else math.inf
+    if len(line + more) <= columns:
+        return line + more
+    return line if len(line) <= columns else re.sub(" {2,}", " ", line)
 
 
 def _print(text: str) -> None:

@@ -134,6 +134,16 @@ class FinetuningResult:
         """Number of responses sampled for training."""
         return sum(result.num_samples for result in self.history)
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many of them were left out of the loss, by reason; empty if none was."""
+        counts = {
+            "in groups of equal rewards": sum(result.num_in_equal_groups for result in self.history),
+            "cut off": sum(result.num_cut_off for result in self.history),
+            "without a reward": sum(result.num_unscored for result in self.history),
+        }
+        return {reason: count for reason, count in counts.items() if count}
+
     def get_reward_curve(self) -> list[float]:
         """Mean reward of every iteration."""
         return [result.reward_mean for result in self.history]
@@ -156,6 +166,8 @@ class FinetuningResult:
             lines.append(f"Best Reward: {best}")
             lines.append(f"Final Reward: {self.final_reward_mean:.4f}")
             lines.append(f"Samples: {self.total_samples}")
+            if self.left_out:
+                lines.append(f"Left Out: {', '.join(f'{count} {reason}' for reason, count in self.left_out.items())}")
         gain = self.held_out_gain
         if gain is not None and self.before is not None and self.after is not None:
             lines.append(f"Held-out Reward: {self.before.reward_mean:.4f} -> {self.after.reward_mean:.4f}")
