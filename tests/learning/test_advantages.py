@@ -219,6 +219,8 @@ def test_overlong_penalties_worked_by_hand():
     assert found == pytest.approx([0.0, 0.0, 0.0, 0.1, 1.0, 1.9, 2.0], abs=1e-9)
     assert found[:3] == [0.0] * 3
     assert overlong_penalties(torch.tensor([1, 3, 4]), 4, share=1.0, most=1.0).tolist() == [0.25, 0.75, 1.0]
+    for less_than_a_token in (0.01, 0.25):
+        assert overlong_penalties(torch.tensor([2, 3, 4]), 4, less_than_a_token, most=2.0).tolist() == [0.0, 0.0, 2.0]
 
 
 @settings(deadline=None, max_examples=100)
@@ -353,6 +355,7 @@ def test_max_rl_worked_by_hand():
     assert found[1].tolist() == [0.0] * 4  # no success: nothing to follow
     assert found[2].tolist() == pytest.approx([0.0, -0.5, 0.5, 0.0])
     assert found[3].tolist() == [0.0] * 4  # a mean below 0 has no likelihood
+    assert group_mean_normalised(tensor([[-1.0, 1.0]]), torch.ones(1, 2, dtype=torch.bool)).tolist() == [[0.0, 0.0]]
 
 
 def test_max_rls_expectation_is_the_gradient_of_the_truncated_log_likelihood():
@@ -378,6 +381,16 @@ def test_parts_of_equal_values_count_nothing_and_the_sum_is_whitened():
     assert found.tolist() == pytest.approx([-unit / spread, unit / spread] * 2)
     nothing = torch.zeros(3, 4, dtype=torch.bool)
     assert parts_normalised(parts.nan_to_num(), nothing, tensor([1.0, 7.0, 1.0]), 2).tolist() == [0.0] * 4
+    with pytest.raises(ValueError, match="shorter"):
+        parts_normalised(parts, mask, tensor([1.0]), 2)
+
+
+def test_of_one_response_with_parts_nothing_is_learned_and_of_two_their_difference():
+    parts = tensor([[1.0, 3.0, 5.0, 5.0]])
+    one, two = (torch.tensor([[True, has_two, False, False]]) for has_two in (False, True))
+    assert parts_normalised(parts, one, tensor([2.0]), group_size=2).tolist() == [0.0] * 4
+    found = parts_normalised(parts, two, tensor([2.0]), group_size=2).tolist()
+    assert found == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5), 0.0, 0.0], rel=1e-3)
 
 
 def test_equal_groups_worked_by_hand():
@@ -515,6 +528,12 @@ def test_equal_policies_weigh_one_and_a_response_without_a_token_weighs_nothing(
 )
 def test_effective_sample_size_worked_by_hand(weights, share):
     assert effective_sample_size(tensor(weights)) == pytest.approx(share, rel=1e-12, abs=0)
+
+
+def test_equal_weights_all_count_and_no_more_although_their_sum_is_rounded():
+    found = [effective_sample_size(torch.full((n,), 0.1, dtype=torch.float64)) for n in range(1, 40)]
+    assert max(found) == 1.0
+    assert min(found) == pytest.approx(1.0, rel=1e-14)
 
 
 @settings(deadline=None, max_examples=100)

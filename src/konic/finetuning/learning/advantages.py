@@ -80,8 +80,8 @@ def overlong_penalties(lengths: Tensor, max_length: int, share: float, most: flo
         share: The share of them, from the end, over which the penalty rises; in (0, 1].
         most: The penalty of a response of `max_length`, in units of reward.
     """
-    buffer = max(round(share * max_length, 9), 1e-9)  # 0.28 · 50 is a little more than 14 in floats
-    return most * (1.0 - (max_length - lengths.double()) / buffer).clamp(0.0, 1.0)
+    buffer = max(round(share * max_length, 9), 1.0)  # 0.28 · 50 is a little more than 14 in floats
+    return most * (1.0 - (max_length - lengths.double()) / buffer).clamp(min=0.0)
 
 
 def equal_groups(scores: Tensor, mask: Tensor) -> Tensor:
