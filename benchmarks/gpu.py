@@ -244,7 +244,7 @@ def main():
     parser.add_argument("--trl116", help="a Python with TRL 1.16")
     parser.add_argument("--trl026", help="a Python with TRL 0.26.2")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", help="checks, or names of works")
+    parser.add_argument("--only", nargs="*", choices=["checks", *(work.name for work in WORKS)])
     parser.add_argument("--output", type=Path, help="also write what is printed to this file")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()

@@ -52,6 +52,7 @@ from konic.finetuning.run import session as session_module
 from konic.finetuning.run.folder import RunFolder
 from konic.finetuning.run.resume import newest_checkpoint
 from konic.finetuning.system.files import seal
+from konic.report.run import Run
 
 TIMES = {"generation_time_sec", "reward_compute_time_sec", "update_time_sec", "total_time_sec"}
 
@@ -235,7 +236,9 @@ def test_a_run_from_when_one_layout_was_the_default_keeps_it(model_folders, tmp_
     engine.train(2, resume_from_checkpoint=True)
     assert engine._session.learner.policy.decode_plan == DecodePlan("onednn")
     assert make_engine(model_folders["llama"], tmp_path / "new").train(1).total_iterations == 1
-    with pytest.raises(OutputError, match="generation_config was"):
+    with pytest.raises(
+        OutputError, match=r"another run: generation_config\.decode_layout was None and is 'mkl'\. Resume"
+    ):
         make_engine(model_folders["llama"], tmp_path, generation={"decode_layout": "mkl"}).train(
             3, resume_from_checkpoint=True
         )
@@ -867,6 +870,57 @@ def test_a_resume_from_an_earlier_checkpoint_keeps_what_came_after(model_folders
     assert len(completions(run)) == 3
     make_engine(model_folders["llama"], run, learning_rate=0.02).train(4, resume_from_checkpoint=True)
     assert not (run / "earlier-2").exists()
+
+
+def test_a_refused_resume_names_the_fields_of_a_config_that_differ(model_folders, tmp_path):
+    make_engine(model_folders["llama"], tmp_path).train(1)
+    other = make_engine(model_folders["llama"], tmp_path, generation={"temperature": 0.5, "top_k": 3})
+    with pytest.raises(OutputError) as caught:
+        other.train(2, resume_from_checkpoint=True)
+    for named in ("generation_config.temperature was 1.0 and is 0.5", "generation_config.top_k was"):
+        assert named in str(caught.value)
+    assert "max_new_tokens" not in str(caught.value)
+    other = make_engine(model_folders["llama"], tmp_path)
+    other.lora_config = LoraConfig(r=4, lora_alpha=3, target_modules=LORA_TARGETS["llama"])
+    with pytest.raises(OutputError, match=r"another model: lora_config\.lora_alpha was 16 and is 3\.0\. Resume"):
+        other.train(2, resume_from_checkpoint=True)
+
+
+def test_a_finished_run_that_is_continued_and_killed_keeps_what_its_final_model_is(model_folders, tmp_path, caplog):
+    make_engine(model_folders["llama"], tmp_path).train(2)
+    final = weights(tmp_path / "final")
+
+    class Killed(Silent):
+        def on_iteration_end(self, result):
+            if result.iteration == 5:
+                raise SystemExit
+
+    with pytest.raises(SystemExit):
+        make_engine(model_folders["llama"], tmp_path, callback=Killed()).train(
+            9, save_every=2, resume_from_checkpoint=True
+        )
+    same_tensors(weights(tmp_path / "final"), final)
+    run = Run.read(tmp_path)
+    newest = run.saved[-3]
+    assert newest in ("checkpoint-4", "checkpoint-5") and run.saved[-2:] == ["final", "best"]
+    assert run.iterations_of("final") == 2 and run.checkpoints[2] == "final"
+    assert run.find_weights(None) == newest
+    assert run.find_weights("checkpoint-2") == "checkpoint-2"
+    make_engine(model_folders["llama"], tmp_path).train(6, resume_from_checkpoint=True)
+    assert not (tmp_path / "earlier-1").exists(), "nothing there was of a later iteration"
+    run = Run.read(tmp_path)
+    assert run.find_weights(None) == "final" and run.iterations_of("final") == 6
+    (tmp_path / "final" / "README.md").unlink()
+    assert run.iterations_of("final") is None and run.find_weights(None) == "final"
+
+
+def test_held_out_prompts_that_were_not_evaluated_after_ctrl_c_are_spoken_of(model_folders, tmp_path, caplog):
+    class Interrupted(Silent):
+        def on_iteration_end(self, result):
+            raise KeyboardInterrupt
+
+    make_engine(model_folders["llama"], tmp_path, callback=Interrupted()).train(3)
+    assert "The held-out prompts were not evaluated. Resuming the run does it when that ends." in caplog.text
 
 
 @pytest.mark.parametrize("lost", ["metrics.jsonl", "everything but final", "everything but a checkpoint"])

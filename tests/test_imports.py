@@ -23,7 +23,7 @@ INSIDE = {
         "memory", "signals", "places", "user_code", "files", "mirror", "pickling", "processor", "child", "group",
         "world",
     ],
-    "results": ["metrics", "intervals", "at_k", "iteration", "evaluation", "summary"],
+    "results": ["metrics", "intervals", "at_k", "iteration", "evaluation", "summary", "trained"],
     "data": [
         "pages", "packed", "rows", "chats", "columns", "fingerprint", "hub", "formats", "folders", "loaders", "config",
         "prompts", "samples", "template_process", "chat_templates", "template_names", "decoding", "chat_tokens",

@@ -167,3 +167,4 @@ def test_a_server_that_samples_is_not_described():
     session = session_of(tiny_learner())
     session.generation = GenerationConfig(engine="vllm", vllm_address="http://127.0.0.1:1")
     assert limits_of_sampling.decoding(session) is None
+    assert limits_of_sampling.token_costs(session) is None

@@ -68,7 +68,7 @@ def test_without_json_each_response_is_a_line(run):
 
 def test_what_cannot_be_generated_is_one_error(run, tmp_path):
     for arguments, said in (
-        ((run, "x", "--weights", "checkpoint-7"), "no weights 'checkpoint-7'. Did you mean 'checkpoint-1'?"),
+        ((run, "x", "--weights", "checkpoint-7"), "no weights 'checkpoint-7'. Did you mean 'checkpoint-2'?"),
         ((run, "x", "--weights", "../run/final"), "no weights '../run/final'"),
         ((tmp_path / "nowhere", "x"), "there is no such folder"),
         ((run / "final", "x"), "Did you mean"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import LORA_TARGETS, loaded_model, prompt_batch, roll, shake_adapter, tiny_learner
-from konic.finetuning import KonicFinetuningEngine
+from konic.finetuning import DatasetConfig, KonicFinetuningEngine
 from konic.finetuning.agent import KonicFinetuningAgent
 from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
 from konic.finetuning.errors import ConfigError, OutputError
@@ -16,6 +16,7 @@ from konic.finetuning.learning.learner import build_learner, make_learner
 from konic.finetuning.learning.schedule import Schedule
 from konic.finetuning.learning.update import make_optimizer, update
 from konic.finetuning.models.policy import Policy
+from konic.finetuning.models.prepacked import layouts
 from konic.finetuning.rewards.scoring import Scores
 from konic.finetuning.rollout.rollout import sample_rollout
 from konic.finetuning.rollout.sampler import RandomKey, find_special_tokens
@@ -90,6 +91,29 @@ def test_ratio_kl_and_gradient_are_near_those_of_fp32_with_the_same_weights(arch
     ours, exact = (torch.cat([g.flatten() for g in found.values()]) for found in (ours, exact))
     assert torch.nn.functional.cosine_similarity(ours, exact, dim=0) > 0.999
     assert (ours - exact).norm() / exact.norm() < 0.06
+
+
+def test_a_prompt_that_a_group_shares_is_read_the_same_way_before_the_update_and_in_it(model_folders, tmp_path):
+    prompts = DatasetConfig(prompts=[f"a longer prompt than the others, {letter}" * 2 for letter in "abcd"])
+    for checkpointing in (False, True):
+        engine = run_of(
+            model_folders["llama"], tmp_path / str(checkpointing), dataset=prompts, batch_size=8, ppo_epochs=1,
+            algorithm="gspo", num_generations=8, gradient_checkpointing=checkpointing,
+            generation={"max_new_tokens": 20, "max_prompt_length": 90},
+        )  # fmt: skip
+        for result in engine.train(2).history:
+            assert (result.first_log_ratio, result.clip_fraction) == (0.0, 0.0)
+
+
+def test_a_resume_in_another_precision_takes_a_layout_that_it_has(model_folders, tmp_path, caplog):
+    generation = {"max_new_tokens": 20, "decode_layout": "mkl"}
+    if "mkl" not in layouts(torch.float32):
+        pytest.skip("this build of torch has no MKL")
+    run_of(model_folders["llama"], tmp_path, precision="float32", generation=generation).train(1)
+    generation = {"max_new_tokens": 20}
+    engine = run_of(model_folders["llama"], tmp_path, generation=generation)
+    engine.train(2, resume_from_checkpoint=True, allow_changes=True)
+    assert "decode_plan was {'layout': 'mkl', 'threads': None}, which is not possible here" in caplog.text
 
 
 def test_gradient_checkpointing_changes_no_bit(architecture, monkeypatch):
@@ -176,8 +200,9 @@ def agent_of(folder, lora=None, dtype=None, **training):
 def test_a_dtype_that_contradicts_the_precision_is_one_error(dtype):
     with pytest.raises(ConfigError, match=r"precision='bfloat16'\) and model_kwargs=.*Leave dtype out"):
         agent_of("gpt2", dtype=dtype, precision="bfloat16")
-    with pytest.raises(ConfigError, match="contradict"):
-        agent_of("gpt2", dtype="bfloat16", precision="auto")
+    for contradicting in ("bfloat16", dtype):
+        with pytest.raises(ConfigError, match="contradict"):
+            agent_of("gpt2", dtype=contradicting, precision="auto")
     assert agent_of("gpt2", dtype=torch.bfloat16, precision="bfloat16")
     assert agent_of("gpt2", dtype=dtype)  # a dtype alone says what it always did
 

@@ -221,5 +221,6 @@ def test_threads_are_halved_as_long_as_that_is_faster(monkeypatch):
     {"layout": "plain", "threads": None, "more": 1},
 ])  # fmt: skip
 def test_a_record_that_is_no_plan_is_none(record):
-    assert plan_from(record) is None
-    assert plan_from({"layout": "plain", "threads": 1}) == DecodePlan("plain", 1)
+    assert plan_from(record, torch.float32) is None
+    assert plan_from({"layout": "plain", "threads": 1}, torch.float32) == DecodePlan("plain", 1)
+    assert plan_from({"layout": "mkl", "threads": 1}, torch.bfloat16) is None

@@ -20,14 +20,22 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import LORA_TARGETS, files_with, shake_adapter, tiny_learner
-from konic.finetuning import ConfigError, GenerationConfig, KonicError, OutputError, SamplerError
+from konic.finetuning import (
+    ConfigError,
+    GenerationConfig,
+    KonicError,
+    KonicLLMRewardComposer,
+    OutputError,
+    SamplerError,
+)
 from konic.finetuning.rollout import vllm_guard
 from konic.finetuning.rollout.sampler import RandomKey
 from konic.finetuning.rollout.vllm_client import RequestRefusedError
 from konic.finetuning.rollout.vllm_sampler import _is_log_prob, request_seed
 from konic.finetuning.rollout.vllm_server import require_vllm
 from konic.finetuning.rollout.vllm_weights import save_untied
-from konic.finetuning.run.served import is_other, share_of_other
+from konic.finetuning.run import session
+from konic.finetuning.run.served import TOKENS_TO_JUDGE, ServedCheck, _any_is_other, is_other, share_of_other
 from konic.finetuning.system.group import ProcessLostError
 from loopback_vllm import FAULTS, KEY, LoopbackVllm
 from test_engine import completions, make_engine, metrics
@@ -190,7 +198,7 @@ def test_a_wrong_key_is_refused_by_name_and_never_shown(server, model_folders, t
     "options",
     [
         {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5]},
-        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa"}, {"rank_pattern": {"q_proj": 1}}, {"alpha_pattern": {"v_proj": 2}},
     ],
     ids=str,
 )  # fmt: skip
@@ -202,6 +210,74 @@ def test_an_adapter_that_vllm_cannot_serve_is_merged(server, model_folders, tmp_
     assert all(result.sampler_gap < 1e-5 for result in history)
     assert server.log.count("/collective_rpc") == 2
     assert "/v1/load_lora_adapter" not in server.log
+
+
+def test_a_server_that_was_started_again_between_two_iterations_is_no_error(server, model_folders, tmp_path):
+    load = server.load
+
+    def forget_first(name, path):
+        server.adapters.clear()
+        load(name, path)
+
+    server.load = forget_first
+    assert served(server, model_folders["llama"], tmp_path).train(3).total_iterations == 3
+
+
+def test_an_adapter_that_is_loaded_but_not_listed_does_not_stay_on_the_server(server, model_folders, tmp_path):
+    server.fault_name = "not listed"
+    with pytest.raises(SamplerError, match="does not list it"):
+        served(server, model_folders["llama"], tmp_path).train(1)
+    assert not server.adapters
+
+
+def other_weights(server, by):
+    torch.manual_seed(7)
+    for weight in server.base.parameters():
+        weight.data += by * torch.randn_like(weight)
+
+
+def test_a_server_with_other_numbers_than_fp32s_is_one_warning_and_an_error_if_it_is_our_own(
+    server, model_folders, tmp_path, caplog, monkeypatch
+):
+    other_weights(server, 0.002)
+    history = served(server, model_folders["llama"], tmp_path / "given").train(3).history
+    assert all(1e-3 < result.sampler_gap < 0.1 for result in history)
+    assert caplog.text.count("nats per token on average from the trainer's in fp32") == 1
+    monkeypatch.setattr(session, "ServedCheck", lambda policy, sampler, is_own: ServedCheck(policy, sampler, True))
+    engine = served(server, model_folders["llama"], tmp_path / "own")
+    with pytest.raises(SamplerError, match=r"rounding explains at most 0\.001\. Nothing was updated"):
+        engine.train(1)
+    assert engine._session.state.iteration == 0
+
+
+def test_the_gap_is_measured_where_nothing_is_learned_too(server, model_folders, tmp_path):
+    other_weights(server, 0.002)
+    composer = KonicLLMRewardComposer().add_reward_function(lambda prompt, response: 1.0, name="same")
+    engine = served(server, model_folders["llama"], tmp_path, algorithm="grpo", composer=composer)
+    result = engine.train(1).history[0]
+    assert result.num_steps == 0 and result.sampler_gap > 1e-3
+
+
+def test_a_server_without_the_adapter_that_training_goes_on_from_is_told(server, model_folders, tmp_path):
+    make_engine(model_folders["llama"], tmp_path / "before", learning_rate=3e-2).train(3)
+    engine = served(server, tmp_path / "before" / "final", tmp_path / "after", learning_rate=1e-4)
+    server.fault_name = "no adapter"
+    with pytest.raises(SamplerError, match="has sampled from the base model without its adapter"):
+        engine.train(1)
+
+
+def test_one_response_of_other_weights_is_enough_if_it_is_long():
+    generator = np.random.default_rng(0)
+    current = generator.normal(-2, 1, (4, 50))
+    other = current + generator.normal(0, 0.05, current.shape)
+    sampled = current + generator.normal(0, 0.001, current.shape)
+    sampled[2] = other[2]
+    tensors = [torch.from_numpy(part) for part in (sampled, current, other)]
+    assert not is_other(*tensors, torch.ones(4, 50, dtype=torch.bool))
+    assert _any_is_other(*tensors, torch.ones(4, 50, dtype=torch.bool))
+    assert not _any_is_other(*tensors, torch.arange(50).expand(4, 50) < TOKENS_TO_JUDGE - 1)
+    tensors[0] = tensors[1] + 1e-3
+    assert not _any_is_other(*tensors, torch.ones(4, 50, dtype=torch.bool))
 
 
 def test_the_share_of_another_policy_in_the_log_probs_of_a_sampler():

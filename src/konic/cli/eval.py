@@ -135,7 +135,8 @@ def show(comparison: "Comparison") -> None:
 
     console = Console(highlight=False, width=None if is_terminal(sys.stdout) else 100)
     count = f", {comparison.num_samples} responses to each" if comparison.num_samples > 1 else ""
-    title = f"{comparison.weights[0]} against {comparison.against[0]} on {comparison.num_prompts} prompts{count}"
+    prompts = "prompts" if comparison.num_prompts > 1 else "prompt"
+    title = f"{comparison.weights[0]} against {comparison.against[0]} on {comparison.num_prompts} {prompts}{count}"
     table: Any = Table(title=title, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
     table.add_column("", overflow="fold")
     for heading in (comparison.against[0], comparison.weights[0], "difference"):
@@ -147,9 +148,10 @@ def show(comparison: "Comparison") -> None:
         style = "bold" if measure.name == "mean reward" else None
         table.add_row(Text(printable(measure.name)), *cells, style=style)
     console.print(table)
-    console.print("In brackets: 95 % intervals, by the bootstrap over prompts; of the difference, over pairs.")
     if comparison.num_prompts < FEWEST_PAIRS:
         console.print(f"Fewer than {FEWEST_PAIRS} prompts are too few for intervals.")
+    else:
+        console.print("In brackets: 95 % intervals, by the bootstrap over prompts; of the difference, over pairs.")
 
 
 def _digits(difference: "Interval") -> int:

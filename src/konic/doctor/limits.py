@@ -67,9 +67,12 @@ class TokenCosts:
 
 
 def token_costs(session: Session) -> TokenCosts | None:
-    """Return what a decode step of the job costs at rates that are measured now; None if not on a CPU."""
+    """Return what a decode step of the job costs at rates that are measured now; None if not on a CPU.
+
+    None too if a server samples.
+    """
     model, rows = session.learner.policy.language_model.causal_lm, session.training.batch_size
-    if model.device.type != "cpu":
+    if model.device.type != "cpu" or session.generation.engine != "local":
         return None
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     weights = sum(weight.numel() for weight in model.parameters())

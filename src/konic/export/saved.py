@@ -154,8 +154,8 @@ class SavedModel:
         whole = FinetuningResult(name, history, math.nan, None, selection=selection)
         if not history:
             return whole
-        learned = {folder: number for number, folder in self.run.checkpoints.items()}
-        until = whole.best_iteration if self.name == "best" else learned[self.name]
+        last = whole.best_iteration if self.name == "best" else whole.total_iterations
+        until = self.run.iterations_of(self.name) or last
         before, after = self.run.evaluations.get(0), self.run.evaluations.get(until) if self.name != "best" else None
         return FinetuningResult(name, history[:until], math.nan, None, selection=selection, before=before, after=after)
 

@@ -119,7 +119,8 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
             )
         dtype, training = self._model_kwargs.get("dtype"), self._training_config
         says_both = dtype is not None and "precision" in training.model_fields_set
-        if says_both and str(dtype).removeprefix("torch.") != training.precision:
+        agree = training.precision != "auto" and str(dtype).removeprefix("torch.") == training.precision
+        if says_both and not agree:
             raise ConfigError(
                 f"TrainingConfig(precision={training.precision!r}) and model_kwargs={{'dtype': {str(dtype)!r}}} "
                 "contradict each other: both say in which numbers the base model computes. Leave dtype out."

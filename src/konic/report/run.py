@@ -14,6 +14,7 @@ import pyarrow
 from konic.finetuning.data.formats import columns_of, read_table
 from konic.finetuning.errors import OutputError, did_you_mean
 from konic.finetuning.results.evaluation import Evaluation
+from konic.finetuning.results.trained import iterations_in_card
 from konic.finetuning.system.places import find_stray, read_json, read_regular
 from konic.text import describe_error
 
@@ -85,13 +86,29 @@ class Run:
     @property
     def checkpoints(self) -> dict[int, str]:
         """The folders that hold weights, by the iterations that these had learned from."""
-        folders = {int(name[11:]): name for name in self._folders() if re.fullmatch(r"checkpoint-[0-9]{1,9}", name)}
-        if "final" in self._folders():
-            folders[self.history[-1]["iteration"]] = "final"
-        return dict(sorted(folders.items()))
+        names = [name for name in self.saved if name != "best"]  # final comes after the checkpoint with its weights
+        last = self.history[-1]["iteration"]
+        return dict(sorted({self.iterations_of(name) or last: name for name in names}.items()))
+
+    @property
+    def saved(self) -> list[str]:
+        """The names of the folders that hold weights: checkpoints in order, then `final` and `best`."""
+        folders = self._folders()
+        numbers = sorted(int(name[11:]) for name in folders if re.fullmatch(r"checkpoint-(0|[1-9][0-9]{0,8})", name))
+        return [*(f"checkpoint-{number}" for number in numbers), *(n for n in ("final", "best") if n in folders)]
+
+    def iterations_of(self, name: str) -> int | None:
+        """The iterations that the weights in a folder had learned from; of `best`, the one that they sampled.
+
+        `final` may be of fewer iterations than the run has done since it was resumed. None if its card does not say.
+        """
+        if name.startswith("checkpoint-"):
+            return int(name[11:])
+        folder = self.path / name
+        return None if find_stray([folder / "README.md"], self.path) else iterations_in_card(folder)
 
     def find_weights(self, asked: str | None, *others: str) -> str:
-        """Return the name of the folder that holds the weights asked for; None asks for `final`, or the newest ones.
+        """Return the name of the folder that holds the weights asked for; None asks for the newest ones.
 
         `others` are names that may be asked for too.
 
@@ -99,12 +116,12 @@ class Run:
             OutputError: The run has no such weights, or they lie elsewhere.
         """
         chosen = asked or next(reversed(self.checkpoints.values()), None)
-        saved = [*self.checkpoints.values(), *(["best"] if "best" in self._folders() else [])]
+        saved = self.saved
         if chosen in others:
             return str(chosen)
         if chosen not in saved:
             hint = did_you_mean(chosen, [*saved, *others]) if chosen else ""
-            has = ", ".join(saved) or "none"
+            has = ", ".join([*saved, *others]) or "none"
             raise OutputError(f"{self.path} has no weights {chosen or 'yet'!r}.{hint} It has: {has}.")
         if not (self.path / chosen).resolve().is_relative_to(self.path.resolve()):
             raise OutputError(f"{self.path / chosen}: is a link out of the run's folder. Put the folder itself there.")

@@ -57,9 +57,11 @@ def outcome(run: Run) -> Outcome:
     """Compare the held-out prompts before and after; without them the first and the last tenth of the iterations."""
     if len(run.evaluations) == 2:
         before, after = run.evaluations.values()
+        last, done = max(run.evaluations), run.history[-1]["iteration"]
+        since = f", after {last} of {done} iterations" if last < done else ""
         if before.prompts == after.prompts:
             return Outcome(
-                where=f"On {len(before.prompts)} held-out prompt{'s' * (len(before.prompts) != 1)}",
+                where=f"On {len(before.prompts)} held-out prompt{'s' * (len(before.prompts) != 1)}{since}",
                 before=before.reward_mean,
                 after=after.reward_mean,
                 gain=paired_bootstrap(before.rewards, after.rewards),

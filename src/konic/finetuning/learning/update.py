@@ -78,7 +78,8 @@ def update(
         TrainingError: The policy is not the one that sampled. No step is taken.
     """
     steps: list[StepStats] = []
-    first_log_ratio = sampler_gap = rate = 0.0
+    first_log_ratio = rate = 0.0
+    sampler_gap = _gap(rollout) if rollout.is_rescored else 0.0
     num_nonfinite = 0
     explores = config.entropy_coef > 0 and config.kl_in_loss  # the KL holds it; in the reward it is part of the signal
     train_policy = schedule.train_policy and (advantages.has_signal or explores)
@@ -92,7 +93,8 @@ def update(
             try:
                 step = gradients.accumulate(rows, num_tokens)
                 if not steps:
-                    first_log_ratio, sampler_gap = step.largest_log_ratio, step.sampler_gap
+                    first_log_ratio = step.largest_log_ratio
+                    sampler_gap = sampler_gap if rollout.is_rescored else step.sampler_gap
                     _require_same_policy(step, rollout, config)
                 if config.target_kl is not None and steps and step.approx_kl > config.target_kl:
                     break
@@ -146,6 +148,12 @@ def _minibatches(num_rows: int, config: TrainingConfig, first_step: int) -> Iter
             continue
         generator = np.random.Generator(np.random.Philox(key=[config.seed, first_step], counter=[0, 0, epoch, 2**63]))
         yield from np.split(generator.permutation(num_rows), config.num_minibatches)
+
+
+def _gap(rollout: Rollout) -> float:
+    """Return how far the sampler's log-probs are from the trainer's: the mean over all tokens."""
+    apart = (rollout.samples.log_probs - rollout.log_probs)[rollout.response_mask].abs()
+    return apart.mean().item() if len(apart) else 0.0
 
 
 def _require_same_policy(step: StepStats, rollout: Rollout, config: TrainingConfig) -> None:

@@ -103,7 +103,7 @@ def plan_timings(causal_lm: PreTrainedModel, num_rows: int) -> Mapping[DecodePla
         file = folder / f"decode-{digest}.json"
         with contextlib.suppress(OSError, KonicError, *_OF_A_BROKEN_FILE):
             require_own(file)
-            return _read(read_regular(file), key)
+            return _read(read_regular(file), key, causal_lm.dtype)
         timings = _measure(layers, num_rows)
         plans = [{"plan": vars(plan), "seconds": timing} for plan, timing in timings.items()]
         write_text(file, json.dumps({"of": key, "plans": plans}, indent=1))
@@ -111,12 +111,12 @@ def plan_timings(causal_lm: PreTrainedModel, num_rows: int) -> Mapping[DecodePla
     return {}
 
 
-def _read(text: bytes, key: Mapping[str, Any]) -> Mapping[DecodePlan, Timing]:
+def _read(text: bytes, key: Mapping[str, Any], dtype: torch.dtype) -> Mapping[DecodePlan, Timing]:
     """Return the timings of a file of the cache; another error than OSError says that it is broken."""
     record = json.loads(text)
     timings: dict[DecodePlan, Timing] = {}
     for entry in record["plans"]:
-        plan, (pack, step) = plan_from(entry["plan"]), map(float, entry["seconds"])
+        plan, (pack, step) = plan_from(entry["plan"], dtype), map(float, entry["seconds"])
         if plan is None or not (0 < pack < math.inf and 0 < step < math.inf):
             raise ValueError("no plan of this machine, or no time")
         timings[plan] = pack, step
@@ -125,13 +125,13 @@ def _read(text: bytes, key: Mapping[str, Any]) -> Mapping[DecodePlan, Timing]:
     return timings
 
 
-def plan_from(record: Any) -> DecodePlan | None:
-    """Return the plan of a checkpoint's record; None if it is none, or cannot be followed here."""
+def plan_from(record: Any, dtype: torch.dtype) -> DecodePlan | None:
+    """Return the plan of a checkpoint's record; None if it is none, or impossible here for weights of a dtype."""
     if not isinstance(record, dict) or record.keys() != {"layout", "threads"}:
         return None
     layout, threads = record["layout"], record["threads"]
     is_count = threads is None or (type(threads) is int and 1 <= threads <= torch.get_num_threads())
-    return DecodePlan(layout, threads) if layout in layouts() and is_count else None
+    return DecodePlan(layout, threads) if layout in layouts(dtype) and is_count else None
 
 
 def _fastest(timings: Mapping[DecodePlan, Timing], num_tokens: int, usual: DecodePlan) -> DecodePlan:

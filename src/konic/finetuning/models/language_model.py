@@ -38,7 +38,8 @@ class LanguageModel:
         self._cache_argument = (
             "cache" if "cache" in parameters else "past_key_values"
         )  # the name until transformers 5.23
-        self._is_checkpointed = False
+        self.shares_prompts = True
+        """False reads the prompt of every row: in layers that are computed twice, a cache would be filled twice."""
         self.in_step = False
         """True where processes exchange the weights of each layer, so that all have to make the same passes."""
         self.is_graphable = False
@@ -106,7 +107,7 @@ class LanguageModel:
         positions = position_ids(mask)
         prompts, prompt_mask, prompt_of_row = distinct_prompts(ids[:, :length], mask[:, :length])
         cache = DynamicCache(config=self.causal_lm.config)
-        one_pass = self._is_checkpointed or self.in_step
+        one_pass = self.in_step or not self.shares_prompts
         can_share = not one_pass and all(type(layer) is DynamicLayer for layer in cache.layers)
         if not can_share or (len(ids) - len(prompts)) * length <= cost_of_a_pass(ids.device):
             hidden = self.decode(ids, mask, positions)[:, length - 1 :]
@@ -171,17 +172,17 @@ class LanguageModel:
         The switch in `transformers` does the same, but only in train mode, which also enables dropout and the noise of
         routers.
         """
-        layers = self.checkpointed_layers
+        layers, shares_prompts = self.checkpointed_layers, self.shares_prompts
         try:
+            self.shares_prompts = False
             for layer in layers:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-            self._is_checkpointed = True
             yield
         finally:
             with uninterrupted():
                 for layer in layers:
                     vars(layer).pop("forward", None)
-                self._is_checkpointed = False
+                self.shares_prompts = shares_prompts
 
     def prepacking(self, num_rows: int, num_tokens: int) -> Prepacking | None:
         """Return how the weights are packed to sample so many tokens in so many rows; None does not pack them."""

@@ -64,23 +64,26 @@ class Policy:
         """Class of the model; dividing the weights changes that of the object."""
         switch_off_dropout(causal_lm)
         self._gradient_checkpointing = gradient_checkpointing
+        self.language_model.shares_prompts = not gradient_checkpointing  # in scoring too: the same way in every pass
         self._probe = self.language_model.probe_ids(8)[None]
         self.adapted: peft.PeftModel | None = None
         self._frozen_copy: LanguageModel | None = None
-        self._resumes_adapter = loaded.adapter is not None
+        self.resumes_adapter = loaded.adapter is not None
+        """True if the base model came with an adapter, whose training goes on."""
         self._adapter_check = AdapterCheck(
-            loaded.name if self._resumes_adapter else "lora_config", type(causal_lm).__name__, self._resumes_adapter
+            loaded.name if self.resumes_adapter else "lora_config", type(causal_lm).__name__, self.resumes_adapter
         )
         if loaded.adapter is not None:
             self.adapted = load_adapter(causal_lm, loaded.adapter, loaded.revision)
             switch_off_dropout(causal_lm)
-        with self._adapter_check.errors() if self._resumes_adapter else nullcontext():
+        with self._adapter_check.errors() if self.resumes_adapter else nullcontext():
             self._reference_logits = self._probe_logits(self.language_model)
         if loaded.adapter is None:
             adapter = None if lora is None else peft_config(lora, causal_lm)
             if adapter is None or not adapter_off_is_base(adapter):
                 check_base_weights(causal_lm, adapter)  # the copy takes time and memory
                 self._frozen_copy = LanguageModel(_frozen_copy(causal_lm))
+                self._frozen_copy.shares_prompts = not gradient_checkpointing
             if adapter is not None:
                 self.adapted = new_adapter(causal_lm, adapter, seed, loaded.revision)
         elif lora is not None:
@@ -204,19 +207,28 @@ class Policy:
         """
         if self._frozen_copy is not None:
             yield self._frozen_copy
-        elif self.adapted is not None and self._resumes_adapter:
+        elif self.adapted is not None and self.resumes_adapter:
             self.adapted.set_adapter(REFERENCE_ADAPTER)
             try:
                 yield self.language_model
             finally:
                 self.adapted.set_adapter("default")
         elif self.adapted is not None:
-            # not `PeftModel.disable_adapter`, which first asks every layer for its state: as slow as a forward pass
-            self.adapted.base_model.disable_adapter_layers()
-            try:
+            with self.adapter_off():
                 yield self.language_model
-            finally:
-                self.adapted.base_model.enable_adapter_layers()
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Compute without the adapter inside the context; a policy without one stays as it is."""
+        if self.adapted is None:
+            yield
+            return
+        # not `PeftModel.disable_adapter`, which first asks every layer for its state: as slow as a forward pass
+        self.adapted.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.adapted.base_model.enable_adapter_layers()
 
     @torch.no_grad()
     def reference_logits(self, hidden: Tensor) -> Tensor:

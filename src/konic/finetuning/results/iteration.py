@@ -116,7 +116,8 @@ class FinetuningIterationResult:
         float,
         Metric(
             "mean difference between the log-probs of the sampler and those of the training forward pass, over the "
-            "tokens of the first step; with konic's own sampler in fp32, only rounding or a bug makes it differ from 0",
+            "tokens of the first step, or over all where the trainer has to read the responses again (a server, 16 "
+            "bits); with konic's own sampler in fp32, only rounding or a bug makes it differ from 0",
             PER_TOKEN,
             "update",
         ),

@@ -34,6 +34,8 @@ def reason_to_merge(policy: Policy) -> str | None:
         "modules_to_save": config.modules_to_save,
         "lora_bias": config.lora_bias,
         "bias": config.bias != "none",
+        "rank_pattern": config.rank_pattern,  # vLLM scales all layers by lora_alpha / r
+        "alpha_pattern": config.alpha_pattern,
         "trainable_token_indices": config.trainable_token_indices,
         "target_parameters": config.target_parameters,
         "init_lora_weights": config.init_lora_weights not in _PLAIN_STARTS,
@@ -111,11 +113,14 @@ class ServedWeights:
             with replacing_folder(path) as target:
                 (save_untied if merges else save_adapter)(self._policy, target)
             (self._load_merged if merges else self._load_adapter)(name, path)
-        except BaseException:
+        except BaseException as error:
+            with suppress(SamplerError):  # a late server may have it nevertheless
+                self._unload(name if isinstance(error, SamplerError) else None)
             shutil.rmtree(path, ignore_errors=True)
             raise
         previous, self._loaded = self._loaded, name
-        self._unload(previous)
+        with suppress(RequestRefusedError):  # a server that was started again does not know it
+            self._unload(previous)
         return self._base_name if merges else name
 
     def _load_adapter(self, name: str, path: Path) -> None:

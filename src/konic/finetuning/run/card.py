@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from konic.finetuning.algorithms import ALGORITHMS
 from konic.finetuning.results.summary import FinetuningResult
+from konic.finetuning.results.trained import trained_line
 from konic.finetuning.run.environment import version_of
 from konic.text import escape_markdown, printable
 
@@ -37,8 +38,7 @@ def model_card(
         tags=["konic", "reinforcement-learning", *({algorithm} & ALGORITHMS.keys())],
     )
     lines = [f"# {escape_markdown(result.model_name)}, finetuned by reinforcement learning", ""]
-    how = f"by {escape_markdown(algorithm)} for {result.total_iterations} iterations"
-    lines += [f"Trained with konic {version_of('konic')} {how}", ""]
+    lines += [trained_line(version_of("konic"), escape_markdown(algorithm), result.total_iterations), ""]
     if first and last:
         lines += ["| | first iteration | last iteration |", "|---|---|---|"]
         lines += [f"| reward | {first.reward_mean:.4f} | {last.reward_mean:.4f} |"]

@@ -24,6 +24,7 @@ from konic.finetuning.errors import OutputError
 from konic.finetuning.learning.estimators import Advantages
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.iteration import FinetuningIterationResult
+from konic.finetuning.results.trained import iterations_in_card
 from konic.finetuning.rewards.composer import origin_of
 from konic.finetuning.rewards.origin import file_and_hash
 from konic.finetuning.rewards.scoring import Scores
@@ -277,7 +278,7 @@ class RunFolder:
         broken = [folder for folder in later if find_corruption(folder) is not None]
         models = [folder for folder in later if folder not in broken]
         if metrics.is_file() and metrics.read_bytes().count(b"\n") > len(history):
-            models += [folder for name in ("final", "best") if (folder := self.path / name).is_dir()]
+            models += [folder for name in ("final", "best") if _is_later(folder := self.path / name, iteration)]
         tables = [file for name in ("completions", "evaluations") for file in (self.path / name).glob("[0-9]*.parquet")]
         tables = [file for file in tables if re.fullmatch("[0-9]+", file.stem) and int(file.stem) > iteration]
         for folder in broken:
@@ -334,6 +335,12 @@ def _require_outside_of_runs(folder: Path) -> None:
                 f"checkpoint_dir {folder}: is in {place.name} of the run {place.parent}, which that run replaces. Name "
                 f"another folder, or {place.parent} itself."
             )
+
+
+def _is_later(model: Path, iteration: int) -> bool:
+    """Return True for `final` or `best` of a later iteration, or of one that its card does not name."""
+    trained = iterations_in_card(model)
+    return model.is_dir() and (trained is None or trained > iteration)
 
 
 def _line(result: FinetuningIterationResult) -> str:

@@ -180,12 +180,16 @@ def _named_differences(
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yield the name of each setting that differs, its value in the checkpoint and that of now.
 
-    How the best iteration is chosen follows from settings, and these are named.
+    Of a config, each field that differs. How the best iteration is chosen follows from settings, and these are named.
     """
     for name in changed:
         before, after = saved.get(name), now[name]
-        if name != "selection" or not isinstance(before, dict):
+        if not isinstance(before, dict) or not isinstance(after, dict):
             yield name, before, after
+            continue
+        if name != "selection":
+            fields = [field for field in {**before, **after} if before.get(field) != after.get(field)]
+            yield from ((f"{name}.{field}", before.get(field), after.get(field)) for field in fields)
             continue
         for part, setting in _SET_BY.items():
             if before.get(part) != after[part] and setting not in changed:
@@ -199,12 +203,12 @@ def same_best(record: CheckpointRecord, selection: Selection, history: Sequence[
     return replace(selection, **known).best(history) is selection.best(history)
 
 
-def plan_to_follow(record: CheckpointRecord, current: DecodePlan) -> DecodePlan | None:
+def plan_to_follow(record: CheckpointRecord, current: DecodePlan, dtype: torch.dtype) -> DecodePlan | None:
     """Return how a run has sampled so far, which keeps its numbers the same bit for bit; None if it cannot here."""
     recorded = record.settings.get("decode_plan", asdict(DecodePlan()))  # of a run before there was another plan
     if recorded == asdict(current):  # also where it does not apply: a GPU, a torch without oneDNN
         return current
-    plan = plan_from(recorded)
+    plan = plan_from(recorded, dtype)
     if plan is None:
         logger.warning("decode_plan was %s, which is not possible here: numbers differ by rounding.", recorded)
     return plan

@@ -13,18 +13,27 @@ from konic.finetuning.rollout.rollout import Rollout, policy_log_probs
 from konic.finetuning.rollout.vllm_sampler import VllmSampler
 from konic.finetuning.run.checkpoint import snapshot, swapped_weights
 from konic.finetuning.run.checks import MAX_CORRECTED_GAP
+from konic.output import get_logger
+
+logger = get_logger(__name__)
 
 ROUNDING_GAP = 1e-4
 """A smaller gap is rounding in fp32: no other weights are looked for that would explain it."""
+MAX_ROUNDING_GAP = 1e-3
+"""The most that rounding explains where server and trainer compute in fp32; it was 6e-6 at most (docs/vllm.md)."""
 ROWS_TO_COMPARE = 8
 """Responses on which older weights are compared with the current ones."""
+TOKENS_TO_JUDGE = 16
+"""Fewest tokens of a response that is judged by itself: a server may have several copies, one of them out of date."""
 
 
 class ServedCheck:
     """Checks each rollout of a server before the update that would learn from it."""
 
-    def __init__(self, policy: Policy, sampler: VllmSampler) -> None:
-        self._policy, self._sampler = policy, sampler
+    def __init__(self, policy: Policy, sampler: VllmSampler, is_own: bool) -> None:
+        """`is_own` says that konic has started the server, which then computes in the trainer's precision."""
+        self._policy, self._sampler, self._is_own = policy, sampler, is_own
+        self._has_warned = False
         self._current: tuple[int, dict[str, Tensor]] | None = None
         self._older: tuple[int, dict[str, Tensor]] | None = None
 
@@ -54,6 +63,23 @@ class ServedCheck:
                 f"rounding explains at most {MAX_CORRECTED_GAP:g}. It serves another model or revision, or computes in "
                 "a very low precision, or was started without --logprobs-mode=processed_logprobs. Nothing was updated."
             )
+        if gap > MAX_ROUNDING_GAP and rollout.in_full_precision:
+            self._judge_fp32(told, gap)
+
+    def _judge_fp32(self, told: str, gap: float) -> None:
+        """Raise SamplerError if a server of our own is that far from a trainer in fp32; of another one, warn once."""
+        differ = f"{told}gives log-probs that differ by {gap:.2g} nats per token on average from the trainer's in fp32"
+        if self._is_own:
+            raise SamplerError(
+                f"{differ}, as the server does: rounding explains at most {MAX_ROUNDING_GAP:g}. Nothing was updated."
+            )
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s. That is usual if the server computes in 16 bits, and sampler_correction then weights the tokens. "
+                "If it computes in fp32, it has other weights, such as those that an earlier run left there (start it "
+                "again), or was started without --logprobs-mode=processed_logprobs.", differ,
+            )  # fmt: skip
 
     def _find_other(self, rollout: Rollout) -> str | None:
         """Return what has sampled instead of the current weights: the likeliest of those known, or None."""
@@ -65,7 +91,10 @@ class ServedCheck:
             with swapped_weights(self._policy, weights):
                 older = policy_log_probs(self._policy, rollout, range(len(sampled)))
             others[f"the adapter of iteration {iteration}, which is out of date"] = older
-        found = [name for name, other in others.items() if is_other(sampled, current, other, mask)]
+        if self._policy.resumes_adapter:
+            with self._policy.adapter_off():
+                others["the base model without its adapter"] = policy_log_probs(self._policy, rollout, range(len(mask)))
+        found = [name for name, other in others.items() if _any_is_other(sampled, current, other, mask)]
         return min(found, key=lambda name: (sampled - others[name])[mask].abs().sum().item(), default=None)
 
 
@@ -93,7 +122,16 @@ def share_of_other(sampled: Tensor, current: Tensor, other: Tensor, mask: Tensor
     return share, math.sqrt(residual / scale)
 
 
-def is_other(sampled: Tensor, current: Tensor, other: Tensor, mask: Tensor) -> bool:
-    """Return True if the other policy has sampled: its share is between ½ and 1½ by 4 standard errors."""
+def is_other(sampled: Tensor, current: Tensor, other: Tensor, mask: Tensor, num_errors: float = 4) -> bool:
+    """Return True if the other policy has sampled: its share is between ½ and 1½ by so many standard errors."""
     share, error = share_of_other(sampled, current, other, mask)
-    return abs(share - 1) + 4 * error < 0.5
+    return abs(share - 1) + num_errors * error < 0.5
+
+
+def _any_is_other(sampled: Tensor, current: Tensor, other: Tensor, mask: Tensor) -> bool:
+    """Return True if the other policy has sampled all responses, or one that is long enough to be judged by itself."""
+    rows = [slice(row, row + 1) for row in range(len(mask)) if mask[row].sum() >= TOKENS_TO_JUDGE]
+    far = [row for row in rows if (sampled - current)[row][mask[row]].abs().mean() > ROUNDING_GAP]
+    return is_other(sampled, current, other, mask) or any(
+        is_other(sampled[row], current[row], other[row], mask[row], num_errors=8) for row in far
+    )

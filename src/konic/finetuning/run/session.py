@@ -254,7 +254,8 @@ class Session:
         with serving(
             self.generation, learner.policy, learner.special_tokens, learner.location, learner.revision
         ) as sampler:
-            self._served_sampler, self.served_check = sampler, ServedCheck(learner.policy, sampler)
+            is_own = self.generation.vllm_address is None
+            self._served_sampler, self.served_check = sampler, ServedCheck(learner.policy, sampler, is_own)
             try:
                 yield
             finally:
@@ -295,6 +296,8 @@ class Session:
                 result = replace(result, before=before, after=after)
                 if self.world.rank == 0:
                     write_card(self.learner, final, result, self.settings(last_iteration))
+        elif self.prompts.held_out and self.world.rank == 0:
+            logger.warning("The held-out prompts were not evaluated. Resuming the run does it when that ends.")
         self.folder.publish(is_last=True)
         return result
 
@@ -333,7 +336,8 @@ class Session:
             )
         if self.generation.decode_layout in (None, "auto"):
             current = learner.policy.decode_plan
-            learner.policy.decode_plan = plan_to_follow(record, current) or current
+            dtype = learner.policy.language_model.causal_lm.dtype
+            learner.policy.decode_plan = plan_to_follow(record, current, dtype) or current
         earlier = self.folder.go_back_to(self.state.history)
         if earlier is not None:
             logger.warning("What had been written after iteration %d is now in %s.", self.state.iteration, earlier)
