@@ -824,7 +824,7 @@ def test_a_resume_with_other_settings_is_refused_by_name(model_folders, tmp_path
         ({"batch_size": 4}, "batch_size was 8 and is 4"),
         ({"seed": 9}, "seed was 0 and is 9"),
         ({"learning_rate": 0.02}, "learning_rate was 0.01 and is 0.02"),
-        ({"dataset": DatasetConfig(prompts=PROMPTS)}, "dataset_config was"),
+        ({"dataset": DatasetConfig(prompts=PROMPTS)}, "run: dataset_config.held_out was 2 and is 0. Resume"),
     )
     for changes, told in possible:
         with pytest.raises(OutputError, match=f"{told}.*allow_changes=True.*--allow-changes"):

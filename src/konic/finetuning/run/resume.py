@@ -184,16 +184,15 @@ def _named_differences(
     """
     for name in changed:
         before, after = saved.get(name), now[name]
-        if not isinstance(before, dict) or not isinstance(after, dict):
+        has_fields = name == "selection" or name.endswith("_config")
+        if not has_fields or not isinstance(before, dict) or not isinstance(after, dict):
             yield name, before, after
             continue
-        if name != "selection":
-            fields = [field for field in {**before, **after} if before.get(field) != after.get(field)]
-            yield from ((f"{name}.{field}", before.get(field), after.get(field)) for field in fields)
-            continue
-        for part, setting in _SET_BY.items():
-            if before.get(part) != after[part] and setting not in changed:
-                yield setting, before.get(part), after[part]
+        differing = [part for part in {**before, **after} if before.get(part) != after.get(part)]
+        for part in differing:
+            setting = f"{name}.{part}" if name != "selection" else _SET_BY.get(part, part)
+            if setting not in changed:
+                yield setting, before.get(part), after.get(part)
 
 
 def same_best(record: CheckpointRecord, selection: Selection, history: Sequence[FinetuningIterationResult]) -> bool:
