@@ -18,6 +18,7 @@ from konic.finetuning.learning.update import make_optimizer, update
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.models.prepacked import layouts
 from konic.finetuning.rewards.scoring import Scores
+from konic.finetuning.rollout import rollout as rollout_module
 from konic.finetuning.rollout.rollout import sample_rollout
 from konic.finetuning.rollout.sampler import RandomKey, find_special_tokens
 from konic.finetuning.system.files import SEAL_FILE, seal
@@ -103,6 +104,20 @@ def test_a_prompt_that_a_group_shares_is_read_the_same_way_before_the_update_and
         )  # fmt: skip
         for result in engine.train(2).history:
             assert (result.first_log_ratio, result.clip_fraction) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("dtype", "is_packed"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_the_head_that_scores_in_bf16_is_that_of_the_update(dtype, is_packed, monkeypatch):
+    learner = tiny_learner("llama", training=TrainingConfig(batch_size=8), dtype=dtype)
+    model, packed, exact = learner.policy.language_model, [], rollout_module.score_under_reference
+
+    def noted(*arguments):
+        packed.append(model._prepacked_head is not None)
+        return exact(*arguments)
+
+    monkeypatch.setattr(rollout_module, "score_under_reference", noted)
+    roll(learner, prompt_batch(learner), GenerationConfig(max_new_tokens=20), KEY)
+    assert packed == [is_packed]
 
 
 def test_a_resume_in_another_precision_takes_a_layout_that_it_has(model_folders, tmp_path, caplog):

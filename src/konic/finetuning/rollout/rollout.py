@@ -141,9 +141,11 @@ def sample_rollout(
     rows = world.own_rows(len(batch))
     own = batch.part(rows or range(1))
     with policy.sharding.rollout():
-        prepacking = policy.language_model.prepacking(len(own), generation.max_new_tokens)
-        packed_for = prepacking.num_rows if prepacking else None
-        with policy.language_model.prepacked_head(packed_for):  # scoring too is mostly products of the head
+        model = policy.language_model
+        prepacking = model.prepacking(len(own), generation.max_new_tokens)
+        # scoring too is mostly products of the head; a wide one is the update's, to the last bit
+        packed_for = prepacking.num_rows if prepacking and model.wide_head is None else None
+        with model.prepacked_head(packed_for):
             drawn = sampler(own, generation, rng_key)
             scored, states = score_under_reference(policy, own, drawn, generation.temperature, micro_batch_size)
     samples, numbers = share_samples(world, rows, drawn, vars(scored))
