@@ -67,10 +67,7 @@ class TokenCosts:
 
 
 def token_costs(session: Session) -> TokenCosts | None:
-    """Return what a decode step of the job costs at rates that are measured now; None if not on a CPU.
-
-    None too if a server samples.
-    """
+    """Return what a decode step costs at rates that are measured now; None if not on a CPU, or if a server samples."""
     model, rows = session.learner.policy.language_model.causal_lm, session.training.batch_size
     if model.device.type != "cpu" or session.generation.engine != "local":
         return None

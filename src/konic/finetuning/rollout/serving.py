@@ -14,7 +14,6 @@ from konic.finetuning.rollout.vllm_sampler import VllmSampler
 from konic.finetuning.rollout.vllm_server import BASE_NAME, require_vllm, started_server
 from konic.finetuning.rollout.vllm_weights import (
     ServedWeights,
-    max_rank,
     reason_to_merge,
     save_untied,
     served_models,
@@ -90,7 +89,7 @@ def _client(
         return
     sizes += ["--revision", revision] if revision is not None and not Path(location).is_dir() else []
     sizes += ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2"]
-    sizes += ["--max-lora-rank", str(served_rank(max_rank(policy.adapter_config())))]
+    sizes += ["--max-lora-rank", str(served_rank(policy.adapter_config().r))]
     with started_server(generation, ["--model", location, *sizes], reloads=False) as client:
         yield client, BASE_NAME
 

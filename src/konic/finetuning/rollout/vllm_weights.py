@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import peft
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -43,7 +42,7 @@ def reason_to_merge(policy: Policy) -> str | None:
     named = [name for name, is_used in options.items() if is_used]
     if named:
         return f"vLLM serves no adapter with {named[0]}={getattr(config, named[0])!r}"
-    if max_rank(config) > LORA_RANKS[-1]:
+    if config.r > LORA_RANKS[-1]:
         return f"vLLM serves no adapter of a rank above {LORA_RANKS[-1]}"
     return None
 
@@ -77,11 +76,6 @@ def save_untied(policy: Policy, folder: Path) -> None:
 def _tensor_names(file: Path) -> list[str]:
     with safe_open(file, framework="pt") as stored:
         return list(stored.keys())
-
-
-def max_rank(config: peft.LoraConfig) -> int:
-    """Return the largest rank of the layers of an adapter."""
-    return int(max(config.r, *config.rank_pattern.values())) if config.rank_pattern else int(config.r)
 
 
 class ServedWeights:
@@ -130,7 +124,7 @@ class ServedWeights:
             raise SamplerError(
                 f"{error}",
                 "It has to be started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and --max-lora-rank="
-                f"{served_rank(max_rank(self._policy.adapter_config()))}, and it must be able to read {path}.",
+                f"{served_rank(self._policy.adapter_config().r)}, and it must be able to read {path}.",
             ) from None
         served = {entry.get("id"): entry for entry in served_models(self._client)}
         if str(served.get(name, {}).get("root")) != str(path):
