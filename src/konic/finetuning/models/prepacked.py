@@ -13,7 +13,7 @@ pass, sampling 8 responses of 48 tokens from SmolLM2-135M takes 1.62 s on two co
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -53,6 +53,16 @@ class Prepacking:
     """Rows of the products that the weights are packed for."""
     layout: Layout = "onednn"
     """Another one than "plain"."""
+    _joined: dict[torch.Size, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def join(self, weights: Sequence[Tensor]) -> Tensor:
+        """Return weights [out, in], joined along `out`, in memory that the next ones of the same shape overwrite."""
+        if len(weights) == 1:
+            return weights[0].contiguous()
+        shape = torch.Size((sum(len(weight) for weight in weights), weights[0].shape[1]))
+        if shape not in self._joined:  # new memory for each layer would take longer than the copy itself
+            self._joined[shape] = weights[0].new_empty(shape)
+        return torch.cat(weights, out=self._joined[shape])
 
 
 @contextmanager
@@ -90,14 +100,15 @@ class Product:
     def __init__(self, weights: Sequence[Tensor], bias: Tensor | None, prepacking: Prepacking | None) -> None:
         """Join W and pack it; None leaves it in PyTorch's own layout."""
         weights = [weight.detach() for weight in weights]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         self._prepacking, self._bias = prepacking, None if bias is None else bias.detach()
         if prepacking is None:
-            self._weight = weight
-        elif prepacking.layout == "onednn":
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), prepacking.num_rows)
+            self._weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+            return
+        weight = prepacking.join(weights)
+        if prepacking.layout == "onednn":
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, prepacking.num_rows)
         else:
-            self._weight = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), prepacking.num_rows)
+            self._weight = torch.ops.mkl._mkl_reorder_linear_weight(weight, prepacking.num_rows)
             self._originals = weights  # for other numbers of rows; not joined, which would be a copy
             self._shape = weight.new_empty(1).expand(weight.shape)
 

@@ -127,7 +127,7 @@ class Transformer:
         all_keys, all_values = kept[:, :, :, :length].unbind()
         if num_tokens == 1:  # queries that share keys are treated like tokens of one head
             grouped = queries.reshape(num_rows, self.num_kv_heads, -1, self.head_size)
-            return _read(grouped, all_keys, all_values, mask)
+            return functional.scaled_dot_product_attention(grouped, all_keys, all_values, attn_mask=mask)
         return functional.scaled_dot_product_attention(
             queries.transpose(1, 2), all_keys, all_values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         ).transpose(1, 2)
@@ -241,14 +241,6 @@ def _joined(layers: Any, prepacking: Prepacking | None) -> Product:
     return Product(weights, torch.cat(filled), prepacking)
 
 
-def _read(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    """Attend with one token; on a CPU, two plain products are faster than the kernel made for long sequences."""
-    if queries.device.type != "cpu" or queries.dtype.itemsize < 4:
-        return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
-    scores = torch.matmul(queries, keys.transpose(-1, -2)).mul_(queries.shape[-1] ** -0.5)
-    return torch.matmul((scores if bias is None else scores.add_(bias)).softmax(dim=-1), values)
-
-
 def _rms_norm(layer: Any) -> Function:
     """Return the function x / √(mean x² + ε) · weight. It normalises in fp32 for any dtype, as `transformers` does."""
     return _rms_norm_of(layer.weight.detach(), layer.variance_epsilon)
@@ -278,7 +270,7 @@ def _rms_norm_of(weight: Tensor, epsilon: float) -> Function:
 
 def _gated_silu(joined: Tensor) -> Tensor:
     gate, up = joined.chunk(2, dim=-1)
-    return functional.silu(gate) * up
+    return functional.silu(gate).mul_(up)
 
 
 def _halves_signed(sines: Tensor) -> Tensor:
@@ -290,4 +282,4 @@ def _halves_signed(sines: Tensor) -> Tensor:
 def _rotate_(x: Tensor, cosines: Tensor, signed_sines: Tensor) -> None:
     """Apply the rotary embedding to heads [B, T, n, D] in place; the second half of a head is the imaginary part."""
     turned = x.roll(x.shape[-1] // 2, dims=-1)
-    x.mul_(cosines).add_(turned.mul_(signed_sines))
+    x.mul_(cosines).addcmul_(turned, signed_sines)
