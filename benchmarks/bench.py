@@ -56,12 +56,20 @@ class Comparison:
     peer_python: str
     prompts: tuple[str, ...] = PROMPTS
     model: str = "smollm2"
+    dtype: str = "float32"
 
 
 COMPARISONS = (
     Comparison("PPO iteration, 4 epochs", ("ours.py", "ppo"), ("trl_ppo.py", "4"), "TRL 0.26.2 PPO", "trl026"),
     Comparison(
         "GRPO iteration, 1 pass", ("ours.py", "grpo"), ("trl_grpo.py", "1"), "TRL 1.16.0 GRPO", "trl116", PROMPTS[:2]
+    ),
+    Comparison(
+        "PPO iteration in bf16", ("ours.py", "ppo"), ("trl_ppo.py", "4"), "TRL 0.26.2 PPO", "trl026", dtype="bfloat16"
+    ),
+    Comparison(
+        "GRPO iteration in bf16", ("ours.py", "grpo"), ("trl_grpo.py", "1"), "TRL 1.16.0 GRPO", "trl116", PROMPTS[:2],
+        dtype="bfloat16",
     ),
     Comparison("sampling, Llama shape", ("ours.py", "sample"), ("generate.py",), "transformers generate", "here"),
     Comparison(
@@ -116,9 +124,10 @@ def compare(comparison, pythons, models, rounds, folder):
     prompts.write_text("\n".join(comparison.prompts))
     model = models[comparison.model]
     script, *what = comparison.ours
-    ours = Process(sys.executable, script, [model, prompts, *what, TOKENS, folder], folder / "ours.log")
+    dtype = [] if comparison.dtype == "float32" else [comparison.dtype]
+    ours = Process(sys.executable, script, [model, prompts, *what, TOKENS, folder, *dtype], folder / "ours.log")
     script, *what = comparison.peer
-    last = ["float32"] if script == "generate.py" else [folder / "peer"]
+    last = [comparison.dtype] if script == "generate.py" else [folder / "peer", *dtype]
     peer_arguments = [model, prompts, *what, TOKENS, *last]
     peer = Process(pythons[comparison.peer_python], script, peer_arguments, folder / "peer.log")
     for process in (ours, peer):
@@ -285,8 +294,8 @@ def lines_of(found):
     base = found["floor"]
     steps = [f"{_step(found, name):.0f} ms ({words})" for name, words in STEPS.items() if _has(found, name)]
     lines = [
-        f"{rows[0]['machine']}, {rows[0]['day']}; `make bench`. SmolLM2-135M in fp32 with LoRA r=8 on q_proj and "
-        f"v_proj, 8 responses of {TOKENS} tokens; the GPT-2 shape is a random model of its size. Medians of "
+        f"{rows[0]['machine']}, {rows[0]['day']}; `make bench`. SmolLM2-135M, in fp32 unless a row says bf16, "
+        f"with LoRA r=8 on q_proj and v_proj, 8 responses of {TOKENS} tokens; the GPT-2 shape is a random model of its size. Medians of "
         f"{len(rows[0]['ours_seconds'])} turns each, in one run; ratios are of turns that follow each other, with "
         "their range.",
         "",

@@ -1,4 +1,4 @@
-"""TRL 0.26.2's PPOTrainer, an iteration per turn: python trl_ppo.py MODEL PROMPTS EPOCHS TOKENS OUTPUT
+"""TRL 0.26.2's PPOTrainer, an iteration per turn: python trl_ppo.py MODEL PROMPTS EPOCHS TOKENS OUTPUT [DTYPE]
 
 Policy with LoRA, its reference the adapter switched off; value and reward models as TRL's own example has them: the
 same architecture with a head, the value model trained in full.
@@ -20,15 +20,16 @@ from transformers import (
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 from turns import ON_GPU, THREADS, turns
 
-model, prompts_file, epochs, tokens, output = sys.argv[1:]
+model, prompts_file, epochs, tokens, output, *dtype = sys.argv[1:]
+kind = getattr(torch, dtype[0] if dtype else "float32")
 torch.set_num_threads(THREADS)
 prompts = Path(prompts_file).read_text().splitlines()
 tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
 if tokenizer.pad_token is None:
     tokenizer.pad_token = tokenizer.eos_token
-policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+policy = AutoModelForCausalLM.from_pretrained(model, dtype=kind)
 value, reward = (
-    AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32) for _ in range(2)
+    AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=kind) for _ in range(2)
 )
 for head in (value, reward):
     head.config.pad_token_id = tokenizer.pad_token_id
