@@ -68,7 +68,12 @@ COMPARISONS = (
         "PPO iteration in bf16", ("ours.py", "ppo"), ("trl_ppo.py", "4"), "TRL 0.26.2 PPO", "trl026", dtype="bfloat16"
     ),
     Comparison(
-        "GRPO iteration in bf16", ("ours.py", "grpo"), ("trl_grpo.py", "1"), "TRL 1.16.0 GRPO", "trl116", PROMPTS[:2],
+        "GRPO iteration in bf16",
+        ("ours.py", "grpo"),
+        ("trl_grpo.py", "1"),
+        "TRL 1.16.0 GRPO",
+        "trl116",
+        PROMPTS[:2],
         dtype="bfloat16",
     ),
     Comparison("sampling, Llama shape", ("ours.py", "sample"), ("generate.py",), "transformers generate", "here"),
@@ -295,9 +300,9 @@ def lines_of(found):
     steps = [f"{_step(found, name):.0f} ms ({words})" for name, words in STEPS.items() if _has(found, name)]
     lines = [
         f"{rows[0]['machine']}, {rows[0]['day']}; `make bench`. SmolLM2-135M, in fp32 unless a row says bf16, "
-        f"with LoRA r=8 on q_proj and v_proj, 8 responses of {TOKENS} tokens; the GPT-2 shape is a random model of its size. Medians of "
-        f"{len(rows[0]['ours_seconds'])} turns each, in one run; ratios are of turns that follow each other, with "
-        "their range.",
+        f"with LoRA r=8 on q_proj and v_proj, 8 responses of {TOKENS} tokens; the GPT-2 shape is a random "
+        f"model of its size. Medians of {len(rows[0]['ours_seconds'])} turns each, in one run; ratios are of turns "
+        "that follow each other, with their range.",
         "",
         "| | peer | konic | peer | ratio | konic, peak | peer, peak | ratio |",
         "|---|---|---|---|---|---|---|---|",

@@ -54,9 +54,8 @@ INSIDE = {
     "cluster": ["ray_inside", "embedded", "nodes", "connection", "mailbox", "desk", "rendezvous", "worker", "driver"],
     "konic_0_1": ["callback", "reward", "dataset", "environment", "module", "backends"],
     "run": [
-        "environment", "card", "reward_weights", "state", "checkpoint", "resume", "processes", "checks", "served",
-        "measures", "tables", "folder", "remote", "place", "saving", "preflight",
-        "session",
+        "environment", "card", "reward_weights", "state", "checkpoint", "resume", "processes", "checks", "invariants",
+        "served", "measures", "tables", "folder", "remote", "place", "saving", "preflight", "session",
     ],
 }  # fmt: skip
 """Modules of each package; each imports only from those before it."""

@@ -28,9 +28,7 @@ tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
 if tokenizer.pad_token is None:
     tokenizer.pad_token = tokenizer.eos_token
 policy = AutoModelForCausalLM.from_pretrained(model, dtype=kind)
-value, reward = (
-    AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=kind) for _ in range(2)
-)
+value, reward = (AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=kind) for _ in range(2))
 for head in (value, reward):
     head.config.pad_token_id = tokenizer.pad_token_id
 turn = turns()

@@ -12,7 +12,8 @@ from test_measures import hand_made
 from konic.finetuning.config import GenerationConfig, TrainingConfig
 from konic.finetuning.errors import TrainingError
 from konic.finetuning.results.iteration import FinetuningIterationResult
-from konic.finetuning.run.checks import FINDINGS, new_findings, require_sound_rollout
+from konic.finetuning.run.checks import FINDINGS, new_findings
+from konic.finetuning.run.invariants import require_sound_rollout
 
 
 def iteration(**values):

@@ -33,7 +33,8 @@ from konic.finetuning.rollout.rollout import Rollout, sample_rollout
 from konic.finetuning.rollout.rows import join_rollouts, select_rows
 from konic.finetuning.rollout.sampler import RandomKey
 from konic.finetuning.run.checkpoint import snapshot
-from konic.finetuning.run.checks import find_nonfinite, new_findings, require_not_all_dropped, require_sound_rollout
+from konic.finetuning.run.checks import new_findings
+from konic.finetuning.run.invariants import find_nonfinite, require_not_all_dropped, require_sound_rollout
 from konic.finetuning.run.measures import RunClock, StageClock, iteration_result
 from konic.finetuning.run.saving import Saver
 from konic.finetuning.run.session import Session

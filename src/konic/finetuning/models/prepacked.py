@@ -62,7 +62,7 @@ class Prepacking:
         shape = torch.Size((sum(len(weight) for weight in weights), weights[0].shape[1]))
         if shape not in self._joined:  # new memory for each layer would take longer than the copy itself
             self._joined[shape] = weights[0].new_empty(shape)
-        return torch.cat(weights, out=self._joined[shape])
+        return torch.cat(tuple(weights), out=self._joined[shape])
 
 
 @contextmanager
