@@ -183,3 +183,27 @@ def test_a_reward_below_0_has_no_place_in_a_mean_that_divides(model_folders, tmp
     engine = make_engine(model_folders["llama"], tmp_path, composer=Debts(), algorithm="max_rl", batch_size=8)
     with pytest.raises(RewardError, match=r"'max_rl' divides by .* row \d+, prompt .*, got -1\. Add a constant"):
         engine.train(3)
+
+
+class Rising(KonicLLMRewardComposer):
+    """Every batch of eight gets a higher reward than the one before."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    @llm_reward
+    def rising(self, prompt, response):
+        self.calls += 1
+        return 10 * (self.calls // 8) + self.calls % 2 / 8
+
+
+def test_an_iteration_whose_step_is_dropped_keeps_no_best_weights(model_folders, tmp_path, monkeypatch):
+    callback = Spoiling(lambda: spoil_gradient(math.inf)(engine, monkeypatch))
+    options = {"on_nonfinite": "skip", "batch_size": 8}
+    engine = make_engine(model_folders["llama"], tmp_path / "spoiled", callback, composer=Rising(), **options)
+    spoiled = engine.train(3)
+    assert [row.was_dropped for row in spoiled.history] == [False, False, True]
+    assert spoiled.best_iteration == 2
+    make_engine(model_folders["llama"], tmp_path / "two", composer=Rising(), **options).train(2)
+    same_tensors(weights(tmp_path / "spoiled" / "best"), weights(tmp_path / "two" / "best"))

@@ -874,3 +874,17 @@ def test_an_empty_prompt_of_a_template_is_not_blamed_on_a_column():
     rows, template = [{"text": "a"}, {"text": " "}], "{text}"
     with pytest.raises(DatasetError, match=r"1 of 2 prompts made by prompt_template cannot be used: row 1 \(empty\)"):
         make_prompts(rows, DatasetConfig(prompt_template=template), "test")
+
+
+@pytest.mark.parametrize("cell", [CHAT, CHAT[0], tuple(CHAT)])
+def test_a_template_takes_no_chat_as_text(cell):
+    config = DatasetConfig(prompts=[{"prompt": cell}] * 2, prompt_template="Answer: {prompt}")
+    with pytest.raises(DatasetError, match=r"row \d: one of its columns is a chat"):
+        load_prompts(config)
+
+
+def test_a_template_takes_lists_and_numbers_in_formats():
+    config = DatasetConfig(
+        prompts=[{"tags": ["a", "b"], "share": 0.5, "none": None}] * 2, prompt_template="{tags} {share:.2f}{none:>3}!"
+    )
+    assert [prompt.text for prompt in load_prompts(config).rows] == ["['a', 'b'] 0.50!"] * 2

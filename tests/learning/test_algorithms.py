@@ -186,6 +186,19 @@ def test_groups_of_equal_rewards_give_exactly_zero(rolled, algorithm, value):
     assert found.advantages.isfinite().all()
 
 
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if ALGORITHMS[name].compares_groups])
+def test_groups_that_are_left_out_of_the_loss_give_no_signal_to_the_others(rolled, algorithm):
+    ended = torch.tensor([False] * 4 + [True] * 4)
+    cut = replace(rolled, samples=replace(rolled.samples, ended=ended))
+    config = settings(algorithm, mask_truncated=True, kl_placement="loss")
+    differ = [0.1, 0.4, 0.2, 0.3]
+    nothing = compute_advantages(cut, scored([*differ, *[0.7] * 4]), config, BETA)
+    assert nothing.mask.any(dim=1).tolist() == ended.tolist()
+    assert (nothing.advantages == 0).all() and not nothing.has_signal
+    assert nothing.no_signal_fraction == 1.0
+    assert compute_advantages(cut, scored([*[0.7] * 4, *differ]), config, BETA).has_signal
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("scores", [[0.7] * 8, [NAN, *[0.7] * 7], [NAN] * 8])
 def test_a_batch_of_equal_scores_teaches_nothing(rolled, algorithm, scores):

@@ -10,7 +10,7 @@ from typing import Any
 
 from konic.finetuning.callbacks.composite import Callbacks
 from konic.finetuning.data.prompts import Prompt
-from konic.finetuning.data.tokenization import PromptBatch, make_prompt_batch
+from konic.finetuning.data.tokenization import PromptBatch, make_prompt_batch, warn_of_cuts
 from konic.finetuning.errors import NotFiniteError
 from konic.finetuning.learning.estimators import (
     Advantages,
@@ -81,7 +81,7 @@ class Trainer:
                 # the best weights are those that sampled, so they are copied before the update
                 penalty = mean_penalty(rollout, scores, session.training)
                 is_best = self._is_best(rollout, scores, penalty, evaluation)
-                best_weights = snapshot(session.learner.policy) if is_best else state.best_weights
+                before_update = snapshot(session.learner.policy) if is_best else None
                 stats = self._update(iteration, learned, advantages, value_shift)
                 stage_clock.lap("update")
 
@@ -98,7 +98,7 @@ class Trainer:
                     group_spreads=self._group_spreads(rollout, scores),
                     elapsed_seconds=run_clock.elapsed_seconds,
                     reward_moments=scores.moments,
-                    best_weights=best_weights,
+                    best_weights=state.best_weights if before_update is None or result.was_dropped else before_update,
                 )
                 session.folder.write_iteration(result, rollout, scores, left_out, advantages, rows)
                 require_not_all_dropped(state.history)
@@ -155,20 +155,9 @@ class Trainer:
         chosen = [prompt for prompt in prompts for _ in range(repeats)]
         length, pad = self._session.generation.max_prompt_length, learner.special_tokens.pad
         batch = make_prompt_batch(chosen, learner.policy.tokenizer, length, pad, learner.policy.device, earlier)
-        self._warn_of_cuts(batch)
+        if not self._has_warned_of_cuts:  # once in a run
+            self._has_warned_of_cuts = warn_of_cuts(batch, length)
         return batch
-
-    def _warn_of_cuts(self, batch: PromptBatch) -> None:
-        """Warn once in a run that prompts are longer than the model gets to read."""
-        cut = {prompt.row for prompt, text in zip(batch.prompts, batch.texts, strict=True) if text != prompt.text}
-        if cut and not self._has_warned_of_cuts:
-            self._has_warned_of_cuts = True
-            logger.warning(
-                "The start of %d of %d prompts of this batch, such as row %d, is cut off at max_prompt_length=%d "
-                "tokens. Raise it if the model should read all of a prompt.",
-                len(cut), len({prompt.row for prompt in batch.prompts}), min(cut),
-                self._session.generation.max_prompt_length,
-            )  # fmt: skip
 
     def _group_spreads(self, rollout: Rollout, scores: Scores) -> dict[str, float]:
         """By dataset row, how much the scores of its group differ; empty unless the prompts are chosen by that."""

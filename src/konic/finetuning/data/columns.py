@@ -1,6 +1,7 @@
 """A row's columns -> the text that a template makes of them, and the error where a column is missing."""
 
 from collections.abc import Mapping
+from string import Formatter
 from typing import Any
 
 from konic.finetuning.data.chats import is_message, is_missing
@@ -17,6 +18,19 @@ class _Blank(str):
         return ""
 
 
+class _Template(Formatter):
+    """Formats as `str.format_map` does, but no chat, of which Python's notation would become the text."""
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        messages = value if isinstance(value, list | tuple) else [value]
+        if messages and all(map(is_message, messages)):
+            raise ValueError(
+                "one of its columns is a chat, and a template takes text. Give the chat alone: prompt_column=..., "
+                "without prompt_template"
+            )
+        return super().format_field(value, format_spec)
+
+
 def fill_template(template: str, index: int, columns: Mapping[str, Any], where: str) -> str:
     """Return the text that a template makes of a row's columns; a missing cell is empty text.
 
@@ -25,7 +39,8 @@ def fill_template(template: str, index: int, columns: Mapping[str, Any], where: 
     """
     blank = _Blank()
     try:
-        return template.format_map({name: blank if is_missing(cell) else cell for name, cell in columns.items()})
+        cells = {name: blank if is_missing(cell) else cell for name, cell in columns.items()}
+        return _Template().vformat(template, (), cells)
     except KeyError as error:
         raise missing_column(error.args[0], index, columns, where, "DatasetConfig(prompt_template=...)") from None
     except Exception as error:  # a user's own class may raise anything

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -128,6 +129,8 @@ def _locate(path: Path, name: str, split: str) -> tuple[str, list[Path]]:
             )
         if "*" in path.name:
             raise DatasetError(f"Dataset {name!r}: patterns are not expanded. Name the folder, whose files are read.")
+        if path.is_symlink():
+            raise DatasetError(f"Dataset {name!r} is a link to {os.readlink(path)!r}, which is not there.")
         beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, beside)
         raise DatasetError(f"Dataset {name!r}: there is no such file or folder: {str(path)!r}.{hint}")

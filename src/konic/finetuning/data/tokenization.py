@@ -48,6 +48,18 @@ class PromptBatch:
         return replace(self, **{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
 
 
+def warn_of_cuts(batch: PromptBatch, max_prompt_length: int) -> bool:
+    """Warn if prompts of a batch are longer than the model gets to read; return whether one is."""
+    cut = {prompt.row for prompt, text in zip(batch.prompts, batch.texts, strict=True) if text != prompt.text}
+    if cut:
+        logger.warning(
+            "The start of %d of %d prompts of this batch, such as row %d, is cut off at max_prompt_length=%d tokens. "
+            "Raise it if the model should read all of a prompt.",
+            len(cut), len({prompt.row for prompt in batch.prompts}), min(cut), max_prompt_length,
+        )  # fmt: skip
+    return bool(cut)
+
+
 def make_prompt_batch(
     prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,

@@ -117,6 +117,8 @@ def compute_advantages(
         has_signal = bool((advantages[mask] != 0).any())  # parts can differ where their sums are equal
     else:
         has_signal = _has_signal(rewards, has_score, config, scores_have_varied)
+        if config.algorithm_row.compares_groups:  # those that differ may all be left out of the loss
+            has_signal = has_signal and bool((advantages[mask] != 0).any())
     advantages, returns = advantages.to(rollout.values.dtype), returns.to(rollout.values.dtype)
     advantages = torch.where(mask & has_signal, advantages, 0.0)
     counts = mask.any(dim=1)

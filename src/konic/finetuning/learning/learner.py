@@ -1,12 +1,13 @@
 """Agent -> Learner: loads the model and builds everything that learning needs around it."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from konic.finetuning.agent import KonicFinetuningAgent
 from konic.finetuning.config import GenerationConfig
@@ -25,6 +26,9 @@ from konic.output import get_logger
 
 logger = get_logger(__name__)
 
+_DIVIDED = "The 2 quick foxes don't jump over 12,345 lazy dogs:\n\tnaïve, déjà vu — 日本語 🙂 (a_b) == [C.D]\r\n"
+"""Words, numbers, spaces and signs, which tokenizers with the same tokens may still divide differently."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
@@ -42,6 +46,8 @@ class Learner:
     """Where plain `transformers` loads the base model from: a Hub id or a folder."""
     base_sha256: str = ""
     """SHA-256 of a sample of the numbers of every base weight; it identifies the base model."""
+    tokenizer_sha256: str = ""
+    """SHA-256 of what text becomes for the model: the tokens, the chat template, and how a text is divided."""
     revision: str | None = None
     """The revision of the base model on the Hub; None for the main branch."""
 
@@ -52,6 +58,7 @@ def make_learner(
     special_tokens: SpecialTokens,
     location: str,
     base_sha256: str = "",
+    tokenizer_sha256: str = "",
     revision: str | None = None,
 ) -> Learner:
     """A learner whose responses are sampled by konic itself, from the weights that it trains."""
@@ -63,6 +70,7 @@ def make_learner(
         reference_sampler=LocalSampler(policy, special_tokens, from_reference=True),
         location=location,
         base_sha256=base_sha256,
+        tokenizer_sha256=tokenizer_sha256,
         revision=revision,
     )
 
@@ -89,7 +97,7 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device, world: Worl
             f"base_model={agent.get_base_model()!r}: its tokenizer has {len(loaded.tokenizer)} tokens, but the "
             f"model's vocabulary has only {vocabulary}. Use the model's own tokenizer, or resize its embeddings."
         )
-    base_sha256 = _fingerprint(loaded.model)
+    hashes = _fingerprint(loaded.model), _tokenizer_fingerprint(loaded.tokenizer)
     base = LanguageModel(loaded.model.eval())
     if not divides:
         require_decodable(base, agent.get_base_model())
@@ -109,7 +117,7 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device, world: Worl
         with policy.sharding.rollout():  # and not before: a decoder may copy all weights
             require_decodable(policy.language_model, agent.get_base_model())
     policy.check_reference()
-    return make_learner(policy, make_optimizer(policy, config), special, loaded.location, base_sha256, loaded.revision)
+    return make_learner(policy, make_optimizer(policy, config), special, loaded.location, *hashes, loaded.revision)
 
 
 _NEEDS_ADAPTER = "TrainingConfig(precision='bfloat16') rounds the weights of base_model, so they cannot be trained."
@@ -176,3 +184,9 @@ def _fingerprint(model: nn.Module) -> str:
         some_numbers = flat[:: max(1, len(flat) // 64)][:64].cpu().contiguous()
         digest.update(name.encode() + some_numbers.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a SHA-256 of the tokens and their numbers, the chat template, and the tokens of a text."""
+    parts = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer(_DIVIDED)["input_ids"]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -35,7 +35,8 @@ class FinetuningIterationResult:
         float,
         Metric(
             "policy_loss + vf_coef · value_loss + entropy_coef · entropy_loss + β · kl_loss, only the terms that the "
-            "algorithm learns from; the `Loss` of the printed line",
+            "algorithm learns from (where advantages are whitened, β is divided by the same number); the `Loss` of the "
+            "printed line",
             "",
             "update",
         ),
@@ -162,7 +163,7 @@ class FinetuningIterationResult:
     no_signal_fraction: Annotated[
         float,
         Metric(
-            "of the samples with a reward, those whose advantages are all 0: for group methods, the groups whose "
+            "of the responses in the loss, those whose advantages are all 0: for group methods, the groups whose "
             "penalised rewards are all equal",
             "share",
             "advantages",

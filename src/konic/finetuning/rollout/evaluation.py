@@ -11,7 +11,7 @@ import torch
 from konic.finetuning.config import GenerationConfig
 from konic.finetuning.data.prompts import Prompt
 from konic.finetuning.data.samples import Sample
-from konic.finetuning.data.tokenization import make_prompt_batch
+from konic.finetuning.data.tokenization import make_prompt_batch, warn_of_cuts
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.rewards.moments import RunningMoments
@@ -55,17 +55,19 @@ def evaluate(
     moments: Mapping[str, RunningMoments],
     samples_reference: bool = False,
     world: World = ALONE,
+    warns_of_cuts: bool = True,
 ) -> Evaluation:
     """Sample a response to every prompt, as :func:`respond` does, and score it. `moments` is not changed.
 
     `samples_reference` says that the sampler samples from the reference, which is the policy before training. Its KL is
-    0 and is not computed.
+    0 and is not computed. `warns_of_cuts` says that prompts which are cut off are a warning.
     """
     all_records: list[Sample] = []
     kls: list[float] = []
     batches = _sample_in_batches(
-        policy, sampler, prompts, generation, special, seed, with_kl=not samples_reference, world=world
-    )
+        policy, sampler, prompts, generation, special, seed, with_kl=not samples_reference, world=world,
+        warns_of_cuts=warns_of_cuts,
+    )  # fmt: skip
     for records, kl in batches:
         all_records += records
         kls += kl
@@ -96,11 +98,14 @@ def _sample_in_batches(
     seed: int,
     with_kl: bool,
     world: World,
+    warns_of_cuts: bool = True,
 ) -> Iterator[tuple[list[Sample], list[float]]]:
     """Yield the responses of each batch, and their KL in nats, 0 without `with_kl`. Each process samples a part."""
     for start in range(0, len(prompts), BATCH_SIZE):
         part = prompts[start : start + BATCH_SIZE]
         batch = make_prompt_batch(part, policy.tokenizer, generation.max_prompt_length, special.pad, policy.device)
+        if warns_of_cuts:
+            warns_of_cuts = not warn_of_cuts(batch, generation.max_prompt_length)
         rows = world.own_rows(len(batch))
         own = batch.part(rows or range(1))
         kl = torch.zeros(len(own), device=policy.device)

@@ -49,6 +49,7 @@ _HASHES = {
     "prompts_sha256": "the rows of the dataset are not the same",
     "rewards_sha256": "the code of the rewards is not the same",
     "base_sha256": "the weights of base_model are not the same",
+    "tokenizer_sha256": "the tokenizer or the chat template of base_model is not the same",
 }
 """What a difference of these settings means."""
 
@@ -129,6 +130,7 @@ def require_same_run(
     if saved.get("kl_placement", "") is None:  # written before PPO's own place became the loss
         of_rewards = ("ppo", "rloo", "reinforce++")
         saved["kl_placement"] = "reward" if saved.get("algorithm") in of_rewards else "loss"
+    saved.setdefault("tokenizer_sha256", now.get("tokenizer_sha256"))  # not recorded before
     if "precision" not in saved:  # written when only model_kwargs named it
         dtype = str((saved.get("model_kwargs") or {}).get("dtype") or "float32").removeprefix("torch.")
         saved["precision"] = now.get("precision") if dtype == "auto" else dtype

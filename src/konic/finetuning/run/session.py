@@ -13,7 +13,7 @@ from konic.finetuning.callbacks.composite import Callbacks
 from konic.finetuning.config import GenerationConfig, TrainingConfig
 from konic.finetuning.data.prompts import Prompt, PromptSet, load_prompts
 from konic.finetuning.data.samples import collect_columns
-from konic.finetuning.errors import ConfigError, OutputError, TrainingError
+from konic.finetuning.errors import ConfigError, KonicError, OutputError, RewardError, TrainingError
 from konic.finetuning.learning.learner import Learner, build_learner
 from konic.finetuning.models.decode_probe import choose_plan
 from konic.finetuning.models.loading import pick_device
@@ -73,6 +73,7 @@ class Session:
         self._prompts: PromptSet | None = None
         self._prompts_sha256: str | None = None
         self._adopted: str | None = None
+        self._has_evaluated = False
 
     @property
     def training(self) -> TrainingConfig:
@@ -135,6 +136,7 @@ class Session:
             "selection": asdict(self.selection),
             "prompts_sha256": self._prompts_sha256,
             "base_sha256": self.learner.base_sha256,
+            "tokenizer_sha256": self.learner.tokenizer_sha256,
             "decode_plan": asdict(self.learner.policy.decode_plan),
             "precision": self.learner.policy.precision,
             "reward_weights": self.reward_weights.first,
@@ -152,7 +154,13 @@ class Session:
             selection=self.selection,
         )
 
-    def evaluate(self, prompts: Sequence[Prompt], moments: Mapping[str, RunningMoments], untrained: bool) -> Evaluation:
+    def evaluate(
+        self,
+        prompts: Sequence[Prompt],
+        moments: Mapping[str, RunningMoments],
+        untrained: bool,
+        warns_of_cuts: bool = True,
+    ) -> Evaluation:
         """Responses of the policy to prompts, and their rewards. An untrained policy is evaluated as its reference."""
         learner = self.learner
         return evaluate(
@@ -166,6 +174,7 @@ class Session:
             moments,
             samples_reference=untrained,
             world=self.world,
+            warns_of_cuts=warns_of_cuts,
         )
 
     def evaluate_held_out(self, iterations_done: int) -> Evaluation:
@@ -175,9 +184,27 @@ class Session:
         """
         first = self._recorded_evaluation(0) if iterations_done else None
         moments = evaluation_moments(list_rewards(self.agent.get_reward_composer()), first)
-        evaluation = self.evaluate(self.prompts.held_out, moments, untrained=iterations_done == 0)
+        is_first, self._has_evaluated = not self._has_evaluated, True
+        evaluation = self.evaluate(self.prompts.held_out, moments, iterations_done == 0, warns_of_cuts=is_first)
         self.folder.write_evaluation(iterations_done, evaluation)
         return evaluation
+
+    def note_what_is_kept(self, error: BaseException) -> None:
+        """Add to the error that ends a run where its checkpoint is, and how to go on from there."""
+        kept = checkpoints(self.folder.path) if self.world.rank == 0 and isinstance(error, KonicError) else []
+        if not kept:
+            return
+        run = self.folder.address(self.folder.path)
+        lines = [
+            f"{kept[-1].name} is kept in {run}. With checkpoint_dir={run!r}, resume_from_checkpoint=True goes on from "
+            "there."
+        ]
+        if isinstance(error, RewardError):
+            lines.append(
+                "If you change a reward, add allow_changes=True: from then on it is another run. "
+                "TrainingConfig(on_reward_error='skip') leaves out the responses on which a reward fails."
+            )
+        error.add_note(" ".join(lines))
 
     def adopt(self, checkpoint: str | None) -> None:
         """Take over, once, the weights and the state of a checkpoint that workers of this run wrote.
