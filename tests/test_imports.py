@@ -36,7 +36,7 @@ INSIDE = {
         "adapter_config", "adapters", "merging", "adapter_check", "trained_weights", "policy", "policy_files",
     ],
     "rewards": [
-        "moments", "named_parts", "reducers", "outcomes", "signatures", "calls", "totals", "marks", "validation",
+        "moments", "named_parts", "marks", "reducers", "outcomes", "signatures", "calls", "totals", "validation",
         "old_names", "listing", "origin", "composer", "overrides", "workers", "remote", "scoring", "responses", "trial",
     ],
     "rollout": [

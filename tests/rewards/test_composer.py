@@ -881,3 +881,32 @@ def test_a_marked_method_of_many_texts_gets_a_batch():
     assert composer.compose_batch(PROMPTS, RESPONSES)[1] == {
         "many": [1, 2, 4], "answers": [2, 4, 8], "trl": [3, 6, 12],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"weights": {"a": "2"}}, r"weights\['a'\] must be a finite number, got '2'"),
+        ({"weights": {"a": None}}, r"weights\['a'\] must be a finite number"),
+        ({"weights": {"a": math.nan}}, r"weights\['a'\] must be a finite number, got nan"),
+        ({"weights": [1]}, "weights must be a dict of numbers"),
+        ({"default_weight": "x"}, "default_weight must be a finite number, got 'x'"),
+        ({"default_weight": math.inf}, "default_weight must be a finite number"),
+    ],
+)
+def test_a_weighted_sum_takes_numbers_only(options, said):
+    with pytest.raises(ConfigError, match=f"WeightedSumReducer: {said}"):
+        WeightedSumReducer(**options)
+
+
+def test_a_reducer_may_be_named_in_text():
+    assert KonicLLMRewardComposer(reducer="MeanReducer").reducer is MeanReducer
+    with pytest.raises(RewardError, match="By name, as in YAML: WeightedSumReducer, MeanReducer, MaxReducer"):
+        KonicLLMRewardComposer(reducer="Mean")
+
+
+@pytest.mark.parametrize("option", ["batch", "normalize"])
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_options_of_a_mark_are_true_or_false(option, value):
+    with pytest.raises(ConfigError, match=f"@llm_reward: {option} must be True or False, got"):
+        llm_reward(**{option: value})

@@ -5,6 +5,7 @@ import logging
 import math
 import statistics
 import time
+from decimal import Decimal
 from fractions import Fraction
 
 import pytest
@@ -24,6 +25,7 @@ from konic.finetuning.rewards.listing import list_rewards
 from konic.finetuning.rewards.marks import llm_reward
 from konic.finetuning.rewards.moments import RunningMoments
 from konic.finetuning.rewards.outcomes import Fault
+from konic.finetuning.rewards.reducers import WeightedSumReducer
 from konic.finetuning.rewards.scoring import Scorer, Scores, require_errors_within
 from konic.finetuning.rewards.signatures import RESERVED
 from konic.finetuning.rewards.totals import evaluation_moments
@@ -758,3 +760,60 @@ def test_a_reward_that_has_failed_is_not_named_as_running_while_its_error_is_kep
     time.sleep(0.25)
     assert error.value is not None
     assert caplog.messages == []
+
+
+class Styles(KonicLLMRewardComposer):
+    @llm_reward
+    def style(self, prompt, response):
+        return {"tone": float(len(response)), "pace": 1.0} if response else None
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ({"style.tine": 3.0}, "The weight of 'style.tine' changes nothing so far"),
+        ({"tine": 3.0}, "The weight of 'tine' changes nothing so far"),
+        ({"style.tone ": 3.0}, "The weight of 'style.tone ' changes nothing so far"),
+        ({"style.tone": 3.0, "pace": 2.0}, None),
+        ({"style": 2.0}, None),
+    ],
+)
+def test_a_weight_that_no_part_has_is_a_warning_once_the_parts_are_known(weights, said, caplog):
+    with Scorer(Styles(reward_weights=weights), TrainingConfig()) as scorer:
+        caplog.clear()
+        score_by(scorer, [""])  # every reward abstains: no part is known yet
+        assert not caplog.text
+        score_by(scorer, ["a", "bb"])
+        score_by(scorer, ["ccc"])
+    assert caplog.text.count("changes nothing so far") == (said is not None)
+    assert said is None or (said in caplog.text and "Did you mean" in caplog.text)
+
+
+def test_the_reducers_own_weights_are_looked_at_too(caplog):
+    scored(Styles(reducer=WeightedSumReducer(weights={"style.pase": 2.0})), ["a"])
+    assert "The weight of 'style.pase' changes nothing so far" in caplog.text
+
+
+def test_decimals_are_numbers():
+    class Exact(KonicLLMRewardComposer):
+        @llm_reward
+        def exact(self, prompt, response):
+            return Decimal("1.5") if response else Decimal("NaN")
+
+    assert scored(Exact(), ["a"]).rewards == [1.5]
+    with pytest.raises(RewardError, match="not a finite number"):
+        scored(Exact(), [""])
+
+
+def test_a_weight_for_the_key_of_several_parts_is_not_the_reducers_error():
+    class Two(KonicLLMRewardComposer):
+        @llm_reward
+        def left(self, prompt, response):
+            return {"x": 1.0}
+
+        @llm_reward
+        def right(self, prompt, response):
+            return {"x": 1.0}
+
+    with pytest.raises(RewardError, match=r"^reward_weights\['x'\] is the key of several parts: left\.x, right\.x"):
+        scored(Two(reward_weights={"x": 2.0}), ["a"])

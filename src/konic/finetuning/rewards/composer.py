@@ -10,11 +10,11 @@ from konic.finetuning.data.samples import samples_from_texts
 from konic.finetuning.errors import ConfigError, RewardError, did_you_mean
 from konic.finetuning.rewards.calls import call_reward
 from konic.finetuning.rewards.listing import check_marked_methods, list_rewards, names_of, reward_of_function
-from konic.finetuning.rewards.marks import find_mark
+from konic.finetuning.rewards.marks import checked_weights, find_mark
 from konic.finetuning.rewards.old_names import OldNames, with_the_places_of_0_1
 from konic.finetuning.rewards.origin import Origin, find_origin
 from konic.finetuning.rewards.outcomes import Reward
-from konic.finetuning.rewards.reducers import WeightedSumReducer
+from konic.finetuning.rewards.reducers import REDUCERS, WeightedSumReducer
 from konic.finetuning.rewards.signatures import requested_columns, require_a_response, reward_of_model
 from konic.finetuning.rewards.totals import (
     AlreadyScored,
@@ -25,7 +25,7 @@ from konic.finetuning.rewards.totals import (
     named_by_part,
     require_no_fault,
 )
-from konic.finetuning.rewards.validation import check_kl_penalty_weight, check_reducer, checked_weights
+from konic.finetuning.rewards.validation import check_kl_penalty_weight, check_reducer
 from konic.output import get_logger
 
 logger = get_logger(__name__)
@@ -120,8 +120,8 @@ class KonicLLMRewardComposer(OldNames):
         for name, weight in weights.items():
             self.set_reward_weight(name, weight)
         if reducer is not None:
-            self.reducer = reducer
-            check_reducer(type(self), reducer)
+            self.reducer = REDUCERS.get(reducer, reducer) if isinstance(reducer, str) else reducer
+            check_reducer(type(self), self.reducer)
         if kl_penalty_weight is not None:
             self.kl_penalty_weight = kl_penalty_weight
         check_kl_penalty_weight(self.kl_penalty_weight)

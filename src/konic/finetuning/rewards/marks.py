@@ -3,11 +3,11 @@
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
-from konic.finetuning.errors import ConfigError
+from konic.finetuning.errors import ConfigError, is_valid_text
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 _MARK = "_konic_llm_reward"
@@ -58,6 +58,9 @@ def llm_reward(
             f"@llm_reward has no option {[*other, *more][0]!r}. It has batch=, normalize= and clip=; a reward is named "
             "after its method."
         )
+    for name, value in {"batch": batch, "normalize": normalize}.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"@llm_reward: {name} must be True or False, got {value!r}.")
     mark = Mark(batch, normalize, checked_clip(clip))
 
     def marked(function: Any) -> Any:
@@ -92,6 +95,21 @@ def checked_clip(clip: Any) -> tuple[float, float] | None:
     if not is_pair or clip[0] >= clip[1]:
         raise ConfigError(f"clip must be a lower and a higher bound, such as (-1.0, 1.0); got {clip!r}.")
     return float(clip[0]), float(clip[1])
+
+
+def checked_weights(weights: Any, what: str = "reward_weights") -> dict[str, float]:
+    """Return weights by name; raise ConfigError, which says `what` they are, unless all are finite numbers."""
+    if not isinstance(weights, Mapping):
+        raise ConfigError(f"{what} must be a dict of numbers by reward name, got {weights!r}.")
+    named: dict[str, float] = {}
+    for name, weight in weights.items():
+        if str(name) in named or not is_valid_text(str(name)):
+            why = "is given twice" if str(name) in named else "has a name that contains half a character"
+            raise ConfigError(f"{what}[{str(name)!r}] {why}. Rename it.")
+        if not is_finite_number(weight):
+            raise ConfigError(f"{what}[{str(name)!r}] must be a finite number, got {weight!r}.")
+        named[str(name)] = float(weight)
+    return named
 
 
 def is_finite_number(value: Any) -> bool:

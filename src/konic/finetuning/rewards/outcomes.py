@@ -9,6 +9,7 @@ import os
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Literal
 
 import numpy as np
@@ -146,7 +147,7 @@ def number(value: Any, key: object = None) -> float:
             real = value.item()
         except (ValueError, RuntimeError, TypeError):  # an array of several numbers
             real = value
-    if not isinstance(real, numbers.Real):
+    if not isinstance(real, numbers.Real | Decimal):
         raise NotANumberError(f"returned {shorten(value)}, not a number.", key)
     try:
         real = float(real)

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, Protocol
 
+from konic.finetuning.errors import ConfigError
+from konic.finetuning.rewards.marks import checked_weights, is_finite_number
+
 
 class Reducer(Protocol):
     """Reduces a sample's parts, each already multiplied by its weight, to one reward."""
@@ -38,7 +41,10 @@ class WeightedSumReducer(BaseRewardReducer):
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None, default_weight: float = 1.0) -> None:
-        self._weights = dict(weights or {})  # named as in konic 0.1, whose subclasses read them
+        # named as in konic 0.1, whose subclasses read them
+        self._weights = checked_weights({} if weights is None else weights, "WeightedSumReducer: weights")
+        if not is_finite_number(default_weight):
+            raise ConfigError(f"WeightedSumReducer: default_weight must be a finite number, got {default_weight!r}.")
         self._default_weight = default_weight
 
     def reduce(self, parts: dict[str, float]) -> float:
@@ -60,3 +66,7 @@ class MaxReducer(BaseRewardReducer):
     def reduce(self, parts: dict[str, float]) -> float:
         """The largest of `parts`."""
         return max(parts.values())
+
+
+REDUCERS: dict[Any, type[Any]] = {kind.__name__: kind for kind in (WeightedSumReducer, MeanReducer, MaxReducer)}
+"""By name, as a YAML file gives one."""

@@ -14,21 +14,23 @@ from typing import Any, Self
 from konic.finetuning.config import TrainingConfig
 from konic.finetuning.data.prompts import Prompt
 from konic.finetuning.data.samples import Sample
-from konic.finetuning.errors import RewardError
+from konic.finetuning.errors import RewardError, did_you_mean
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.rewards.calls import call_reward
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer, describe_weighting
 from konic.finetuning.rewards.moments import RunningMoments
-from konic.finetuning.rewards.outcomes import Fault, Outcome, Reward
+from konic.finetuning.rewards.outcomes import Fault, Outcome, Parts, Reward
 from konic.finetuning.rewards.overrides import compose_totals
 from konic.finetuning.rewards.remote import RemoteRewardPool, is_connected
 from konic.finetuning.rewards.totals import (
+    Weighting,
     collect_breakdown,
     collect_parts,
     compute_totals,
     first_faults,
     moments_after,
     named_by_part,
+    part_keys,
     part_weights,
     prepared_parts,
 )
@@ -139,6 +141,7 @@ class Scorer:
         self._world = world
         self._pool = _pool(composer, config)
         self._shown: dict[tuple[str, str], int] = {}
+        self._knows_weights = False
 
     def __enter__(self) -> Self:
         if self._config.reward_workers:
@@ -183,6 +186,9 @@ class Scorer:
         known |= {} if update_moments else given
         told: dict[str, Any] | None = None
         if self._world.rank == 0:
+            if any(counted) and not self._knows_weights:
+                self._knows_weights = True
+                warn_of_weights(weighting, counted)
             totals = compute_totals(weighting, parts, faults, samples, known)
             composed = compose_totals(self._composer, rewards, samples, parts, totals, faults, self._accepted)
             told = {
@@ -259,8 +265,21 @@ class Scorer:
         kind = fault.who, fault.what.split(":" if fault.what.startswith("raised ") else " ", 1)[0]
         self._shown[kind] = self._shown.get(kind, 0) + 1
         if self._shown[kind] <= _FAULTS_SHOWN:
-            last = " Further errors like this are only counted." if self._shown[kind] == _FAULTS_SHOWN else ""
+            last = "\nFurther errors like this are only counted." if self._shown[kind] == _FAULTS_SHOWN else ""
             logger.warning("Skipped a response: %s%s", fault.error(sample.prompt, sample.response), last)
+
+
+def warn_of_weights(weighting: Weighting, parts: Sequence[Parts]) -> None:
+    """Warn about weights for parts that no reward has returned; a composer warns about names that are no reward's."""
+    names = dict.fromkeys(name for own in parts for name in own)
+    keys = part_keys(weighting.rewards, names)
+    known = {*names, *keys.values(), *(reward.name for reward in weighting.rewards)}
+    weights = {*weighting.weights, *getattr(weighting.reducer, "_weights", ())}
+    for weight in sorted(weights - known) if keys else sorted(each for each in weights - known if "." in each):
+        logger.warning(
+            "The weight of %r changes nothing so far: no reward has returned that part.%s Parts: %s.",
+            weight, did_you_mean(weight, known), ", ".join(map(repr, names)),
+        )  # fmt: skip
 
 
 def _as_json(outcome: Outcome | None) -> Any:

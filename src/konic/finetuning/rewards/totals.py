@@ -136,7 +136,7 @@ def compute_total(
         return number(reduced)
     except NotANumberError as error:
         raise RewardError(f"{who} {error}", *where) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RewardError):
         raise
     except BaseException as error:  # such as sys.exit()
         known = [f"  parts:    {', '.join(map(shorten, parts))}"] if isinstance(error, KeyError) else []

@@ -1,12 +1,11 @@
-"""Checks of what a composer is given: weights, a reducer, the price of KL."""
+"""Checks of what a composer is given: a reducer, the price of KL."""
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
-from konic.finetuning.errors import ConfigError, RewardError, is_valid_text
+from konic.finetuning.errors import ConfigError, RewardError
 from konic.finetuning.rewards.marks import is_finite_number
-from konic.finetuning.rewards.reducers import takes_weights
+from konic.finetuning.rewards.reducers import REDUCERS, takes_weights
 from konic.finetuning.settings import MAX_PENALTY
 from konic.text import describe_error
 
@@ -18,7 +17,7 @@ def check_reducer(kind: type, reducer: Any) -> None:
     if not callable(reduce):
         raise RewardError(
             f"{who} has no method reduce(parts): {reducer!r}. {advice}, which makes one number of a dict of values, "
-            "such as MeanReducer."
+            f"such as MeanReducer. By name, as in YAML: {', '.join(REDUCERS)}."
         )
     if inspect.iscoroutinefunction(reduce):
         raise RewardError(f"{who}: {reducer!r} has an async method reduce. It must be a plain one.")
@@ -36,21 +35,6 @@ def check_reducer(kind: type, reducer: Any) -> None:
         ) from None
     except ValueError:  # no signature can be read, as of a class written in C
         return
-
-
-def checked_weights(weights: Any) -> dict[str, float]:
-    """Return weights by name; raise ConfigError unless all are finite numbers."""
-    if not isinstance(weights, Mapping):
-        raise ConfigError(f"reward_weights must be a dict of numbers by reward name, got {weights!r}.")
-    named: dict[str, float] = {}
-    for name, weight in weights.items():
-        if str(name) in named or not is_valid_text(str(name)):
-            why = "is given twice" if str(name) in named else "has a name that contains half a character"
-            raise ConfigError(f"reward_weights[{str(name)!r}] {why}. Rename it.")
-        if not is_finite_number(weight):
-            raise ConfigError(f"reward_weights[{str(name)!r}] must be a finite number, got {weight!r}.")
-        named[str(name)] = float(weight)
-    return named
 
 
 def check_kl_penalty_weight(weight: Any) -> None:
