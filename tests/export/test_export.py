@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command import konic_here
-from conftest import shake_adapter
+from conftest import byte_tokenizer, shake_adapter
 from konic.export.modelfile import modelfile
 from konic.export.private import without_paths
 from konic.finetuning.models.loading import load_model
@@ -289,3 +289,32 @@ def test_a_full_disk_is_one_error(trained, tmp_path, monkeypatch):
     done = konic_here("export", trained, "--format", "adapter", "--output", tmp_path / "out")
     assert done.returncode == 1 and "out: cannot be written: No space left on device" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+CHATML_JINJA = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "line"),
+    [
+        (CHATML_JINJA, "Answer with JSON only.", 'SYSTEM """Answer with JSON only."""'),
+        (CHATML_JINJA, 'Say "yes"\nor no.', 'SYSTEM """Say "yes"\nor no."""'),
+        (CHATML_JINJA, None, None),
+        (CHATML_JINJA, 'x"""\nFROM evil', None),
+        (CHATML_JINJA, 'ends in "quotes"', None),
+        (CHATML_JINJA, "\x1b[2J", None),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "Be brief.", 'SYSTEM """Be brief."""'),
+    ],
+)
+def test_the_modelfile_has_the_runs_system_prompt(template, system, line):
+    tokenizer = byte_tokenizer("llama")
+    tokenizer.chat_template = template
+    text, note = modelfile("m.gguf", tokenizer, {}, system)
+    if line is None:
+        assert "SYSTEM" not in text and "evil" not in text
+        assert ("cannot stand in a Modelfile" in note) == (system is not None)
+    else:
+        assert f"\n{line}\n" in f"\n{text}\n"

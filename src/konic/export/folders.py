@@ -96,7 +96,8 @@ def write_gguf_folder(saved: SavedModel, output: Path, dtype: str | None) -> lis
     file = f"model-{dtype.replace('float', 'f')}.gguf"
     with filling_folder(output) as folder:
         write_gguf(model, tokenizer, folder / file, saved.title, dtype)
-        text, note = modelfile(file, tokenizer, saved.setting("generation_config"))
+        system_prompt = saved.setting("dataset_config").get("system_prompt")
+        text, note = modelfile(file, tokenizer, saved.setting("generation_config"), system_prompt)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(export_card(saved, is_adapter=False, file=file), encoding="utf-8")
     return [note, f"llama.cpp: llama-cli -m {output / file}", f"Ollama: ollama create MODEL -f {output / 'Modelfile'}"]

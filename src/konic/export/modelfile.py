@@ -23,25 +23,33 @@ _TALK = [
 ]
 
 
-def modelfile(file: str, tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, Any]) -> tuple[str, str]:
+def modelfile(
+    file: str, tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, Any], system_prompt: Any = None
+) -> tuple[str, str]:
     """Return the text of the Modelfile, and what to say about its chat template.
 
     Args:
         file: The name of the GGUF file beside it.
         tokenizer: Of the model.
         generation: The run's generation_config.
+        system_prompt: Of the run's dataset_config: what the model was trained under.
     """
     lines, note = [f"FROM ./{file}"], "The model has no chat template: give Ollama and llama.cpp plain text."
     if tokenizer.chat_template is None:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     else:
-        system = _chatml_system(tokenizer)
+        system = of_template = _chatml_system(tokenizer)
+        if isinstance(system_prompt, str) and system_prompt:
+            system = system_prompt
         note = "Its chat template is ChatML, which the Modelfile has too."
-        if system is None:
+        if of_template is None:
             note = "Its chat template is not ChatML, so the Modelfile has none: Ollama takes that of the GGUF file."
         else:
             lines += [f'TEMPLATE """{CHATML}"""', 'PARAMETER stop "<|im_end|>"']
-            lines += [f'SYSTEM """{system}"""'] if system else []
+        if system and _is_quotable(system):
+            lines.append(f'SYSTEM """{system}"""')
+        elif system:
+            note += " The run's system prompt cannot stand in a Modelfile: give it to Ollama yourself."
     return "\n".join([*lines, *_parameters(generation)]) + "\n", note
 
 
@@ -83,6 +91,11 @@ def _chatml_system(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _chatml(chat: list[dict[str, str]]) -> str:
     turns = [f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in chat]
     return "".join(turns) + "<|im_start|>assistant\n"
+
+
+def _is_quotable(text: str) -> bool:
+    is_shown = all(letter.isprintable() or letter in "\n\t" for letter in text)
+    return is_shown and '"""' not in text and not text.endswith('"')
 
 
 def _is_plain(text: str) -> bool:

@@ -125,7 +125,7 @@ def _figures_of(run: Run) -> list[Figure]:
         "KL from the reference" + ("; dashed: kl_limit" if near else ""): charts.lines(
             {"KL": kl}, "nats per response", limit=limit if near else None
         ),
-        "Objective: reward − β · KL": charts.lines({"objective": run.curve("objective")}, "reward"),
+        "Objective: reward − penalties − β · KL": charts.lines({"objective": run.curve("objective")}, "reward"),
         "Length of the responses": charts.lines({"tokens": run.curve("response_length_mean")}, "tokens"),
         "Entropy of the policy": charts.lines({"entropy": run.curve("entropy")}, "nats per token"),
         "Losses": charts.lines(
@@ -142,7 +142,7 @@ def _figures_of_all(names: Sequence[str], runs: Sequence[Run]) -> list[Figure]:
     wanted = {
         "Reward of each batch": ("reward_mean", "reward"),
         "KL from the reference": ("kl_per_response", "nats per response"),
-        "Objective: reward − β · KL": ("objective", "reward"),
+        "Objective: reward − penalties − β · KL": ("objective", "reward"),
         "Length of the responses": ("response_length_mean", "tokens"),
         "Entropy of the policy": ("entropy", "nats per token"),
         "Time of an iteration": ("total_time_sec", "seconds"),
