@@ -216,6 +216,7 @@ def test_configs_have_what_konic_0_1_had():
     assert "hf_secret" not in str(DatasetConfig(name="a/b", token="hf_secret").to_dict())
     presets = TrainingConfig.fast_debug(), TrainingConfig.cpu_optimized(), TrainingConfig.gpu_optimized()
     assert [preset.batch_size for preset in presets] == [2, 1, 16]
+    assert [preset.kl_penalty_weight for preset in presets] == [0.0, TrainingConfig().kl_penalty_weight, 0.1]
 
 
 @pytest.mark.parametrize(

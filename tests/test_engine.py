@@ -1069,7 +1069,7 @@ def test_a_folder_that_becomes_read_only_ends_the_run_with_its_error_alone(model
         raise OSError(errno.EROFS, "Failed to open local file. Detail: [errno 30] Read-only file system")
 
     engine = make_engine(model_folders["llama"], tmp_path, callback=Remounts())
-    with pytest.raises(OutputError, match=r"cannot be written: Read-only file system\.$"):
+    with pytest.raises(OutputError, match=r"cannot be written: Read-only file system\.\ncheckpoint-1 is kept"):
         engine.train(3, save_every=1)
     monkeypatch.undo()
     assert make_engine(model_folders["llama"], tmp_path).train(3, resume_from_checkpoint=True).total_iterations == 3
@@ -1573,3 +1573,97 @@ def test_a_callback_cannot_use_a_model_that_several_processes_train(model_folder
     with full._divided(True), pytest.raises(ConfigError, match=r"save_pretrained.. needs all processes"):
         full.save_pretrained(tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+CHAT_ROWS = [{"prompt": [{"role": "user", "content": f"film {row}"}]} for row in range(6)]
+
+
+def changed_template(folder):
+    file = folder / "chat_template.jinja"
+    file.write_text("{{ '!' }}" + file.read_text())
+
+
+def swapped_tokens(folder):
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize("change", [changed_template, swapped_tokens])
+def test_a_run_is_not_resumed_with_another_tokenizer_or_chat_template(model_folders, change, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(model_folders["llama"], base)
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(template)
+    dataset = DatasetConfig(prompts=CHAT_ROWS)
+    make_engine(base, tmp_path / "run", dataset=dataset).train(1)
+    change(base)
+    with pytest.raises(OutputError, match="the tokenizer or the chat template of base_model is not the same"):
+        make_engine(base, tmp_path / "run", dataset=dataset).train(2, resume_from_checkpoint=True)
+    again = make_engine(base, tmp_path / "run", dataset=dataset)
+    assert again.train(2, resume_from_checkpoint=True, allow_changes=True).total_iterations == 2
+
+
+def test_a_checkpoint_that_does_not_name_its_tokenizer_is_resumed(model_folders, tmp_path, monkeypatch):
+    settings = session_module.Session.settings
+
+    def before(self, last_iteration):
+        return {name: value for name, value in settings(self, last_iteration).items() if name != "tokenizer_sha256"}
+
+    monkeypatch.setattr(session_module.Session, "settings", before)
+    make_engine(model_folders["llama"], tmp_path).train(1)
+    monkeypatch.undo()
+    assert make_engine(model_folders["llama"], tmp_path).train(2, resume_from_checkpoint=True).total_iterations == 2
+
+
+def test_prompts_that_are_cut_off_are_a_warning_wherever_they_are_read(model_folders, tmp_path, caplog):
+    engine = make_engine(model_folders["llama"], tmp_path)
+    for call in (engine.evaluate, engine.generate):
+        caplog.clear()
+        call(["short", "x" * 100])
+        assert caplog.text.count("is cut off at max_prompt_length=48 tokens") == 1
+        caplog.clear()
+        call(["short"])
+        assert "cut off" not in caplog.text
+
+
+def test_held_out_prompts_that_are_cut_off_are_said_once(model_folders, tmp_path, caplog):
+    dataset = DatasetConfig(prompts=[f"{row}" + "x" * 100 for row in range(8)], held_out=4)
+    make_engine(model_folders["llama"], tmp_path, dataset=dataset, eval_every=1).train(3)
+    assert caplog.text.count("is cut off at max_prompt_length=48 tokens") == 2  # those to learn on, and those held out
+
+
+def test_an_attribute_of_the_engine_with_a_wrong_name_is_a_warning(model_folders, tmp_path, caplog):
+    engine = make_engine(model_folders["llama"], tmp_path)
+    engine.checkpoint_dri = tmp_path / "other"
+    assert "The engine has no attribute 'checkpoint_dri'" in caplog.text
+    assert "Did you mean 'checkpoint_dir'?" in caplog.text
+    caplog.clear()
+    engine.my_notes, engine.device, engine.callback = "fine", "cpu", None
+    assert not caplog.text
+
+
+class BreaksLater(LetterRewards):
+    calls = 0
+
+    @llm_reward
+    def breaks(self, prompt, response):
+        self.calls += 1
+        return 1.0 / (self.calls <= self.limit)
+
+
+@pytest.mark.parametrize("num_good", [0, 2])
+def test_the_error_that_ends_a_run_says_what_is_kept_and_how_to_go_on(model_folders, num_good, tmp_path):
+    composer, dataset = BreaksLater(), DatasetConfig(prompts=PROMPTS)
+    composer.limit = 8 * num_good
+    with pytest.raises(RewardError) as error:
+        make_engine(model_folders["llama"], tmp_path, composer=composer, dataset=dataset).train(4)
+    if not num_good:
+        assert not hasattr(error.value, "__notes__")
+        return
+    (note,) = error.value.__notes__
+    assert note.startswith(f"checkpoint-2 is kept in {tmp_path}. With checkpoint_dir={str(tmp_path)!r}, ")
+    for option in ("resume_from_checkpoint=True", "allow_changes=True", "on_reward_error='skip'"):
+        assert option in note

@@ -449,3 +449,24 @@ def test_a_callback_that_was_not_set_up_says_what_its_init_lacks():
 
     with pytest.raises(ConfigError, match=r"Callback Forgets: its __init__ must call super\(\).__init__\(\)"):
         Callbacks(Forgets())
+
+
+def takes_nothing(self):
+    """Of the wrong shape for every hook that gets something."""
+
+
+def takes_too_much(self, first, second, third):
+    """Of the wrong shape for every hook."""
+
+
+@pytest.mark.parametrize("hook", ["on_train_begin", "on_iteration_end", "on_reward_computed", "on_train_end"])
+@pytest.mark.parametrize("method", [takes_nothing, takes_too_much])
+def test_a_hook_that_cannot_be_called_is_an_error_before_training(hook, method):
+    kind = type("Own", (BaseKonicFinetuningCallback,), {hook: method})
+    with pytest.raises(ConfigError, match=rf"Callback Own\.{hook}\(.*cannot be called .*Write {hook}\(self, "):
+        CompositeCallback([kind()])
+
+
+def test_a_hook_may_name_its_parameters_as_it_likes():
+    own = {"on_iteration_end": lambda self, outcome, more=None: None, "on_train_end": lambda self, *given: None}
+    CompositeCallback([type("Own", (BaseKonicFinetuningCallback,), own)()])

@@ -76,7 +76,8 @@ def main() -> None:
         from konic.finetuning.errors import KonicError
 
         is_mistake = isinstance(error, KonicError)
-        shown = f"Error: {with_options(str(error))}" if is_mistake else traceback.format_exc().rstrip()
+        said = "\n".join([str(error), *getattr(error, "__notes__", ())])
+        shown = f"Error: {with_options(said)}" if is_mistake else traceback.format_exc().rstrip()
         write_line(shown, sys.stderr, RED)
         sys.exit(1)
     finally:

@@ -148,7 +148,9 @@ class Document:
         if _INT.fullmatch(text):
             return int(text)
         if _INT_OF_1_1.fullmatch(text):
-            raise self._at(line, f"{text} is another number in YAML 1.1 than in 1.2. Write it as 10, or in quotes.")
+            raise self._at(
+                line, f"{text} can be several numbers in YAML. Write a plain number, such as 16, or text in quotes."
+            )
         if _FLOAT.fullmatch(text):
             return float(text)
         if found := _INFINITE.fullmatch(text):

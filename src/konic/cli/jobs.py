@@ -68,7 +68,7 @@ class TrainOptions(Settings):
         if self.num_workers is None:
             for name in ("min_workers", "ray_address"):
                 if getattr(self, name) is not None:
-                    raise ConfigError(f"{name}={getattr(self, name)!r} needs num_workers, such as 2.")
+                    raise ConfigError(f"{name}={getattr(self, name)!r} needs num_workers (--num-workers), such as 2.")
             return None
         least = self.num_workers if self.min_workers is None else self.min_workers
         if least > self.num_workers:

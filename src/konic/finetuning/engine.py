@@ -17,7 +17,7 @@ from konic.finetuning.callbacks.console import KonicFinetuningCallback
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
 from konic.finetuning.data.prompts import Prompt, make_prompts
 from konic.finetuning.data.rows import rows_of
-from konic.finetuning.errors import ConfigError, OutputError, no_attribute
+from konic.finetuning.errors import ConfigError, OutputError, did_you_mean, no_attribute
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.models.model_kwargs import check_model_kwargs
 from konic.finetuning.results.iteration import FinetuningIterationResult
@@ -34,7 +34,9 @@ from konic.finetuning.system.signals import raising_on_signals, stopping_on_sign
 from konic.finetuning.system.user_code import standard_torch_modes
 from konic.finetuning.system.world import is_one_of_several
 from konic.finetuning.trainer import Trainer
-from konic.output import tolerant_streams
+from konic.output import get_logger, tolerant_streams
+
+logger = get_logger(__name__)
 
 __all__ = ["FinetuningIterationResult", "FinetuningResult", "KonicFinetuningEngine"]
 
@@ -57,6 +59,10 @@ _PART_OF_AGENT = {
     "method": "finetuning_method",
 }
 """The parts by which an engine is made, and the getter of each."""
+
+
+_ATTRIBUTES = ("agent", "checkpoint_dir", "device", "callback")
+"""What an engine has besides, and reads whenever it trains."""
 
 
 def __getattr__(name: str) -> Any:
@@ -225,6 +231,13 @@ class KonicFinetuningEngine:
     def __getattr__(self, name: str) -> Any:
         raise no_attribute(self, name, _SUCCESSORS)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and not hasattr(type(self), name) and name not in _ATTRIBUTES:
+            hint = did_you_mean(name, [*_ATTRIBUTES, *_PART_OF_AGENT])
+            if hint:
+                logger.warning("The engine has no attribute %r, so nothing reads it.%s", name, hint)
+        super().__setattr__(name, value)
+
     def setup(self) -> None:
         """Load the prompts and the model now, rather than when they are first needed."""
         session = self._current_session()
@@ -291,6 +304,7 @@ class KonicFinetuningEngine:
                         if not isinstance(error, KeyboardInterrupt) or not session.weights_are_whole:
                             with uninterrupted():
                                 saver.after_error(session.result(), session.weights_are_whole)
+                                session.note_what_is_kept(error)
                             raise
                         stopped = INTERRUPTED
                     final = session.finish(saver, last_iteration, stopped)

@@ -267,7 +267,9 @@ class TrainingConfig(Settings):
     @classmethod
     def gpu_optimized(cls) -> Self:
         """Return what konic 0.1 called so; see :meth:`cpu_optimized`."""
-        return cls(learning_rate=1e-5, batch_size=16, gradient_accumulation_steps=2, entropy_coef=0.01)
+        return cls(
+            learning_rate=1e-5, batch_size=16, gradient_accumulation_steps=2, kl_penalty_weight=0.1, entropy_coef=0.01
+        )
 
     def with_method(self, method: str | None) -> Self:
         """Return settings for a method of konic 0.1, a :class:`KonicFinetuningMethodType`; None changes nothing.

@@ -164,11 +164,28 @@ def _check(callback: BaseKonicFinetuningCallback) -> None:
             raise ConfigError(
                 f"Callback {kind}.{name} would never run: make it a plain method, not async or with yield."
             )
+        _check_parameters(f"{kind}.{name}", hook, _HOOKS[name])
     if isinstance(callback, KonicFinetuningCallback) and "_tracker" not in vars(callback):
         raise ConfigError(f"Callback {kind}: its __init__ must call super().__init__().")
 
 
-_HOOKS = [name for name in vars(BaseKonicFinetuningCallback) if not name.startswith("_")]
+def _check_parameters(name: str, hook: Callable[..., Any], asked: Callable[..., Any]) -> None:
+    """Raise ConfigError unless a hook takes what the base class's hook `asked` takes."""
+    wanted = list(inspect.signature(asked).parameters)[1:]  # without self
+    try:
+        signature = inspect.signature(hook)
+    except (TypeError, ValueError):  # no signature can be read, as of a function written in C
+        return
+    try:
+        signature.bind(*wanted)
+    except TypeError as error:
+        raise ConfigError(
+            f"Callback {name}{signature} cannot be called as training calls it: {error}. Write "
+            f"{name.rpartition('.')[2]}(self, {', '.join(wanted)})."
+        ) from None
+
+
+_HOOKS = {name: hook for name, hook in vars(BaseKonicFinetuningCallback).items() if not name.startswith("_")}
 
 
 def _reports_iterations(callback: BaseKonicFinetuningCallback) -> bool:
