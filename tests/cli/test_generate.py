@@ -172,6 +172,9 @@ def test_prompts_that_are_missing_are_one_error(run, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
         done = konic_here("generate", *arguments)
         assert done.returncode in (1, 2) and said in done.stderr, done.stderr
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"gr\xfcn\n"), "utf-8", "surrogateescape"))
+    done = konic_here("generate", run, "-")
+    assert done.returncode == 1 and "Standard input is not UTF-8" in done.stderr, done.stderr
 
 
 def test_a_base_model_is_found_from_another_folder_than_the_runs(model_folders, tmp_path, monkeypatch):

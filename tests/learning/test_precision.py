@@ -1,6 +1,7 @@
 """precision="bfloat16": what is exact stays exact, and the rest is as near to fp32 as the rounded base allows."""
 
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -11,6 +12,7 @@ from konic.finetuning import DatasetConfig, KonicFinetuningEngine
 from konic.finetuning.agent import KonicFinetuningAgent
 from konic.finetuning.config import GenerationConfig, LoraConfig, TrainingConfig
 from konic.finetuning.errors import ConfigError, OutputError
+from konic.finetuning.learning import learner as learner_module
 from konic.finetuning.learning.estimators import compute_advantages
 from konic.finetuning.learning.learner import build_learner, make_learner
 from konic.finetuning.learning.schedule import Schedule
@@ -22,6 +24,7 @@ from konic.finetuning.rollout import rollout as rollout_module
 from konic.finetuning.rollout.rollout import sample_rollout
 from konic.finetuning.rollout.sampler import RandomKey, find_special_tokens
 from konic.finetuning.system.files import SEAL_FILE, seal
+from konic.finetuning.system.processor import has_matrix_unit
 from test_engine import LetterRewards, Silent, make_engine, same_tensors, weights
 
 GENERATION = GenerationConfig(max_new_tokens=8, max_prompt_length=32, temperature=0.9, eos_token_id=tuple(range(40)))
@@ -197,12 +200,44 @@ def test_the_adapter_is_merged_into_the_weights_as_they_were_before_rounding(mod
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in merged.values())
 
 
-def test_auto_takes_float32_and_says_why(model_folders, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("has_unit", "chosen", "why"),
+    [
+        (True, "bfloat16", "this processor has a unit for matrices in it"),
+        (False, "float32", "this processor has no unit for matrices in bfloat16"),
+    ],
+)
+def test_auto_takes_what_suits_the_processor(model_folders, has_unit, chosen, why, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(learner_module, "has_matrix_unit", lambda: has_unit)
     run_of(model_folders["llama"], tmp_path / "run", precision="auto").train(1)
-    assert "precision='auto' takes float32: that bfloat16 learns as well is not shown" in caplog.text
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["precision"] == "float32"
-    result = run_of(model_folders["llama"], tmp_path / "run", precision="auto").train(2, resume_from_checkpoint=True)
-    assert result.history[-1].effective_sample_size == 1.0
+    assert f"precision='auto' takes {chosen}: {why}" in caplog.text
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["precision"] == chosen
+    again = run_of(model_folders["llama"], tmp_path / "run", precision="auto")
+    assert again.train(2, resume_from_checkpoint=True).total_iterations == 2
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_auto_takes_float32_where_weights_of_the_base_are_trained(model_folders, bias, caplog, monkeypatch):
+    monkeypatch.setattr(learner_module, "has_matrix_unit", lambda: True)
+    agent = agent_of(model_folders["llama"], LoraConfig(r=2, bias=bias), precision="auto")
+    chosen = build_learner(agent, torch.device("cpu")).policy.precision
+    assert chosen == ("bfloat16" if bias == "none" else "float32")
+    assert ("needs a LoraConfig that leaves the base model as it is" in caplog.text) == (bias != "none")
+
+
+def test_a_run_that_auto_began_elsewhere_is_resumed_by_the_name_of_its_precision(model_folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(learner_module, "has_matrix_unit", lambda: True)
+    run_of(model_folders["llama"], tmp_path / "run", precision="auto").train(1)
+    monkeypatch.setattr(learner_module, "has_matrix_unit", lambda: False)
+    with pytest.raises(OutputError, match="precision was 'bfloat16' and is 'float32'"):
+        run_of(model_folders["llama"], tmp_path / "run", precision="auto").train(2, resume_from_checkpoint=True)
+    named = run_of(model_folders["llama"], tmp_path / "run", precision="bfloat16")
+    assert named.train(2, resume_from_checkpoint=True).total_iterations == 2
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the system does not list what its processor has")
+def test_the_processor_says_whether_it_has_a_unit_for_matrices():
+    assert has_matrix_unit() == (" amx_bf16 " in Path("/proc/cpuinfo").read_text().replace("\n", " "))
 
 
 def agent_of(folder, lora=None, dtype=None, **training):

@@ -122,12 +122,15 @@ def _texts(prompts: list[str]) -> list[str]:
 
 
 def _lines() -> list[str]:
-    from konic.finetuning.errors import ConfigError
+    from konic.finetuning.errors import ConfigError, is_valid_text
 
     try:
-        lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
+        text = sys.stdin.read()
     except UnicodeDecodeError as error:
         raise ConfigError(f"Standard input is not UTF-8: {error.reason} at byte {error.start}.") from None
+    if not is_valid_text(text):  # where Python lets other bytes pass
+        raise ConfigError("Standard input is not UTF-8. Convert it first.")
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise ConfigError("Standard input holds no prompt: give one on each line.")
     return lines

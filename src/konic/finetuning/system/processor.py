@@ -19,6 +19,11 @@ def is_intel() -> bool:
     return "GenuineIntel" in _maker()
 
 
+def has_matrix_unit() -> bool:
+    """Return True if the processor has a unit for matrices in bfloat16, as Intel's AMX."""
+    return "amx_bf16" in _field("flags").split()
+
+
 def _maker() -> str:
     return _field("vendor_id") or platform.processor()
 
