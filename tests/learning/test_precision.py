@@ -24,7 +24,7 @@ from konic.finetuning.rollout import rollout as rollout_module
 from konic.finetuning.rollout.rollout import sample_rollout
 from konic.finetuning.rollout.sampler import RandomKey, find_special_tokens
 from konic.finetuning.system.files import SEAL_FILE, seal
-from konic.finetuning.system.processor import has_matrix_unit
+from konic.finetuning.system.processor import has_bfloat16
 from test_engine import LetterRewards, Silent, make_engine, same_tensors, weights
 
 GENERATION = GenerationConfig(max_new_tokens=8, max_prompt_length=32, temperature=0.9, eos_token_id=tuple(range(40)))
@@ -201,14 +201,14 @@ def test_the_adapter_is_merged_into_the_weights_as_they_were_before_rounding(mod
 
 
 @pytest.mark.parametrize(
-    ("has_unit", "chosen", "why"),
+    ("has_it", "chosen", "why"),
     [
-        (True, "bfloat16", "this processor has a unit for matrices in it"),
-        (False, "float32", "this processor has no unit for matrices in bfloat16"),
+        (True, "bfloat16", "this processor has instructions for it"),
+        (False, "float32", "this processor has no instructions for bfloat16"),
     ],
 )
-def test_auto_takes_what_suits_the_processor(model_folders, has_unit, chosen, why, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(learner_module, "has_matrix_unit", lambda: has_unit)
+def test_auto_takes_what_suits_the_processor(model_folders, has_it, chosen, why, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(learner_module, "has_bfloat16", lambda: has_it)
     run_of(model_folders["llama"], tmp_path / "run", precision="auto").train(1)
     assert f"precision='auto' takes {chosen}: {why}" in caplog.text
     assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["precision"] == chosen
@@ -218,7 +218,7 @@ def test_auto_takes_what_suits_the_processor(model_folders, has_unit, chosen, wh
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 def test_auto_takes_float32_where_weights_of_the_base_are_trained(model_folders, bias, caplog, monkeypatch):
-    monkeypatch.setattr(learner_module, "has_matrix_unit", lambda: True)
+    monkeypatch.setattr(learner_module, "has_bfloat16", lambda: True)
     agent = agent_of(model_folders["llama"], LoraConfig(r=2, bias=bias), precision="auto")
     chosen = build_learner(agent, torch.device("cpu")).policy.precision
     assert chosen == ("bfloat16" if bias == "none" else "float32")
@@ -226,9 +226,9 @@ def test_auto_takes_float32_where_weights_of_the_base_are_trained(model_folders,
 
 
 def test_a_run_that_auto_began_elsewhere_is_resumed_by_the_name_of_its_precision(model_folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(learner_module, "has_matrix_unit", lambda: True)
+    monkeypatch.setattr(learner_module, "has_bfloat16", lambda: True)
     run_of(model_folders["llama"], tmp_path / "run", precision="auto").train(1)
-    monkeypatch.setattr(learner_module, "has_matrix_unit", lambda: False)
+    monkeypatch.setattr(learner_module, "has_bfloat16", lambda: False)
     with pytest.raises(OutputError, match="precision was 'bfloat16' and is 'float32'"):
         run_of(model_folders["llama"], tmp_path / "run", precision="auto").train(2, resume_from_checkpoint=True)
     named = run_of(model_folders["llama"], tmp_path / "run", precision="bfloat16")
@@ -236,8 +236,9 @@ def test_a_run_that_auto_began_elsewhere_is_resumed_by_the_name_of_its_precision
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the system does not list what its processor has")
-def test_the_processor_says_whether_it_has_a_unit_for_matrices():
-    assert has_matrix_unit() == (" amx_bf16 " in Path("/proc/cpuinfo").read_text().replace("\n", " "))
+def test_the_processor_says_whether_it_has_instructions_for_bfloat16():
+    words = Path("/proc/cpuinfo").read_text().split()
+    assert has_bfloat16() == ("amx_bf16" in words or "avx512_bf16" in words)
 
 
 def agent_of(folder, lora=None, dtype=None, **training):

@@ -144,7 +144,7 @@ class TrainingConfig(Settings):
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     """The numbers in which the frozen base model is kept and computes, in sampling and training. "bfloat16" needs half
     the memory; the adapter, the value head, the optimizer, log-probs, KL and losses stay in float32. "auto" takes it
-    for an adapter on a CPU that has a unit for matrices in bfloat16, and float32 elsewhere."""
+    for an adapter on a CPU that has instructions for bfloat16, and float32 elsewhere."""
     eval_every: int | None = Field(default=None, ge=1)
     """Iterations between evaluations on the held-out prompts; without it there is one before and one after the run."""
     max_minutes: float | None = Field(default=None, gt=0)

@@ -130,7 +130,7 @@ def _locate(path: Path, name: str, split: str) -> tuple[str, list[Path]]:
         if "*" in path.name:
             raise DatasetError(f"Dataset {name!r}: patterns are not expanded. Name the folder, whose files are read.")
         if path.is_symlink():
-            raise DatasetError(f"Dataset {name!r} is a link to {os.readlink(path)!r}, which is not there.")
+            raise DatasetError(f"Dataset {name!r}: there is no such file: it is a link to {os.readlink(path)!r}.")
         beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, beside)
         raise DatasetError(f"Dataset {name!r}: there is no such file or folder: {str(path)!r}.{hint}")

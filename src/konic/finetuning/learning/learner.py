@@ -22,7 +22,7 @@ from konic.finetuning.models.quantised import dequantised
 from konic.finetuning.rollout.decoding import require_decodable
 from konic.finetuning.rollout.local_sampler import LocalSampler
 from konic.finetuning.rollout.sampler import Sampler, SpecialTokens, find_special_tokens
-from konic.finetuning.system.processor import has_matrix_unit
+from konic.finetuning.system.processor import has_bfloat16
 from konic.finetuning.system.world import ALONE, World
 from konic.output import get_logger
 
@@ -162,9 +162,9 @@ def _automatic_precision(
         return "float32", "bfloat16 was compared with it on CPUs only"
     if not isinstance(lora, LoraConfig) or lora.bias != "none" or agent.get_model_kwargs().get("quantization_config"):
         return "float32", "bfloat16 needs a LoraConfig that leaves the base model as it is"
-    if not has_matrix_unit():
-        return "float32", "this processor has no unit for matrices in bfloat16"
-    return "bfloat16", "this processor has a unit for matrices in it"
+    if not has_bfloat16():
+        return "float32", "this processor has no instructions for bfloat16"
+    return "bfloat16", "this processor has instructions for it"
 
 
 def _require_frozen_base(policy: Policy) -> None:

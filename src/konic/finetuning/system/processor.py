@@ -19,9 +19,9 @@ def is_intel() -> bool:
     return "GenuineIntel" in _maker()
 
 
-def has_matrix_unit() -> bool:
-    """Return True if the processor has a unit for matrices in bfloat16, as Intel's AMX."""
-    return "amx_bf16" in _field("flags").split()
+def has_bfloat16() -> bool:
+    """Return True if the processor has instructions for products in bfloat16: those of AVX-512, or Intel's AMX."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_field("flags").split())
 
 
 def _maker() -> str:
