@@ -296,7 +296,6 @@ def show(results):
 
 def lines_of(found):
     rows = [found[comparison.name] for comparison in COMPARISONS if comparison.name in found]
-    base = found["floor"]
     steps = [f"{_step(found, name):.0f} ms ({words})" for name, words in STEPS.items() if _has(found, name)]
     lines = [
         f"{rows[0]['machine']}, {rows[0]['day']}; `make bench`. SmolLM2-135M, in fp32 unless a row says bf16, "
@@ -308,11 +307,14 @@ def lines_of(found):
         "|---|---|---|---|---|---|---|---|",
         *map(line_of, rows),
         "",
-        f"A decode step of 8 that only reads the weights once would take {base['read_ms']:.0f} ms here "
-        f"({base['bandwidth_gb']:.0f} GB/s), one that only multiplies {base['multiply_ms']:.0f} ms "
-        f"({base['gflops']:.0f} GFLOP/s). Ours take {', '.join(steps)}, prompts, packing and drawing included.",
-        "",
     ]
+    if base := found.get("floor"):
+        lines += [
+            f"A decode step of 8 that only reads the weights once would take {base['read_ms']:.0f} ms here "
+            f"({base['bandwidth_gb']:.0f} GB/s), one that only multiplies {base['multiply_ms']:.0f} ms "
+            f"({base['gflops']:.0f} GFLOP/s). Ours take {', '.join(steps)}, prompts, packing and drawing included.",
+            "",
+        ]
     if "first line" in found:
         lines += [
             "`konic demo`, the model in the cache: "
