@@ -225,6 +225,14 @@ def test_auto_takes_float32_where_weights_of_the_base_are_trained(model_folders,
     assert ("needs a LoraConfig that leaves the base model as it is" in caplog.text) == (bias != "none")
 
 
+def test_auto_asks_about_the_device_that_trains_and_not_where_weights_are_read(model_folders, monkeypatch):
+    monkeypatch.setattr(learner_module, "has_bfloat16", lambda: True)
+    agent = agent_of(model_folders["llama"], LoraConfig(r=2), precision="auto")
+    cpu = torch.device("cpu")
+    for trains_on, dtype in ((cpu, torch.bfloat16), (torch.device("cuda"), torch.float32)):
+        assert learner_module._load_base(agent, cpu, trains_on)[0].model.dtype == dtype
+
+
 def test_a_run_that_auto_began_elsewhere_is_resumed_by_the_name_of_its_precision(model_folders, tmp_path, monkeypatch):
     monkeypatch.setattr(learner_module, "has_bfloat16", lambda: True)
     run_of(model_folders["llama"], tmp_path / "run", precision="auto").train(1)

@@ -794,6 +794,17 @@ def test_the_reducers_own_weights_are_looked_at_too(caplog):
     assert "The weight of 'style.pase' changes nothing so far" in caplog.text
 
 
+@pytest.mark.parametrize("weights", [None, 3, {1: 2.0}])
+def test_a_reducer_of_ones_own_may_call_anything_its_weights(weights):
+    class Own:
+        _weights = weights
+
+        def reduce(self, parts):
+            return sum(parts.values())
+
+    assert scored(Styles(reducer=Own()), ["a"]).rewards == [2.0]
+
+
 def test_decimals_are_numbers():
     class Exact(KonicLLMRewardComposer):
         @llm_reward

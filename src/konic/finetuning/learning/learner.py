@@ -90,7 +90,7 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device, world: Worl
     config, generation = agent.get_training_config(), agent.get_generation_config()
     divides = config.sharding is not None and world.size > 1
     # only parts of the weights have room on a GPU
-    loaded, load_original = _load_base(agent, torch.device("cpu") if divides else device)
+    loaded, load_original = _load_base(agent, torch.device("cpu") if divides else device, device)
     model_config = loaded.model.config.get_text_config()
     _require_length(agent.get_base_model(), model_config, generation)
     vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
@@ -127,12 +127,12 @@ _IN_FP32 = "set precision='float32'."
 
 
 def _load_base(
-    agent: KonicFinetuningAgent, device: torch.device
+    agent: KonicFinetuningAgent, device: torch.device, trains_on: torch.device
 ) -> tuple[LoadedModel, Callable[[], PreTrainedModel] | None]:
     """Load the base model in the precision of the run; return also what loads it to merge into, if that is another."""
     name, kwargs, precision = agent.get_base_model(), agent.get_model_kwargs(), agent.get_training_config().precision
     if precision == "auto":
-        precision, why = _automatic_precision(agent, device)
+        precision, why = _automatic_precision(agent, trains_on)
         logger.warning("precision='auto' takes %s: %s (docs/precision.md).", precision, why)
 
     def load_original() -> PreTrainedModel:
@@ -209,5 +209,6 @@ def _fingerprint(model: nn.Module) -> str:
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a SHA-256 of the tokens and their numbers, the chat template, and the tokens of a text."""
-    parts = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer(_DIVIDED)["input_ids"]]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda token: token[1])  # tokens may be bytes
+    parts = [tokens, tokenizer.chat_template, tokenizer(_DIVIDED)["input_ids"]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()

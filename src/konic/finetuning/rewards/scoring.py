@@ -274,7 +274,8 @@ def warn_of_weights(weighting: Weighting, parts: Sequence[Parts]) -> None:
     names = dict.fromkeys(name for own in parts for name in own)
     keys = part_keys(weighting.rewards, names)
     known = {*names, *keys.values(), *(reward.name for reward in weighting.rewards)}
-    weights = {*weighting.weights, *getattr(weighting.reducer, "_weights", ())}
+    own = getattr(weighting.reducer, "_weights", None)  # of a WeightedSumReducer; another class may call anything so
+    weights = {*weighting.weights, *(map(str, own) if isinstance(own, Mapping) else ())}
     for weight in sorted(weights - known) if keys else sorted(each for each in weights - known if "." in each):
         logger.warning(
             "The weight of %r changes nothing so far: no reward has returned that part.%s Parts: %s.",
