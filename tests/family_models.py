@@ -152,9 +152,40 @@ FAMILIES = {
     "lfm2_moe": ("hybrid: convolutions", EXPERTS | {
         "layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "num_dense_layers": 1,
     }),
-    "nemotron_h": ("hybrid: Mamba 2", EXPERTS | MAMBA),
-    "qwen3_5_text": ("hybrid: linear attention", {}),
-    "kimi_linear": ("hybrid: linear attention", EXPERTS | LATENT),
+    "nemotron_h": ("hybrid: Mamba 2", MAMBA | {
+        "layer_types": ["linear_attention", "full_attention", "mlp"], "mamba_num_heads": 8, "mamba_head_dim": 8,
+        "ssm_state_size": 4,
+    }),
+    "qwen3_5_text": ("hybrid: linear attention", {
+        "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    }),
+    "kimi_linear": ("hybrid: linear attention", EXPERTS | LATENT | {
+        "layer_types": ["linear_attention", "full_attention"], "linear_num_heads": 4, "linear_head_dim": 8,
+    }),
+    "zamba": ("hybrid: Mamba, attention that layers share", MAMBA | {
+        "layers_block_type": ["hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 3,
+        "attention_head_dim": 16, "mamba_d_state": 4, "num_key_value_heads": 4,
+    }),
+    "zamba2": ("hybrid: Mamba 2, attention that layers share", MAMBA | {
+        "layers_block_type": ["hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 3, "mamba_ngroups": 1,
+        "num_key_value_heads": 4,
+    }),
+    "olmo_hybrid": ("hybrid: linear attention", {
+        "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "linear_num_key_heads": 4, "linear_num_value_heads": 4,
+    }),
+    "qwen3_5_moe_text": ("hybrid: linear attention, mixture of experts", EXPERTS | {
+        "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    }),
+    "qwen3_5": ("text part of a multimodal model", {
+        "text_config": SIZES | {
+            "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        },
+        "vision_config": VISION, "image_token_id": 270,
+    }),
     "mamba2": ("state space", {"num_heads": 8, "head_dim": 8, "state_size": 4, "n_groups": 1}),
     "xlstm": ("state space", {}),
     "openai-gpt": ("dense, learned positions", GPT),
@@ -168,8 +199,8 @@ FAMILIES = {
 """Name in `transformers` -> what is special about it, and its sizes beside :data:`SIZES`."""
 
 
-def save_base(kind, folder):
-    """Write a random model with a byte tokenizer; return the model as plain `transformers` loads it."""
+def family_model(kind):
+    """Return a random model of a family."""
     sizes = FAMILIES[kind][1]
     sizes = sizes if "text_config" in sizes else SIZES | sizes
     config = AutoConfig.for_model(kind, **{name: size for name, size in sizes.items() if size is not None})
@@ -179,6 +210,12 @@ def save_base(kind, folder):
         for weight in model.parameters():
             if weight.ndim > 1 and weight.std() < 0.1:  # some families ignore initializer_range
                 weight.normal_(std=0.2)
+    return model
+
+
+def save_base(kind, folder):
+    """Write a random model with a byte tokenizer; return the model as plain `transformers` loads it."""
+    model = family_model(kind)
     model.save_pretrained(folder)
     byte_tokenizer("llama").save_pretrained(folder)
     return model

@@ -45,7 +45,8 @@ def peft_config(lora: LoraConfig | peft.LoraConfig, causal_lm: PreTrainedModel) 
         default = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(causal_lm.config.model_type)
         lora.target_modules = set(default) if isinstance(default, list) else default or "all-linear"
     if lora.target_modules == "all-linear" and not lora.exclude_modules:
-        lora.exclude_modules = _in_routers(causal_lm, layers) or None
+        unfit = _in_routers(causal_lm, layers) | _read_by_mamba(causal_lm) | layers_of_shared_weights(causal_lm)
+        lora.exclude_modules = unfit or None
     if isinstance(lora.target_modules, str):
         _require_matching_pattern(lora.target_modules, causal_lm, layers)
     elif lora.target_modules or not lora.target_parameters:
@@ -67,6 +68,25 @@ def _in_routers(causal_lm: PreTrainedModel, layers: Iterable[str]) -> set[str]:
     """
     routers = [name for name, module in causal_lm.named_modules() if "Router" in type(module).__name__]
     return {name for name in layers if any(f"{name}.".startswith(f"{router}.") for router in routers)}
+
+
+def _read_by_mamba(causal_lm: PreTrainedModel) -> set[str]:
+    """Return the layers whose weights a layer of Mamba reads without calling them, in plain or in fused code."""
+    mixers = [name for name, module in causal_lm.named_modules() if hasattr(module, "ssm_state_size")]
+    return {f"{mixer}.{name}" for mixer in mixers for name in ("dt_proj", "out_proj")}
+
+
+def layers_of_shared_weights(causal_lm: PreTrainedModel) -> set[str]:
+    """Return the layers whose weights another layer has too, embedding and head aside, as the blocks of Zamba.
+
+    Each would have an adapter of its own, and a merged model is saved and loaded with one weight for all.
+    """
+    ends = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
+    names: dict[int, list[str]] = {}
+    for name, module in causal_lm.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and module not in ends:
+            names.setdefault(id(module.weight), []).append(name)
+    return {name for shared in names.values() if len(shared) > 1 for name in shared}
 
 
 def require_quick_patterns(lora: peft.LoraConfig, causal_lm: PreTrainedModel) -> None:

@@ -21,6 +21,7 @@ from konic.finetuning.errors import ConfigError, KonicError, ModelError, safe_ca
 from konic.finetuning.models.adapter_config import (
     incomplete_start,
     last_names,
+    layers_of_shared_weights,
     require_adapted,
     require_quick_patterns,
     unsupported_option,
@@ -68,7 +69,7 @@ def new_adapter(
     require_adapted(options, [name for name, layer in causal_lm.named_modules() if isinstance(layer, LoraLayer)])
     flaw = _find_flaw(causal_lm, adapter)
     if flaw is not None:
-        raise ConfigError(f"lora_config: {flaw} or target only other layers.")
+        raise ConfigError(f"lora_config: {flaw} target only other layers.")
     _require_readable(adapted)
     return adapted
 
@@ -88,18 +89,21 @@ def _require_readable(adapted: peft.PeftModel) -> None:
 
 def _find_flaw(causal_lm: PreTrainedModel, adapter: peft.LoraConfig) -> str | None:
     """Return why the adapter of a model cannot be computed or merged, and the setting that avoids it."""
+    shared = layers_of_shared_weights(causal_lm)
     for name, layer in causal_lm.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
+        if f"{name}.base_layer" in shared:
+            return f"{name} shares its weights with another layer, so a merged model could not hold its adapter:"
         if adapter.lora_bias and getattr(layer.get_base_layer(), "bias", None) is None:
             return (
                 f"lora_bias=True needs layers with a bias, and {name} has none: the adapter could not be merged. "
-                "Set lora_bias=False,"
+                "Set lora_bias=False, or"
             )
         if any((magnitude.weight == 0).any() for magnitude in layer.lora_magnitude_vector.values()):
             return (
                 f"use_dora=True divides by the norm of each row of a layer's weights, and {name} has a row of zeros, "
-                "as a tied head has for the padding token. Set use_dora=False,"
+                "as a tied head has for the padding token. Set use_dora=False, or"
             )
     return None
 

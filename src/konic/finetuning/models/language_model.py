@@ -35,9 +35,8 @@ class LanguageModel:
         if self.body is causal_lm:  # Llama 4 does not say where its body is
             self.body = getattr(causal_lm, "model", causal_lm)
         parameters = inspect.signature(self.body.forward).parameters
-        self._cache_argument = (
-            "cache" if "cache" in parameters else "past_key_values"
-        )  # the name until transformers 5.23
+        names = ("cache", "past_key_values", "cache_params")  # the second until transformers 5.23; the third of Mamba
+        self._cache_argument = next((name for name in names if name in parameters), "past_key_values")
         self.shares_prompts = True
         """False reads the prompt of every row: in layers that are computed twice, a cache would be filled twice."""
         self.in_step = False
@@ -83,6 +82,8 @@ class LanguageModel:
             positions: [B, T].
             cache: A `transformers` cache, or None.
         """
+        if self._cache_argument == "cache_params":  # a model without attention reads the mask of these tokens only
+            mask = mask[:, -ids.shape[1] :]
         output = self.body(
             input_ids=ids,
             attention_mask=mask.long(),
