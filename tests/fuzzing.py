@@ -62,7 +62,7 @@ from konic.finetuning.rollout.vllm_sampler import VllmSampler
 from konic.finetuning.run.checkpoint import load_checkpoint, read_record
 from konic.finetuning.run.folder import RunFolder
 from konic.finetuning.run.resume import checkpoint_to_resume, require_same_run
-from konic.finetuning.system.group import _read, _told, _write
+from konic.finetuning.system.group import _read, _read_error, _write
 from konic.finetuning.system.processor import processor_name
 from konic.report.page import render
 from konic.report.replay import replays
@@ -376,7 +376,7 @@ def read_tracker(inputs: Inputs, name: str, content: bytes) -> None:
 def read_other_process(inputs: Inputs, name: str, content: bytes) -> None:
     message = _read(content)
     if "error" in message:
-        raise _told(message["error"], 1, 2)
+        raise _read_error(message["error"], 1, 2)
 
 
 def read_saved_dataset(inputs: Inputs, name: str, content: bytes) -> None:

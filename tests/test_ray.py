@@ -295,7 +295,7 @@ def test_a_second_training_asks_no_callback_again_about_the_first():
             return False
 
     callback = Asked(verbose=False)
-    desk = Desk(Callbacks(callback), RewardWeights(Rewards()), iterations_told=2)
+    desk = Desk(Callbacks(callback), RewardWeights(Rewards()), iterations_before=2)
     assert not any(desk.should_stop_early(SimpleNamespace(iteration=number)) for number in (1, 2, 3, 3))
     assert callback.seen == (3,)
 

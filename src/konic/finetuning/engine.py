@@ -181,7 +181,7 @@ class KonicFinetuningEngine:
         check_model_kwargs(agent.get_model_kwargs())
         self.scaling, self._ray = scaling, None
         if scaling is None:
-            if not is_one_of_several():  # which have to be told by each other: `train` checks it
+            if not is_one_of_several():  # of several, an error of one must reach the others: `train` checks it
                 pick_device(self.device)
             if agent.get_training_config().reward_resources is not None:
                 raise ConfigError(
@@ -285,7 +285,7 @@ class KonicFinetuningEngine:
         callbacks = Callbacks(self.callback if session.world.rank == 0 else KonicFinetuningCallback(verbose=False))
         if session.world.size > 1 and self.driver is None:  # else the driver has the user's callbacks, and says it
             callbacks.patience_seconds = self.training_config.process_timeout_seconds
-        with stopping_on_signals(), tolerant_streams(), session.world.telling_errors(), session.scorer:
+        with stopping_on_signals(), tolerant_streams(), session.world.propagating_errors(), session.scorer:
             check_counts(max_iterations=max_iterations, save_every=save_every, save_total_limit=save_total_limit)
             session.check()
             if max_iterations == 0:
@@ -298,7 +298,7 @@ class KonicFinetuningEngine:
                     for result in session.state.history if resume_from_checkpoint else ():
                         callbacks.should_stop_early(result)
                     try:
-                        with session.world.telling_errors(), self._divided(session.world.size > 1):
+                        with session.world.propagating_errors(), self._divided(session.world.size > 1):
                             stopped = Trainer(session, callbacks, saver, last_iteration).run()
                     except BaseException as error:
                         if not isinstance(error, KeyboardInterrupt) or not session.weights_are_whole:
@@ -343,7 +343,7 @@ class KonicFinetuningEngine:
         chosen = session.prompts.held_out if prompts is None else self._make_prompts(prompts, "evaluate(prompts)")
         if not chosen:
             raise ConfigError("evaluate() has no prompts: give some, or set DatasetConfig(held_out=...).")
-        with session.world.telling_errors(), session.scorer:
+        with session.world.propagating_errors(), session.scorer:
             untrained = session.state.num_steps == 0
             return session.evaluate(chosen, session.state.reward_moments, untrained).to_dict()
 

@@ -58,8 +58,8 @@ class LivePage:
 
     def state(self) -> str:
         """Return what changes whenever a run goes on: a hash of the times and sizes of its files."""
-        told = [_stamp(path) for run in self._runs for path in _changing(run)]
-        return hashlib.sha256(" ".join(told).encode()).hexdigest()[:16]
+        stamps = [_stamp(path) for run in self._runs for path in _changing(run)]
+        return hashlib.sha256(" ".join(stamps).encode()).hexdigest()[:16]
 
     def html(self) -> str:
         """Return the page, or the last one while a file of a run cannot be read.

@@ -180,7 +180,7 @@ def _sample(
     sizes = {weights.policy.language_model.vocabulary_size for weights in (side, base)}
     for batch, samples, new in side.responses(prompts, seed, count):
         if not records:
-            scorer.score(new[:1])  # a reward that fails is told before all else is sampled
+            scorer.score(new[:1])  # a reward that fails is an error before everything else is sampled
         records += new
         if side is base:
             kls += [0.0] * len(new)

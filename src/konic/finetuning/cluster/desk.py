@@ -1,4 +1,4 @@
-"""What workers tell -> the callbacks of the process that started the training, each event once."""
+"""Events of the workers -> the callbacks of the process that started the training, each event once."""
 
 import sys
 import time
@@ -29,13 +29,16 @@ class Desk:
         weights: RewardWeights,
         resume: Any = None,
         is_remote: bool = False,
-        iterations_told: int = 0,
+        iterations_before: int = 0,
     ) -> None:
-        """`weights` are those of this process, which its callbacks may change."""
-        self._callbacks, self._is_remote, self._iterations_told = callbacks, is_remote, iterations_told
+        """`weights` are those of this process, which its callbacks may change.
+
+        `iterations_before` were done by an earlier training of the same engine.
+        """
+        self._callbacks, self._is_remote, self._iterations_before = callbacks, is_remote, iterations_before
         self._weights = weights
         self._weights_in_force: Mapping[str, float] = {}
-        self._weights_told: dict[tuple[int, str], Mapping[str, float]] = {}
+        self._weights_sent: dict[tuple[int, str], Mapping[str, float]] = {}
         self._resume = resume
         self.checkpoint: str | None = None
         """The newest one, as the workers name it."""
@@ -48,7 +51,7 @@ class Desk:
         self.last_loss = ""
         """Which workers, and how, such as "worker 1: its process ended"."""
         self._idle_since: float | None = time.monotonic()
-        """When the last worker was lost, or the training was started; None while workers run, or once it was told."""
+        """When the last worker was lost, or the training was started; None while workers run, or once reported."""
         self._has_begun = self._has_ended = False
         self.last_saved = 0
         """The last iteration that a checkpoint of this training has; 0 before the first."""
@@ -96,7 +99,7 @@ class Desk:
         """Return the weights after an event; where it is repeated, those from when it was new."""
         weights = self._weights.current
         same = self._weights_in_force if weights == self._weights_in_force else weights  # one object for many events
-        self._weights_in_force = self._weights_told.setdefault((self._iteration, hook), same)
+        self._weights_in_force = self._weights_sent.setdefault((self._iteration, hook), same)
         return self._weights_in_force
 
     def on_attempt(self, num_workers: int) -> dict[str, Any]:
@@ -133,9 +136,9 @@ class Desk:
     def should_stop_early(self, result: Any) -> bool:
         """Return the answer of the callbacks, also when it is asked again.
 
-        They were asked about the iterations of an earlier training of the same engine.
+        They were asked about the first `iterations_before` by an earlier training.
         """
-        if result.iteration <= self._iterations_told:
+        if result.iteration <= self._iterations_before:
             return False
         if result.iteration not in self._stops:
             self._stops[result.iteration] = self._callbacks.should_stop_early(result)

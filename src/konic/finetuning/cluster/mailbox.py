@@ -181,43 +181,43 @@ class Reporter(BaseKonicFinetuningCallback):
     def __init__(self, line: Line, weights: RewardWeights) -> None:
         self._line, self._weights = line, weights
 
-    def _told(self, hook: str, *values: Any) -> Any:
+    def _ask(self, hook: str, *values: Any) -> Any:
         answer, weights = self._line.ask(hook, *values)
         self._weights.take(weights)
         return answer
 
     def on_train_begin(self, config: dict[str, Any]) -> None:
         """See the base class."""
-        self._told("on_train_begin", config, self._weights.current)
+        self._ask("on_train_begin", config, self._weights.current)
 
     def on_iteration_begin(self, iteration: int) -> None:
         """See the base class."""
-        self._told("on_iteration_begin", iteration)
+        self._ask("on_iteration_begin", iteration)
 
     def on_generation_begin(self, prompts: list[str]) -> None:
         """See the base class."""
-        self._told("on_generation_begin", prompts)
+        self._ask("on_generation_begin", prompts)
 
     def on_generation_end(self, prompts: list[str], responses: list[str]) -> None:
         """See the base class."""
-        self._told("on_generation_end", prompts, responses)
+        self._ask("on_generation_end", prompts, responses)
 
     def on_reward_computed(self, rewards: list[float], reward_breakdown: dict[str, list[float]]) -> None:
         """See the base class."""
-        self._told("on_reward_computed", rewards, reward_breakdown)
+        self._ask("on_reward_computed", rewards, reward_breakdown)
 
     def on_iteration_end(self, result: FinetuningIterationResult) -> None:
         """See the base class."""
-        self._told("on_iteration_end", result)
+        self._ask("on_iteration_end", result)
 
     def on_checkpoint_saved(self, path: str, iteration: int) -> None:
         """See the base class."""
-        self._told("on_checkpoint_saved", path, iteration)
+        self._ask("on_checkpoint_saved", path, iteration)
 
     def on_train_end(self, result: FinetuningResult) -> None:
         """See the base class."""
-        self._told("on_train_end", result)
+        self._ask("on_train_end", result)
 
     def should_stop_early(self, result: FinetuningIterationResult) -> bool:
         """See the base class."""
-        return bool(self._told("should_stop_early", result))
+        return bool(self._ask("should_stop_early", result))

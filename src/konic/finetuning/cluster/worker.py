@@ -87,15 +87,15 @@ def _outcome(job: Job, line: Line) -> Outcome:
     join_workers(job.limit_seconds)
     world = find_world(job.limit_seconds)
     try:
-        with world.telling_errors():
+        with world.propagating_errors():
             engine = _loaded(job)
-            told = from_first(world, line.ask("on_attempt", world.size) if world.rank == 0 else None)
-            options = {**job.options, "resume_from_checkpoint": told["resume_from_checkpoint"]}
+            start = from_first(world, line.ask("on_attempt", world.size) if world.rank == 0 else None)
+            options = {**job.options, "resume_from_checkpoint": start["resume_from_checkpoint"]}
             hosts = {message["host"] for message in world.gather({"host": socket.gethostname()})}
             if len(hosts) > 1:
                 _require_shared(job.folder, world)
             if world.rank == 0:
-                limit = _FIRST_LOCK_SECONDS if told["attempt"] == 1 else _LOCK_SECONDS
+                limit = _FIRST_LOCK_SECONDS if start["attempt"] == 1 else _LOCK_SECONDS
                 _wait_for_lock(Path(copy_of(job.folder)), limit)
         engine.callback = Reporter(line, RewardWeights(engine.agent.get_reward_composer()))
         engine.driver = job.driver
@@ -171,7 +171,7 @@ def _wait_for_lock(folder: Path, seconds: float) -> None:
 
 
 def _located(error: KonicError, world: World) -> KonicError:
-    """Return an error with the process and host where it arose, unless another process told it."""
+    """Return an error with the process and host where it arose, unless another process has sent it."""
     first, *more = error.args or ("",)
     if first.startswith("In process "):
         return error

@@ -101,20 +101,20 @@ class StepGradients:
         parameters = [*policy.trainable().values()]
         learned = [parameter.grad is not None for parameter in parameters]
         lines = problem and [*problem.args]
-        told = world.gather({"sums": sums, "largest": largest, "learned": learned, "problem": lines})
-        for part in told:
-            if part["problem"]:
-                raise problem or NotFiniteError(*part["problem"])
-        for parameter, *learned_by in zip(parameters, *(part["learned"] for part in told), strict=True):
+        messages = world.gather({"sums": sums, "largest": largest, "learned": learned, "problem": lines})
+        for message in messages:
+            if message["problem"]:
+                raise problem or NotFiniteError(*message["problem"])
+        for parameter, *learned_by in zip(parameters, *(message["learned"] for message in messages), strict=True):
             if parameter.grad is None and any(learned_by):
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         world.sum_(
             [gradient for gradient in gradients if not is_divided(gradient)]
         )  # the backward pass adds the others
-        names = dict.fromkeys(name for part in told for name in part["sums"])
-        means = {name: sum(part["sums"].get(name, 0.0) for part in told) / num_tokens for name in names}
-        return StepStats(**means, largest_log_ratio=max(part["largest"] for part in told))
+        names = dict.fromkeys(name for message in messages for name in message["sums"])
+        means = {name: sum(message["sums"].get(name, 0.0) for message in messages) / num_tokens for name in names}
+        return StepStats(**means, largest_log_ratio=max(message["largest"] for message in messages))
 
     def _accumulate_own(self, rows: Tensor, num_tokens: int, num_responses: int) -> tuple[dict[str, float], float]:
         """Accumulate the gradients of those responses of an optimizer step that this process sampled.

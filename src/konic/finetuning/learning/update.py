@@ -186,8 +186,8 @@ def _step(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_gra
     norm = torch.nn.utils.get_total_norm([p.grad for p in whole if p.grad is not None])
     if parts:
         own = torch.nn.utils.get_total_norm(parts).item()
-        told = world.gather({"norm": own})
-        norm = parts[0].new_tensor(math.hypot(norm.item(), *(each["norm"] for each in told)))
+        messages = world.gather({"norm": own})
+        norm = parts[0].new_tensor(math.hypot(norm.item(), *(each["norm"] for each in messages)))
     if not norm.isfinite():
         broken = (name for name, gradient in gradients.items() if not own_part(gradient).isfinite().all())
         name = next(broken, "all weights together")

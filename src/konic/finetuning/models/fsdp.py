@@ -103,9 +103,10 @@ class Sharded:
         """Return True if every process has room for the whole weights, and say so."""
         on_gpu, host = device.type == "cuda", socket.gethostname()
         free = torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory()
-        told = self._world.gather({"free": free, "host": host})
-        sharing = [1 if on_gpu else sum(other["host"] == each["host"] for other in told) for each in told]
-        rooms = [each["free"] / number for each, number in zip(told, sharing, strict=True) if each["free"] is not None]
+        messages = self._world.gather({"free": free, "host": host})
+        sharing = [1 if on_gpu else sum(other["host"] == each["host"] for other in messages) for each in messages]
+        known = [(each["free"], number) for each, number in zip(messages, sharing, strict=True)]
+        rooms = [free / number for free, number in known if free is not None]
         fits = not rooms or ROOM_TO_SAMPLE * size <= min(rooms)
         logger.warning(
             "The weights, %.1f GiB, are divided among %d processes. %s; sharded_sampling in TrainingConfig decides it.",
@@ -118,7 +119,7 @@ class Sharded:
     def rollout(self) -> Iterator[None]:
         """Gather the whole weights once, if they fit; else the context is one of :meth:`passes`.
 
-        An error that another process has told ends it before that.
+        An error that another process has sent ends it before that.
         """
         if not self._samples_whole:
             with self.passes():
@@ -141,7 +142,7 @@ class Sharded:
     def passes(self) -> Iterator[None]:
         """Ctrl-C waits for the end: the other processes would wait for this one.
 
-        An error that one of them has told, or Ctrl-C there, ends all of them before the weights are gathered.
+        An error that one of them has sent, or Ctrl-C there, ends all of them before the weights are gathered.
         """
         with uninterrupted():
             self._world.gather({})

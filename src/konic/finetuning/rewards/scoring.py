@@ -184,24 +184,24 @@ class Scorer:
         counted = [own for own, fault in zip(parts, faults, strict=True) if not fault]
         known = moments_after(rewards, given if update_moments else {}, counted)
         known |= {} if update_moments else given
-        told: dict[str, Any] | None = None
+        shared: dict[str, Any] | None = None
         if self._world.rank == 0:
             if any(counted) and not self._knows_weights:
                 self._knows_weights = True
                 warn_of_weights(weighting, counted)
             totals = compute_totals(weighting, parts, faults, samples, known)
             composed = compose_totals(self._composer, rewards, samples, parts, totals, faults, self._accepted)
-            told = {
+            shared = {
                 "rewards": composed.totals,
                 "breakdown": composed.breakdown,
                 "parts": collect_breakdown([prepared_parts(weighting, own, known) for own in parts]),
                 "weights": part_weights(weighting, composed.breakdown),
                 "faults": composed.faults if self._world.size == 1 else [*map(_as_json, composed.faults)],
             }
-        told = from_first(self._world, told)
-        breakdown, shown = named_by_part(rewards, told.pop("breakdown")), [*map(_from_json, told.pop("faults"))]
+        shared = from_first(self._world, shared)
+        breakdown, shown = named_by_part(rewards, shared.pop("breakdown")), [*map(_from_json, shared.pop("faults"))]
         moments = known if update_moments else given
-        return Scores(**told, breakdown=breakdown, faults=shown, seconds=seconds, moments=moments)
+        return Scores(**shared, breakdown=breakdown, faults=shown, seconds=seconds, moments=moments)
 
     def _own_outcomes(
         self, rewards: Sequence[Reward], samples: Sequence[Sample], seconds: Mapping[str, list[float]]
@@ -241,8 +241,8 @@ class Scorer:
         """The outcomes of all processes per reward and sample, and their seconds. The first process warns for all."""
         if self._world.size == 1:
             return own, seconds
-        told = [[*map(_as_json, each)] for each in own]
-        messages = self._world.gather({"outcomes": told, "seconds": seconds})
+        own_as_json = [[*map(_as_json, each)] for each in own]
+        messages = self._world.gather({"outcomes": own_as_json, "seconds": seconds})
         parts = zip(*(message["outcomes"] for message in messages), strict=True)
         outcomes: list[list[Outcome]] = [[*map(_from_json, chain(*each))] for each in parts]
         if self._world.rank == 0:
@@ -287,8 +287,8 @@ def _as_json(outcome: Outcome | None) -> Any:
     return [outcome.who, outcome.what, outcome.traceback] if isinstance(outcome, Fault) else outcome
 
 
-def _from_json(told: Any) -> Any:
-    return Fault(*told) if isinstance(told, list) else told
+def _from_json(value: Any) -> Any:
+    return Fault(*value) if isinstance(value, list) else value
 
 
 def _pool(composer: KonicLLMRewardComposer, config: TrainingConfig) -> RewardPool | RemoteRewardPool:

@@ -267,13 +267,13 @@ def _reward_hacking(history: History, config: TrainingConfig, generation: Genera
     )
     if now <= before + _noise(start, recent, config):
         return None
-    told = f"The reward rose from {before:.3f} to {now:.3f}, but the text got worse: "
+    problem = f"The reward rose from {before:.3f} to {now:.3f}, but the text got worse: "
     advice = "The reward may pay for a trick: read completions/, add a reward for good text, or set kl_budget."
     if variety_now < MIN_VARIETY * variety:
         shares = f"{variety_now:.0%} of the pairs of words in a response are different, {variety:.0%} at first"
-        return f"{told}{shares}. {advice}"
+        return f"{problem}{shares}. {advice}"
     if loss_now > loss + MAX_SURPRISE:
-        return f"{told}the base model is surprised by {loss_now:.1f} nats per token, {loss:.1f} at first. {advice}"
+        return f"{problem}the base model is surprised by {loss_now:.1f} nats per token, {loss:.1f} at first. {advice}"
     return None
 
 

@@ -45,9 +45,9 @@ class RunPlace:
             KonicError: There is no such checkpoint, or the folder cannot be written.
         """
         if self._world.rank > 0:
-            told = from_first(self._world, None)
+            chosen = from_first(self._world, None)
             renew_copies(self._world, self.checkpoint_dir, resume)
-            folder, checkpoint = told["folder"], told["checkpoint"]
+            folder, checkpoint = chosen["folder"], chosen["checkpoint"]
             self._folder = ReadOnlyFolder(Path(copy_of(folder)))
             yield Path(copy_of(checkpoint)) if checkpoint else None
             return

@@ -31,15 +31,15 @@ def require_equal_processes(world: World, settings: Mapping[str, Any], weights: 
             if not is_divided(weight)
         )
     ).hexdigest()
-    told = world.gather({"host": socket.gethostname(), "values": own})
-    first = told[0]["values"]
-    for rank, process in enumerate(told):
+    processes = world.gather({"host": socket.gethostname(), "values": own})
+    first = processes[0]["values"]
+    for rank, process in enumerate(processes):
         differing = [name for name in first | process["values"] if first.get(name) != process["values"].get(name)]
         if differing:
             raise ConfigError(
                 f"Process {rank} of {world.size} on {process['host']} differs from the first one on "
-                f"{told[0]['host']} in: {', '.join(differing)}. Every process needs the same script, data, model and "
-                "packages."
+                f"{processes[0]['host']} in: {', '.join(differing)}. Every process needs the same script, data, model "
+                "and packages."
             )
 
 

@@ -51,24 +51,24 @@ class ServedCheck:
         gap = (sampled - current)[mask].abs().mean().item()
         if gap <= ROUNDING_GAP or math.isnan(gap):  # what is not finite is found, and named, later
             return
-        told, other = f"Iteration {iteration}: {self._sampler.server} ", self._find_other(rollout)
+        who, other = f"Iteration {iteration}: {self._sampler.server}", self._find_other(rollout)
         if other is not None:
             raise SamplerError(
-                f"{told}has sampled from {other}, and not from the current weights, which it calls "
+                f"{who} has sampled from {other}, and not from the current weights, which it calls "
                 f"{self._sampler.served_name}. Nothing was updated."
             )
         if gap > MAX_CORRECTED_GAP:
             raise SamplerError(
-                f"{told}gives log-probs that differ from the trainer's by {gap:.2g} nats per token on average, and "
+                f"{who} gives log-probs that differ from the trainer's by {gap:.2g} nats per token on average, and "
                 f"rounding explains at most {MAX_CORRECTED_GAP:g}. It serves another model or revision, or computes in "
                 "a very low precision, or was started without --logprobs-mode=processed_logprobs. Nothing was updated."
             )
         if gap > MAX_ROUNDING_GAP and rollout.in_full_precision:
-            self._judge_fp32(told, gap)
+            self._judge_fp32(who, gap)
 
-    def _judge_fp32(self, told: str, gap: float) -> None:
+    def _judge_fp32(self, who: str, gap: float) -> None:
         """Raise SamplerError if a server of our own is that far from a trainer in fp32; of another one, warn once."""
-        differ = f"{told}gives log-probs that differ by {gap:.2g} nats per token on average from the trainer's in fp32"
+        differ = f"{who} gives log-probs that differ by {gap:.2g} nats per token on average from the trainer's in fp32"
         if self._is_own:
             raise SamplerError(
                 f"{differ}, as the server does: rounding explains at most {MAX_ROUNDING_GAP:g}. Nothing was updated."

@@ -318,7 +318,7 @@ class Session:
             logger.warning("A second Ctrl-C stopped the saving: final/ was not written; %s.", kept)
             return replace(result, model_path=None)
         if self.prompts.held_out and stopped != INTERRUPTED:
-            with contextlib.suppress(KeyboardInterrupt), self.world.telling_errors():
+            with contextlib.suppress(KeyboardInterrupt), self.world.propagating_errors():
                 before, after = self._before_and_after()
                 result = replace(result, before=before, after=after)
                 if self.world.rank == 0:
@@ -340,8 +340,8 @@ class Session:
     def _recorded_evaluation(self, iterations_done: int) -> Evaluation | None:
         """An evaluation that the first process reads from the folder; None if there is none."""
         found = self.folder.read_evaluation(iterations_done)
-        told = from_first(self.world, found and asdict(found))
-        return Evaluation(**told) if told else None
+        values = from_first(self.world, found and asdict(found))
+        return Evaluation(**values) if values else None
 
     def _load(self, checkpoint: Path, max_iterations: int, allow_changes: bool) -> None:
         """Restore the state of a checkpoint, and remove from the folder what was written after it."""

@@ -74,19 +74,19 @@ class Group:
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def gather(self, message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        """All messages, by rank; an error that another process told is raised here."""
-        messages, told = [], None
+        """All messages, by rank; an error that another process has sent is raised here."""
+        messages, error = [], None
         try:
             with uninterrupted():  # the calls of an exchange are one: who left between them would wait for the others
                 messages = [_read(received) for received in self._exchange(_write(message))]
-                errors = [(rank, other["error"]) for rank, other in enumerate(messages) if "error" in other]
-                told = next((_told(error, rank, self.size) for rank, error in errors), None)
+                sent = [(rank, other["error"]) for rank, other in enumerate(messages) if "error" in other]
+                error = next((_read_error(record, rank, self.size) for rank, record in sent), None)
         except KeyboardInterrupt:
-            if told is None:
+            if error is None:
                 raise
-        if told is not None:
-            self._known = told
-            raise told
+        if error is not None:
+            self._known = error
+            raise error
         return messages
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
@@ -119,7 +119,7 @@ class Group:
         return device
 
     @contextmanager
-    def telling_errors(self) -> Iterator[None]:
+    def propagating_errors(self) -> Iterator[None]:
         """Every process gets the error of one of them, by its next message; its own, if it has one."""
         try:
             yield
@@ -128,9 +128,9 @@ class Group:
                 self._known = error
                 kind = type(error).__name__
                 lines = list(error.args) if isinstance(error, KonicError) else [describe_error(error)]
-                told = {"kind": kind, "lines": lines, "host": socket.gethostname()}
+                record = {"kind": kind, "lines": lines, "host": socket.gethostname()}
                 with suppress(ProcessLostError, KeyboardInterrupt), uninterrupted():
-                    self._exchange(_write({"error": told}))
+                    self._exchange(_write({"error": record}))
             raise
 
     def _exchange(self, payload: bytes) -> list[bytes]:
@@ -179,11 +179,11 @@ def _read(received: bytes) -> dict[str, Any]:
         ) from safe_cause(error)
 
 
-def _told(error: Mapping[str, Any], rank: int, size: int) -> BaseException:
-    """Return the error that another process has told, as one of the same kind."""
+def _read_error(record: Mapping[str, Any], rank: int, size: int) -> BaseException:
+    """Return the error that another process has sent, as one of the same kind."""
     try:
-        name, host = str(error["kind"]), error["host"]
-        first, *more = map(str, error["lines"] or [name])
+        name, host = str(record["kind"]), record["host"]
+        first, *more = map(str, record["lines"] or [name])
     except (KeyError, TypeError):
         return TrainingError(f"Process {rank} of {size} ended with an error that cannot be read.")
     if name == KeyboardInterrupt.__name__:

@@ -32,7 +32,7 @@ class World(Protocol):
         """Return the messages of all processes, by rank.
 
         Raises:
-            Exception: What another process said instead, in :meth:`telling_errors`.
+            Exception: What another process said instead, in :meth:`propagating_errors`.
         """
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
@@ -44,7 +44,7 @@ class World(Protocol):
     def device(self, chosen: torch.device) -> torch.device:
         """Return the device of this process, where several share a machine."""
 
-    def telling_errors(self) -> Any:
+    def propagating_errors(self) -> Any:
         """Return a context manager: an error inside of it, also Ctrl-C, ends the work of all processes."""
 
 
@@ -74,8 +74,8 @@ class Alone:
         return chosen
 
     @contextmanager
-    def telling_errors(self) -> Iterator[None]:
-        """Nobody is told."""
+    def propagating_errors(self) -> Iterator[None]:
+        """There is no other process to end."""
         yield
 
 
