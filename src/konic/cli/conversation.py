@@ -1,8 +1,6 @@
 """What the user says -> answers of one or two models, shown as they grow: in columns, or under each other."""
 
 import sys
-from contextlib import ExitStack
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -12,6 +10,7 @@ from rich.text import Text
 from konic.cli.generate import shown_rewards
 from konic.cli.typewriter import Typewriter
 from konic.finetuning import ConfigError, KonicLLMRewardComposer
+from konic.finetuning.data.prompts import Prompt
 from konic.finetuning.data.samples import Sample
 from konic.finetuning.errors import KonicError, is_valid_text
 from konic.output import is_terminal, write_line
@@ -102,8 +101,7 @@ class Conversation:
             prompts[side], cut = next_prompt(weights, self._turns[side], text, self._system, self._kwargs)
             if cut:
                 write_line(cut, sys.stdout)
-        with ExitStack() as stack:
-            page = stack.enter_context(_page([weights.name for weights in sides.values()]))
+        with _page([weights.name for weights in sides.values()]) as page:
             for side, weights in sides.items():
                 said, sample = _listen(weights, prompts[side], self._seed, page)
                 self._turns[side].append((text, said))
@@ -119,7 +117,7 @@ class Conversation:
             return f"Error: {error}"
 
 
-def _listen(weights: Weights, prompt: Any, seed: int, page: Any) -> tuple[str, Sample | None]:
+def _listen(weights: Weights, prompt: Prompt, seed: int, page: "_Lines | _Columns") -> tuple[str, Sample | None]:
     """Return the text of an answer, and the answer unless Ctrl-C ended it."""
     said = ""
 
@@ -135,7 +133,7 @@ def _listen(weights: Weights, prompt: Any, seed: int, page: Any) -> tuple[str, S
     return sample.response, sample
 
 
-def _page(names: list[str]) -> Any:
+def _page(names: list[str]) -> "_Lines | _Columns":
     width = Console().width
     return _Columns(names) if len(names) > 1 and is_terminal(sys.stdout) and width >= COLUMNS_FROM else _Lines()
 

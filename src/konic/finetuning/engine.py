@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from konic.finetuning.agent import KonicFinetuningAgent, read_agent, with_own_configs
 from konic.finetuning.algorithms import KonicFinetuningMethodType, algorithm_of_method
@@ -35,6 +35,9 @@ from konic.finetuning.system.user_code import standard_torch_modes
 from konic.finetuning.system.world import is_one_of_several
 from konic.finetuning.trainer import Trainer
 from konic.output import get_logger, tolerant_streams
+
+if TYPE_CHECKING:
+    from konic.finetuning.cluster.driver import RayTraining
 
 logger = get_logger(__name__)
 
@@ -113,6 +116,7 @@ class KonicFinetuningEngine:
     training_config = _of_agent("training_config")
     generation_config = _of_agent("generation_config")
     _is_divided = False
+    _ray: "RayTraining | None" = None
     scaling: Any = None
     """A ray.train.ScalingConfig: Ray starts the processes that train; None trains in this one."""
     job_file: Path | None = None
@@ -312,7 +316,7 @@ class KonicFinetuningEngine:
                     callbacks.on_train_end(final)
                     return final
 
-    def _train_on_ray(self, ray: Any, **options: Any) -> FinetuningResult:
+    def _train_on_ray(self, ray: "RayTraining", **options: Any) -> FinetuningResult:
         """Train in workers. This engine takes over their newest checkpoint when its own model is needed."""
         check_counts(**{name: options[name] for name in ("max_iterations", "save_every", "save_total_limit")})
         worker, callbacks = copy.copy(self), Callbacks(self.callback)

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from konic.finetuning.data.prompts import Prompt, with_system_prompt
 from konic.finetuning.data.tokenization import encode_prompt
 from konic.finetuning.models.positions import length_limit
@@ -56,7 +58,7 @@ def next_prompt(
     return prompt, cut
 
 
-def _cut(name: str, prompt: Prompt, tokenizer: Any, room: int, what: str) -> str | None:
+def _cut(name: str, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, room: int, what: str) -> str | None:
     """Return a sentence that says what is cut if a prompt is longer than `room` tokens, or None."""
     length = len(encode_prompt(prompt, tokenizer, 2**31)[0])
     return f"{name} reads at most {room} tokens: {what}." if length > room else None

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -19,10 +19,10 @@ class Sharding(Protocol):
     divides_trained: bool
     """True if weights that are trained are divided too: then all processes take part in saving them."""
 
-    def rollout(self) -> Any:
+    def rollout(self) -> AbstractContextManager[None]:
         """Return a context manager for sampling and scoring: the whole weights are here inside of it, if they fit."""
 
-    def passes(self) -> Any:
+    def passes(self) -> AbstractContextManager[None]:
         """Return a context manager for passes that every process makes equally often; all parts are apart after it."""
 
     def padded(self, parts: Sequence[Part]) -> Sequence[Part | None]:

@@ -25,7 +25,7 @@ from konic.finetuning.learning.estimators import Advantages
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.trained import iterations_in_card
-from konic.finetuning.rewards.composer import origin_of
+from konic.finetuning.rewards.composer import KonicLLMRewardComposer, origin_of
 from konic.finetuning.rewards.origin import file_and_hash
 from konic.finetuning.rewards.scoring import Scores
 from konic.finetuning.rollout.rollout import Rollout
@@ -197,7 +197,7 @@ class RunFolder:
         self,
         settings: dict[str, Any],
         environment: dict[str, Any],
-        composer: Any,
+        composer: KonicLLMRewardComposer,
         job_file: Path | None,
         driver: Mapping[str, Any] | None = None,
     ) -> None:

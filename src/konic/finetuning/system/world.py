@@ -7,7 +7,7 @@ rewards, and the passes of the update are divided. So one process alone is the c
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -38,13 +38,13 @@ class World(Protocol):
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Add to each tensor those of the other processes, in place. It follows a :meth:`gather` without a break."""
 
-    def exchanging(self) -> Any:
+    def exchanging(self) -> AbstractContextManager[None]:
         """Return a context manager: a process that is lost, where torch itself exchanges tensors, is named."""
 
     def device(self, chosen: torch.device) -> torch.device:
         """Return the device of this process, where several share a machine."""
 
-    def propagating_errors(self) -> Any:
+    def propagating_errors(self) -> AbstractContextManager[None]:
         """Return a context manager: an error inside of it, also Ctrl-C, ends the work of all processes."""
 
 
