@@ -4,7 +4,7 @@ import difflib
 import inspect
 import os
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from konic.text import describe_error, indented, printable, printable_lines
@@ -103,6 +103,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the known name closest to a misspelt one, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def first_of(items: Sequence[object], most: int = 10) -> str:
+    """Return the first items as text, separated by commas, and how many more there are: `1, 2 and 5 more`."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more
 
 
 def no_attribute(owner: object, name: str, successors: Mapping[str, str]) -> AttributeError:

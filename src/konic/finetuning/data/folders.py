@@ -7,7 +7,7 @@ from pathlib import Path
 
 from konic.finetuning.data.formats import FORMATS
 from konic.finetuning.data.packed import COMPRESSIONS
-from konic.finetuning.errors import DatasetError
+from konic.finetuning.errors import DatasetError, first_of
 from konic.output import get_logger
 
 logger = get_logger(__name__)
@@ -92,9 +92,8 @@ def hint_at_subfolders(folder: Path, name: str) -> str:
     patterns = ("[!.]*/" * depth for depth in (1, 2, 3))
     below = [sub for pattern in patterns for sub in sorted(folder.glob(pattern)) if sub.is_dir()]
     found = [sub.relative_to(folder) for sub in below if _data_files(sub)]
-    shown = ", ".join(repr(str(Path(name) / sub)) for sub in found[:_SHOWN])
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return f" Its subfolders hold data: give the path of one of them, {shown}{more}." if found else ""
+    shown = first_of([repr(str(Path(name) / sub)) for sub in found], _SHOWN)
+    return f" Its subfolders hold data: give the path of one of them, {shown}." if found else ""
 
 
 def _files(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from konic.finetuning.data.fingerprint import fingerprint_rows
 from konic.finetuning.data.hub import read_hub, stream_rows
 from konic.finetuning.data.loaders import LocalRows, read_bundled, read_local, rows_of_dataset
 from konic.finetuning.data.rows import copy_columns, without_arrays
-from konic.finetuning.errors import DatasetError
+from konic.finetuning.errors import DatasetError, first_of
 from konic.finetuning.settings import is_bool, short_repr
 from konic.output import get_logger
 
@@ -144,11 +144,10 @@ def _warn_of_trained(held_out: Sequence[Prompt], rows: Sequence[Prompt], where: 
     trained = {repr(prompt.content) for prompt in rows} if held_out else set()
     both = [prompt.row for prompt in held_out if repr(prompt.content) in trained]
     if both:
-        named = ", ".join(map(str, both[:10])) + (f" and {len(both) - 10} more" if len(both) > 10 else "")
         logger.warning(
             "%s: held-out prompts that are also trained on, %d of %d: rows %s. A gain on them is not one on unseen "
             "prompts; remove the duplicates.",
-            where, len(both), len(held_out), named,
+            where, len(both), len(held_out), first_of(both),
         )  # fmt: skip
 
 
@@ -227,8 +226,7 @@ def _prompts(
     if leaves_out_empty and 2 * len(bad) <= len(results) and all(problem in SKIPPABLE for _, problem in bad):
         _warn_of_empty(bad, len(results), where)
     elif bad:
-        named = ", ".join(f"row {index} ({problem})" for index, problem in bad[:10])
-        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        named = first_of([f"row {index} ({problem})" for index, problem in bad])
         is_made = config.prompt_template is not None
         origin = "made by prompt_template" if is_made else f"in column {config.prompt_column!r}"
         remedy = ""
@@ -236,17 +234,14 @@ def _prompts(
             remedy = " A prompt is text, or a chat: [{'role': 'user', 'content': ...}]."
         elif all(problem in SKIPPABLE for _, problem in bad):
             remedy = " Remove these rows" + ("." if is_made else ", or name another column in prompt_column.")
-        raise DatasetError(
-            f"{where}: {len(bad)} of {len(results)} prompts {origin} cannot be used: {named}{more}.{remedy}"
-        )
+        raise DatasetError(f"{where}: {len(bad)} of {len(results)} prompts {origin} cannot be used: {named}.{remedy}")
     return _with_equal_columns([prompt for _, prompt in results if isinstance(prompt, Prompt)])
 
 
 def _warn_of_empty(bad: Sequence[tuple[int, str]], count: int, where: str) -> None:
     if bad:
-        named = ", ".join(str(index) for index, _ in bad[:10])
-        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-        logger.warning("%s: empty prompts are left out, %d of %d: rows %s%s.", where, len(bad), count, named, more)
+        named = first_of([index for index, _ in bad])
+        logger.warning("%s: empty prompts are left out, %d of %d: rows %s.", where, len(bad), count, named)
 
 
 def _is_empty(numbered: tuple[int, Any], config: DatasetConfig, where: str) -> bool:

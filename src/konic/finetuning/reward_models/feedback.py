@@ -9,7 +9,7 @@ from typing import Any
 from konic.finetuning.data.chats import read_chat
 from konic.finetuning.data.hub import read_hub
 from konic.finetuning.data.loaders import is_local, read_local, rows_of_dataset
-from konic.finetuning.errors import DatasetError, did_you_mean
+from konic.finetuning.errors import DatasetError, did_you_mean, first_of
 from konic.output import get_logger
 
 logger = get_logger(__name__)
@@ -49,7 +49,7 @@ def read_preferences(data: str) -> list[Preference]:
     pairs = [_preference(row, f"{data}, row {number}") for number, row in enumerate(rows)]
     equal = [number for number, pair in enumerate(pairs) if pair.chosen == pair.rejected]
     if equal:
-        named = ", ".join(map(str, equal[:10])) + (f" and {len(equal) - 10} more" if len(equal) > 10 else "")
+        named = first_of(equal)
         found = f"{data}: 'chosen' and 'rejected' are equal in {len(equal)} of {len(pairs)} rows"
         if 2 * len(equal) > len(pairs):
             raise DatasetError(f"{found}: rows {named}. Such pairs teach nothing; check the columns.")
