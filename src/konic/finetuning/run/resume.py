@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,34 @@ def require_same_run(
         OutputError: A setting differs without `allow_changes`, or one that the weights depend on.
     """
     now = json.loads(json.dumps(settings, default=str))
-    saved = _BEFORE_IT_EXISTED | record.settings
+    saved = _in_todays_terms(record.settings, now)
+    decays = now.get("lr_scheduler", "constant") != "constant"  # its rates depend on the length of the run
+    free = set(_FREE) - ({"max_iterations"} if decays else set())
+    changed = [name for name, value in now.items() if saved.get(name) != value and name not in free]
+    named = "; ".join(
+        _HASHES.get(name) or f"{name} was {before!r} and is {after!r}"
+        for name, before, after in _named_differences(changed, saved, now)
+    )
+    if any(name in _FIXED for name in changed):
+        raise OutputError(
+            f"{folder}: is a checkpoint of another model: {named}. Resume with the model and adapter that wrote it."
+        )
+    if changed and not allow_changes:
+        raise OutputError(
+            f"{folder}: is a checkpoint of another run: {named}. Resume with the settings that wrote it, or continue "
+            "with the new ones as another run: train(..., allow_changes=True), konic train ... --allow-changes."
+        )
+    if changed:
+        logger.warning("Continuing with other settings: %s. From here on it is another run.", named)
+    _warn_of_another_environment(environment(device), record.environment)
+
+
+def _in_todays_terms(recorded: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a checkpoint recorded, as a version with the settings of now would have recorded them.
+
+    A difference that changes no number of the run is taken out: the same weights or rows under another name.
+    """
+    saved = _BEFORE_IT_EXISTED | recorded
     if saved.get("kl_placement", "") is None:  # written before PPO's own place became the loss
         of_rewards = ("ppo", "rloo", "reinforce++")
         saved["kl_placement"] = "reward" if saved.get("algorithm") in of_rewards else "loss"
@@ -148,25 +175,11 @@ def require_same_run(
         saved["model_name"] = now.get("model_name")  # the same weights under another path
     if saved.get("prompts_sha256") and saved["prompts_sha256"] == now.get("prompts_sha256"):
         saved["dataset_config"] |= {name: now["dataset_config"][name] for name in _WHERE_ROWS_ARE}
-    decays = now.get("lr_scheduler", "constant") != "constant"  # its rates depend on the length of the run
-    free = set(_FREE) - ({"max_iterations"} if decays else set())
-    changed = [name for name, value in now.items() if saved.get(name) != value and name not in free]
-    named = "; ".join(
-        _HASHES.get(name) or f"{name} was {before!r} and is {after!r}"
-        for name, before, after in _named_differences(changed, saved, now)
-    )
-    if any(name in _FIXED for name in changed):
-        raise OutputError(
-            f"{folder}: is a checkpoint of another model: {named}. Resume with the model and adapter that wrote it."
-        )
-    if changed and not allow_changes:
-        raise OutputError(
-            f"{folder}: is a checkpoint of another run: {named}. Resume with the settings that wrote it, or continue "
-            "with the new ones as another run: train(..., allow_changes=True), konic train ... --allow-changes."
-        )
-    if changed:
-        logger.warning("Continuing with other settings: %s. From here on it is another run.", named)
-    here, there = environment(device), record.environment
+    return saved
+
+
+def _warn_of_another_environment(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """Warn if the checkpoint was written by other versions, or on another processor or device."""
     differing = [
         f"{name} was {there.get(name)} and is {value}" for name, value in here.items() if there.get(name) != value
     ]
