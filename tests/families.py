@@ -159,12 +159,12 @@ M2M-100, Mistral 3, LLaVA, Qwen2.5-VL, Qwen3-VL, PaliGemma and SmolVLM.
 Models with layers that keep a running state (Mamba, linear attention, short convolutions) sample through the cache of
 `transformers`, whose fast kernels are packages of their own: without them, it warns that it takes its plain code.
 `target_modules="all-linear"` leaves out the layers `out_proj` and `dt_proj` of Mamba, whose weights its kernels read
-without calling the layers.
+without calling the layers. A layer that has the weights of another one too, as in Zamba, is left out as well.
 
-A family that is not listed goes through the same checks when its model is loaded: logits that its head does not give, or
-a row that is computed differently beside others is an error that names it. The adapter is checked in
-the same way: untrained it must change nothing, it must be possible to switch it off and to merge it without a
-difference, and PEFT must find the weights again that it saves.
+A family that is not listed goes through the same checks when its model is loaded: logits that its head does not give,
+or a row that is computed differently beside others is an error that names it. The adapter is checked in the
+same way: untrained it must change nothing, it must be possible to switch it off and to merge it without a difference,
+and PEFT must find the weights again that it saves.
 """
 
 

@@ -336,6 +336,22 @@ def test_a_run_moved_together_with_its_model_and_data_goes_on(model_folders, tmp
         engine(there).train(5, resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("merged_first", [True, False])
+def test_a_full_model_and_an_adapter_are_never_saved_into_one_folder(merged_first, model_folders, tmp_path):
+    engine = make_engine(model_folders["llama"], tmp_path / "run")
+    for _ in range(2):  # the same kind again replaces it
+        engine.save_pretrained(tmp_path / "mine", merge=merged_first)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "mine").iterdir()}
+    holds = (
+        r"a full model \(config.json\), and an adapter"
+        if merged_first
+        else r"an adapter \(adapter_config.json\), and a"
+    )
+    with pytest.raises(OutputError, match=f"mine: holds {holds}.* beside it would be loaded.*Name another folder"):
+        engine.save_pretrained(tmp_path / "mine", merge=not merged_first)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "mine").iterdir()} == before
+
+
 def test_plain_peft_and_transformers_load_what_a_run_leaves(model_folders, architecture, tmp_path):
     engine = make_engine(model_folders[architecture], tmp_path / "run", architecture=architecture)
     result = engine.train(2)

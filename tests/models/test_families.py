@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig
 
 from families import examine, learner_of
@@ -18,7 +19,7 @@ from konic.finetuning.rollout import decoding
 PAGE = (Path(__file__).parents[2] / "docs/families.md").read_text(encoding="utf-8")
 VERDICTS = dict(re.findall(r"^\| `(\S+)` \|[^|]+\| (.*) \|$", PAGE, flags=re.MULTILINE))
 ROUNDING = 5e-5
-"""Of log-probs and logits in fp32; the largest seen is 1.5e-5."""
+"""Of log-probs and logits in fp32; the largest seen is 2.3e-5."""
 
 
 def test_the_page_lists_every_family():
@@ -109,7 +110,7 @@ def test_a_model_that_cannot_be_run_as_it_is_sampled_is_one_error(error, tmp_pat
     base = save_base("llama", tmp_path)
     monkeypatch.setattr(type(base.model), "forward", forward)
     with pytest.raises(
-        ModelError, match=rf"llama models cannot be run with the cache .* {error.__name__}.*Use a model with"
+        ModelError, match=rf"llama models cannot be run with the cache .* {error.__name__}.*Use a model of"
     ):
         decoding.require_decodable(LanguageModel(base), "mine")
 
@@ -124,3 +125,16 @@ def test_padding_whose_embedding_is_0_gives_no_gradient_of_nan(tmp_path):
     gradients = [weight.grad for weight in model.causal_lm.parameters() if weight.grad is not None]
     assert gradients
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_layers_that_share_their_weights_get_no_adapter(tmp_path):
+    """A merged model is saved with one weight for all of them, and would lose the other adapters."""
+    save_base("zamba", tmp_path)
+    shared = "shared_transf.self_attn.q_proj"
+    with pytest.raises(ConfigError, match=f"{shared} shares its weights with another layer.*target only other layers"):
+        learner_of(tmp_path, LoraConfig(target_modules=["q_proj"]))
+    learner, _ = learner_of(tmp_path, LoraConfig(target_modules="all-linear"))
+    adapted = {name for name, layer in learner.policy.model.named_modules() if isinstance(layer, LoraLayer)}
+    assert adapted
+    assert not any("shared_transf" in name for name in adapted)
+    assert not any(name.endswith(("out_proj", "dt_proj")) for name in adapted)

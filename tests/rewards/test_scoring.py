@@ -268,7 +268,7 @@ def judges_badly(response):
 def test_the_third_says_that_the_rest_is_only_counted(caplog):
     scored(Sized(), ["raise"] * 9, **SKIP)
     last = "Further errors like this are only counted."
-    assert [message.endswith(last) for message in caplog.messages] == [False, False, True]
+    assert [message.splitlines()[-1] == last for message in caplog.messages] == [False, False, True]
 
 
 def test_a_told_fault_names_reward_sample_and_place(caplog):

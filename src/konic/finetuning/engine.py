@@ -25,7 +25,7 @@ from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer
 from konic.finetuning.rollout.evaluation import respond
 from konic.finetuning.run.remote import mirror_of
-from konic.finetuning.run.saving import write_model
+from konic.finetuning.run.saving import require_no_other_kind, write_model
 from konic.finetuning.run.session import INTERRUPTED, Session
 from konic.finetuning.successors import name_not_found
 from konic.finetuning.system.files import as_path, filling_folder
@@ -374,6 +374,10 @@ class KonicFinetuningEngine:
         Args:
             path: The folder; files of the same names in it are replaced.
             merge: True writes a full model with the adapter merged in, False the adapter (or the full model).
+
+        Raises:
+            OutputError: The folder cannot be written, or holds an adapter where a full model is to be saved, or the
+                other way round: `transformers` would load both.
         """
         is_in_parts = self.training_config.sharding is not None and self.agent.get_lora_config() is None
         if self._ray is not None or is_in_parts:
@@ -383,6 +387,7 @@ class KonicFinetuningEngine:
         if session.world.rank > 0:
             write_model(session.learner, None, session.result(), settings, merge)
             return
+        require_no_other_kind(folder, is_adapter=session.learner.policy.uses_lora and not merge)
         with filling_folder(folder) as target:
             write_model(session.learner, target, session.result(), settings, merge)
 

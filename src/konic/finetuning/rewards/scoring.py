@@ -265,8 +265,11 @@ class Scorer:
         kind = fault.who, fault.what.split(":" if fault.what.startswith("raised ") else " ", 1)[0]
         self._shown[kind] = self._shown.get(kind, 0) + 1
         if self._shown[kind] <= _FAULTS_SHOWN:
-            last = "\nFurther errors like this are only counted." if self._shown[kind] == _FAULTS_SHOWN else ""
-            logger.warning("Skipped a response: %s%s", fault.error(sample.prompt, sample.response), last)
+            error = fault.error(sample.prompt, sample.response)
+            if self._shown[kind] < _FAULTS_SHOWN:
+                logger.warning("Skipped a response: %s", error)
+            else:
+                logger.warning("Skipped a response: %s\nFurther errors like this are only counted.", error)
 
 
 def warn_of_weights(weighting: Weighting, parts: Sequence[Parts]) -> None:

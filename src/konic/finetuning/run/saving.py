@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from konic.finetuning.callbacks.composite import Callbacks
-from konic.finetuning.errors import KonicError, TrainingError
+from konic.finetuning.errors import KonicError, OutputError, TrainingError
 from konic.finetuning.learning.learner import Learner
 from konic.finetuning.models.policy_files import save_merged, save_model
 from konic.finetuning.results.summary import FinetuningResult
@@ -151,6 +151,21 @@ def write_model(
         save_model(learner.policy, folder)
     if folder is not None:
         write_card(learner, folder, result, settings, merge)
+
+
+def require_no_other_kind(folder: Path, is_adapter: bool) -> None:
+    """Raise OutputError if a folder holds a full model and an adapter is to be saved there, or the other way round.
+
+    `transformers` would load both and compute what neither of them does.
+    """
+    other = ("config.json", "model*.safetensors*") if is_adapter else ("adapter_config.json", "adapter_model.*")
+    found = sorted(file.name for pattern in other for file in folder.glob(pattern)) if folder.is_dir() else []
+    if found:
+        kinds = ("a full model", "an adapter")
+        raise OutputError(
+            f"{folder}: holds {kinds[not is_adapter]} ({found[0]}), and {kinds[is_adapter]} beside it would be loaded "
+            "together with it. Name another folder, or empty this one first."
+        )
 
 
 def write_card(
