@@ -23,6 +23,10 @@ MAMBA = {
     "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_d_ssm": 64,
     "mamba_dt_rank": 4, "use_mamba_kernels": False, "shared_intermediate_size": 32,
 }  # fmt: skip
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
 VISION = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
     "patch_size": 8,
@@ -138,10 +142,7 @@ FAMILIES = {
     "bamba": ("hybrid: Mamba 2", MAMBA | {"attn_layer_indices": [1]}),
     "falcon_h1": ("hybrid: Mamba 2", MAMBA),
     "granitemoehybrid": ("hybrid: Mamba 2", EXPERTS | MAMBA | {"layer_types": ["mamba", "attention"]}),
-    "qwen3_next": ("hybrid: linear attention", EXPERTS | {
-        "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    }),
+    "qwen3_next": ("hybrid: linear attention", EXPERTS | DELTA_NET),
     "minimax": ("hybrid: linear attention", EXPERTS),
     "recurrent_gemma": ("hybrid: linear recurrence", {
         "lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "attention"],
@@ -156,10 +157,7 @@ FAMILIES = {
         "layer_types": ["linear_attention", "full_attention", "mlp"], "mamba_num_heads": 8, "mamba_head_dim": 8,
         "ssm_state_size": 4,
     }),
-    "qwen3_5_text": ("hybrid: linear attention", {
-        "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    }),
+    "qwen3_5_text": ("hybrid: linear attention", DELTA_NET),
     "kimi_linear": ("hybrid: linear attention", EXPERTS | LATENT | {
         "layer_types": ["linear_attention", "full_attention"], "linear_num_heads": 4, "linear_head_dim": 8,
     }),
@@ -171,20 +169,10 @@ FAMILIES = {
         "layers_block_type": ["hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 3, "mamba_ngroups": 1,
         "num_key_value_heads": 4,
     }),
-    "olmo_hybrid": ("hybrid: linear attention", {
-        "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-        "linear_num_key_heads": 4, "linear_num_value_heads": 4,
-    }),
-    "qwen3_5_moe_text": ("hybrid: linear attention, mixture of experts", EXPERTS | {
-        "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    }),
+    "olmo_hybrid": ("hybrid: linear attention", DELTA_NET | {"linear_num_key_heads": 4}),
+    "qwen3_5_moe_text": ("hybrid: linear attention, mixture of experts", EXPERTS | DELTA_NET),
     "qwen3_5": ("text part of a multimodal model", {
-        "text_config": SIZES | {
-            "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-        },
-        "vision_config": VISION, "image_token_id": 270,
+        "text_config": SIZES | DELTA_NET, "vision_config": VISION, "image_token_id": 270,
     }),
     "mamba2": ("state space", {"num_heads": 8, "head_dim": 8, "state_size": 4, "n_groups": 1}),
     "xlstm": ("state space", {}),

@@ -27,7 +27,7 @@ KEY = RandomKey(seed=3, iteration=1)
 OFTEN_ENDED = GenerationConfig(max_new_tokens=16, temperature=1.2, eos_token_id=tuple(range(40)))
 STATES = ("lfm2", "qwen3_5_text", "mamba")
 """Families of which some layers, or all, keep a running state."""
-ROUNDING = {"qwen3_5_text": 1e-4, "mamba": 1e-4}
+ROUNDING = {"qwen3_5_text": 2e-5, "mamba": 2e-5}
 """Of hidden states of models that compute a part in fp32, whatever their dtype."""
 SELECTIONS = {"subset": [1, 3], "one": [2], "permutation": [2, 0, 3, 1], "repeated": [0, 0, 2, 1, 1, 0]}
 

@@ -383,11 +383,11 @@ class KonicFinetuningEngine:
         if self._ray is not None or is_in_parts:
             self._require_whole("save_pretrained")
         session, folder = self._current_session(), as_path(path, "save_pretrained(path)", OutputError)
+        require_no_other_kind(folder, is_adapter=session.learner.policy.uses_lora and not merge)
         settings = session.settings(session.state.iteration)
         if session.world.rank > 0:
             write_model(session.learner, None, session.result(), settings, merge)
             return
-        require_no_other_kind(folder, is_adapter=session.learner.policy.uses_lora and not merge)
         with filling_folder(folder) as target:
             write_model(session.learner, target, session.result(), settings, merge)
 

@@ -158,13 +158,14 @@ def require_no_other_kind(folder: Path, is_adapter: bool) -> None:
 
     `transformers` would load both and compute what neither of them does.
     """
-    other = ("config.json", "model*.safetensors*") if is_adapter else ("adapter_config.json", "adapter_model.*")
-    found = sorted(file.name for pattern in other for file in folder.glob(pattern)) if folder.is_dir() else []
+    adapter = "an adapter", ("adapter_config.json", "adapter_model.*")
+    full = "a full model", ("config.json", "model*.safetensors*")
+    (new, _), (other, patterns) = (adapter, full) if is_adapter else (full, adapter)
+    found = sorted(file.name for pattern in patterns for file in folder.glob(pattern))
     if found:
-        kinds = ("a full model", "an adapter")
         raise OutputError(
-            f"{folder}: holds {kinds[not is_adapter]} ({found[0]}), and {kinds[is_adapter]} beside it would be loaded "
-            "together with it. Name another folder, or empty this one first."
+            f"{folder}: holds {other} ({found[0]}), and {new} beside it would be loaded together with it. Name another "
+            "folder, or empty this one first."
         )
 
 
