@@ -44,6 +44,12 @@ def test_the_fall_begins_after_warm_up():
     assert learning_rate_at(6, 8, 1.0, 4, "cosine") == pytest.approx(0.5, abs=1e-12)
 
 
+def test_a_second_fall_begins_at_the_peak_where_an_earlier_one_ended():
+    rates = [learning_rate_at(step, 8, 1.0, 2, "linear", falls_from=4) for step in range(4, 9)]
+    assert rates == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert learning_rate_at(7, 8, 1.0, 6, "linear", falls_from=4) == 0.5, "the fall still begins after warm-up"
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_falling_rates_end_at_zero_and_stay_there(schedule, warmup):

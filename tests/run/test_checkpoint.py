@@ -120,8 +120,8 @@ def test_a_checkpoint_brings_back_every_bit(architecture, lora, tmp_path):
         learner.optimizer.zero_grad()
     moments = {"kind": RunningMoments().after([0.1, 0.2, 1 / 3]), "other.part": RunningMoments()}
     state = TrainerState(
-        iteration=7, num_steps=28, num_prompts=9, group_spreads={"3": 0.5}, elapsed_seconds=1.5,
-        best_weights=snapshot(learner.policy), reward_moments=moments,
+        iteration=7, num_steps=28, planned_iterations=10, falls_from=8, num_prompts=9, group_spreads={"3": 0.5},
+        elapsed_seconds=1.5, best_weights=snapshot(learner.policy), reward_moments=moments,
     )  # fmt: skip
     save_checkpoint(tmp_path / "checkpoint-7", learner.policy, learner.optimizer, state, {"a": 1})
 

@@ -104,9 +104,20 @@ def test_nothing_is_best_where_nothing_has_a_reward():
     assert FinetuningResult("m", [replace(iteration(), reward_mean=NAN)], 1.0, None).best_iteration == 0
 
 
+def test_a_plan_goes_on_until_its_end_and_then_a_new_fall_begins():
+    state = TrainerState(iteration=3, num_steps=12, planned_iterations=5)
+    state.plan(9)
+    assert (state.planned_iterations, state.falls_from) == (9, 0)
+    state.iteration, state.num_steps = 9, 36
+    state.plan(9)
+    assert (state.planned_iterations, state.falls_from) == (9, 36)
+    state.plan(4)
+    assert state.planned_iterations == 9, "what is done stays planned"
+
+
 def test_a_state_comes_back_from_its_record_whole():
     moments = {"kind": RunningMoments().after([0.5, 2.0]), "other": RunningMoments()}
-    state = TrainerState(3, 12, 9, {"5": 0.25}, 7.25, HISTORY[:2], {"weight": torch.ones(2)}, moments)
+    state = TrainerState(3, 12, 5, 8, 9, {"5": 0.25}, 7.25, HISTORY[:2], {"weight": torch.ones(2)}, moments)
     record = json.loads(json.dumps(state.to_dict() | {"settings": {}, "more": 1}))
     assert "best_weights" not in record
     found = TrainerState.from_dict(record)

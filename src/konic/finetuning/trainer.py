@@ -230,9 +230,11 @@ class Trainer:
 
     def _update(self, iteration: int, rollout: Rollout, advantages: Advantages, value_shift: float) -> UpdateStats:
         learner, config = self._session.learner, self._session.training
+        state = self._session.state
         schedule = Schedule(
-            first_step=self._session.state.num_steps,
-            total_steps=self._last_iteration * config.steps_per_iteration,
+            first_step=state.num_steps,
+            total_steps=state.num_steps + (self._last_iteration - state.iteration) * config.steps_per_iteration,
+            falls_from=state.falls_from,
             peak=config.peak_learning_rate(uses_lora=learner.policy.uses_lora),
             train_policy=iteration > config.value_warmup_iterations,
         )

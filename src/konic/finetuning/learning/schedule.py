@@ -16,9 +16,13 @@ class Schedule:
     """The learning rate at the end of warm-up."""
     train_policy: bool = True
     """False while only the value head learns."""
+    falls_from: int = 0
+    """Optimizer steps taken before the rate falls: 0, or what an earlier training of the run took."""
 
 
-def learning_rate_at(step: int, total_steps: int, peak: float, warmup_steps: int, schedule: str) -> float:
+def learning_rate_at(
+    step: int, total_steps: int, peak: float, warmup_steps: int, schedule: str, falls_from: int = 0
+) -> float:
     """Return the learning rate of an optimizer step.
 
     Args:
@@ -27,10 +31,12 @@ def learning_rate_at(step: int, total_steps: int, peak: float, warmup_steps: int
         peak: The learning rate at the end of warm-up.
         warmup_steps: Number of warm-up steps. Step i of them uses peak · (i + 1) / warmup_steps.
         schedule: "constant", "linear" (to 0 at total_steps) or "cosine" (half a period, to 0 at total_steps).
+        falls_from: The first step of the fall, if it is after warm-up.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    start = max(warmup_steps, falls_from)
+    progress = min(1.0, (step - start) / max(1, total_steps - start))
     return peak * (1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)

@@ -99,6 +99,8 @@ def read_record(folder: Path) -> CheckpointRecord:
             num_responses, settings = values["iteration"] * values["settings"]["batch_size"], values["settings"]
             size = settings["num_generations"] or ALGORITHMS[settings["algorithm"]].group_size
             values |= {"num_prompts": num_responses // size, "group_spreads": {}}
+        if "planned_iterations" not in values:  # of a version in which the rate fell once over the whole run
+            values |= {"planned_iterations": values["settings"]["max_iterations"], "falls_from": 0}
         if "reward_weights" not in values:  # of a version that kept those of the last iteration as a setting
             values["reward_weights"] = values["settings"].get("reward_weights", {})
         record = CheckpointRecord(TrainerState.from_dict(values), values["settings"], values["environment"])

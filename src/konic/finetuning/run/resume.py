@@ -127,9 +127,7 @@ def require_same_run(
     """
     now = json.loads(json.dumps(settings, default=str))
     saved = _in_todays_terms(record.settings, now)
-    decays = now.get("lr_scheduler", "constant") != "constant"  # its rates depend on the length of the run
-    free = set(_FREE) - ({"max_iterations"} if decays else set())
-    changed = [name for name, value in now.items() if saved.get(name) != value and name not in free]
+    changed = [name for name, value in now.items() if saved.get(name) != value and name not in _FREE]
     named = "; ".join(
         _HASHES.get(name) or f"{name} was {before!r} and is {after!r}"
         for name, before, after in _named_differences(changed, saved, now)

@@ -252,17 +252,13 @@ class Session:
             if checkpoint is not None:
                 self._load(checkpoint, max_iterations, allow_changes)
             last = max_iterations if resume else self.state.iteration + max_iterations
-            if self.state.iteration and not resume and self.training.lr_scheduler != "constant":
-                logger.warning(
-                    "This training goes on from iteration %d: the learning rate falls over all %d iterations, so it "
-                    "starts higher than the one before ended.",
-                    self.state.iteration, last,
-                )  # fmt: skip
             if self.state.iteration >= last:
                 logger.warning(
                     "Nothing is left to train: %d iterations are done, and max_iterations=%d is their total.",
                     self.state.iteration, max_iterations,
                 )  # fmt: skip
+            else:
+                self._plan(last)
             policy = self.learner.policy
             policy.decode_plan = DecodePlan(**from_first(self.world, asdict(policy.decode_plan)))
             require_equal_processes(self.world, self.settings(last), self.learner.policy.trainable())
@@ -270,6 +266,24 @@ class Session:
             self.folder.write_run(self.settings(last), environment(device), composer, self.job_file, self.driver)
             with self._served(last), self.reward_weights.training():
                 yield last
+
+    def _plan(self, last: int) -> None:
+        """Plan the learning rate, and say so where it is not what a training before this one planned."""
+        done, planned = self.state.iteration, self.state.planned_iterations
+        self.state.plan(last)
+        if self.training.lr_scheduler == "constant" or done == 0 or last == planned:
+            return
+        if done >= planned:
+            logger.warning(
+                "The learning rate rises again and falls over iterations %d to %d: the training before has let it fall "
+                "to its end. To keep a rate, set TrainingConfig(lr_scheduler='constant').",
+                done + 1, last,
+            )  # fmt: skip
+        else:
+            logger.warning(
+                "The learning rate falls until iteration %d; the training before planned it until iteration %d.",
+                last, planned,
+            )  # fmt: skip
 
     @contextlib.contextmanager
     def _served(self, last_iteration: int) -> Iterator[None]:

@@ -25,6 +25,10 @@ class TrainerState:
     """Iterations done."""
     num_steps: int = 0
     """Optimizer steps planned so far, skipped ones included: the place in the learning-rate schedule."""
+    planned_iterations: int = 0
+    """The last iteration for which the learning rate is planned."""
+    falls_from: int = 0
+    """Optimizer steps planned before the learning rate began to fall."""
     num_prompts: int = 0
     """Prompts used so far: the place in the data."""
     group_spreads: dict[str, float] = field(default_factory=dict)
@@ -76,6 +80,12 @@ class TrainerState:
         last = moved[-1]
         paid, size = last.kl_per_response, config.batch_size
         return adapted_kl_weight(last.kl_penalty_weight, paid, config.kl_target, size, config.kl_horizon)
+
+    def plan(self, last_iteration: int) -> None:
+        """Plan the learning rate until the last iteration: a plan goes on, and after its end a new fall begins."""
+        if self.iteration >= self.planned_iterations:
+            self.falls_from = self.num_steps
+        self.planned_iterations = max(last_iteration, self.iteration)
 
     def scores_have_varied(self, rewards: Sequence[float]) -> bool:
         """True unless all rewards of the run so far, and these, are equal."""
