@@ -1719,3 +1719,36 @@ def test_the_error_that_ends_a_run_says_what_is_kept_and_how_to_go_on(model_fold
     assert note.startswith(f"checkpoint-2 is kept in {tmp_path}. With checkpoint_dir={str(tmp_path)!r}, ")
     for option in ("resume_from_checkpoint=True", "allow_changes=True", "on_reward_error='skip'"):
         assert option in note
+
+
+def test_settings_changed_after_the_start_are_named_and_change_nothing(model_folders, tmp_path, caplog):
+    engine = make_engine(model_folders["llama"], tmp_path)
+    engine.train(1)
+    engine.train(1)
+    assert "were changed since" not in caplog.text
+    engine.agent.get_training_config().learning_rate = 0.02
+    engine.agent.get_generation_config().temperature = 0.5
+    engine.train(1)
+    assert "changed since: learning_rate was 0.01 and is 0.02; generation_config.temperature was 1.0 and is 0.5." in (
+        caplog.text
+    )
+    assert rates_of(tmp_path) == [0.01] * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"kl_horizon": 50}, "kl_horizon=50 has no effect, because kl_target is not set"),
+     ({"divergence": "kl"}, "divergence='kl' has no effect, because divergence_limit is not set"),
+     ({"overlong_share": 0.5}, "overlong_share=0.5 has no effect, because overlong_penalty is 0"),
+     ({"resampling_budget": 9}, "resampling_budget=9 has no effect, because filter_equal_groups is not set"),
+     ({"max_error_rate": 0.5}, "max_error_rate=0.5 has no effect, because on_reward_error is not 'skip'"),
+     ({"algorithm": "grpo", "vf_coef": 0.5}, "vf_coef=0.5 has no effect, because algorithm='grpo' learns no values"),
+     ({"algorithm": "dapo", "resampling_budget": 9, "overlong_share": 0.5}, ""),
+     ({"algorithm": "dppo", "divergence": "kl", "kl_target": 1.0, "kl_horizon": 50}, ""),
+     ({"vf_coef": 0.5, "gae_lambda": 1.0, "on_reward_error": "skip", "max_error_rate": 0.5}, ""),
+     ({"algorithm": "grpo", "vf_coef": 0.1, "kl_horizon": 100}, "")],
+)  # fmt: skip
+def test_a_setting_without_effect_is_a_warning(model_folders, tmp_path, caplog, settings, words):
+    make_engine(model_folders["llama"], tmp_path, **settings).setup()
+    assert words in caplog.text
+    assert ("has no effect" in caplog.text) == bool(words)

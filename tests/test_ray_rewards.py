@@ -194,6 +194,7 @@ def test_without_ray_a_reward_model_is_made_here(monkeypatch):
         (Quality(), {}, "make must be a function"),
         (Quality, {"GPU": -1}, r"resources\['GPU'\] must be 0 or more, got -1"),
         (Quality, {"timeout_seconds": 0}, "timeout_seconds must be above 0, or None, got 0"),
+        (Quality, {"timeout_seconds": math.inf}, "timeout_seconds must be above 0, or None, got inf"),
         (Quality, {"timeout_seconds": True}, "timeout_seconds must be above 0, or None, got True"),
     ],
 )

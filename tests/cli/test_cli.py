@@ -1,8 +1,10 @@
 import json
 
 import pytest
+import typer
 
 from command import konic, konic_here, script
+from konic.cli.paths import read_path, read_run
 from konic.cli.scripts import load_agent
 from konic.cli.settings import set_settings
 from konic.finetuning import ConfigError, DatasetSource, KonicFinetuningAgent, TrainingConfig
@@ -214,6 +216,13 @@ def test_an_empty_path_is_not_the_current_folder(arguments, named):
     run = konic_here(*arguments)
     assert (run.returncode, run.stdout) == (2, "")
     assert f"Invalid value for '{named}': it is empty." in run.stderr
+
+
+def test_a_home_folder_is_found_also_where_the_shell_left_its_sign(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_run("~/run") == tmp_path / "run"
+    with pytest.raises(typer.BadParameter, match="~nobody-here/run"):
+        read_path("~nobody-here/run")
 
 
 def test_a_scripts_own_konic_error_stays_itself(tmp_path):

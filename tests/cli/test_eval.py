@@ -234,6 +234,7 @@ def test_the_recorded_script_is_imported_only_if_asked_for_unchanged_ones_own_an
         (-0.003, 0.12, "+0.058 [-0.003, 0.120]"),  # on both sides of 0, so that two decimals would not show it
         (0.00004, 0.2, "+0.10002 [0.00004, 0.20000]"),
         (-1e-12, 0.2, "+0.100 [0.00, 0.20]"),
+        (-3e-7, 4e-7, "+0.000 [0.00, 0.00]"),  # rounding, not a difference
         (math.nan, math.nan, "+0.100"),
     ],
 )

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import psutil
@@ -194,6 +195,12 @@ class Locked(KonicLLMRewardComposer):
         return 1
 
 
+class WithOne(KonicLLMRewardComposer):
+    @llm_reward
+    def one(self, prompt, response):
+        return 1
+
+
 class WillNotLoad(KonicLLMRewardComposer):
     def __setstate__(self, state):
         raise OSError("gone")
@@ -206,6 +213,10 @@ class WillNotLoad(KonicLLMRewardComposer):
 def test_what_cannot_be_sent_or_loaded_is_told_before_anything_is_scored():
     with pytest.raises(RewardError, match=r"Locked cannot be sent to worker processes: TypeError: .*lock"):
         scored(Locked(), ["a"], 1)
+    composer, lock = WithOne(), threading.Lock()
+    composer.add_reward_function(lambda prompt, response: float(lock.locked()), name="guarded")
+    with pytest.raises(RewardError, match=r"WithOne cannot be sent .*lock.* in reward 'guarded'"):
+        scored(composer, ["a"], 1)
     with pytest.raises(RewardError, match="cannot be loaded in a worker process: OSError: gone"):
         scored(WillNotLoad(), ["a"], 1)
 

@@ -151,13 +151,16 @@ def show(comparison: "Comparison") -> None:
     if comparison.num_prompts < FEWEST_PAIRS:
         console.print(f"Fewer than {FEWEST_PAIRS} prompts are too few for intervals.")
     else:
-        console.print("In brackets: 95 % intervals, by the bootstrap over prompts; of the difference, over pairs.")
+        console.print(
+            "In brackets: 95 % intervals, by the bootstrap over prompts, Wilson's where all values are 0 or 1; of the "
+            "difference, by the bootstrap over pairs."
+        )
 
 
 def _digits(difference: "Interval") -> int:
-    """The decimals of a row: two, or as many more as show on which side of 0 each end of the difference is."""
-    ends = [end for end in (difference.low, difference.high) if abs(end) > 1e-9]
-    return next((digits for digits in range(2, 6) if all(round(end, digits) for end in ends)), 6)
+    """The decimals of a row: two, or up to five where more show on which side of 0 each end of the difference is."""
+    ends = [end for end in (difference.low, difference.high) if abs(end) > 0.5e-5]
+    return next((digits for digits in range(2, 5) if all(round(end, digits) for end in ends)), 5)
 
 
 def _cell(interval: "Interval", digits: int, sign: str = "") -> str:

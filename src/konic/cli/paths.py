@@ -17,8 +17,12 @@ def read_name(value: str | Path) -> str:
 
 
 def read_path(value: str | Path) -> Path:
-    """Return the path given, which may not be empty."""
-    return Path(read_name(value))
+    """Return the path given, which may not be empty; `~` is a home folder, also where the shell left it as it is."""
+    path = Path(read_name(value))
+    try:
+        return path.expanduser()
+    except RuntimeError as problem:
+        raise typer.BadParameter(f"{value}: {problem}") from None
 
 
 def read_place(value: str) -> str:

@@ -276,6 +276,7 @@ class KonicFinetuningEngine:
         """
         if self.scaling is not (None if self._ray is None else self._ray.scaling):
             raise ConfigError("scaling is chosen when an engine is made: from_agent(agent, scaling=...).")
+        self._session.warn_of_changes(self.agent)
         if self._ray is not None:
             return self._train_on_ray(
                 self._ray,

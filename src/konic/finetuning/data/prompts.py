@@ -178,7 +178,7 @@ def _weights(prompts: Sequence[Prompt], config: DatasetConfig) -> np.ndarray:
     numbers = [_weight(prompt.columns[name]) for prompt in prompts]
     bad = [prompt for prompt, number in zip(prompts, numbers, strict=True) if number is None]
     if bad:
-        shown = ", ".join(f"row {prompt.row} ({_shown(prompt.columns[name])})" for prompt in bad[:10])
+        shown = first_of([f"row {prompt.row} ({_shown(prompt.columns[name])})" for prompt in bad])
         raise DatasetError(f"{where}: column {name!r} must hold a number of at least 0 in every row: {shown}.")
     weights = np.array(numbers, dtype=float)
     if not weights.any():

@@ -296,6 +296,11 @@ def _require_supported(lora: peft.LoraConfig) -> None:
     if problem is not None:
         advice = "Use a positive number, such as 16." if lora.lora_alpha == 0 else "Leave that option out."
         raise ConfigError(f"lora_config: {problem} {advice}")
+    if lora.task_type not in (None, peft.TaskType.CAUSAL_LM):
+        raise ConfigError(
+            f"lora_config: task_type={str(lora.task_type)!r} is for another kind of model. konic trains models that "
+            "generate text: use 'CAUSAL_LM', or leave it out."
+        )
     if getattr(lora, "velora_config", None) is not None:
         raise ConfigError("lora_config: velora_config has no effect: konic never uses train mode. Leave it out.")
     if lora.init_lora_weights not in (*_BASE_STAYS, *_BASE_CHANGES):

@@ -5,6 +5,7 @@ this machine. Nothing here starts Ray: without a connection to it, everything ru
 """
 
 import contextlib
+import math
 import os
 import sys
 import uuid
@@ -118,7 +119,7 @@ class RemoteRewardModel:
         for resource, amount in self._resources.items():
             if not (_is_number(amount) and amount >= 0):
                 raise ConfigError(f"RemoteRewardModel: resources[{resource!r}] must be 0 or more, got {amount!r}.")
-        if timeout_seconds is not None and not (_is_number(timeout_seconds) and timeout_seconds > 0):
+        if timeout_seconds is not None and not (_is_number(timeout_seconds) and 0 < timeout_seconds < math.inf):
             raise ConfigError(f"RemoteRewardModel: timeout_seconds must be above 0, or None, got {timeout_seconds!r}.")
         self._key = f"konic-{uuid.uuid4().hex}"
         self._model: Any = None

@@ -13,11 +13,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, resource_tracker, spawn
 from multiprocessing.context import SpawnContext, SpawnProcess
+from types import ModuleType
 from typing import Any
 
 import cloudpickle
@@ -276,12 +277,23 @@ def pickled_composer(composer: KonicLLMRewardComposer) -> bytes:
     try:
         return pickled_by_value(bare, modules)
     except Exception as error:
-        found = what_cannot_be_pickled(bare, modules)
+        found = _function_that_cannot_be_sent(bare, modules) or what_cannot_be_pickled(bare, modules)
         where = f" in {found}" if found else ""
         raise RewardError(
             f"reward_workers: {type(composer).__name__} cannot be sent to worker processes: {describe_error(error)}"
             f"{where}. Open a lock, a file or a connection inside the reward instead, or set reward_workers=0."
         ) from safe_cause(error)
+
+
+def _function_that_cannot_be_sent(composer: KonicLLMRewardComposer, modules: Iterable[ModuleType]) -> str:
+    """Return which reward that is no method of the composer cannot be pickled; "" if all can."""
+    for reward in list_rewards(composer):
+        if getattr(reward.call, "__self__", None) is not composer:
+            try:
+                pickled_by_value(reward.call, modules)
+            except Exception:
+                return f"reward {reward.name!r}"
+    return ""
 
 
 _PR_SET_PDEATHSIG = 1

@@ -1,6 +1,7 @@
 """Agent -> ConfigError, or nothing: settings that are right by themselves and cannot go together in a run."""
 
 from konic.finetuning.agent import KonicFinetuningAgent
+from konic.finetuning.config import TrainingConfig
 from konic.finetuning.errors import ConfigError
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.rewards.composer import find_override
@@ -38,6 +39,7 @@ def check_settings(agent: KonicFinetuningAgent, num_processes: int, device: str)
         raise ConfigError("kl_target steers kl_penalty_weight by factors: start it above 0, such as 0.05.")
     if training.algorithm_row.advantages == "parts_normalised":
         _check_parts(agent)
+    _warn_of_settings_without_effect(training)
     dataset = agent.get_dataset_config()
     if dataset.prefer_undecided and not (dataset.held_out and training.eval_every):
         logger.warning(
@@ -51,6 +53,23 @@ def check_settings(agent: KonicFinetuningAgent, num_processes: int, device: str)
             "describe the unfiltered policy.",
             ", ".join(generation.distribution_filters),
         )
+
+
+def _warn_of_settings_without_effect(training: TrainingConfig) -> None:
+    """Warn of settings that nothing reads, because the one that turns them on is off."""
+    learns_values = f"algorithm={training.algorithm!r} learns no values", training.algorithm_row.learns_values
+    off = {
+        "divergence": ("divergence_limit is not set", training.divergence_limit is not None),
+        "kl_horizon": ("kl_target is not set", training.kl_target is not None),
+        "overlong_share": ("overlong_penalty is 0", training.overlong_penalty > 0),
+        "resampling_budget": ("filter_equal_groups is not set", training.filter_equal_groups),
+        "max_error_rate": ("on_reward_error is not 'skip'", training.on_reward_error == "skip"),
+        **dict.fromkeys(("vf_coef", "gae_lambda", "gae_lambda_length", "value_gae_lambda"), learns_values),
+    }
+    for name, (why, has_effect) in off.items():
+        value = getattr(training, name)
+        if not has_effect and value != type(training).model_fields[name].default:
+            logger.warning("TrainingConfig: %s=%r has no effect, because %s.", name, value, why)
 
 
 def _check_sharding(agent: KonicFinetuningAgent, num_processes: int, device: str) -> None:

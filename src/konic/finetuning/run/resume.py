@@ -188,6 +188,12 @@ def _warn_of_another_environment(here: Mapping[str, Any], there: Mapping[str, An
         )
 
 
+def describe_changes(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """Name each setting that differs, with its value then and now; "" if none does."""
+    changed = [name for name, value in now.items() if then.get(name) != value]
+    return "; ".join(f"{name} was {old!r} and is {new!r}" for name, old, new in _named_differences(changed, then, now))
+
+
 def _named_differences(
     changed: Sequence[str], saved: dict[str, Any], now: dict[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:

@@ -37,7 +37,7 @@ from konic.finetuning.run.place import RunPlace
 from konic.finetuning.run.preflight import check_settings
 from konic.finetuning.run.processes import require_equal_processes
 from konic.finetuning.run.remote import fetched
-from konic.finetuning.run.resume import plan_to_follow, require_same_run, same_best
+from konic.finetuning.run.resume import describe_changes, plan_to_follow, require_same_run, same_best
 from konic.finetuning.run.reward_weights import RewardWeights
 from konic.finetuning.run.saving import NoSaver, Saver, write_card
 from konic.finetuning.run.served import ServedCheck
@@ -239,6 +239,17 @@ class Session:
         first = self.prompts.rows[0]
         names = dict.fromkeys([*first.columns, *collect_columns([first])[0]])
         KonicLLMRewardComposer.check_columns(self.agent.get_reward_composer(), names)
+
+    def warn_of_changes(self, agent: KonicFinetuningAgent) -> None:
+        """Warn of settings of the agent that were changed after the session was made of it."""
+        settings = (made_of.settings(made_of.get_lora_config() is not None) for made_of in (self.agent, agent))
+        changes = describe_changes(*settings)
+        if changes:
+            logger.warning(
+                "The engine has started and keeps its settings, but some were changed since: %s. For other values make "
+                "a new engine; to go on from here, train(..., resume_from_checkpoint=True, allow_changes=True).",
+                changes,
+            )  # fmt: skip
 
     @contextlib.contextmanager
     def opened(
