@@ -98,9 +98,7 @@ def agent_of(settings, seed=0, full=False, held_out=64):
         lora_config=None if full else demo.get_lora_config(),
         dataset_config=demo.get_dataset_config(),
         training_config=(
-            TrainingConfig(
-                seed=seed, lr_scheduler="constant"
-            )  # the runs stop at a number of responses, not of iterations
+            TrainingConfig(seed=seed)
             if settings is None
             else demo.get_training_config().with_fields({"seed": seed, **settings})
         ),

@@ -32,20 +32,17 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results" / "defaults.jsonl"
 DOCS, BEGIN, END = ROOT / "docs" / "defaults.md", "<!-- defaults: made by make defaults -->", "<!-- end of defaults -->"
-CONSTANT = {"lr_scheduler": "constant"}
-"""As the default was when most runs were made."""
 SETTINGS = {
     "defaults": {},
-    "constant learning rate": CONSTANT,
-    "KL in the reward": {"kl_placement": "reward"} | CONSTANT,
-    "batches of 4": {"batch_size": 4} | CONSTANT,
-    "no limit": {"kl_limit": None} | CONSTANT,
-    "1 pass": {"ppo_epochs": 1} | CONSTANT,
-    "falling from 2e-3": {"learning_rate": 2e-3, "lr_scheduler": "linear"},
+    "falling learning rate": {"lr_scheduler": "linear"},
+    "KL in the reward": {"kl_placement": "reward"},
+    "batches of 4": {"batch_size": 4},
+    "no limit": {"kl_limit": None},
+    "1 pass": {"ppo_epochs": 1},
     "learning rate 5e-4": {"learning_rate": 5e-4},
     "learning rate 2e-3": {"learning_rate": 2e-3},
     "batches of 4, 5e-5": {"batch_size": 4, "learning_rate": 5e-5},
-    **{name: {"algorithm": name} | CONSTANT for name in ALGORITHMS if name != "ppo"},
+    **{name: {"algorithm": name} for name in ALGORITHMS if name != "ppo"},
 }
 WINDOW = 48
 """Responses that a number of the table is a mean of."""

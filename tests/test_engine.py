@@ -1544,12 +1544,6 @@ def test_a_resume_within_the_second_fall_gives_the_same_bits(model_folders, tmp_
     assert trained[0] == trained[1]
 
 
-def test_only_the_rate_that_konic_chose_falls_by_itself(model_folders, tmp_path):
-    for name, rate, falls in (("own", None, True), ("given", 1e-3, False)):
-        make_engine(model_folders["llama"], tmp_path / name, learning_rate=rate, ppo_epochs=1).train(2)
-        assert rates_of(tmp_path / name) == pytest.approx([1e-3, 5e-4 if falls else 1e-3])
-
-
 def test_a_changed_reward_or_base_model_is_named(model_folders, tmp_path):
     class Other(LetterRewards):
         @llm_reward

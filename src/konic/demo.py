@@ -97,8 +97,7 @@ def build_agent(max_minutes: float | None = None, held_out: int = 64) -> KonicFi
             batch_size=16,
             ppo_epochs=1,
             num_minibatches=2,
-            lr_scheduler="constant",
-            kl_placement="reward",  # both as in the figures that the README and docs/algorithms.md show
+            kl_placement="reward",  # as in the figures that the README and docs/algorithms.md show
             max_minutes=max_minutes,
         ),
         generation_config=GenerationConfig(max_new_tokens=48, max_prompt_length=64, temperature=0.7),

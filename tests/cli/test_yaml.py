@@ -113,6 +113,10 @@ def test_a_composer_is_found_by_its_import_path(composer, weights, tmp_path, mon
         ("my_rewards.py:build", "raised TypeError while it was loaded"),
         ("no_such_package.rewards:Brief", "No module named 'no_such_package'"),
         ("{path: 'my_rewards.py:made', arguments: {most: 1}}", "is made already"),
+        (
+            "{path: 'my_rewards.py:Brief', arguments: {reward_weights: {brief: x}}}",
+            "job.yaml, line 2: reward_composer: ",
+        ),
         ("{pth: 'my_rewards.py:Brief'}", "line 2: reward_composer has no key 'pth'. Did you mean 'path'?"),
         ("[1]", "give file.py:Name"),
         ("{path: 'torch:save', arguments: {obj: 1, f: ran}}", "function of an installed package"),

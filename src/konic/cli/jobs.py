@@ -6,6 +6,7 @@ What a YAML file may hold stands in docs/commands.md. Paths inside of it are rel
 import importlib
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -203,10 +204,19 @@ class _YamlJob:
                 f"{given} is a function of an installed package. A file may call functions of its own folder; of a "
                 "package, name a class of rewards"
             )
-        composer = run_user_code(self._document.file, lambda: found(**arguments))
+        composer = run_user_code(self._document.file, self._call, found, arguments)
         if not isinstance(composer, KonicLLMRewardComposer):
             raise self._bad_composer(f"{given} gives {describe(composer)}, not a KonicLLMRewardComposer")
         return composer
+
+    def _call(self, found: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Call what makes the composer; an error of konic gets the line of the argument that it names first."""
+        try:
+            return found(**arguments)
+        except KonicError as error:
+            named = next((word for word in re.findall(r"\w+", str(error)) if word in arguments), None)
+            path = ("arguments", named) if named is not None else ()
+            raise self._document.error(f"reward_composer: {error}", "reward_composer", *path) from None
 
     def _is_of_job(self, given: str) -> bool:
         """Return True for what stands in a file that is named, or in a module below the job's folder."""

@@ -40,11 +40,6 @@ def _default_num_minibatches(given: dict[str, Any]) -> int:
     return math.gcd(DEFAULT_NUM_MINIBATCHES, given.get("batch_size", DEFAULT_NUM_MINIBATCHES))
 
 
-def _default_lr_scheduler(given: dict[str, Any]) -> Literal["constant", "linear"]:
-    """Return what was measured with the default learning rate; a rate that was set is used as it stands."""
-    return "linear" if given.get("learning_rate") is None else "constant"
-
-
 class TrainingConfig(Settings):
     """How to learn. Sources: N, the 37 details (2023); N+, arXiv 2403.17031; Schulman 2016 (GAE), 2017 (PPO)."""
 
@@ -114,9 +109,9 @@ class TrainingConfig(Settings):
     """AdamW's decoupled weight decay."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps over which the learning rate rises from zero."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(default_factory=_default_lr_scheduler)
-    """The learning rate after warm-up: constant, or falling so that the step after the last would have zero. Without it
-    a learning_rate that you set stays constant, and the measured default falls linearly (docs/defaults.md)."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """The learning rate after warm-up: constant, or falling so that the step after the last would have zero. A run whose
+    length is known beforehand learns more with "linear": docs/defaults.md."""
     missing_eos_penalty: float | None = Field(default=None, ge=0, le=MAX_PENALTY)
     """Subtracted from the score of a response cut off by max_new_tokens (N+)."""
     mask_truncated: bool = False

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from konic.finetuning.errors import ConfigError, ModelError, safe_cause
-from konic.finetuning.models.containment import require_bounded_tokenizer, require_contained, require_inside
-from konic.finetuning.models.headers import bounded_by_files
-from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
+from konic.finetuning.models.containment import require_inside
+from konic.finetuning.models.locations import OWN_CODE, loading_failed, locate_model, quiet_transformers
 from konic.finetuning.models.model_kwargs import check_model_kwargs, require_no_revision
 from konic.finetuning.models.quantised import unify_products
+from konic.finetuning.models.reading import read_model
 from konic.finetuning.system.files import as_path
 from konic.finetuning.system.places import read_regular
 from konic.output import get_logger
@@ -27,7 +27,6 @@ from konic.text import describe_error
 
 logger = get_logger(__name__)
 
-_TOKENIZER_KWARGS = ("revision", "token", "trust_remote_code")
 _ADAPTER_FILES = ("adapter_model.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py")
 """What is read of an adapter on the Hub: its config and weights, and its tokenizer."""
 _TRUST_FIRST = (
@@ -68,27 +67,17 @@ def load_model(base_model: str, model_kwargs: Mapping[str, Any], device: torch.d
     check_model_kwargs(model_kwargs)
     asked, location, adapter, model_kwargs = _locate(base_model, model_kwargs)
     trusts_code = model_kwargs.get("trust_remote_code", False)
-    kwargs: dict[str, Any] = {"dtype": torch.float32, **model_kwargs, "trust_remote_code": trusts_code and not adapter}
     reads_adapter = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    tokenizer_kwargs = {key: value for key, value in kwargs.items() if key in _TOKENIZER_KWARGS}
-    if reads_adapter:
-        tokenizer_kwargs["trust_remote_code"] = trusts_code
-    try:
-        with quiet_transformers():
-            require_contained(location, asked, model_kwargs)
-            with bounded_by_files(location, asked, model_kwargs):
-                model, loading_info = AutoModelForCausalLM.from_pretrained(
-                    location, use_safetensors=True, output_loading_info=True, **kwargs
-                )
-            reads = str(adapter) if reads_adapter else location
-            require_bounded_tokenizer(reads, asked, tokenizer_kwargs)
-            tokenizer = AutoTokenizer.from_pretrained(reads, **tokenizer_kwargs)
-            tokenizer("", verbose=False)  # a wrong model_max_length is noticed only in use
-    except ModelError:
-        raise
-    except Exception as error:
-        advice = {"own_code": _TRUST_FIRST} if adapter else {}
-        raise ModelError(loading_failed(asked, location, error, **advice)) from safe_cause(error)
+    model, loading_info, tokenizer = read_model(
+        AutoModelForCausalLM,
+        location,
+        asked,
+        model_kwargs,
+        tokenizer_at=(str(adapter), trusts_code) if reads_adapter else None,
+        own_code=_TRUST_FIRST if adapter else OWN_CODE,
+        dtype=model_kwargs.get("dtype", torch.float32),
+        trust_remote_code=trusts_code and not adapter,
+    )
     _require_all_weights(asked, model, loading_info)
     if not getattr(model, "is_quantized", False):
         model.to(device)

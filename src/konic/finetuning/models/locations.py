@@ -233,9 +233,11 @@ _UNFIT = re.compile(r"Unrecognized configuration class <class '[\w.]*\.(\w+)Conf
 """How transformers begins the list of all models that a loader takes, where it is given another."""
 
 
-def loading_failed(
-    asked: str, location: str, error: Exception, own_code: str = "set model_kwargs={'trust_remote_code': True}"
-) -> str:
+OWN_CODE = "set model_kwargs={'trust_remote_code': True}"
+"""What to do if a model is trusted that contains its own code."""
+
+
+def loading_failed(asked: str, location: str, error: Exception, own_code: str = OWN_CODE) -> str:
     """Return the message for a failed `from_pretrained`: what went wrong and what to do.
 
     Args:

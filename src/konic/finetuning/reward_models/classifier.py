@@ -7,16 +7,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from konic.finetuning.arguments import require_count
-from konic.finetuning.errors import ConfigError, ModelError, did_you_mean, no_attribute, safe_cause
-from konic.finetuning.models.containment import require_bounded_tokenizer, require_contained
-from konic.finetuning.models.headers import bounded_by_files
+from konic.finetuning.errors import ConfigError, ModelError, did_you_mean, no_attribute
 from konic.finetuning.models.loading import pick_device
-from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
+from konic.finetuning.models.locations import locate_model
 from konic.finetuning.models.model_kwargs import check_model_kwargs, require_no_revision
 from konic.finetuning.models.quantised import unify_products
+from konic.finetuning.models.reading import read_model
 from konic.finetuning.reward_models.texts import TEXT_FORMATS, TextFormat, encode_pair
 from konic.finetuning.rewards.composer import BaseRewardModel
 from konic.output import get_logger
@@ -229,26 +228,9 @@ def _load(model_id: str, device: torch.device, dtype: Any, model_kwargs: Mapping
     keep_secret(model_kwargs.get("token"))
     location = locate_model(model_id, option="model_id")
     dtype = dtype or model_kwargs.get("dtype") or ("auto" if device.type == "cuda" else torch.float32)
-    kwargs = {"trust_remote_code": False, **model_kwargs, "dtype": dtype, "use_safetensors": True}
-    tokenizer_kwargs: dict[str, Any] = {
-        key: kwargs[key] for key in ("revision", "token", "trust_remote_code") if key in kwargs
-    }
     asked = f"reward model {model_id!r}"
     require_no_revision(location, asked, model_kwargs)
-    try:
-        with quiet_transformers():
-            require_contained(location, asked, model_kwargs)
-            with bounded_by_files(location, asked, model_kwargs):
-                model, info = AutoModelForSequenceClassification.from_pretrained(
-                    location, output_loading_info=True, **kwargs
-                )
-            require_bounded_tokenizer(location, asked, tokenizer_kwargs)
-            tokenizer = AutoTokenizer.from_pretrained(location, **tokenizer_kwargs)
-            tokenizer("", verbose=False)  # a wrong model_max_length is noticed only in use
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(loading_failed(asked, location, error)) from safe_cause(error)
+    model, info, tokenizer = read_model(AutoModelForSequenceClassification, location, asked, model_kwargs, dtype=dtype)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ModelError(f"reward model {model_id!r} has no tokenizer: its folder must contain one.")
     if info["missing_keys"]:

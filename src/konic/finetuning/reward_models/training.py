@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
-from konic.finetuning.errors import DatasetError, ModelError, OutputError, TrainingError, safe_cause
+from konic.finetuning.errors import DatasetError, OutputError, TrainingError
 from konic.finetuning.learning.schedule import learning_rate_at
-from konic.finetuning.models.containment import require_bounded_tokenizer, require_contained
-from konic.finetuning.models.headers import bounded_by_files
 from konic.finetuning.models.loading import pick_device
-from konic.finetuning.models.locations import loading_failed, locate_model, quiet_transformers
+from konic.finetuning.models.locations import locate_model
+from konic.finetuning.models.reading import read_model
 from konic.finetuning.results.intervals import Interval, proportion
 from konic.finetuning.reward_models.classifier import batches_by_length, choose_text_format, forward, longest_input
 from konic.finetuning.reward_models.feedback import Labelled, Preference
@@ -202,29 +201,19 @@ def _random_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 def _base(base: str, labels: list[str] | None, config: RewardTrainingConfig, device: torch.device) -> tuple[Any, Any]:
     """Load the base model, with a new head, and its tokenizer."""
     location = locate_model(base, option="base")
-    names, asked = labels or ["reward"], f"base={base!r}"
-    try:
-        with quiet_transformers():
-            require_contained(location, asked, {})
-            with bounded_by_files(location, asked, {}):
-                model = AutoModelForSequenceClassification.from_pretrained(
-                    location,
-                    num_labels=len(names),
-                    id2label=dict(enumerate(names)),
-                    label2id={name: index for index, name in enumerate(names)},
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    ignore_mismatched_sizes=True,
-                    trust_remote_code=False,
-                )
-            require_bounded_tokenizer(location, asked, {})
-            tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
-            tokenizer("", verbose=False)  # a wrong model_max_length is noticed only in use
-    except ModelError:
-        raise
-    except Exception as error:
-        own_code = "train it elsewhere: here only models that transformers knows are trained (trust_remote_code=False)"
-        raise ModelError(loading_failed(asked, location, error, own_code)) from safe_cause(error)
+    names = labels or ["reward"]
+    model, _, tokenizer = read_model(
+        AutoModelForSequenceClassification,
+        location,
+        f"base={base!r}",
+        {},
+        own_code="train it elsewhere: here only models that transformers knows are trained (trust_remote_code=False)",
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+    )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
