@@ -110,8 +110,8 @@ class TrainingConfig(Settings):
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps over which the learning rate rises from zero."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    """The learning rate after warm-up: constant, or falling so that the step after the last would have zero. A run whose
-    length is known beforehand learns more with "linear": docs/defaults.md."""
+    """The learning rate after warm-up: constant, or falling so that the step after the last would have zero. A run of
+    known length learned more with "linear": docs/defaults.md."""
     missing_eos_penalty: float | None = Field(default=None, ge=0, le=MAX_PENALTY)
     """Subtracted from the score of a response cut off by max_new_tokens (N+)."""
     mask_truncated: bool = False
