@@ -1516,7 +1516,7 @@ def test_after_the_end_of_a_falling_rate_a_new_fall_begins_and_is_said(model_fol
         make_engine(model_folders["llama"], tmp_path, **settings).train(6, resume_from_checkpoint=True)
     else:
         engine.train(4)
-    assert "rises again and falls over iterations 3 to 6" in caplog.text
+    assert "begins a new fall, over iterations 3 to 6" in caplog.text
     assert rates_of(tmp_path) == pytest.approx([0.01, 0.005, 0.01, 0.0075, 0.005, 0.0025])
 
 
@@ -1726,7 +1726,18 @@ def test_settings_changed_after_the_start_are_named_and_change_nothing(model_fol
     assert "changed since: learning_rate was 0.01 and is 0.02; generation_config.temperature was 1.0 and is 0.5." in (
         caplog.text
     )
+    engine.generate(["ab"])
+    assert caplog.text.count("were changed since") == 1
     assert rates_of(tmp_path) == [0.01] * 3
+
+
+def test_an_agent_of_ones_own_that_was_assigned_trains_and_has_not_changed(model_folders, tmp_path, caplog):
+    agent = make_agent(model_folders["llama"])
+    parts = "base_model reward_composer lora_config dataset_config training_config generation_config model_kwargs"
+    engine = make_engine(model_folders["llama"], tmp_path)
+    engine.agent = SimpleNamespace(**{f"get_{name}": getattr(agent, f"get_{name}") for name in parts.split()})
+    assert engine.train(1).total_iterations == 1
+    assert "were changed since" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -1743,6 +1754,8 @@ def test_settings_changed_after_the_start_are_named_and_change_nothing(model_fol
      ({"algorithm": "grpo", "vf_coef": 0.1, "kl_horizon": 100}, "")],
 )  # fmt: skip
 def test_a_setting_without_effect_is_a_warning(model_folders, tmp_path, caplog, settings, words):
-    make_engine(model_folders["llama"], tmp_path, **settings).setup()
+    engine = make_engine(model_folders["llama"], tmp_path, **settings)
+    engine.setup()
+    engine.train(0)
     assert words in caplog.text
-    assert ("has no effect" in caplog.text) == bool(words)
+    assert caplog.text.count("has no effect") == bool(words)

@@ -12,7 +12,9 @@ import pytest
 from command import konic_here, script
 from konic.cli.eval import _cell, _digits
 from konic.finetuning import DatasetConfig
-from konic.finetuning.results.intervals import Interval
+from konic.finetuning.results.evaluation import Evaluation
+from konic.finetuning.results.intervals import Interval, proportion
+from konic.saved.evaluation import Comparison
 from test_engine import make_engine
 
 REWARDS = """
@@ -241,3 +243,17 @@ def test_the_recorded_script_is_imported_only_if_asked_for_unchanged_ones_own_an
 def test_an_interval_has_as_many_decimals_as_show_on_which_side_of_0_it_ends(low, high, shown):
     interval = Interval(0.1 if math.isnan(low) else (low + high) / 2, low, high)
     assert _cell(interval, _digits(interval), "+") == shown
+
+
+def test_only_the_mean_of_a_reward_that_is_0_or_1_has_the_interval_of_a_share():
+    def side(rewards, kl):
+        rest = {"prompts": ["p"] * 8, "responses": ["a b"] * 8, "breakdown": {"part": [0.5] * 8}}
+        return Evaluation(rewards=rewards, kl_per_response=kl, response_lengths=[1] * 8, **rest)
+
+    sides = side([0.0] * 8, [0.0] * 8), side([1.0] * 7 + [math.nan], [1.0] * 8)
+    found = Comparison(against=("base", sides[0]), weights=("final", sides[1]), num_samples=1, ks=[])
+    reward, part, kl, length, _ = found.measures()
+    assert (reward.against, reward.weights) == (proportion(0, 8), proportion(7, 7))
+    assert (part.against.low, part.against.high) == (0.5, 0.5)
+    for measure in (kl, length):
+        assert (measure.against.low, measure.against.high) == (measure.against.mean,) * 2

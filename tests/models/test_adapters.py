@@ -116,6 +116,7 @@ def test_an_adapter_is_switched_off_merged_saved_and_gone_on_from_without_a_diff
         ({"trainable_token_indices": [-1]}, "trainable_token_indices: index -1 is out of bounds"),
         ({"trainable_token_indices": {"lm_head": [-1]}}, "trainable_token_indices: index -1 is out of bounds"),
         ({"lora_alpha": 0}, "lora_alpha=0 multiplies the adapter by 0"),
+        ({"task_type": peft.TaskType.TOKEN_CLS}, "task_type='TOKEN_CLS' is for another kind of model"),
         ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS' is for another kind of model"),
         ({"velora_config": peft.VeloraConfig()}, "velora_config has no effect: .* Leave it out"),
     ],

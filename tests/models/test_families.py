@@ -7,11 +7,18 @@ import pytest
 import torch
 import transformers
 from peft.tuners.lora import LoraLayer
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from families import examine, learner_of
+from families import IDS, examine, learner_of
 from family_models import FAMILIES, SIZES, save_base
-from konic.finetuning import ConfigError, LoraConfig, ModelError
+from konic.finetuning import (
+    ConfigError,
+    KonicFinetuningAgent,
+    KonicFinetuningEngine,
+    KonicLLMRewardComposer,
+    LoraConfig,
+    ModelError,
+)
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.positions import length_limit, position_ids
 from konic.finetuning.rollout import decoding
@@ -138,3 +145,27 @@ def test_layers_that_share_their_weights_get_no_adapter(tmp_path):
     assert adapted
     assert not any("shared_transf" in name for name in adapted)
     assert not any(name.endswith(("out_proj", "dt_proj")) for name in adapted)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba"])
+def test_a_body_that_gives_fp32_to_a_head_in_16_bits_decodes_and_trains(kind, tmp_path):
+    def length(prompt, response):
+        return float(len(response))
+
+    save_base(kind, tmp_path / "model")
+    agent = KonicFinetuningAgent(
+        str(tmp_path / "model"), KonicLLMRewardComposer(reward_functions=[length]),
+        LoraConfig(target_modules="all-linear"), {"prompts": ["a", "bcd"]},
+        {"batch_size": 4, "precision": "bfloat16"},
+        {"max_new_tokens": 6, "max_prompt_length": 40, "eos_token_id": 271},
+    )  # fmt: skip
+    engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=tmp_path / "run", callback=[], device="cpu")
+    first, second = engine.train(2).history
+    assert first.kl_divergence == 0 and first.first_log_ratio == 0
+    assert second.kl_divergence > 0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    ids = IDS[:1]
+    model = LanguageModel(plain)
+    hidden = model.decode(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(ids.shape[1])[None])
+    with torch.no_grad():
+        assert torch.equal(model.logits(hidden), plain(input_ids=ids).logits.float())

@@ -17,7 +17,6 @@ from konic.finetuning.results.intervals import (
     distinct_n,
     mean,
     paired_bootstrap,
-    proportion,
     spread,
 )
 
@@ -187,14 +186,6 @@ def test_many_values_are_drawn_in_parts_with_the_same_interval(monkeypatch):
     for size in (1, 20, 9 * 33):
         monkeypatch.setattr(intervals, "_DRAWN_AT_ONCE", size)
         assert paired_bootstrap(before, after, resamples=100) == whole
-
-
-def test_values_that_are_0_or_1_have_an_interval_within_them():
-    values = [1.0, 1.0, 0.0, 1.0, 1.0, 1.0, math.nan, 1.0]
-    assert bootstrap(values) == proportion(6, 7)
-    assert (bootstrap([0.0] * 8).low, bootstrap([1.0] * 8).high) == (0, 1)
-    assert bootstrap([0.0] * 8).high > 0.2
-    assert not bootstrap([0.0, 1.0]).is_known
 
 
 def test_the_interval_of_values_is_that_of_their_gains_over_nothing():

@@ -152,7 +152,7 @@ def show(comparison: "Comparison") -> None:
         console.print(f"Fewer than {FEWEST_PAIRS} prompts are too few for intervals.")
     else:
         console.print(
-            "In brackets: 95 % intervals, by the bootstrap over prompts, Wilson's where all values are 0 or 1; of the "
+            "In brackets: 95 % intervals, by the bootstrap over prompts, Wilson's for a reward of 0 or 1; of the "
             "difference, by the bootstrap over pairs."
         )
 

@@ -20,7 +20,7 @@ def read_path(value: str | Path) -> Path:
     """Return the path given, which may not be empty; `~` is a home folder, also where the shell left it as it is."""
     path = Path(read_name(value))
     try:
-        return path.expanduser()
+        return path if path.exists() else path.expanduser()
     except RuntimeError as problem:
         raise typer.BadParameter(f"{value}: {problem}") from None
 

@@ -276,7 +276,6 @@ class KonicFinetuningEngine:
         """
         if self.scaling is not (None if self._ray is None else self._ray.scaling):
             raise ConfigError("scaling is chosen when an engine is made: from_agent(agent, scaling=...).")
-        self._session.warn_of_changes(self.agent)
         if self._ray is not None:
             return self._train_on_ray(
                 self._ray,
@@ -320,6 +319,7 @@ class KonicFinetuningEngine:
     def _train_on_ray(self, ray: "RayTraining", **options: Any) -> FinetuningResult:
         """Train in workers. This engine takes over their newest checkpoint when its own model is needed."""
         check_counts(**{name: options[name] for name in ("max_iterations", "save_every", "save_total_limit")})
+        self._session.warn_of_changes(self.agent)
         worker, callbacks = copy.copy(self), Callbacks(self.callback)
         for name in ("callback", "checkpoint_dir", "scaling", "_ray"):
             setattr(worker, name, None)
@@ -410,6 +410,7 @@ class KonicFinetuningEngine:
 
     def _current_session(self) -> Session:
         """The session, with the attributes of the engine as they are set now."""
+        self._session.warn_of_changes(self.agent)
         self._session.place.checkpoint_dir = self.checkpoint_dir
         self._session.device, self._session.job_file, self._session.driver = self.device, self.job_file, self.driver
         if self._ray is not None:

@@ -5,7 +5,7 @@ The unit is the prompt: several responses to it are averaged first, and the boot
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,15 @@ from konic.finetuning.data.prompts import Prompt
 from konic.finetuning.data.samples import Sample, collect_columns
 from konic.finetuning.results.at_k import best_at_k, pass_at_k
 from konic.finetuning.results.evaluation import Evaluation
-from konic.finetuning.results.intervals import Interval, bootstrap, distinct_n, nanmean, paired_bootstrap
+from konic.finetuning.results.intervals import (
+    FEWEST_PAIRS,
+    Interval,
+    bootstrap,
+    distinct_n,
+    nanmean,
+    paired_bootstrap,
+    proportion,
+)
 from konic.finetuning.rewards.listing import list_rewards
 from konic.finetuning.rewards.scoring import Scorer
 from konic.finetuning.rewards.totals import evaluation_moments
@@ -60,7 +68,7 @@ class Comparison:
         reward = sides[0].rewards, sides[1].rewards
         parts = {name: (sides[0].breakdown[name], sides[1].breakdown[name]) for name in sides[0].breakdown}
         kl = sides[0].kl_per_response, sides[1].kl_per_response
-        found = [self._measure(name, both, nanmean) for name, both in {"mean reward": reward, **parts}.items()]
+        found = [self._mean_reward(name, both) for name, both in {"mean reward": reward, **parts}.items()]
         found += [self._measure(f"best@{k}", reward, partial(_best, k=k)) for k in self.ks]
         for name, both in {"reward": reward, **parts}.items():
             if _only_0_and_1(both):
@@ -77,6 +85,14 @@ class Comparison:
     ) -> Measure:
         first, second = ([of(group) for group in self._groups(values)] for values in both)
         return Measure(name, bootstrap(first), bootstrap(second), paired_bootstrap(first, second))
+
+    def _mean_reward(self, name: str, both: tuple[Sequence[float], Sequence[float]]) -> Measure:
+        """The mean of a reward. Where one response to each prompt got 0 or 1, it is a share, with Wilson's interval."""
+        measure = self._measure(name, both, nanmean)
+        if self.num_samples > 1 or self.num_prompts < FEWEST_PAIRS or not _only_0_and_1(both):
+            return measure
+        against, weights = ([value for value in values if not math.isnan(value)] for values in both)
+        return replace(measure, against=_share(against), weights=_share(weights))
 
     def _groups(self, values: Sequence[float]) -> Groups:
         size = self.num_samples
@@ -200,6 +216,10 @@ def _best(group: list[float], k: int) -> float:
 
 def _passed(group: list[float], k: int) -> float:
     return pass_at_k(len(group), round(sum(group)), k) if len(group) >= k else math.nan
+
+
+def _share(values: list[float]) -> Interval:
+    return proportion(values.count(1.0), len(values))
 
 
 def _only_0_and_1(sides: Sequence[Sequence[float]]) -> bool:

@@ -297,8 +297,9 @@ def _require_supported(lora: peft.LoraConfig) -> None:
         advice = "Use a positive number, such as 16." if lora.lora_alpha == 0 else "Leave that option out."
         raise ConfigError(f"lora_config: {problem} {advice}")
     if lora.task_type not in (None, peft.TaskType.CAUSAL_LM):
+        name = getattr(lora.task_type, "value", lora.task_type)
         raise ConfigError(
-            f"lora_config: task_type={str(lora.task_type)!r} is for another kind of model. konic trains models that "
+            f"lora_config: task_type={name!r} is for another kind of model. konic trains models that "
             "generate text: use 'CAUSAL_LM', or leave it out."
         )
     if getattr(lora, "velora_config", None) is not None:

@@ -91,7 +91,9 @@ class LanguageModel:
             use_cache=cache is not None,
             **{self._cache_argument: cache},
         )
-        return output.last_hidden_state
+        dtype = self.causal_lm.get_output_embeddings().weight.dtype
+        # the body of Mamba gives fp32, also to a head in 16 bits
+        return output.last_hidden_state.to(dtype) if dtype.is_floating_point else output.last_hidden_state
 
     def response_hidden(self, ids: Tensor, mask: Tensor, num_response_tokens: int) -> Tensor:
         """Return the hidden states [B, R, H] from which each of the last R tokens is predicted.

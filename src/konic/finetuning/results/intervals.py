@@ -110,13 +110,7 @@ def _student_t(freedom: int) -> float:
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
-    """The mean, with a 95 % interval as that of :func:`paired_bootstrap`; a NaN is left out.
-
-    Values that are all 0 or 1 have the interval of a :func:`proportion`, which stays between 0 and 1.
-    """
-    counted = [value for value in values if not math.isnan(value)]
-    if len(counted) >= FEWEST_PAIRS and set(counted) <= {0, 1}:
-        return proportion(counted.count(1), len(counted))
+    """The mean, with a 95 % interval as that of :func:`paired_bootstrap`; a NaN is left out."""
     return paired_bootstrap([0.0] * len(values), values, seed)
 
 

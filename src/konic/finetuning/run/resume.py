@@ -128,10 +128,7 @@ def require_same_run(
     now = json.loads(json.dumps(settings, default=str))
     saved = _in_todays_terms(record.settings, now)
     changed = [name for name, value in now.items() if saved.get(name) != value and name not in _FREE]
-    named = "; ".join(
-        _HASHES.get(name) or f"{name} was {before!r} and is {after!r}"
-        for name, before, after in _named_differences(changed, saved, now)
-    )
+    named = _name_differences(changed, saved, now)
     if any(name in _FIXED for name in changed):
         raise OutputError(
             f"{folder}: is a checkpoint of another model: {named}. Resume with the model and adapter that wrote it."
@@ -191,7 +188,14 @@ def _warn_of_another_environment(here: Mapping[str, Any], there: Mapping[str, An
 def describe_changes(then: dict[str, Any], now: dict[str, Any]) -> str:
     """Name each setting that differs, with its value then and now; "" if none does."""
     changed = [name for name, value in now.items() if then.get(name) != value]
-    return "; ".join(f"{name} was {old!r} and is {new!r}" for name, old, new in _named_differences(changed, then, now))
+    return _name_differences(changed, then, now)
+
+
+def _name_differences(changed: Sequence[str], then: dict[str, Any], now: dict[str, Any]) -> str:
+    return "; ".join(
+        _HASHES.get(name) or f"{name} was {before!r} and is {after!r}"
+        for name, before, after in _named_differences(changed, then, now)
+    )
 
 
 def _named_differences(

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from konic.finetuning.agent import KonicFinetuningAgent
+from konic.finetuning.agent import KonicFinetuningAgent, read_agent
 from konic.finetuning.callbacks.composite import Callbacks
 from konic.finetuning.config import GenerationConfig, TrainingConfig
 from konic.finetuning.data.prompts import Prompt, PromptSet, load_prompts
@@ -74,6 +74,8 @@ class Session:
         self._prompts_sha256: str | None = None
         self._adopted: str | None = None
         self._has_evaluated = False
+        self._reported_changes = ""
+        self._checked_device: str | None = None
 
     @property
     def training(self) -> TrainingConfig:
@@ -235,21 +237,25 @@ class Session:
                 "there is a checkpoint, resume with train(resume_from_checkpoint=...)."
             )
         pick_device(self.device)
-        check_settings(self.agent, self.world.size, self.device)
+        if self.device != self._checked_device:  # once: it also warns
+            check_settings(self.agent, self.world.size, self.device)
+            self._checked_device = self.device
         first = self.prompts.rows[0]
         names = dict.fromkeys([*first.columns, *collect_columns([first])[0]])
         KonicLLMRewardComposer.check_columns(self.agent.get_reward_composer(), names)
 
-    def warn_of_changes(self, agent: KonicFinetuningAgent) -> None:
-        """Warn of settings of the agent that were changed after the session was made of it."""
+    def warn_of_changes(self, agent: Any) -> None:
+        """Warn, once for each change, of settings that were changed after the session was made of the agent."""
+        agent = read_agent(agent)
         settings = (made_of.settings(made_of.get_lora_config() is not None) for made_of in (self.agent, agent))
         changes = describe_changes(*settings)
-        if changes:
+        if changes and changes != self._reported_changes:
             logger.warning(
                 "The engine has started and keeps its settings, but some were changed since: %s. For other values make "
                 "a new engine; to go on from here, train(..., resume_from_checkpoint=True, allow_changes=True).",
                 changes,
             )  # fmt: skip
+        self._reported_changes = changes
 
     @contextlib.contextmanager
     def opened(
@@ -286,8 +292,8 @@ class Session:
             return
         if done >= planned:
             logger.warning(
-                "The learning rate rises again and falls over iterations %d to %d: the training before has let it fall "
-                "to its end. To keep a rate, set TrainingConfig(lr_scheduler='constant').",
+                "The learning rate begins a new fall, over iterations %d to %d: the planned ones are done. To keep a "
+                "rate, set TrainingConfig(lr_scheduler='constant'), with allow_changes=True where a run is resumed.",
                 done + 1, last,
             )  # fmt: skip
         else:
