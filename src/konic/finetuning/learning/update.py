@@ -175,8 +175,9 @@ def _require_same_policy(step: StepStats, rollout: Rollout, config: TrainingConf
 
 def _learning_rate(schedule: Schedule, index: int, config: TrainingConfig) -> float:
     step = schedule.first_step + index
-    plan = schedule.total_steps, schedule.peak, config.warmup_steps, config.lr_scheduler, schedule.falls_from
-    return learning_rate_at(step, *plan)
+    return learning_rate_at(
+        step, schedule.total_steps, schedule.peak, config.warmup_steps, config.lr_scheduler, schedule.falls_from
+    )
 
 
 def _step(policy: Policy, optimizer: torch.optim.Optimizer, rate: float, max_grad_norm: float, world: World) -> float:
