@@ -324,9 +324,43 @@ note("model", lambda: model("gpt2"))
     whole = answers(code, hub.environment(tmp_path / "home"))
     assert whole["model"] == ["GPT2LMHeadModel", "gpt2"]
     assert whole["dataset"][0][0] == 0
-    nowhere = hub.environment(tmp_path / "other") | {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    lost = answers(code, {name: value for name, value in nowhere.items() if "proxy" not in name.lower()})
+    lost = answers(code, out_of_reach(hub.environment(tmp_path / "other")))
     assert "the Hub cannot be reached" in lost["dataset"]
     assert "DatasetSource.BUNDLED) needs no Hub" in lost["dataset"]
     assert "the Hub cannot be reached" in lost["model"]
     assert "base_model='smollm2-135m' needs no Hub" in lost["model"]
+
+
+def out_of_reach(environment):
+    """The environment of a child that finds nobody at the Hub's address."""
+    own = {name: value for name, value in environment.items() if "proxy" not in name.lower()}
+    return own | {"HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
+
+
+def test_a_hub_out_of_reach_is_said_once_and_what_was_cached_is_read(hub, tmp_path):
+    code = """
+note("model", lambda: model("gpt2"))
+note("dataset", lambda: dataset(name="imdb", split="test", shuffle=False))
+note("again", lambda: model("gpt2"))
+note("not cached", lambda: model("distilgpt2"))
+import huggingface_hub
+results["offline"] = huggingface_hub.constants.HF_HUB_OFFLINE
+"""
+    environment = hub.environment(tmp_path / "home")
+    before = answers(code, environment)
+    shutil.rmtree(next((tmp_path / "home").rglob("models--distil*")))
+    child = run_child([sys.executable, "-c", START + code + END], out_of_reach(environment))
+    after = json.loads(child.stdout.partition("RESULTS")[2])
+    assert "the Hub cannot be reached, and the cache holds no copy" in after.pop("not cached")
+    assert after == {name: before[name] for name in after}
+    assert after["offline"] is False
+    assert child.stderr.count("does not answer (ConnectError") == 1
+    assert "Retrying" not in child.stderr
+
+
+def test_a_failure_that_is_explained_has_no_traceback_of_a_library(hub, tmp_path):
+    code = "\ntry:\n    load_model('no/such', {}, torch.device('cpu'))\nexcept KonicError as error:\n    raise error"
+    command = [sys.executable, "-c", START + code]
+    child = subprocess.run(command, env=hub.environment(tmp_path), capture_output=True, text=True, timeout=240)
+    assert "the Hub has nothing public with that name" in child.stderr
+    assert "site-packages" not in child.stderr

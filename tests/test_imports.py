@@ -12,7 +12,7 @@ import konic
 ROOT = Path(konic.__file__).parent / "finetuning"
 ORDER = [
     "errors", "successors", "arguments", "settings", "algorithms", "training_config", "generation_config",
-    "config", "system", "results", "data", "models",
+    "config", "hub", "system", "results", "data", "models",
     "rewards",
     "agent", "rollout", "learning", "reward_models", "callbacks", "run", "trainer", "cluster", "engine",
     "konic_0_1",

@@ -11,7 +11,7 @@ import torch
 from packaging.requirements import Requirement
 
 from konic.doctor.findings import Finding
-from konic.finetuning.errors import explain_hub_error
+from konic.finetuning.hub import explain_hub_error
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.system.memory import available_memory
 

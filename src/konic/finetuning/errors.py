@@ -2,12 +2,11 @@
 
 import difflib
 import inspect
-import os
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from konic.text import describe_error, indented, printable, printable_lines
+from konic.text import indented, printable, printable_lines
 
 
 def is_valid_text(text: str) -> bool:
@@ -122,62 +121,3 @@ def no_attribute(owner: object, name: str, successors: Mapping[str, str]) -> Att
         member.fget(owner)
     hint = f" {successors[name]}" if name in successors else ""
     return AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}.{hint}", name=name, obj=owner)
-
-
-_KINDS = (
-    (
-        {"GatedRepoError"},
-        "it is gated",
-        "Accept the terms on its Hub page, then run `hf auth login` or give {token}.",
-    ),
-    ({"RevisionNotFoundError"}, "there is no such revision", "Check revision; the default is the main branch."),
-    (
-        {"RepositoryNotFoundError", "DatasetNotFoundError"},
-        "the Hub has nothing public with that name",
-        "Check the spelling. For a private repository, log in with `hf auth login` or give {token}.",
-    ),
-    (
-        {"RemoteProtocolError", "ReadTimeout", "ReadError"},
-        "the download was interrupted",
-        "Run it again: completely downloaded files are kept.",
-    ),
-    (
-        {"ConnectError", "ConnectTimeout", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"},
-        "the Hub cannot be reached, and the cache holds no copy",
-        "Check the connection. {offline} needs no Hub.",
-    ),
-)
-
-
-def explain_hub_error(error: BaseException, token: str, offline: str) -> str:
-    """Return what happened, and what to do about it.
-
-    Args:
-        error: What `huggingface_hub`, `datasets` or `transformers` raised.
-        token: The setting that takes an access token.
-        offline: A setting that works without the Hub.
-    """
-    chain = list(_chain(error))
-    kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
-    if "is a gated" in str(error):  # `datasets` drops the cause
-        kinds.add("GatedRepoError")
-    for names, what, remedy in _KINDS:
-        if kinds & names:
-            switch = _offline_switch() if "OfflineModeIsEnabled" in names else None
-            if switch is not None:
-                what = f"{switch} is set, so the Hub is not asked, and the cache holds no copy"
-                remedy = f"Unset {switch}. {{offline}} needs no Hub."
-            return f"{what}. {remedy.format(token=token, offline=offline)}"
-    return describe_error(error)
-
-
-def _offline_switch() -> str | None:
-    """Return the variable that keeps `huggingface_hub` offline, if one does."""
-    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    return next((name for name in names if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")), None)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from konic.finetuning.data.rows import without_decoding
-from konic.finetuning.errors import DatasetError, explain_hub_error, safe_cause
+from konic.finetuning.errors import DatasetError
+from konic.finetuning.hub import explain_hub_error, hub_cause, hub_or_cache
 from konic.finetuning.system.places import is_file_name
 
 STREAM_BUFFER = 10_000
@@ -35,10 +36,12 @@ def read_hub(
     bars_were_on = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        identity = name if "/" in name else _canonical_id(name, token)
-        return datasets.load_dataset(identity, subset, split=split, revision=revision, token=token, streaming=streaming)
+        with hub_or_cache(name):
+            identity = name if "/" in name else _canonical_id(name, token)
+            settings = {"split": split, "revision": revision, "token": token, "streaming": streaming}
+            return datasets.load_dataset(identity, subset, **settings)
     except Exception as error:
-        raise DatasetError(_hub_failed(name, subset, split, error)) from safe_cause(error)
+        raise DatasetError(_hub_failed(name, subset, split, error)) from hub_cause(error)
     finally:
         if bars_were_on:
             datasets.enable_progress_bars()
@@ -57,7 +60,7 @@ def stream_rows(dataset: Any, shuffle_seed: int | None, where: str) -> Iterator[
             return
         except Exception as error:
             what = explain_hub_error(error, "DatasetConfig(token=...)", "DatasetConfig(source=DatasetSource.BUNDLED)")
-            raise DatasetError(f"{where}, during streaming: {what}") from safe_cause(error)
+            raise DatasetError(f"{where}, during streaming: {what}") from hub_cause(error)
         yield row.pop(_ROW_NUMBER), row
 
 

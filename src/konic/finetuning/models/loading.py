@@ -14,7 +14,8 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from konic.finetuning.errors import ConfigError, ModelError, safe_cause
+from konic.finetuning.errors import ConfigError, ModelError
+from konic.finetuning.hub import hub_cause, hub_or_cache
 from konic.finetuning.models.containment import require_inside
 from konic.finetuning.models.locations import OWN_CODE, loading_failed, locate_model, quiet_transformers
 from konic.finetuning.models.model_kwargs import check_model_kwargs, require_no_revision
@@ -184,7 +185,7 @@ def _download_adapter(repository: str, model_kwargs: Mapping[str, Any]) -> Path 
     """
     hub = {key: model_kwargs.get(key) for key in ("revision", "token")}
     try:
-        with quiet_transformers():
+        with hub_or_cache(repository), quiet_transformers():
             config = find_adapter_config_file(repository, **hub)
             if config is None:
                 return None
@@ -196,7 +197,7 @@ def _download_adapter(repository: str, model_kwargs: Mapping[str, Any]) -> Path 
                 )
             )  # fmt: skip
     except Exception as error:
-        raise ModelError(loading_failed(f"base_model={repository!r}", repository, error)) from safe_cause(error)
+        raise ModelError(loading_failed(f"base_model={repository!r}", repository, error)) from hub_cause(error)
 
 
 def _read_base(adapter: Path) -> tuple[str, str | None]:

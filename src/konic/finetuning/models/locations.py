@@ -24,10 +24,10 @@ from konic.finetuning.errors import (
     ModelError,
     OutputError,
     did_you_mean,
-    explain_hub_error,
     panics_as_errors,
     safe_cause,
 )
+from konic.finetuning.hub import explain_hub_error
 from konic.finetuning.models.headers import gguf_header, weights_within
 from konic.finetuning.system.files import as_path, creating_folder, unwritable
 from konic.finetuning.system.places import looks_like_path
