@@ -25,7 +25,7 @@ from konic.finetuning.results.summary import FinetuningResult
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer
 from konic.finetuning.rollout.evaluation import respond
 from konic.finetuning.run.remote import mirror_of
-from konic.finetuning.run.saving import require_no_other_kind, write_model
+from konic.finetuning.run.saving import Saver, require_no_other_kind, write_model
 from konic.finetuning.run.session import INTERRUPTED, Session
 from konic.finetuning.successors import name_not_found
 from konic.finetuning.system.files import as_path, filling_folder
@@ -294,27 +294,33 @@ class KonicFinetuningEngine:
             session.check()
             if max_iterations == 0:
                 return session.result()
-            with session.opened(max_iterations, resume_from_checkpoint, allow_changes) as last_iteration:
+            with (
+                session.opened(max_iterations, resume_from_checkpoint, allow_changes) as last_iteration,
+                callbacks.reporting_errors(),
+            ):
                 saver = session.saver(callbacks, last_iteration, save_every, save_total_limit)
-                with callbacks.reporting_errors():
-                    more = {"backend": self.backend_name, "run_folder": str(session.folder.path)}
-                    callbacks.on_train_begin(session.settings(last_iteration) | more)
-                    for result in session.state.history if resume_from_checkpoint else ():
-                        callbacks.should_stop_early(result)
-                    try:
-                        with session.world.propagating_errors(), self._divided(session.world.size > 1):
-                            stopped = Trainer(session, callbacks, saver, last_iteration).run()
-                    except BaseException as error:
-                        if not isinstance(error, KeyboardInterrupt) or not session.weights_are_whole:
-                            with uninterrupted():
-                                saver.after_error(session.result(), session.weights_are_whole)
-                                session.note_what_is_kept(error)
-                            raise
-                        stopped = INTERRUPTED
-                    final = session.finish(saver, last_iteration, stopped)
-                    session.world.gather({})  # no process is done before all files are written
-                    callbacks.on_train_end(final)
-                    return final
+                more = {"backend": self.backend_name, "run_folder": str(session.folder.path)}
+                callbacks.on_train_begin(session.settings(last_iteration) | more)
+                for result in session.state.history if resume_from_checkpoint else ():
+                    callbacks.should_stop_early(result)
+                stopped = self._iterate(session, callbacks, saver, last_iteration)
+                final = session.finish(saver, last_iteration, stopped)
+                session.world.gather({})  # no process is done before all files are written
+                callbacks.on_train_end(final)
+                return final
+
+    def _iterate(self, session: Session, callbacks: Callbacks, saver: Saver, last_iteration: int) -> str | None:
+        """Run the iterations; if an error ends them, save what is whole. Returns why they stopped early, or None."""
+        try:
+            with session.world.propagating_errors(), self._divided(session.world.size > 1):
+                return Trainer(session, callbacks, saver, last_iteration).run()
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and session.weights_are_whole:
+                return INTERRUPTED
+            with uninterrupted():
+                saver.after_error(session.result(), session.weights_are_whole)
+                session.note_what_is_kept(error)
+            raise
 
     def _train_on_ray(self, ray: "RayTraining", **options: Any) -> FinetuningResult:
         """Train in workers. This engine takes over their newest checkpoint when its own model is needed."""
