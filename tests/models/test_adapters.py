@@ -6,6 +6,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_families import ROUNDING
 from transformers import AutoModelForCausalLM
 
@@ -14,8 +15,10 @@ from families import IDS, differences, largest, learner_of, logits_of
 from family_models import EXPERTS, FAMILIES, LATENT, save_base
 from konic.finetuning import ConfigError, LoraConfig, ModelError
 from konic.finetuning.models.adapter_config import peft_config
+from konic.finetuning.models.adapters import attach_adapter
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.loading import load_model
+from konic.finetuning.models.merging import merge_into_base
 from konic.finetuning.models.policy import Policy
 from konic.finetuning.models.policy_files import save_policy
 
@@ -218,6 +221,11 @@ def saved_adapter(folder, kind="llama", resized=False, saving=None, changes=None
     return model
 
 
+def merged(folder):
+    base = load_model(str(folder / "base"), {}, torch.device("cpu"))
+    return merge_into_base(attach_adapter(base.model, folder / "adapter"))
+
+
 def continued(folder):
     return Policy(load_model(str(folder / "adapter"), {}, torch.device("cpu")), None)
 
@@ -233,9 +241,41 @@ def continued(folder):
         ("llama", {"modules_to_save": ["lm_head"], "saving": {"save_embedding_layers": True}}),
     ],
 )
-def test_an_adapter_saved_with_copies_of_the_embeddings_is_continued(kind, options, tmp_path):
+def test_an_adapter_saved_with_copies_of_the_embeddings_is_continued_and_merged(kind, options, tmp_path):
     expected = logits_of(saved_adapter(tmp_path, kind, **options))
     assert largest(logits_of(continued(tmp_path).model), expected) < ROUNDING
+    assert largest(logits_of(merged(tmp_path)), expected) < ROUNDING
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_an_adapter_with_trained_biases_is_merged_with_them(bias, tmp_path):
+    expected = logits_of(saved_adapter(tmp_path, "qwen2", bias=bias))
+    assert largest(logits_of(merged(tmp_path)), expected) < ROUNDING
+    with pytest.raises(ModelError, match=f"bias='{bias}'"):
+        continued(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda weight: weight * float("nan"), r"weights \S+q_proj\S+ are not finite .* Use an undamaged adapter"),
+        (lambda weight: weight[:1].contiguous(), "the adapter cannot be loaded|has the rank|have the rank"),
+        (None, r"q_proj\S+ and 0 more are in only one of the two files"),
+    ],
+)
+@pytest.mark.parametrize("read", ["continued", "merged"])
+def test_a_damaged_adapter_is_the_same_error_whether_continued_or_merged(read, damage, message, tmp_path):
+    saved_adapter(tmp_path)
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in sorted(weights) if "q_proj.lora_A" in name)
+    weights |= {name: damage(weights[name])} if damage else {}
+    if damage is None:
+        del weights[name]
+    save_file(weights, file)
+    with pytest.raises(ModelError, match=message) as error:
+        globals()[read](tmp_path)
+    assert str(error.value).startswith(str(tmp_path / "adapter"))
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:`lora_bias=True` was passed")

@@ -116,42 +116,14 @@ def load_adapter(causal_lm: PreTrainedModel, folder: Path, revision: str | None)
     Raises:
         ModelError: The adapter cannot be loaded or does not fit the model.
     """
-    try:
-        header = safetensors_header([folder / "adapter_model.safetensors"])
-        config = peft.PeftConfig.from_pretrained(str(folder))
-        require_quick_patterns(config, causal_lm)
-        problem = unsupported_option(config) or incomplete_start(config)
-        if problem is not None:
-            raise ModelError(f"{folder}: {problem} {MERGE_FIRST}")
-        weights = _without_base_weights(load_file(folder / "adapter_model.safetensors"), config, causal_lm, folder)
-        _require_rank(weights, config, folder)
-        with _without_peft_advice(), weights_within(header, "adapter_config.json"):
-            adapted = peft.PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=True)
-            # a second `load_adapter` would subtract the start of PiSSA or OLoRA from the base model once more
-            reference = copy.deepcopy(adapted.peft_config["default"])
-            reference.init_lora_weights, reference.inference_mode = True, True
+    with _as_model_errors(folder):
+        config, weights, adapted = _read_adapter(causal_lm, folder, is_trainable=True)
+        # a second `load_adapter` would subtract the start of PiSSA or OLoRA from the base model once more
+        reference = copy.deepcopy(config)
+        reference.init_lora_weights, reference.inference_mode = True, True
+        with _without_peft_advice():
             adapted.add_adapter(REFERENCE_ADAPTER, reference)
             peft.set_peft_model_state_dict(adapted, weights, REFERENCE_ADAPTER)
-        own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    except KonicError as error:
-        raise error if isinstance(error, ModelError) else ModelError(f"{folder}: {error}") from None
-    except (*_PEFT_ERRORS, OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the adapter cannot be loaded: {describe_error(error)}") from safe_cause(error)
-    if weights.keys() != own.keys():
-        unmatched = sorted(weights.keys() ^ own.keys())
-        raise ModelError(
-            f"{folder}: adapter_model.safetensors does not hold the weights that adapter_config.json describes: "
-            f"{unmatched[0]!r} and {len(unmatched) - 1} more are in only one of the two files. Use both files of the "
-            "same adapter."
-        )
-    lost = next((name for name, weight in weights.items() if not torch.equal(weight.to(own[name]), own[name])), None)
-    broken = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
-    if broken is not None:
-        raise ModelError(
-            f"{folder}: the adapter's weights {broken} are not finite (NaN or infinity). Use an undamaged adapter."
-        )
-    if lost is not None:
-        raise ModelError(f"{folder}: PEFT does not read {lost!r} as adapter_model.safetensors holds it. {MERGE_FIRST}")
     flaw = _find_flaw(causal_lm, config)
     if flaw is not None:
         raise ModelError(f"{folder}: {flaw} target only other layers, and train the adapter again.")
@@ -166,30 +138,57 @@ def attach_adapter(causal_lm: PreTrainedModel, folder: Path) -> peft.PeftModel:
     Raises:
         ModelError: The adapter cannot be loaded or does not fit the model.
     """
-    file = folder / "adapter_model.safetensors"
+    with _as_model_errors(folder):
+        return _read_adapter(causal_lm, folder, is_trainable=False)[2]
+
+
+@contextmanager
+def _as_model_errors(folder: Path) -> Iterator[None]:
+    """Within it, what PEFT and the readers of files raise becomes a ModelError that names the adapter's folder."""
     try:
-        header = safetensors_header([file])
-        config = peft.PeftConfig.from_pretrained(str(folder))
-        if not isinstance(config, peft.LoraConfig):
-            raise ModelError(f"{folder}: holds a {config.peft_type} adapter, and only LoRA can be merged.")
-        require_quick_patterns(config, causal_lm)
-        problem = unsupported_option(config) or incomplete_start(config)
-        if problem is not None:
-            raise ModelError(f"{folder}: {problem}")
-        with _without_peft_advice(), weights_within(header, "adapter_config.json"):
-            adapted = peft.PeftModel.from_pretrained(causal_lm, str(folder))
-            weights, own = load_file(file), peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        yield
+    except ModelError:
+        raise
     except KonicError as error:
-        raise error if isinstance(error, ModelError) else ModelError(f"{folder}: {error}") from None
+        raise ModelError(f"{folder}: {error}") from None
     except (*_PEFT_ERRORS, OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: the adapter cannot be loaded: {describe_error(error)}") from safe_cause(error)
-    for name in sorted(weights.keys() | own.keys()):
-        if name not in weights or name not in own or not torch.equal(weights[name].to(own[name]), own[name]):
-            raise ModelError(
-                f"{folder}: the model does not take {name!r} as adapter_model.safetensors holds it, or it is not "
-                "finite. Use both files of the same adapter, and its base model as it was."
-            )
-    return adapted
+
+
+def _read_adapter(
+    causal_lm: PreTrainedModel, folder: Path, is_trainable: bool
+) -> tuple[peft.LoraConfig, dict[str, Tensor], peft.PeftModel]:
+    """Return an adapter's config and weights, and the model with it; what was loaded is what the files hold."""
+    file = folder / "adapter_model.safetensors"
+    header, config = safetensors_header([file]), peft.PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, peft.LoraConfig):
+        raise ModelError(f"{folder}: holds a {config.peft_type} adapter, and only LoRA can be loaded.")
+    require_quick_patterns(config, causal_lm)
+    problem = unsupported_option(config) or incomplete_start(config)
+    if problem is not None:
+        raise ModelError(f"{folder}: {problem} {MERGE_FIRST}" if is_trainable else f"{folder}: {problem}")
+    weights = _without_base_weights(load_file(file), config, causal_lm, folder)
+    _require_rank(weights, config, folder)
+    with _without_peft_advice(), weights_within(header, "adapter_config.json"):
+        adapted = peft.PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=is_trainable)
+        own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if weights.keys() != own.keys():
+        unmatched = sorted(weights.keys() ^ own.keys())
+        raise ModelError(
+            f"{folder}: adapter_model.safetensors does not hold the weights that adapter_config.json describes: "
+            f"{unmatched[0]!r} and {len(unmatched) - 1} more are in only one of the two files. Use both files of the "
+            "same adapter."
+        )
+    broken = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    if broken is not None:
+        raise ModelError(
+            f"{folder}: the adapter's weights {broken} are not finite (NaN or infinity). Use an undamaged adapter."
+        )
+    lost = next((name for name, weight in weights.items() if not torch.equal(weight.to(own[name]), own[name])), None)
+    if lost is not None:
+        advice = MERGE_FIRST if is_trainable else "Merge it with the version of PEFT that wrote it."
+        raise ModelError(f"{folder}: PEFT does not read {lost!r} as adapter_model.safetensors holds it. {advice}")
+    return adapted.peft_config["default"], weights, adapted
 
 
 def _require_rank(weights: Mapping[str, Tensor], config: peft.LoraConfig, folder: Path) -> None:
@@ -224,6 +223,7 @@ def _without_base_weights(
         is_trained = ".original_module." not in key and any(
             module.endswith(trained) for module in modules for trained in config.modules_to_save or ()
         )
+        is_trained |= config.bias != "none" and parts[-1] == "bias"
         if base is None or (is_trained and weight.shape == base.shape):
             kept[key] = weight
         elif weight.shape != base.shape or not torch.equal(weight.to(base), base):
