@@ -26,6 +26,7 @@ from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.data.prompts import make_prompts
 from konic.finetuning.data.tokenization import encode_prompt
 from konic.finetuning.errors import ConfigError, KonicError, ModelError, RedactedError, safe_cause
+from konic.finetuning.hub import hub_cause
 from konic.output import RED, get_logger, write_line
 from konic.text import describe_error, escape_markdown, keep_secret, printable, printable_lines, redact, redact_all
 
@@ -266,11 +267,17 @@ def test_a_safe_cause_stays_itself():
     assert safe_cause(error) is error
 
 
+def test_an_error_of_the_hub_shows_a_safe_cause_unless_it_is_explained():
+    assert hub_cause(ConnectionError("nobody answers")) is None
+    assert hub_cause(raised("plain")).__class__ is ValueError
+    assert isinstance(hub_cause(raised(HF)), RedactedError)
+
+
 def test_everything_that_is_raised_and_logged_passes_the_same_place():
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Raise) and node.cause is not None:
-                is_safe = isinstance(node.cause, ast.Call) and node.cause.func.id == "safe_cause"
+                is_safe = isinstance(node.cause, ast.Call) and node.cause.func.id in ("safe_cause", "hub_cause")
                 assert is_safe or ast.unparse(node.cause) == "None", f"{path}:{node.lineno}"
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("logging.getLogger", "typer.echo"):
                 assert path.name == "output.py", f"{path}:{node.lineno}"
