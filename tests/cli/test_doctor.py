@@ -137,7 +137,7 @@ def session_of(learner):
 
 @pytest.mark.parametrize(("threads", "said"), [(1, "onednn products, 1 thread"), (2, "onednn products, 2 threads")])
 def test_the_layout_is_named_with_its_threads(monkeypatch, threads, said):
-    monkeypatch.setattr(limits_of_sampling, "rows_to_prepack", lambda *_: 8)
+    monkeypatch.setattr(limits_of_sampling, "is_worth_packing", lambda *_: True)
     learner = tiny_learner()
     learner.policy.decode_plan = DecodePlan("onednn", threads)
     found = limits_of_sampling.decoding(session_of(learner))

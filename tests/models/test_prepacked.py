@@ -14,9 +14,9 @@ from konic.finetuning.models.prepacked import (
     PrepackedLinear,
     Prepacking,
     Product,
+    is_worth_packing,
     layouts,
     prepacked_layers,
-    rows_to_prepack,
 )
 
 PACKED_FOR = 8
@@ -218,8 +218,8 @@ def test_packing_leaves_weights_as_they_are_and_tied_ones_tied():
 @needs_mkldnn
 def test_a_model_in_fp32_is_packed_for_the_rows_it_will_have():
     model = tiny_model("llama", torch.float32)
-    assert rows_to_prepack(model, 7, packing.MIN_TOKENS) == 7
-    assert rows_to_prepack(model, 1, 500) == 1
+    assert is_worth_packing(model, packing.MIN_TOKENS)
+    assert is_worth_packing(model, 500)
 
 
 @needs_bfloat16
@@ -231,7 +231,7 @@ def test_a_model_in_bfloat16_is_packed_and_computes_the_same(architecture):
         with prepacked_layers(model, Prepacking(2)):
             assert packed_names(model)
             packed = model(ids).logits
-    assert rows_to_prepack(model, 8, 1000) == 8
+    assert is_worth_packing(model, 1000)
     error = (plain - exact).abs().mean()
     assert 0 < error < 0.05
     assert (packed - exact).abs().mean() < 1.1 * error
@@ -256,20 +256,20 @@ def test_a_packed_head_in_bfloat16_gives_the_logits_of_one_that_is_not(widens):
 def test_a_processor_without_products_in_bfloat16_packs_none(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     assert layouts(torch.bfloat16) == ("plain",)
-    assert rows_to_prepack(tiny_model("gpt2", torch.bfloat16), 8, 1000) is None
+    assert not is_worth_packing(tiny_model("gpt2", torch.bfloat16), 1000)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_precisions_are_not_packed(dtype):
-    assert rows_to_prepack(tiny_model("gpt2", dtype), 8, 1000) is None
+    assert not is_worth_packing(tiny_model("gpt2", dtype), 1000)
 
 
 def test_a_few_tokens_are_not_worth_packing_for():
-    assert rows_to_prepack(tiny_model("gpt2", torch.float32), 8, packing.MIN_TOKENS - 1) is None
+    assert not is_worth_packing(tiny_model("gpt2", torch.float32), packing.MIN_TOKENS - 1)
 
 
 def test_another_device_is_not_packed():
-    assert rows_to_prepack(tiny_model("gpt2", torch.float32).to("meta"), 8, 1000) is None
+    assert not is_worth_packing(tiny_model("gpt2", torch.float32).to("meta"), 1000)
 
 
 @needs_mkldnn
@@ -278,11 +278,11 @@ def test_packing_needs_a_multiple_of_the_weights_memory(monkeypatch):
     enough = packing.TRAINED_MEMORY_SHARE * 4 * sum(weight.numel() for weight in model.parameters())
     memory = {"SC_PHYS_PAGES": enough, "SC_PAGE_SIZE": 1}
     monkeypatch.setattr(os, "sysconf", lambda name: memory[name])
-    assert rows_to_prepack(model, 8, 1000) == 8
+    assert is_worth_packing(model, 1000)
     memory["SC_PHYS_PAGES"] = enough - 1
-    assert rows_to_prepack(model, 8, 1000) is None
+    assert not is_worth_packing(model, 1000)
     memory.update(SC_PHYS_PAGES=1 + enough // 4096, SC_PAGE_SIZE=4096)
-    assert rows_to_prepack(model, 8, 1000) == 8
+    assert is_worth_packing(model, 1000)
 
 
 @needs_mkldnn
@@ -299,4 +299,4 @@ def test_weights_that_are_trained_leave_less_room_for_a_packed_copy(lora, share,
 
 def test_a_system_that_does_not_tell_its_memory_is_not_packed_on(monkeypatch):
     monkeypatch.delattr(os, "sysconf", raising=False)
-    assert rows_to_prepack(tiny_model("llama", torch.float32), 8, 1000) is None
+    assert not is_worth_packing(tiny_model("llama", torch.float32), 1000)

@@ -8,7 +8,7 @@ import torch
 
 from konic.doctor.findings import Finding
 from konic.finetuning.models.decode_probe import Timing, plan_timings
-from konic.finetuning.models.prepacked import DecodePlan, rows_to_prepack
+from konic.finetuning.models.prepacked import DecodePlan, is_worth_packing
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.rollout.decoding import Way, way_to_decode
 from konic.finetuning.run.session import Session
@@ -30,7 +30,7 @@ def decoding(session: Session) -> Finding | None:
         return None
     policy, rows = session.learner.policy, session.training.batch_size
     model, plan = policy.language_model.causal_lm, policy.decode_plan
-    fits = rows_to_prepack(model, rows, session.generation.max_new_tokens) is not None
+    fits = is_worth_packing(model, session.generation.max_new_tokens)
     timings: Mapping[DecodePlan, Timing] = {}
     with policy.merged_adapter() as merged:
         way = way_to_decode(merged)

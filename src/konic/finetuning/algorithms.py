@@ -56,6 +56,11 @@ class Algorithm:
     """What a response of full length loses, unless TrainingConfig.overlong_penalty is set."""
 
     @property
+    def looks_at_parts(self) -> bool:
+        """True if the advantages come from the parts of the reward, each by itself, rather than from their sum."""
+        return self.advantages == "parts_normalised"
+
+    @property
     def group_size(self) -> int:
         """Responses per prompt, unless num_generations is set."""
         return DEFAULT_GROUP_SIZE if self.compares_groups else 1

@@ -207,9 +207,8 @@ class TrainingConfig(Settings):
             raise ValueError(
                 "filter_equal_groups=True looks at the responses to one prompt: set num_generations to at least 2"
             )
-        sees_parts_alone = self.algorithm_row.advantages == "parts_normalised"
         adds_penalty = self.missing_eos_penalty is not None or self.overlong_penalty > 0
-        if sees_parts_alone and (not self.kl_in_loss or adds_penalty):
+        if self.algorithm_row.looks_at_parts and (not self.kl_in_loss or adds_penalty):
             raise ValueError(
                 f"algorithm={self.algorithm!r} looks at the parts of the reward and at nothing else: it takes neither "
                 "kl_placement='reward' nor missing_eos_penalty nor overlong_penalty"

@@ -113,7 +113,7 @@ def compute_advantages(
         mask = mask & rollout.samples.ended[:, None]
     if config.filter_equal_groups:
         mask = mask & ~in_equal_group(rollout, scores, config)[:, None]
-    if config.algorithm_row.advantages == "parts_normalised":
+    if config.algorithm_row.looks_at_parts:
         has_signal = bool((advantages[mask] != 0).any())  # parts can differ where their sums are equal
     else:
         has_signal = _has_signal(rewards, has_score, config, scores_have_varied)
@@ -173,7 +173,7 @@ def in_equal_group(rollout: Rollout, scores: Scores, config: TrainingConfig) -> 
     """
     rewards = torch.tensor(scores.filled(), dtype=torch.float64, device=rollout.values.device)
     groups = (-1, config.responses_per_prompt)
-    if config.algorithm_row.advantages == "parts_normalised":
+    if config.algorithm_row.looks_at_parts:
         parts, mask, _ = _parts_of(scores, rewards)
     else:
         parts, mask = rewards[None], _has_score(scores, rewards)[None]

@@ -24,9 +24,9 @@ from konic.finetuning.models.prepacked import (
     Layout,
     Prepacking,
     Product,
+    is_worth_packing,
     layouts,
     plain_layers,
-    rows_to_prepack,
     threads_of,
     weight_and_bias,
 )
@@ -71,7 +71,7 @@ def choose_plan(
     usual = DecodePlan(usual_layout(num_rows, dtype))
     if layout != "auto":
         return DecodePlan(layout) if layout else usual
-    timings = plan_timings(causal_lm, num_rows) if rows_to_prepack(causal_lm, num_rows, num_tokens) else {}
+    timings = plan_timings(causal_lm, num_rows) if is_worth_packing(causal_lm, num_tokens) else {}
     return _fastest(timings, num_tokens, usual)
 
 

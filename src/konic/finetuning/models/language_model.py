@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from konic.finetuning.errors import ModelError
 from konic.finetuning.models.length_groups import cost_of_a_pass
 from konic.finetuning.models.positions import distinct_prompts, position_ids
-from konic.finetuning.models.prepacked import DecodePlan, Prepacking, Product, rows_to_prepack
+from konic.finetuning.models.prepacked import DecodePlan, Prepacking, Product, is_worth_packing
 from konic.finetuning.models.quantised import multiplies_in_16_bits
 from konic.finetuning.models.wide_head import WideHead
 from konic.finetuning.system.signals import uninterrupted
@@ -189,9 +189,7 @@ class LanguageModel:
 
     def prepacking(self, num_rows: int, num_tokens: int) -> Prepacking | None:
         """Return how the weights are packed to sample so many tokens in so many rows; None does not pack them."""
-        if self.in_step or self.decode_plan.layout == "plain":
-            return None
-        if rows_to_prepack(self.causal_lm, num_rows, num_tokens) is None:
+        if self.in_step or self.decode_plan.layout == "plain" or not is_worth_packing(self.causal_lm, num_tokens):
             return None
         return Prepacking(num_rows, self.decode_plan.layout)
 

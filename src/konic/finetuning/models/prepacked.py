@@ -165,20 +165,19 @@ def weight_and_bias(layer: nn.Linear | Conv1D) -> tuple[Tensor, Tensor | None]:
     return (layer.weight.T if isinstance(layer, Conv1D) else layer.weight), layer.bias
 
 
-def rows_to_prepack(causal_lm: PreTrainedModel, num_rows: int, num_tokens: int) -> int | None:
-    """Return `num_rows` if packing is possible and worth its time, else None.
+def is_worth_packing(causal_lm: PreTrainedModel, num_tokens: int) -> bool:
+    """Return True if the weights of a model can be packed, and so many tokens of each response are worth the time.
 
     Packing needs a CPU, weights of a dtype that oneDNN packs, memory for a copy of them, and at least
     :data:`MIN_TOKENS` tokens.
     """
     if causal_lm.device.type != "cpu" or "onednn" not in layouts(causal_lm.dtype) or num_tokens < MIN_TOKENS:
-        return None
+        return False
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     weights = [(weight.numel() * weight.element_size(), weight.requires_grad) for weight in causal_lm.parameters()]
     size = sum(part for part, _ in weights)
     is_trained = 2 * sum(part for part, learns in weights if learns) > size
-    fits = size * (TRAINED_MEMORY_SHARE if is_trained else FROZEN_MEMORY_SHARE) <= memory
-    return num_rows if fits else None
+    return size * (TRAINED_MEMORY_SHARE if is_trained else FROZEN_MEMORY_SHARE) <= memory
 
 
 def plain_layers(causal_lm: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Linear | Conv1D]]:

@@ -37,7 +37,7 @@ def check_settings(agent: KonicFinetuningAgent, num_processes: int, device: str)
         check_server(generation)
     if training.kl_target is not None and agent.kl_penalty_weight == 0:
         raise ConfigError("kl_target steers kl_penalty_weight by factors: start it above 0, such as 0.05.")
-    if training.algorithm_row.advantages == "parts_normalised":
+    if training.algorithm_row.looks_at_parts:
         _check_parts(agent)
     _warn_of_settings_without_effect(training)
     dataset = agent.get_dataset_config()
