@@ -242,7 +242,7 @@ def test_dppo_learns_with_an_adapter_and_refuses_a_head_that_is_trained(model_fo
     assert engine.train(2).history[1].clip_fraction > 0.1  # tokens that had moved already
 
 
-def test_a_sampler_of_other_numbers_is_corrected_and_one_of_old_weights_is_told(model_folders, tmp_path, caplog):
+def test_a_sampler_of_other_numbers_is_corrected_and_one_of_old_weights_is_reported(model_folders, tmp_path, caplog):
     def noisy(engine, scale):
         sampler = engine._session.learner.sampler
 

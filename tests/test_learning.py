@@ -170,7 +170,7 @@ def test_a_run_meets_its_kl_limit_and_not_beyond(model_folders, tmp_path, kl_lim
 
 
 @pytest.mark.parametrize("is_on", [True, False])
-def test_a_finding_is_told_once_and_kept_across_a_resume(model_folders, tmp_path, caplog, is_on):
+def test_a_finding_is_reported_once_and_kept_across_a_resume(model_folders, tmp_path, caplog, is_on):
     def engine():
         return make_engine(model_folders["llama"], tmp_path, composer=Same(), self_checks=is_on)
 

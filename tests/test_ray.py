@@ -598,7 +598,7 @@ def test_without_room_to_start_again_a_training_ends_with_the_newest_checkpoint(
     assert caught.value.args[1] == "The newest checkpoint is runs/kind/checkpoint-3."
 
 
-def test_workers_that_do_not_start_are_told_with_what_they_take(cluster, caplog):
+def test_workers_that_do_not_start_are_reported_with_what_they_take(cluster, caplog):
     driver._explain_waiting(ray, Desk(Callbacks([]), RewardWeights(Rewards())), ScalingConfig(num_workers=2))
     assert "No worker has started for 60 s" in caplog.text
     assert "Each takes 1 CPU, and free is " in caplog.text

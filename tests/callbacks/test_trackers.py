@@ -127,7 +127,7 @@ def test_a_server_that_dies_costs_four_calls_and_two_lines_and_no_run_stays_open
     assert [record.message.split(":")[0] for record in caplog.records] == ["MLflow"] * 2
 
 
-def test_a_run_that_cannot_be_continued_is_told_and_a_new_one_is_started(mlflow, caplog, tmp_path):
+def test_a_run_that_cannot_be_continued_is_reported_and_a_new_one_is_started(mlflow, caplog, tmp_path):
     (tmp_path / "trackers").mkdir()
     (tmp_path / "trackers" / "runs.json").write_text('{"mlflow": "deleted"}')
     tracker = MLflowCallback()

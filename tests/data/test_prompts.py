@@ -256,7 +256,7 @@ def test_a_line_of_jsonl_may_be_a_chat(tmp_path):
     assert contents(local(write(tmp_path / "a.jsonl", f"{json.dumps(CHAT)}\n")).rows) == [CHAT]
 
 
-def test_a_file_that_is_not_there_is_told_with_its_whole_path():
+def test_a_file_that_is_not_there_is_reported_with_its_whole_path():
     assert str(Path("gone.csv").absolute()) in complaint(local, "gone.csv")
 
 
@@ -312,7 +312,7 @@ def test_a_cell_may_hold_megabytes(tmp_path):
         ("prompt\tanswer\na\tb\n", "separated by '\\t': save it with commas as .csv, or with tabs as .tsv"),
     ],
 )
-def test_a_csv_that_does_not_add_up_is_told_with_its_line(tmp_path, text, told):
+def test_a_csv_that_does_not_add_up_is_reported_with_its_line(tmp_path, text, told):
     assert told in complaint(local, write(tmp_path / "a.csv", text))
 
 
@@ -564,7 +564,7 @@ def test_bundled_splits_are_large_distinct_and_share_no_run_of_five_words():
 # --- rows that cannot be prompts ---
 
 
-def test_a_missing_column_is_told_with_those_there_are_and_the_nearest():
+def test_a_missing_column_is_reported_with_those_there_are_and_the_nearest():
     message = complaint(memory, [{"promt": "a", "label": 1}])
     assert "row 0 has no column 'prompt'. Did you mean 'promt'?" in message
     assert "'promt', 'label'" in message
@@ -578,7 +578,7 @@ def test_one_chat_in_the_place_of_a_list_of_chats_says_so(prompts):
     )
 
 
-def test_a_column_missing_from_a_later_row_is_told_with_its_number():
+def test_a_column_missing_from_a_later_row_is_reported_with_its_number():
     assert "row 1 has no column" in complaint(memory, [{"prompt": "a"}, {"text": "b"}])
 
 
@@ -826,7 +826,7 @@ def test_a_template_may_name_columns_whose_names_have_spaces():
 
 
 @pytest.mark.parametrize("chats", [False, True])
-def test_held_out_prompts_that_are_also_trained_on_are_told(caplog, chats):
+def test_held_out_prompts_that_are_also_trained_on_are_reported(caplog, chats):
     def prompts(*texts):
         return [[{"role": "user", "content": text}] for text in texts] if chats else list(texts)
 

@@ -87,7 +87,7 @@ def test_what_is_not_rows_is_named_with_the_fix(make, kind):
 
 
 @pytest.mark.parametrize("prompts", ["rows.csv", Path("rows")])
-def test_a_path_in_place_of_prompts_is_told_where_it_goes(prompts):
+def test_a_path_in_place_of_prompts_is_reported_where_it_goes(prompts):
     with pytest.raises(ConfigError, match=r"prompts is of the type .*; for those of a file, DatasetConfig\(name="):
         DatasetConfig(prompts=prompts)
 

@@ -380,7 +380,7 @@ def test_text_that_begins_with_what_the_tokenizer_adds_does_not_get_it_twice(lim
 MARKED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_the_markup_of_another_model_in_plain_text_is_told_once(caplog):
+def test_the_markup_of_another_model_in_plain_text_is_reported_once(caplog):
     _warn_of_markup.cache_clear()
     make_prompt_batch([Prompt(0, MARKED), Prompt(1, MARKED)], byte_tokenizer("gpt2"), 99, 0, CPU)
     (record,) = caplog.records

@@ -365,7 +365,7 @@ def test_the_folders_other_files_stay_and_nothing_is_left_beside(bases, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["judge"]
 
 
-def test_a_relative_folder_is_told_whole(bases, tmp_path, monkeypatch):
+def test_a_relative_folder_is_reported_whole(bases, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     report = fit(toy_pairs(10), bases["bert"], "runs/judge", **BRIEF)
     assert report.folder == tmp_path / "runs" / "judge"

@@ -334,7 +334,7 @@ def test_every_shape_gets_the_columns_it_asks_for(function, wanted):
 
 
 @pytest.mark.parametrize("function", [sample_column, async_sample_column, batch_column, trl_column])
-def test_a_column_that_is_not_there_is_told(function):
+def test_a_column_that_is_not_there_is_reported(function):
     with pytest.raises(RewardError) as error:
         outcomes_of(function, labels=LABELS, other=LABELS)
     told = "Reward 'kind' asks for the column 'label', which the dataset does not have. Did you mean 'labels'?"

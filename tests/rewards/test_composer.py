@@ -529,14 +529,14 @@ def test_booleans_and_scalars_of_numpy_and_torch_are_numbers(value, expected):
     ],
 )
 @pytest.mark.parametrize("in_dict", [False, True])
-def test_what_is_not_a_finite_number_is_told_with_reward_prompt_and_response(value, in_dict):
+def test_what_is_not_a_finite_number_is_reported_with_reward_prompt_and_response(value, in_dict):
     with pytest.raises(RewardError) as error:
         returning({"key": value} if in_dict else value).compose("the prompt", "the response")
     name = "'odd.key'" if in_dict else "'odd'"
     assert all(part in str(error.value) for part in (name, "'the prompt'", "'the response'"))
 
 
-def test_a_reward_that_raises_is_told_with_its_sample_and_keeps_the_cause():
+def test_a_reward_that_raises_is_reported_with_its_sample_and_keeps_the_cause():
     class Broken(Length):
         @llm_reward
         def fragile(self, prompt, response):
@@ -549,7 +549,7 @@ def test_a_reward_that_raises_is_told_with_its_sample_and_keeps_the_cause():
     assert isinstance(error.value.__cause__, ZeroDivisionError)
 
 
-def test_a_reward_with_the_wrong_parameters_is_told():
+def test_a_reward_with_the_wrong_parameters_is_reported():
     class Lacking(KonicLLMRewardComposer):
         @llm_reward
         def lacking(self, prompt):
@@ -599,13 +599,13 @@ def test_a_model_may_have_dots_in_its_name():
 
 
 @pytest.mark.parametrize("values", [[1.0], [1.0] * 4, []])
-def test_a_model_that_gives_another_number_of_values_is_told(values):
+def test_a_model_that_gives_another_number_of_values_is_reported(values):
     with pytest.raises(RewardError, match=f"'m' returned {len(values)} values for 3 responses"):
         Length(reward_models=[ConstantModel("m", values)]).compose_batch(PROMPTS, RESPONSES)
 
 
 @pytest.mark.parametrize("value", ["good", math.nan, [1.0]])
-def test_a_model_that_gives_no_number_is_told_with_the_sample(value):
+def test_a_model_that_gives_no_number_is_reported_with_the_sample(value):
     with pytest.raises(RewardError) as error:
         Length(reward_models=[ConstantModel("m", [1.0, value, 1.0])]).compose_batch(PROMPTS, RESPONSES)
     assert all(part in str(error.value) for part in ("'m'", "'p1'", "'bb'"))
@@ -656,7 +656,7 @@ def test_keyword_only_defaulted_and_collected_parameters_get_their_columns():
     assert breakdown == {"keyword": [1, 2, 3], "defaulted": [101, 102, 103], "collected": [11, 22, 33]}
 
 
-def test_a_column_that_is_not_there_is_told_with_those_that_are():
+def test_a_column_that_is_not_there_is_reported_with_those_that_are():
     with pytest.raises(RewardError) as error:
         Labelled().compose_batch(PROMPTS, RESPONSES, labels=[1, 2, 3], other=[1, 2, 3])
     assert "'right' asks for the column 'label'" in str(error.value)

@@ -251,7 +251,7 @@ def test_an_interrupt_is_no_fault_to_skip():
         (["nan"] * 5 + ["raise"] * 2, 5),
     ],
 )
-def test_the_first_three_faults_of_a_kind_are_told(responses, told, caplog):
+def test_the_first_three_faults_of_a_kind_are_reported(responses, told, caplog):
     scores = scored(Sized(), responses, **SKIP)
     assert len(caplog.records) == told
     assert {(record.name, record.levelno) for record in caplog.records} <= {(LOGGER, logging.WARNING)}
@@ -300,7 +300,7 @@ def test_kinds_are_counted_over_a_scorers_whole_life(caplog):
     assert len(caplog.records) == 4, "another run tells them anew"
 
 
-def test_where_faults_are_raised_nothing_is_told(caplog):
+def test_where_faults_are_raised_nothing_is_reported(caplog):
     with pytest.raises(RewardError):
         scored(Sized(), ["raise", "key", "nan"])
     assert caplog.records == []
@@ -669,7 +669,7 @@ def test_a_slow_worker_is_named_too(watched, caplog):
     assert "'slow' has been running" in caplog.text
 
 
-def test_a_slow_batch_reward_is_told_with_its_number_of_responses(watched, caplog):
+def test_a_slow_batch_reward_is_reported_with_its_number_of_responses(watched, caplog):
     wait, seen = watched
 
     def slow(prompts, responses):
@@ -748,7 +748,7 @@ def test_exactly_the_rate_may_fail_whatever_the_rate(errors):
     assert not is_refused([], (errors, 100), errors / 100)
 
 
-def test_a_reward_that_returns_texts_is_told_three_times(caplog):
+def test_a_reward_that_returns_texts_is_reported_three_times(caplog):
     scores = scored(composer_of(lambda prompt, response: f"Score {len(response)}"), ["x" * n for n in range(9)], **SKIP)
     assert scores.num_faults == 9
     assert len(caplog.records) == 3

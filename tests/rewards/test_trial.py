@@ -252,7 +252,7 @@ def test_where_everything_abstains_nothing_is_known_and_nothing_is_wrong(count):
     assert trial.warnings == []
 
 
-def test_where_everything_fails_it_is_told_once_with_the_first_error():
+def test_where_everything_fails_it_is_reported_once_with_the_first_error():
     numbers = itertools.count()
 
     def fails(prompt, response):
@@ -315,7 +315,7 @@ def lambda_named(name):
     return function
 
 
-def test_a_column_that_is_not_there_and_a_reducer_that_fails_are_told():
+def test_a_column_that_is_not_there_and_a_reducer_that_fails_are_reported():
     def wants(prompt, response, label):
         return 1
 
@@ -596,7 +596,7 @@ def test_prompts_in_a_file_may_be_chats(tmp_path):
         ([], r"texts\.jsonl: holds no rows\. Give at least one"),
     ],
 )  # fmt: skip
-def test_a_file_that_cannot_be_used_is_told_with_its_row(rows, told, tmp_path):
+def test_a_file_that_cannot_be_used_is_reported_with_its_row(rows, told, tmp_path):
     with pytest.raises(DatasetError, match=told):
         read_responses(str(written(tmp_path, rows)))
 
@@ -622,7 +622,7 @@ def test_the_template_of_the_agent_makes_the_prompts_where_the_file_has_its_colu
     assert read.prompt == "A: b"
 
 
-def test_the_system_prompt_of_the_agent_goes_first_in_chats_and_plain_prompts_are_told(tmp_path, caplog):
+def test_the_system_prompt_of_the_agent_goes_first_in_chats_and_plain_prompts_are_reported(tmp_path, caplog):
     own = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "Hello"}]
     path = str(written(tmp_path, [{"prompt": own[1:], "response": "r"}, {"prompt": own, "response": "r"}]))
     samples = read_responses(path, system_prompt="Be kind.")
@@ -659,7 +659,7 @@ def test_rows_with_an_empty_prompt_are_left_out_with_their_responses(tmp_path, c
     assert "empty prompts are left out, 1 of 3: rows 1." in caplog.text
 
 
-def test_a_file_that_is_not_there_or_is_no_data_is_told(tmp_path):
+def test_a_file_that_is_not_there_or_is_no_data_is_reported(tmp_path):
     with pytest.raises(DatasetError, match="there is no such file"):
         read_responses(str(tmp_path / "absent.jsonl"))
     path = tmp_path / "texts.jsonl"
@@ -791,7 +791,7 @@ def test_the_composer_of_a_script_is_found(text, weights, tmp_path):
         (COMPOSER + "Rewards().set_reward_weight('size', 'x')\n", "must be a finite number"),
     ],
 )
-def test_a_script_without_one_composer_is_told_why(text, told, tmp_path):
+def test_a_script_without_one_composer_is_reported_why(text, told, tmp_path):
     with pytest.raises(ConfigError, match=f"(?s){told}"):
         load_composer(script(tmp_path, text))
 
@@ -804,7 +804,7 @@ def test_the_error_of_a_composers_own_init_shows_the_users_line(tmp_path):
     assert "konic/cli" not in str(error.value)
 
 
-def test_a_script_that_is_not_there_is_told(tmp_path):
+def test_a_script_that_is_not_there_is_reported(tmp_path):
     with pytest.raises(ConfigError, match=r"absent\.py: there is no such file"):
         load_composer(tmp_path / "absent.py")
 
@@ -1013,7 +1013,7 @@ def test_no_samples_are_a_users_mistake(samples, model_folders, tmp_path):
         run(script(tmp_path, text), "--samples", samples, "--device", "cpu")
 
 
-def test_a_composer_without_rewards_is_told(texts, tmp_path):
+def test_a_composer_without_rewards_is_reported(texts, tmp_path):
     text = (
         "from konic.finetuning import *\nclass Rewards(KonicLLMRewardComposer):\n    def size(self, p, r): return 1\n"
     )

@@ -210,7 +210,7 @@ class WillNotLoad(KonicLLMRewardComposer):
         return 1
 
 
-def test_what_cannot_be_sent_or_loaded_is_told_before_anything_is_scored():
+def test_what_cannot_be_sent_or_loaded_is_reported_before_anything_is_scored():
     with pytest.raises(RewardError, match=r"Locked cannot be sent to worker processes: TypeError: .*lock"):
         scored(Locked(), ["a"], 1)
     composer, lock = WithOne(), threading.Lock()

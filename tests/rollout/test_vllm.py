@@ -258,7 +258,7 @@ def test_the_gap_is_measured_where_nothing_is_learned_too(server, model_folders,
     assert result.num_steps == 0 and result.sampler_gap > 1e-3
 
 
-def test_a_server_without_the_adapter_that_training_goes_on_from_is_told(server, model_folders, tmp_path):
+def test_a_server_without_the_adapter_that_training_goes_on_from_is_reported(server, model_folders, tmp_path):
     make_engine(model_folders["llama"], tmp_path / "before", learning_rate=3e-2).train(3)
     engine = served(server, tmp_path / "before" / "final", tmp_path / "after", learning_rate=1e-4)
     server.fault_name = "no adapter"

@@ -57,7 +57,7 @@ class Conversation:
     def reset(self, _: str) -> str:
         """Forget the chat."""
         self._turns = {"base": [], "tuned": []}
-        return "The chat begins anew."
+        return "The chat starts again."
 
     def toggle_base(self, _: str) -> str:
         """Show the base, or hide it. One that appears later takes the answers of the other model as its own."""

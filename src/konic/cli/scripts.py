@@ -95,7 +95,7 @@ class _FromSource(SourceFileLoader):
     """Runs what the file says. A compiled copy beside it may say something else, and nobody reads it."""
 
     def get_code(self, fullname: str) -> CodeType:
-        """Return the code, compiled anew."""
+        """Return the code, compiled again."""
         path = self.get_filename(fullname)
         code: CodeType = self.source_to_code(self.get_data(path), path)
         return code

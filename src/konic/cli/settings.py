@@ -13,7 +13,7 @@ _OF_ALGORITHM: dict[str, Callable[[Any], Any]] = {
     "clip_ratio_low": lambda training: training.clip_ratios[0],
     "clip_ratio_high": lambda training: training.clip_ratios[1],
 }
-"""What a setting that is None comes to."""
+"""The value that stands for None in a setting."""
 
 
 def set_settings(agent: KonicFinetuningAgent, assignments: Sequence[str]) -> tuple[KonicFinetuningAgent, list[str]]:

@@ -1,4 +1,4 @@
-"""Metrics, evaluations -> what came of a run, in sentences. Numbers alone do not say whether to trust a model."""
+"""Metrics, evaluations -> the outcome of a run, in sentences. Numbers alone do not say whether to trust a model."""
 
 import math
 from collections.abc import Sequence

@@ -80,7 +80,7 @@ class _Terminal:
 
 
 class _Above(FileProxy):
-    """What is printed -> lines above the picture. Of a line that a progress bar writes anew, only its last state."""
+    """What is printed -> lines above the picture. Of a line that a progress bar rewrites, only its last state."""
 
     _line = ""
     """The line that has not ended, from its last return to the start on."""
@@ -94,7 +94,7 @@ class _Above(FileProxy):
         return len(text)
 
     def flush(self) -> None:
-        """Print a line that has not ended, unless it may still be written anew."""
+        """Print a line that has not ended, unless it may still be rewritten."""
         if "\r" not in self._line:
             self.end()
 

@@ -112,7 +112,7 @@ class _Child:
             process.communicate()
 
     def leave_to_parent(self) -> None:
-        """Start anew in a forked process: the child belongs to the process that started it."""
+        """Start another one in a forked process: the child belongs to the process that started it."""
         process: Any = self._process
         if process is not None:
             process.returncode = 0  # it is not waited for here
