@@ -64,7 +64,7 @@ BOUNDS = [  # field, the values at the edge that are valid, the ones past it
     (TrainingConfig, "max_grad_norm", [TINY], [0]),
     (TrainingConfig, "weight_decay", [0], [-TINY]),
     (TrainingConfig, "warmup_steps", [0], [-1]),
-    (TrainingConfig, "lr_scheduler", ["constant", "linear", "cosine"], ["cosin", None]),
+    (TrainingConfig, "lr_scheduler", ["constant", "inverse_sqrt", "linear", "cosine"], ["cosin", None]),
     (TrainingConfig, "missing_eos_penalty", [0, None], [-TINY, 1e20]),
     (TrainingConfig, "divergence_limit", [TINY, None], [0]),
     (TrainingConfig, "divergence", ["total_variation", "kl"], ["tv", None]),
@@ -182,7 +182,7 @@ def test_a_field_like_no_other_is_answered_with_all_of_them():
     assert all(field in str(error.value) for field in LoraConfig.model_fields)
 
 
-def test_all_mistakes_are_told_at_once():
+def test_all_mistakes_are_reported_at_once():
     with pytest.raises(ConfigError) as error:
         TrainingConfig(gamma=2, clip_ratio=0, ppo_epoch=1)
     assert [name in str(error.value) for name in ("gamma", "clip_ratio", "ppo_epochs")] == [True] * 3

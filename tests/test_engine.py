@@ -45,6 +45,7 @@ from konic.finetuning import (
 from konic.finetuning import trainer as trainer_module
 from konic.finetuning.data.prompts import PromptSet, load_prompts, make_prompts
 from konic.finetuning.errors import NotFiniteError
+from konic.finetuning.learning.schedule import TIMESCALE
 from konic.finetuning.models import decode_probe
 from konic.finetuning.models.prepacked import DecodePlan, Product
 from konic.finetuning.run import saving
@@ -1542,6 +1543,23 @@ def test_a_resume_within_the_second_fall_gives_the_same_bits(model_folders, tmp_
     assert rates_of(tmp_path / "resumed") == rates_of(tmp_path / "whole")
     trained = [(tmp_path / name / "final" / "adapter_model.safetensors").read_bytes() for name in ("whole", "resumed")]
     assert trained[0] == trained[1]
+
+
+def test_where_the_rate_falls_with_the_steps_done_a_lengthened_run_is_the_long_one(model_folders, tmp_path, caplog):
+    settings = {"lr_scheduler": "inverse_sqrt", "ppo_epochs": 2, "learning_rate": 0.01}
+    make_engine(model_folders["llama"], tmp_path / "whole", **settings).train(3)
+    make_engine(model_folders["llama"], tmp_path / "resumed", **settings).train(1)
+    make_engine(model_folders["llama"], tmp_path / "resumed", **settings).train(3, resume_from_checkpoint=True)
+    again = make_engine(model_folders["llama"], tmp_path / "again", **settings)
+    again.train(2)
+    again.train(1)
+    assert "learning rate" not in caplog.text
+    expected = [0.01 / (1 + step / TIMESCALE) ** 0.5 for step in (1, 3, 5)]  # of the last step of each iteration
+    trained = set()
+    for name in ("whole", "resumed", "again"):
+        assert rates_of(tmp_path / name) == pytest.approx(expected)
+        trained.add((tmp_path / name / "final" / "adapter_model.safetensors").read_bytes())
+    assert len(trained) == 1
 
 
 def test_a_changed_reward_or_base_model_is_named(model_folders, tmp_path):

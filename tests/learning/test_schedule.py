@@ -1,12 +1,14 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.optimization import get_inverse_sqrt_schedule
 
-from konic.finetuning.learning.schedule import learning_rate_at
+from konic.finetuning.learning.schedule import TIMESCALE, learning_rate_at
 
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "inverse_sqrt", "linear", "cosine")
 
 
 @pytest.mark.parametrize("step", [0, 1, 99, 10_000])
@@ -24,6 +26,25 @@ def test_linear_worked_by_hand(step, rate):
 )
 def test_cosine_worked_by_hand(step, rate):
     assert learning_rate_at(step, 4, 8.0, 0, "cosine") == pytest.approx(rate, abs=1e-12)
+
+
+@pytest.mark.parametrize(("after_warm_up", "share"), [(0, 1), (1, math.sqrt(1 / 2)), (3, 1 / 2), (15, 1 / 4)])
+@pytest.mark.parametrize("total", [1, 10_000])
+def test_inverse_square_root_worked_by_hand_whatever_the_runs_length(after_warm_up, share, total):
+    rate = learning_rate_at(5 + after_warm_up * TIMESCALE, total, 8.0, 5, "inverse_sqrt", falls_from=2)
+    assert rate == pytest.approx(8 * share)
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_inverse_square_root_is_the_one_of_transformers(warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3.0)
+    theirs = get_inverse_sqrt_schedule(optimizer, warmup, timescale=TIMESCALE)
+    for step in range(40):
+        if step >= warmup:  # in warm-up theirs begins with a step of zero
+            ours = learning_rate_at(step, 10, 3.0, warmup, "inverse_sqrt")
+            assert ours == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -109,9 +109,9 @@ class TrainingConfig(Settings):
     """AdamW's decoupled weight decay."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps over which the learning rate rises from zero."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    """The learning rate after warm-up: constant, or falling so that the step after the last would have zero. A run of
-    known length learned more with "linear": docs/defaults.md."""
+    lr_scheduler: Literal["constant", "inverse_sqrt", "linear", "cosine"] = "constant"
+    """The learning rate after warm-up: constant; falling with the steps done, whatever their number ("inverse_sqrt");
+    or falling so that the step after the last planned one would have zero. docs/defaults.md compares them."""
     missing_eos_penalty: float | None = Field(default=None, ge=0, le=MAX_PENALTY)
     """Subtracted from the score of a response cut off by max_new_tokens (N+)."""
     mask_truncated: bool = False

@@ -3,6 +3,11 @@
 import math
 from dataclasses import dataclass
 
+ENDS_AT_ZERO = ("linear", "cosine")
+"""The schedules that depend on the run's planned length."""
+TIMESCALE = 32
+"""Optimizer steps after which "inverse_sqrt" has fallen to 1/√2 of the peak; after three times as many it is half."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -27,16 +32,19 @@ def learning_rate_at(
 
     Args:
         step: The step about to be taken, counted from 0 over the whole run.
-        total_steps: Steps planned over the whole run. Only the decaying schedules use it.
+        total_steps: Steps planned over the whole run. Only "linear" and "cosine" use it.
         peak: The learning rate at the end of warm-up.
         warmup_steps: Number of warm-up steps. Step i of them uses peak · (i + 1) / warmup_steps.
-        schedule: "constant", "linear" (to 0 at total_steps) or "cosine" (half a period, to 0 at total_steps).
-        falls_from: The first step of the fall, if it is after warm-up.
+        schedule: "constant", "linear" (to 0 at total_steps), "cosine" (half a period, to 0 at total_steps), or
+            "inverse_sqrt": peak / √(1 + s / TIMESCALE) at s steps after warm-up, whatever total_steps is.
+        falls_from: The first step of the fall of "linear" and "cosine", if it is after warm-up.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
+    if schedule == "inverse_sqrt":
+        return peak / math.sqrt(1 + (step - warmup_steps) / TIMESCALE)
     start = max(warmup_steps, falls_from)
     progress = min(1.0, (step - start) / max(1, total_steps - start))
     return peak * (1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)

@@ -15,6 +15,7 @@ from konic.finetuning.data.prompts import Prompt, PromptSet, load_prompts
 from konic.finetuning.data.samples import collect_columns
 from konic.finetuning.errors import ConfigError, KonicError, OutputError, RewardError, TrainingError
 from konic.finetuning.learning.learner import Learner, build_learner
+from konic.finetuning.learning.schedule import ENDS_AT_ZERO
 from konic.finetuning.models.decode_probe import choose_plan
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.models.policy import Policy
@@ -288,7 +289,7 @@ class Session:
         """Plan the learning rate, and say so where it is not what a training before this one planned."""
         done, planned = self.state.iteration, self.state.planned_iterations
         self.state.plan(last)
-        if self.training.lr_scheduler == "constant" or done == 0 or last == planned:
+        if self.training.lr_scheduler not in ENDS_AT_ZERO or done == 0 or last == planned:
             return
         if done >= planned:
             logger.warning(
