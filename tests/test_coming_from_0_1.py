@@ -196,6 +196,44 @@ def test_a_weight_for_a_reward_that_is_switched_off_is_a_warning(caplog):
     assert added.compose("p", "") == 5.0
 
 
+def test_the_weight_given_with_an_added_reward_counts_as_the_last_word(caplog):
+    class Model:
+        name = "model"
+
+        def score(self, prompts, responses):
+            return [10.0] * len(prompts)
+
+    class Weighted(LetterRewards):
+        reward_weights = {"model": 5.0, "later": 5.0}  # noqa: RUF012 - as scripts write it
+
+    def later(prompt, response):
+        return 1.0
+
+    assert Weighted().add_reward_model(Model()).compose("p", "") == 50
+    assert Weighted().add_reward_model(Model(), weight=0.0).compose("p", "") == 0
+    assert Weighted().add_reward_model(Model(), 2.0).set_reward_weight("model", 3).compose("p", "") == 30
+    assert Weighted().add_reward_function(later, weight=2.0).compose("p", "") == 2
+    assert LetterRewards().add_reward_function(later).compose("p", "") == 1
+
+
+@pytest.mark.parametrize("where", ["class", "object", "argument"])
+def test_a_reducer_may_be_given_by_name(where):
+    class Named(LetterRewards):
+        reducer = "MaxReducer" if where == "class" else LetterRewards.reducer
+
+    composer = Named(reducer="MaxReducer" if where == "argument" else None)
+    if where == "object":
+        composer.reducer = "MaxReducer"
+    composer.check()
+    assert composer.compose("p", "abcd") == 4 / 8
+    assert composer.settings()["reducer"] == "MaxReducer"
+
+
+def test_the_second_place_of_an_agent_of_konic_0_1_is_named():
+    with pytest.raises(ConfigError, match=r"Name the arguments: .* environment, is gone"):
+        KonicFinetuningAgent("gpt2", None, LetterRewards())
+
+
 def test_saving_may_be_off_and_nothing_to_do_is_a_result(model_folders, tmp_path):
     engine = make_engine(model_folders["llama"], tmp_path / "run")
     nothing = engine.train(max_iterations=0)

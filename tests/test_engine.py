@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -295,6 +296,47 @@ def test_a_finished_run_is_not_overwritten_but_set_aside(model_folders, tmp_path
     assert (run / "earlier-2" / "final").is_dir()
     earlier = make_engine(model_folders["llama"], kept).train(3, resume_from_checkpoint=True)
     assert earlier.total_iterations == 3
+
+
+def rewards_of(folder):
+    return [(row["iteration"], row["reward_mean"]) for row in metrics(folder)]
+
+
+def test_an_engine_that_goes_on_in_a_folder_that_another_run_took_over_moves_that_run_away(
+    model_folders, tmp_path, caplog
+):
+    first, second = (make_engine(model_folders["llama"], tmp_path, seed=seed) for seed in (0, 1))
+    first.train(2)
+    second.train(3, save_every=1)
+    of_second = {path.name: path.read_bytes() for path in (tmp_path / "final").iterdir()} | {"rows": metrics(tmp_path)}
+    caplog.clear()
+    result = first.train(1)
+    assert f"An earlier run was in {tmp_path}; its files are now in {tmp_path / 'earlier-2'}." in caplog.text
+    kept = tmp_path / "earlier-2"
+    assert {path.name: path.read_bytes() for path in (kept / "final").iterdir()} | {"rows": metrics(kept)} == of_second
+    assert (kept / "checkpoint-3").is_dir()
+    assert rewards_of(tmp_path) == [(3, first.train(0).history[2].reward_mean)]
+    alone = make_engine(model_folders["llama"], tmp_path / "alone", seed=0).train(3)
+    assert result.before.rewards == alone.before.rewards
+    assert result.history[2].reward_mean == alone.history[2].reward_mean
+    caplog.clear()
+    first.train(1)
+    assert "earlier" not in caplog.text
+    assert [number for number, _ in rewards_of(tmp_path)] == [3, 4]
+
+
+def test_an_engine_that_goes_on_in_another_folder_moves_the_run_there_away(model_folders, tmp_path, caplog):
+    for seed in (0, 1):
+        engine = make_engine(model_folders["llama"], tmp_path / "one", seed=seed)
+        engine.train(1)
+        engine.checkpoint_dir = tmp_path / "two"
+        engine.train(1, save_every=1)
+    assert "An earlier run was in " + str(tmp_path / "two") in caplog.text
+    assert [number for number, _ in rewards_of(tmp_path / "two")] == [2]
+    assert [number for number, _ in rewards_of(tmp_path / "two" / "earlier-1")] == [2]
+    engine.checkpoint_dir = tmp_path / "one"  # where the engine has been before
+    engine.train(1)
+    assert [number for number, _ in rewards_of(tmp_path / "one")] == [1, 3]
 
 
 def test_a_finished_run_without_its_checkpoints_is_not_emptied_by_a_resume(model_folders, tmp_path):
@@ -1056,6 +1098,35 @@ def test_sigterm_saves_what_is_done_and_then_ends_the_process(model_folders, tmp
     make_engine(model_folders["llama"], tmp_path / "run").train(done + 1, resume_from_checkpoint=True)
     make_engine(model_folders["llama"], tmp_path / "whole").train(done + 1)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_a_training_inside_a_callback_of_its_own_says_why_it_cannot_start(model_folders, tmp_path):
+    class Again(Silent):
+        def on_iteration_end(self, result):
+            engine.train(1)
+
+    engine = make_engine(model_folders["llama"], tmp_path, callback=Again())
+    with pytest.raises(OutputError, match=r"writing here \(a train\(\) of this process, .* in one of its callbacks"):
+        engine.train(1)
+
+
+def test_a_callback_that_changes_the_final_result_changes_its_own_copy(model_folders, tmp_path):
+    class Clearing(Silent):
+        def on_train_end(self, result):
+            result.history.clear()
+
+    assert make_engine(model_folders["llama"], tmp_path, callback=Clearing()).train(1).total_iterations == 1
+
+
+def test_engines_that_load_in_threads_at_once_leave_the_model_classes_whole(model_folders, tmp_path):
+    engines = [make_engine(model_folders["gpt2"], tmp_path / str(n), architecture="gpt2") for n in range(3)]
+    threads = [threading.Thread(target=engine.setup) for engine in engines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    make_engine(model_folders["gpt2"], tmp_path / "after", architecture="gpt2").setup()
+    assert all(engine.generate(["a"]) == engines[0].generate(["a"]) for engine in engines)
 
 
 def test_two_engines_do_not_write_into_one_folder_and_a_lock_left_behind_is_free(model_folders, tmp_path):

@@ -139,6 +139,8 @@ class KonicFinetuningEngine:
         **unknown: Any,
     ) -> None:
         known = (*_PART_OF_AGENT, "callback", "checkpoint_dir", "device")
+        if "model_kwargs" in unknown:
+            raise ConfigError("model_kwargs is an argument of KonicFinetuningAgent: use from_agent(agent).")
         refuse_unknown(unknown, "KonicFinetuningEngine", known)
         if hasattr(model_name, "get_base_model"):
             raise ConfigError("KonicFinetuningEngine takes a model's name; for an agent, use from_agent(agent).")

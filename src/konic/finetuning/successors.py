@@ -27,6 +27,7 @@ SUCCESSORS = {
     "TokenizerWrapper": _MODEL,
     "ValueHead": _MODEL,
     "apply_lora": _MODEL,
+    "clear_registered_data": _DATA,
     "compute_gae_advantages": _ENGINE,
     "count_trainable_parameters": _MODEL,
     "get_llm_reward_fns": "composer.reward_names lists the methods marked with @llm_reward.",

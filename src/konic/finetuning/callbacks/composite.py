@@ -104,7 +104,7 @@ class CompositeCallback(BaseKonicFinetuningCallback):
 
     def on_train_end(self, result: FinetuningResult) -> None:
         """See the base class."""
-        self._all(lambda callback: callback.on_train_end(result))
+        self._all(lambda callback: callback.on_train_end(deepcopy(result)))
 
     def on_train_error(self, error: BaseException) -> None:
         """Tell every callback. One that fails here is a warning: it hides neither the error nor the other callbacks."""

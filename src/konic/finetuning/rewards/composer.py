@@ -14,7 +14,7 @@ from konic.finetuning.rewards.marks import checked_weights, find_mark
 from konic.finetuning.rewards.old_names import OldNames, with_the_places_of_0_1
 from konic.finetuning.rewards.origin import Origin, find_origin
 from konic.finetuning.rewards.outcomes import Reward
-from konic.finetuning.rewards.reducers import REDUCERS, WeightedSumReducer
+from konic.finetuning.rewards.reducers import WeightedSumReducer, reducer_of
 from konic.finetuning.rewards.signatures import requested_columns, require_a_response, reward_of_model
 from konic.finetuning.rewards.totals import (
     AlreadyScored,
@@ -120,7 +120,7 @@ class KonicLLMRewardComposer(OldNames):
         for name, weight in weights.items():
             self.set_reward_weight(name, weight)
         if reducer is not None:
-            self.reducer = REDUCERS.get(reducer, reducer) if isinstance(reducer, str) else reducer
+            self.reducer = reducer_of(reducer)
             check_reducer(type(self), self.reducer)
         if kl_penalty_weight is not None:
             self.kl_penalty_weight = kl_penalty_weight
@@ -133,7 +133,8 @@ class KonicLLMRewardComposer(OldNames):
 
     def settings(self) -> dict[str, Any]:
         """The settings that determine a reward: names, weights, reducer, SHA-256 of the rewards' own source lines."""
-        kind = self.reducer if isinstance(self.reducer, type) else type(self.reducer)
+        reducer = reducer_of(self.reducer)
+        kind = reducer if isinstance(reducer, type) else type(reducer)
         rewards = list_rewards(self)
         sources = "\n".join(f"{name}: {source}" for name, source in origin_of(self).sources)
         return {
@@ -143,11 +144,12 @@ class KonicLLMRewardComposer(OldNames):
             "rewards_sha256": hashlib.sha256(sources.encode()).hexdigest(),
         }
 
-    def add_reward_model(self, model: RewardModel, weight: float = 1.0) -> Self:
+    def add_reward_model(self, model: RewardModel, weight: float | None = None) -> Self:
         """Add a reward model under its own name. It has a method `score(prompts, responses)`, or one of konic 0.1:
         `batch_compute_reward(prompts, responses)` or `compute_reward(prompt, response)`.
 
-        If its attribute `normalize` is True, its values are normalised as in `@llm_reward(normalize=True)`.
+        If its attribute `normalize` is True, its values are normalised as in `@llm_reward(normalize=True)`. Without a
+        `weight` it keeps the one that was set for its name, else 1.
 
         Raises:
             ConfigError: The object has no name or no method `score`, or its name is already in use.
@@ -156,7 +158,7 @@ class KonicLLMRewardComposer(OldNames):
         self._require_new(reward.name)
         self._reward_models = [*before, model]
         try:
-            return self._keep_weight(reward.name, weight)
+            return self._weigh_added(reward.name, weight)
         except ConfigError:
             self._reward_models = before
             raise
@@ -164,12 +166,12 @@ class KonicLLMRewardComposer(OldNames):
     def add_reward_function(
         self,
         function: Callable[..., Any],
-        weight: float = 1.0,
+        weight: float | None = None,
         name: str | None = None,
         normalize: bool = False,
         clip: tuple[float, float] | None = None,
     ) -> Self:
-        """Add a plain function, `async` or not, under its own name or under `name`.
+        """Add a plain function, `async` or not, under its own name or under `name`; `weight` is as for models.
 
         Its parameter names decide how it is called: `(prompt, response)` with one response, `(prompts, responses)` with
         a whole batch, or TRL's `(prompts, completions, **columns)`, where `prompts` may be left out.
@@ -182,7 +184,7 @@ class KonicLLMRewardComposer(OldNames):
         self._require_new(reward.name)
         self._added[reward.name] = reward
         try:
-            return self._keep_weight(reward.name, weight)
+            return self._weigh_added(reward.name, weight)
         except ConfigError:
             del self._added[reward.name]
             raise
@@ -271,7 +273,7 @@ class KonicLLMRewardComposer(OldNames):
                 raise ConfigError(_NAMED_TWICE.format(reward.name))
             require_a_response(reward)
         check_kl_penalty_weight(self.kl_penalty_weight)
-        check_reducer(type(self), self.reducer)
+        check_reducer(type(self), reducer_of(self.reducer))
 
     def check_columns(self, columns: Mapping[str, Any]) -> None:
         """Raise RewardError if a reward asks for a column that the dataset does not have."""
@@ -295,9 +297,9 @@ class KonicLLMRewardComposer(OldNames):
         if any(name == reward.name for reward in list_rewards(self)):
             raise ConfigError(_NAMED_TWICE.format(name))
 
-    def _keep_weight(self, name: str, weight: float) -> Self:
-        """Set the weight of a reward that is added, unless it has one."""
-        return self.set_reward_weight(name, self._reward_weights.get(name, weight))
+    def _weigh_added(self, name: str, weight: float | None) -> Self:
+        """Set the weight of a reward that is added: the one given, else the one that was set before, else 1."""
+        return self.set_reward_weight(name, self._reward_weights.get(name, 1.0) if weight is None else weight)
 
 
 def find_override(composer: KonicLLMRewardComposer) -> Reward | None:
@@ -334,7 +336,7 @@ def keep_origin(composer: KonicLLMRewardComposer) -> None:
 
 def describe_weighting(composer: KonicLLMRewardComposer) -> Weighting:
     """The composer's rewards, weights and reducer, which turn a sample's parts into one number."""
-    return Weighting(list_rewards(composer), composer._reward_weights, composer.reducer)
+    return Weighting(list_rewards(composer), composer._reward_weights, reducer_of(composer.reducer))
 
 
 def without_models(composer: KonicLLMRewardComposer) -> KonicLLMRewardComposer:

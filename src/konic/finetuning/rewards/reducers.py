@@ -70,3 +70,8 @@ class MaxReducer(BaseRewardReducer):
 
 REDUCERS: dict[Any, type[Any]] = {kind.__name__: kind for kind in (WeightedSumReducer, MeanReducer, MaxReducer)}
 """By name, as a YAML file gives one."""
+
+
+def reducer_of(given: Any) -> Any:
+    """Return the reducer that a name stands for; anything else as it is."""
+    return REDUCERS.get(given, given) if isinstance(given, str) else given

@@ -41,7 +41,7 @@ from konic.finetuning.system.files import (
     unwritable,
     write_text,
 )
-from konic.finetuning.system.places import current_folder, find_stray, open_no_link, read_regular
+from konic.finetuning.system.places import current_folder, find_stray, open_no_link, open_regular, read_regular
 from konic.output import get_logger
 from konic.text import describe_error, redact
 
@@ -94,6 +94,16 @@ class RunFolder:
     def holds_metrics(self) -> bool:
         """True in the folder of a run that has done an iteration."""
         return (self.path / _METRICS_FILE).exists()
+
+    def holds_only(self, history: list[FinetuningIterationResult]) -> bool:
+        """True if there are records of iterations here, and all are of these: what is here belongs to their run."""
+        own = {_line(result).encode() for result in history}
+        try:
+            with open_regular(self.path / _METRICS_FILE) as file:
+                recorded = [line in own for line in file]
+        except OSError:
+            return False
+        return bool(recorded) and all(recorded)
 
     def _written(self) -> list[Path]:
         return [path for pattern in _WRITTEN for path in sorted(self.path.glob(pattern))]
@@ -181,8 +191,7 @@ class RunFolder:
             lock.acquire(timeout=0)
         except Timeout:
             raise OutputError(
-                f"{self.path}: another run is writing here ({_owner(self.path / _RUN_FILE)}). Stop it or wait for its "
-                "end, or name another checkpoint_dir."
+                f"{self.path}: {_writer(self.path / _RUN_FILE)}, or name another checkpoint_dir."
             ) from None
         except OSError as error:
             raise unwritable(path, error) from None
@@ -347,10 +356,15 @@ def _line(result: FinetuningIterationResult) -> str:
     return json.dumps(result.to_dict()) + "\n"
 
 
-def _owner(run_file: Path) -> str:
-    """The process that the file of a run names."""
+def _writer(run_file: Path) -> str:
+    """Who is writing, by the file of a run, and what to do about it."""
+    owner, advice = "its process is not known", "Stop it or wait for its end"
     try:
         process = json.loads(read_regular(run_file))["process"]
-        return f"process {process['id']} on {process['host']}, since {process['since']}"
+        owner = f"process {process['id']} on {process['host']}, since {process['since']}"
+        if (process["id"], process["host"]) == (os.getpid(), socket.gethostname()):
+            owner = f"a train() of this process, since {process['since']}"
+            advice = "No other can start in one of its callbacks; elsewhere wait for its end"
     except (OSError, ValueError, KeyError, TypeError):
-        return "its process is not known"
+        pass
+    return f"another run is writing here ({owner}). {advice}"

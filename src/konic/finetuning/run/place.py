@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from konic.finetuning.errors import ConfigError, OutputError
+from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.run.folder import ReadOnlyFolder, RunFolder
 from konic.finetuning.run.remote import copy_of, fetched, named_folder, renew_copies
 from konic.finetuning.run.resume import checkpoint_to_resume, newest_checkpoint
@@ -34,12 +35,14 @@ class RunPlace:
         return self._folder
 
     @contextmanager
-    def opened(self, resume: bool | str | os.PathLike[str] | None, has_begun: bool) -> Iterator[Path | None]:
+    def opened(
+        self, resume: bool | str | os.PathLike[str] | None, history: list[FinetuningIterationResult]
+    ) -> Iterator[Path | None]:
         """Within it the folder is locked. Yields the checkpoint to resume from, which the first process chooses.
 
         Args:
             resume: As in `KonicFinetuningEngine.train`.
-            has_begun: True if the run already has iterations, which it goes on from.
+            history: The iterations that the run already has, which it goes on from.
 
         Raises:
             KonicError: There is no such checkpoint, or the folder cannot be written.
@@ -57,11 +60,11 @@ class RunPlace:
         checkpoint = checkpoint_to_resume(local, copy_of(self.checkpoint_dir)) if resume is not True else None
         self._folder = folder = self._choose(checkpoint, resume is True)
         with folder.opened():
-            if checkpoint is None and not resume and not has_begun:
+            if checkpoint is None and not resume and not folder.holds_only(history):
                 self._set_earlier_run_aside()
             folder.require_own_files()
             if resume is True:
-                checkpoint = self._newest_checkpoint(has_begun)
+                checkpoint = self._newest_checkpoint(has_begun=bool(history))
             named = checkpoint and (str(resume) if is_url(resume) else folder.address(checkpoint.absolute()))
             from_first(self._world, {"folder": folder.address(folder.path.absolute()), "checkpoint": named})
             renew_copies(self._world, self.checkpoint_dir, resume)

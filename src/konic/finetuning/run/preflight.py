@@ -5,7 +5,7 @@ from konic.finetuning.config import TrainingConfig
 from konic.finetuning.errors import ConfigError
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.rewards.composer import find_override
-from konic.finetuning.rewards.reducers import WeightedSumReducer
+from konic.finetuning.rewards.reducers import WeightedSumReducer, reducer_of
 from konic.finetuning.rollout.serving import check_server
 from konic.output import get_logger
 
@@ -91,7 +91,7 @@ def _check_parts(agent: KonicFinetuningAgent) -> None:
         "cannot use"
     )
     composer = agent.get_reward_composer()
-    reducer = composer.reducer
+    reducer = reducer_of(composer.reducer)
     kind = reducer if isinstance(reducer, type) else type(reducer)
     is_plain_sum = kind is WeightedSumReducer and (reducer is kind or vars(reducer) == vars(WeightedSumReducer()))
     if not is_plain_sum:

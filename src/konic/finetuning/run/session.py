@@ -266,7 +266,7 @@ class Session:
 
         Yields the number of the last iteration to run.
         """
-        with self.place.opened(resume, has_begun=self.state.iteration > 0) as checkpoint:
+        with self.place.opened(resume, self.state.history) as checkpoint:
             if checkpoint is not None:
                 self._load(checkpoint, max_iterations, allow_changes)
             last = max_iterations if resume else self.state.iteration + max_iterations
