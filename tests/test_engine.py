@@ -315,14 +315,15 @@ def test_an_engine_that_goes_on_in_a_folder_that_another_run_took_over_moves_tha
     kept = tmp_path / "earlier-2"
     assert {path.name: path.read_bytes() for path in (kept / "final").iterdir()} | {"rows": metrics(kept)} == of_second
     assert (kept / "checkpoint-3").is_dir()
-    assert rewards_of(tmp_path) == [(3, first.train(0).history[2].reward_mean)]
+    assert rewards_of(tmp_path) == [(row.iteration, row.reward_mean) for row in result.history]
     alone = make_engine(model_folders["llama"], tmp_path / "alone", seed=0).train(3)
     assert result.before.rewards == alone.before.rewards
     assert result.history[2].reward_mean == alone.history[2].reward_mean
     caplog.clear()
+    result.history[0].reward_breakdown.clear()  # a result that was given away may change
     first.train(1)
     assert "earlier" not in caplog.text
-    assert [number for number, _ in rewards_of(tmp_path)] == [3, 4]
+    assert [number for number, _ in rewards_of(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_an_engine_that_goes_on_in_another_folder_moves_the_run_there_away(model_folders, tmp_path, caplog):
@@ -332,11 +333,32 @@ def test_an_engine_that_goes_on_in_another_folder_moves_the_run_there_away(model
         engine.checkpoint_dir = tmp_path / "two"
         engine.train(1, save_every=1)
     assert "An earlier run was in " + str(tmp_path / "two") in caplog.text
-    assert [number for number, _ in rewards_of(tmp_path / "two")] == [2]
-    assert [number for number, _ in rewards_of(tmp_path / "two" / "earlier-1")] == [2]
+    assert [number for number, _ in rewards_of(tmp_path / "two")] == [1, 2]
+    assert [number for number, _ in rewards_of(tmp_path / "two" / "earlier-1")] == [1, 2]
     engine.checkpoint_dir = tmp_path / "one"  # where the engine has been before
     engine.train(1)
-    assert [number for number, _ in rewards_of(tmp_path / "one")] == [1, 3]
+    assert [number for number, _ in rewards_of(tmp_path / "one")] == [1, 2, 3]
+    assert not (tmp_path / "one" / "earlier-2").exists()
+
+
+def test_a_run_that_goes_on_in_another_folder_and_ends_before_its_first_iteration_keeps_that_folder(
+    model_folders, tmp_path, caplog
+):
+    class Failing(Silent):
+        def on_iteration_begin(self, iteration):
+            raise ValueError("not yet")
+
+    engine = make_engine(model_folders["llama"], tmp_path / "one")
+    engine.train(1)
+    engine.checkpoint_dir, engine.callback = tmp_path / "two", Failing()
+    with pytest.raises(ValueError, match="not yet"):
+        engine.train(1)
+    engine.callback = Silent()
+    engine.train(1, save_every=1)
+    assert "earlier" not in caplog.text
+    assert [number for number, _ in rewards_of(tmp_path / "two")] == [1, 2]
+    make_engine(model_folders["llama"], tmp_path / "two").train(3, resume_from_checkpoint=True)
+    assert [number for number, _ in rewards_of(tmp_path / "two")] == [1, 2, 3]
 
 
 def test_a_finished_run_without_its_checkpoints_is_not_emptied_by_a_resume(model_folders, tmp_path):
@@ -1106,7 +1128,7 @@ def test_a_training_inside_a_callback_of_its_own_says_why_it_cannot_start(model_
             engine.train(1)
 
     engine = make_engine(model_folders["llama"], tmp_path, callback=Again())
-    with pytest.raises(OutputError, match=r"writing here \(a train\(\) of this process, .* in one of its callbacks"):
+    with pytest.raises(OutputError, match=r"writing here \(a train\(\) of this process, .* A callback of that run"):
         engine.train(1)
 
 

@@ -6,16 +6,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from conftest import byte_tokenizer, tiny_model
+from konic.finetuning.hub import explain_hub_error
 from loopback_hub import CARD, MEMBER_TOKEN, LoopbackHub
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "sentiment_rlhf.py"
@@ -356,6 +359,27 @@ results["offline"] = huggingface_hub.constants.HF_HUB_OFFLINE
     assert after["offline"] is False
     assert child.stderr.count("does not answer (ConnectError") == 1
     assert "Retrying" not in child.stderr
+
+
+def test_a_hub_that_came_back_is_asked_again_after_an_error(hub, tmp_path):
+    code = """
+from huggingface_hub import constants
+there, constants.ENDPOINT = constants.ENDPOINT, "http://127.0.0.1:9"
+note("lost", lambda: model("gpt2"))
+constants.ENDPOINT = there
+note("found", lambda: model("gpt2"))
+"""
+    found = answers(code, hub.environment(tmp_path / "home"))
+    assert "cannot be reached" in found["lost"]
+    assert found["found"] == ["GPT2LMHeadModel", "gpt2"]
+
+
+def test_a_hub_that_answers_with_an_error_is_not_called_out_of_reach():
+    refused, error = OSError("forbidden"), LocalEntryNotFoundError("not in the cache")
+    refused.response, error.__cause__ = SimpleNamespace(status_code=403), refused
+    explained = explain_hub_error(error, "TOKEN", "A folder")
+    assert explained.startswith("the Hub answers with HTTP 403, and the cache holds no copy.")
+    assert "check TOKEN. A folder needs no Hub." in explained
 
 
 def test_a_failure_that_is_explained_has_no_traceback_of_a_library(hub, tmp_path):

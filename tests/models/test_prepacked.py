@@ -216,7 +216,7 @@ def test_packing_leaves_weights_as_they_are_and_tied_ones_tied():
 
 
 @needs_mkldnn
-def test_a_model_in_fp32_is_packed_for_the_rows_it_will_have():
+def test_packing_a_model_in_fp32_is_worth_it_from_a_number_of_tokens_on():
     model = tiny_model("llama", torch.float32)
     assert is_worth_packing(model, packing.MIN_TOKENS)
     assert is_worth_packing(model, 500)

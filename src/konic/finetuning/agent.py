@@ -92,8 +92,8 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
         if not isinstance(base_model, str) or not base_model.strip():
             raise ConfigError(f"base_model must name a model or a folder, got {_shown_model(base_model)}.")
         if not isinstance(reward_composer, KonicLLMRewardComposer):
-            is_third = isinstance(lora_config, KonicLLMRewardComposer)
-            hint = " Name the arguments: the second one of konic 0.1, environment, is gone." if is_third else ""
+            is_misplaced = isinstance(lora_config, KonicLLMRewardComposer)
+            hint = " Name the arguments: the second one of konic 0.1, environment, is gone." if is_misplaced else ""
             raise ConfigError(
                 f"reward_composer must be a KonicLLMRewardComposer, got {describe(reward_composer)}.{hint}"
             )

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,11 @@ _PAUSES = (1.0, 2.0)
 """Seconds between the tries to reach the Hub."""
 _REMEMBERED = 60.0
 """Seconds for which a Hub that did not answer is not asked again."""
+_MOST_SECONDS = 5.0
+"""For an answer to one try."""
 _lost_at = -_REMEMBERED
+_WHILE_OFFLINE = threading.Lock()
+"""Held while `huggingface_hub` is told to be offline, by one thread at a time."""
 
 _KINDS = (
     (
@@ -56,7 +61,11 @@ def explain_hub_error(error: BaseException, token: str, offline: str) -> str:
         return describe_error(error)
     names, what, remedy = kind
     switch = _offline_switch() if "OfflineModeIsEnabled" in names else None
-    if switch is not None:
+    status = _status_of(error) if "LocalEntryNotFoundError" in names else None
+    if status is not None:
+        what = f"the Hub answers with HTTP {status}, and the cache holds no copy"
+        remedy = "Try again later; if access is refused, check {token}. {offline} needs no Hub."
+    elif switch is not None:
         what = f"{switch} is set, so the Hub is not asked, and the cache holds no copy"
         remedy = f"Unset {switch}. {{offline}} needs no Hub."
     return f"{what}. {remedy.format(token=token, offline=offline)}"
@@ -76,15 +85,25 @@ def _offline_switch() -> str | None:
     return next((name for name in names if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")), None)
 
 
+def _status_of(error: BaseException) -> int | None:
+    """Return the HTTP status that the Hub answered with, if it answered."""
+    responses = (getattr(link, "response", None) for link in _chain(error))
+    return next((response.status_code for response in responses if response is not None), None)
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
 
 
-def hub_cause(error: BaseException) -> BaseException | None:
-    """Return what a traceback may show as the cause of an explained error: nothing if the explanation says it all."""
-    return None if _kind_of(error) else safe_cause(error)
+def hub_cause(error: BaseException, location: str | None = None) -> BaseException | None:
+    """Return what a traceback may show as the cause of a failed loading: nothing if :func:`explain_hub_error` says it.
+
+    For a file or folder that is here the Hub was not asked.
+    """
+    is_here = location is not None and Path(location).exists()
+    return None if _kind_of(error) and not is_here else safe_cause(error)
 
 
 @contextlib.contextmanager
@@ -101,11 +120,16 @@ def hub_or_cache(location: str) -> Iterator[None]:
     if Path(location).exists() or constants.is_offline_mode() or _answers():
         yield
         return
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = False
+    global _lost_at
+    with _WHILE_OFFLINE:
+        constants.HF_HUB_OFFLINE = True
+        try:
+            yield
+        except BaseException:
+            _lost_at = -_REMEMBERED  # the cache is not enough: the next call asks the Hub again
+            raise
+        finally:
+            constants.HF_HUB_OFFLINE = False
 
 
 def _answers() -> bool:
@@ -117,7 +141,7 @@ def _answers() -> bool:
         return False
     for pause in (*_PAUSES, None):
         try:
-            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            get_session().head(constants.ENDPOINT, timeout=_MOST_SECONDS)
             return True
         except Exception as error:
             if pause is not None:

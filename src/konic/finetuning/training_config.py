@@ -111,7 +111,8 @@ class TrainingConfig(Settings):
     """Optimizer steps over which the learning rate rises from zero."""
     lr_scheduler: Literal["constant", "inverse_sqrt", "linear", "cosine"] = "constant"
     """The learning rate after warm-up: constant; falling with the steps done, whatever their number ("inverse_sqrt");
-    or falling so that the step after the last planned one would have zero. docs/defaults.md compares them."""
+    or falling so that the step after the last planned one would have zero. docs/defaults.md compares the first and
+    "linear"."""
     missing_eos_penalty: float | None = Field(default=None, ge=0, le=MAX_PENALTY)
     """Subtracted from the score of a response cut off by max_new_tokens (N+)."""
     mask_truncated: bool = False

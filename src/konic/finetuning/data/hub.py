@@ -41,7 +41,7 @@ def read_hub(
             settings = {"split": split, "revision": revision, "token": token, "streaming": streaming}
             return datasets.load_dataset(identity, subset, **settings)
     except Exception as error:
-        raise DatasetError(_hub_failed(name, subset, split, error)) from hub_cause(error)
+        raise DatasetError(_hub_failed(name, subset, split, error)) from hub_cause(error, name)
     finally:
         if bars_were_on:
             datasets.enable_progress_bars()

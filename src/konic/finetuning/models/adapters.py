@@ -165,9 +165,10 @@ def _read_adapter(
         raise ModelError(f"{folder}: holds a {config.peft_type} adapter, and only LoRA can be loaded.")
     require_quick_patterns(config, causal_lm)
     problem = unsupported_option(config) or incomplete_start(config)
+    advice = MERGE_FIRST if is_trainable else "Merge it with the base model and the version of PEFT that it is from."
     if problem is not None:
-        raise ModelError(f"{folder}: {problem} {MERGE_FIRST}" if is_trainable else f"{folder}: {problem}")
-    weights = _without_base_weights(load_file(file), config, causal_lm, folder)
+        raise ModelError(f"{folder}: {problem} {advice}")
+    weights = _without_base_weights(load_file(file), config, causal_lm, folder, advice)
     _require_rank(weights, config, folder)
     with _without_peft_advice(), weights_within(header, "adapter_config.json"):
         adapted = peft.PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=is_trainable)
@@ -186,7 +187,6 @@ def _read_adapter(
         )
     lost = next((name for name, weight in weights.items() if not torch.equal(weight.to(own[name]), own[name])), None)
     if lost is not None:
-        advice = MERGE_FIRST if is_trainable else "Merge it with the version of PEFT that wrote it."
         raise ModelError(f"{folder}: PEFT does not read {lost!r} as adapter_model.safetensors holds it. {advice}")
     return adapted.peft_config["default"], weights, adapted
 
@@ -205,7 +205,7 @@ def _require_rank(weights: Mapping[str, Tensor], config: peft.LoraConfig, folder
 
 
 def _without_base_weights(
-    weights: dict[str, Tensor], config: peft.LoraConfig, causal_lm: PreTrainedModel, folder: Path
+    weights: dict[str, Tensor], config: peft.LoraConfig, causal_lm: PreTrainedModel, folder: Path, advice: str
 ) -> dict[str, Tensor]:
     """Return an adapter's weights without the copies of the base model's embeddings that PEFT may save with it.
 
@@ -228,8 +228,7 @@ def _without_base_weights(
             kept[key] = weight
         elif weight.shape != base.shape or not torch.equal(weight.to(base), base):
             raise ModelError(
-                f"{folder}: its {name} is not that of the base model: its embeddings were trained or resized. "
-                f"{MERGE_FIRST}"
+                f"{folder}: its {name} is not that of the base model: its embeddings were trained or resized. {advice}"
             )
     return kept
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import struct
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,6 +137,11 @@ def _check_header_size(file: Path) -> None:
         raise ModelError(f"{file.name}: its header has {size / 1e6:.0f} MB, which no list of weights needs.")
 
 
+ONE_AT_A_TIME = threading.RLock()
+"""Held while a model is loaded: `from_pretrained` replaces methods of the model classes and settings of the process
+while it runs, and two at once would leave them replaced."""
+
+
 @contextmanager
 def weights_within(header: Header | None, files: str) -> Iterator[None]:
     """Within it, raise ModelError when a model is built that needs more weights than its files hold.
@@ -170,15 +176,16 @@ def weights_within(header: Header | None, files: str) -> Iterator[None]:
         if module._buffers.get(name) is None and values is not None:
             count("buffer bytes", values.numel() * values.element_size())
 
-    hooks = (
-        torch_modules.register_module_parameter_registration_hook(parameter),
-        torch_modules.register_module_buffer_registration_hook(buffer),
-    )
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ONE_AT_A_TIME:  # the hooks count what any thread builds
+        hooks = (
+            torch_modules.register_module_parameter_registration_hook(parameter),
+            torch_modules.register_module_buffer_registration_hook(buffer),
+        )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 # --- GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md ---

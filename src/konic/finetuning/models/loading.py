@@ -197,7 +197,9 @@ def _download_adapter(repository: str, model_kwargs: Mapping[str, Any]) -> Path 
                 )
             )  # fmt: skip
     except Exception as error:
-        raise ModelError(loading_failed(f"base_model={repository!r}", repository, error)) from hub_cause(error)
+        raise ModelError(loading_failed(f"base_model={repository!r}", repository, error)) from hub_cause(
+            error, repository
+        )
 
 
 def _read_base(adapter: Path) -> tuple[str, str | None]:

@@ -28,7 +28,7 @@ from konic.finetuning.errors import (
     safe_cause,
 )
 from konic.finetuning.hub import explain_hub_error
-from konic.finetuning.models.headers import gguf_header, weights_within
+from konic.finetuning.models.headers import ONE_AT_A_TIME, gguf_header, weights_within
 from konic.finetuning.system.files import as_path, creating_folder, unwritable
 from konic.finetuning.system.places import looks_like_path
 from konic.text import describe_error
@@ -215,18 +215,19 @@ def _dequantise(gguf_file: Path, folder: Path) -> None:
 def quiet_transformers() -> Iterator[None]:
     """Silence the progress bars and advice that `transformers` prints while loading. Failures still raise errors.
 
-    A tokenizer of others can panic; that is an Exception too.
+    A tokenizer of others can panic; that is an Exception too. One thread at a time is within it.
     """
-    bars_were_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings(action="ignore"), panics_as_errors():
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars_were_on:
-            transformers_logging.enable_progress_bar()
+    with ONE_AT_A_TIME:
+        bars_were_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        try:
+            with warnings.catch_warnings(action="ignore"), panics_as_errors():
+                yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if bars_were_on:
+                transformers_logging.enable_progress_bar()
 
 
 _UNFIT = re.compile(r"Unrecognized configuration class <class '[\w.]*\.(\w+)Config'>.*this kind of AutoModel: (\w+)")

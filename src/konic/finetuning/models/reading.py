@@ -1,6 +1,5 @@
 """Location of a model -> model and tokenizer: `from_pretrained`, within the checks of a stranger's files."""
 
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +10,6 @@ from konic.finetuning.hub import hub_cause, hub_or_cache
 from konic.finetuning.models.containment import require_bounded_tokenizer, require_contained
 from konic.finetuning.models.headers import bounded_by_files
 from konic.finetuning.models.locations import OWN_CODE, loading_failed, quiet_transformers
-
-_ONE_AT_A_TIME = threading.RLock()
-"""`from_pretrained` replaces methods of the model classes while it runs, and two at once leave them replaced."""
 
 
 def read_model(
@@ -47,7 +43,7 @@ def read_model(
     place, is_trusted = tokenizer_at or (location, kwargs["trust_remote_code"])
     hub = {name: kwargs[name] for name in ("revision", "token") if name in kwargs} | {"trust_remote_code": is_trusted}
     try:
-        with _ONE_AT_A_TIME, hub_or_cache(location), quiet_transformers():
+        with hub_or_cache(location), quiet_transformers():
             require_contained(location, asked, model_kwargs)
             with bounded_by_files(location, asked, model_kwargs):
                 model, info = kind.from_pretrained(location, use_safetensors=True, output_loading_info=True, **kwargs)
@@ -57,5 +53,5 @@ def read_model(
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(loading_failed(asked, location, error, own_code)) from hub_cause(error)
+        raise ModelError(loading_failed(asked, location, error, own_code)) from hub_cause(error, location)
     return model, info, tokenizer

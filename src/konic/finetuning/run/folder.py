@@ -95,15 +95,14 @@ class RunFolder:
         """True in the folder of a run that has done an iteration."""
         return (self.path / _METRICS_FILE).exists()
 
-    def holds_only(self, history: list[FinetuningIterationResult]) -> bool:
-        """True if there are records of iterations here, and all are of these: what is here belongs to their run."""
-        own = {_line(result).encode() for result in history}
+    def recorded(self) -> list[tuple[int, float]]:
+        """Number and seconds of each iteration recorded here: no two runs share these. Empty if they cannot be read."""
         try:
             with open_regular(self.path / _METRICS_FILE) as file:
-                recorded = [line in own for line in file]
-        except OSError:
-            return False
-        return bool(recorded) and all(recorded)
+                rows = [json.loads(line) for line in file]
+            return [(row["iteration"], row["total_time_sec"]) for row in rows]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
 
     def _written(self) -> list[Path]:
         return [path for pattern in _WRITTEN for path in sorted(self.path.glob(pattern))]
@@ -364,7 +363,7 @@ def _writer(run_file: Path) -> str:
         owner = f"process {process['id']} on {process['host']}, since {process['since']}"
         if (process["id"], process["host"]) == (os.getpid(), socket.gethostname()):
             owner = f"a train() of this process, since {process['since']}"
-            advice = "No other can start in one of its callbacks; elsewhere wait for its end"
+            advice = "A callback of that run cannot call it; elsewhere, wait for its end"
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return f"another run is writing here ({owner}). {advice}"

@@ -60,8 +60,8 @@ class RunPlace:
         checkpoint = checkpoint_to_resume(local, copy_of(self.checkpoint_dir)) if resume is not True else None
         self._folder = folder = self._choose(checkpoint, resume is True)
         with folder.opened():
-            if checkpoint is None and not resume and not folder.holds_only(history):
-                self._set_earlier_run_aside()
+            if checkpoint is None and not resume:
+                self._make_own(history)
             folder.require_own_files()
             if resume is True:
                 checkpoint = self._newest_checkpoint(has_begun=bool(history))
@@ -92,6 +92,14 @@ class RunPlace:
         self._set_earlier_run_aside()
         self.folder.go_back_to([])
         return None
+
+    def _make_own(self, history: list[FinetuningIterationResult]) -> None:
+        """Move what another run wrote here away, and complete the record of a run that goes on here."""
+        recorded, own = self.folder.recorded(), [(result.iteration, result.total_time_sec) for result in history]
+        if not recorded or not set(recorded).issubset(own):
+            self._set_earlier_run_aside()
+        if history and recorded != own:
+            self.folder.go_back_to(history)
 
     def _set_earlier_run_aside(self) -> None:
         """Move the files of an earlier run away, so that nothing is lost, and say where they are."""

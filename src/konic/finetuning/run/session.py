@@ -294,7 +294,7 @@ class Session:
         if done >= planned:
             logger.warning(
                 "The learning rate begins a new fall, over iterations %d to %d: the planned ones are done. To keep a "
-                "rate, set TrainingConfig(lr_scheduler='constant'), with allow_changes=True where a run is resumed.",
+                "rate, set lr_scheduler='constant' or 'inverse_sqrt', with allow_changes=True where a run is resumed.",
                 done + 1, last,
             )  # fmt: skip
         else:
