@@ -100,10 +100,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def hub_cause(error: BaseException, location: str | None = None) -> BaseException | None:
     """Return what a traceback may show as the cause of a failed loading: nothing if :func:`explain_hub_error` says it.
 
-    For a file or folder that is here the Hub was not asked.
+    For a file or folder that is here the Hub was not asked. How a connection broke is not said.
     """
     is_here = location is not None and Path(location).exists()
-    return None if _kind_of(error) and not is_here else safe_cause(error)
+    is_broken = isinstance(error, ConnectionAbortedError | ConnectionResetError | BrokenPipeError)
+    return safe_cause(error) if is_here or is_broken or _kind_of(error) is None else None
 
 
 @contextlib.contextmanager

@@ -99,6 +99,7 @@ class RunPlace:
         if not recorded or not set(recorded).issubset(own):
             self._set_earlier_run_aside()
         if history and recorded != own:
+            self.folder.require_own_files()
             self.folder.go_back_to(history)
 
     def _set_earlier_run_aside(self) -> None:
