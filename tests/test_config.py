@@ -510,6 +510,23 @@ def test_a_name_that_is_given_elsewhere_says_where(kind, name, told):
         kind(**{name: 3})
 
 
+@pytest.mark.parametrize(
+    ("kind", "field", "given"),
+    [(TrainingConfig, "max_grad_norm", 0)]
+    + [(TrainingConfig, name, None) for name in ("max_grad_norm", "weight_decay", "entropy_coef", "warmup_steps")]
+    + [(GenerationConfig, name, None) for name in ("top_p", "top_k", "repetition_penalty", "min_new_tokens")],
+)
+def test_none_as_other_libraries_take_it_is_answered_with_the_number_to_set(kind, field, given):
+    with pytest.raises(ConfigError, match=rf"\.{field}: .* To go without it, set {field}=(\S+)\.$") as error:
+        kind(**{field: given})
+    kind(**{field: float(str(error.value).rpartition("=")[2].rstrip("."))})
+
+
+def test_a_temperature_of_zero_is_answered_with_the_way_to_take_the_likeliest_token():
+    with pytest.raises(ConfigError, match="above 0, got 0. do_sample=False takes the likeliest token"):
+        GenerationConfig(temperature=0)
+
+
 def test_dpo_is_not_taken_for_a_misspelt_algorithm():
     with pytest.raises(ConfigError, match="algorithm='dpo' is not offered: it learns from preference pairs"):
         TrainingConfig(algorithm="dpo")

@@ -236,8 +236,11 @@ def test_dppo_learns_with_an_adapter_and_refuses_a_head_that_is_trained(model_fo
     settings = {"algorithm": "dppo", "ppo_epochs": 4, "divergence_limit": 1e-4}
     engine = make_engine(model_folders["llama"], tmp_path, lora=lora, **settings)
     if not lora:
-        with pytest.raises(ConfigError, match=r"divergence_limit=0.0001 .*the head is trained too"):
+        with pytest.raises(ConfigError, match=r"divergence_limit=0.0001 .*the head is trained too.* or another algo"):
             engine.train(1)
+        settings |= {"algorithm": "grpo", "batch_size": 8}
+        with pytest.raises(ConfigError, match=r"the head is trained too.* or leave it out\."):
+            make_engine(model_folders["llama"], tmp_path, lora=lora, **settings).train(1)
         return
     assert engine.train(2).history[1].clip_fraction > 0.1  # tokens that had moved already
 

@@ -326,6 +326,17 @@ def test_an_engine_that_goes_on_in_a_folder_that_another_run_took_over_moves_tha
     assert [number for number, _ in rewards_of(tmp_path)] == [1, 2, 3, 4]
 
 
+def test_a_line_of_metrics_that_a_full_disk_cut_off_is_written_again(model_folders, tmp_path, caplog):
+    engine = make_engine(model_folders["llama"], tmp_path)
+    engine.train(2)
+    rows, log = metrics(tmp_path), tmp_path / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:-40])
+    engine.train(1)
+    assert "earlier" not in caplog.text
+    assert metrics(tmp_path)[:2] == rows
+    assert len(metrics(tmp_path)) == len(completions(tmp_path)) == 3
+
+
 def test_an_engine_that_goes_on_in_another_folder_moves_the_run_there_away(model_folders, tmp_path, caplog):
     for seed in (0, 1):
         engine = make_engine(model_folders["llama"], tmp_path / "one", seed=seed)

@@ -58,6 +58,13 @@ _ELSEWHERE = {
     "the composer's argument {}": "reward_weights reducer reward_models reward_functions",
 }
 """Where a name is given that is no field of any config."""
+_NEUTRAL = MappingProxyType(
+    {
+        "top_p": "1.0", "top_k": "0", "repetition_penalty": "1.0", "min_new_tokens": "1", "max_grad_norm": "1e9",
+        "weight_decay": "0", "entropy_coef": "0", "kl_penalty_weight": "0", "warmup_steps": "0", "lora_dropout": "0",
+    }
+)  # fmt: skip
+"""For fields where other libraries take None or 0 for "without it": the number that does so here."""
 
 
 class _ShortRepr(reprlib.Repr):
@@ -208,7 +215,7 @@ def _explain(kind: type[Settings], error: ValidationError) -> list[str]:
         last = problems[-1]
         shown = "***" if name == "token" else short_repr(last["input"])
         must_be = " or ".join(dict.fromkeys(map(_wanted, problems)))
-        lines.append(f"{kind.__name__}.{name}: it must be {must_be}, got {shown}.{_near(last)}")
+        lines.append(f"{kind.__name__}.{name}: it must be {must_be}, got {shown}.{_instead_of_value(name, last)}")
     return lines
 
 
@@ -233,9 +240,13 @@ def _wanted(problem: ErrorDetails) -> str:
     return plain.get(kind, said[0].lower() + said[1:])
 
 
-def _near(problem: ErrorDetails) -> str:
-    """Return ` Did you mean 'x'?` for a misspelt word of a fixed set."""
+def _instead_of_value(name: str, problem: ErrorDetails) -> str:
+    """Return a sentence about the value that was probably meant."""
     value, known = problem["input"], re.findall("'(.*?)'", problem.get("ctx", {}).get("expected", ""))
+    if value in (None, 0) and name in _NEUTRAL:
+        return f" To go without it, set {name}={_NEUTRAL[name]}."
+    if name == "temperature" and value == 0:
+        return " do_sample=False takes the likeliest token; a policy learns only where it tries others too."
     return did_you_mean(value.lower(), known) if isinstance(value, str) and len(value) < 100 else ""
 
 

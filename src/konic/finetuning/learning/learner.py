@@ -108,10 +108,11 @@ def build_learner(agent: KonicFinetuningAgent, device: torch.device, world: Worl
     if config.precision == "bfloat16":
         _require_frozen_base(policy)
     if config.divergence_limit is not None and policy.language_model.head_learns:
+        needs_limit = config.algorithm_row.divergence_limit is not None
+        without = "another algorithm, such as 'grpo'" if needs_limit else "leave it out"
         raise ConfigError(
             f"divergence_limit={config.divergence_limit:g} (algorithm={config.algorithm!r}) compares distributions "
-            "under one head, but here the head is trained too. Use LoRA without lm_head, or another algorithm, such as "
-            "'grpo'."
+            f"under one head, but here the head is trained too. Use LoRA without lm_head, or {without}."
         )
     special = find_special_tokens(generation, policy.language_model, policy.tokenizer)
     if divides:

@@ -96,13 +96,12 @@ class RunFolder:
         return (self.path / _METRICS_FILE).exists()
 
     def recorded(self) -> list[tuple[int, float]]:
-        """Number and seconds of each iteration recorded here: no two runs share these. Empty if they cannot be read."""
-        try:
-            with open_regular(self.path / _METRICS_FILE) as file:
-                rows = [json.loads(line) for line in file]
-            return [(row["iteration"], row["total_time_sec"]) for row in rows]
-        except (OSError, ValueError, KeyError, TypeError):
-            return []
+        """Number and seconds of the iterations recorded here, which no two runs share, up to a line cut off."""
+        rows: list[tuple[int, float]] = []
+        with suppress(OSError, ValueError, KeyError, TypeError), open_regular(self.path / _METRICS_FILE) as file:
+            for row in map(json.loads, file):
+                rows.append((row["iteration"], row["total_time_sec"]))
+        return rows
 
     def _written(self) -> list[Path]:
         return [path for pattern in _WRITTEN for path in sorted(self.path.glob(pattern))]

@@ -293,8 +293,9 @@ class Session:
             return
         if done >= planned:
             logger.warning(
-                "The learning rate begins a new fall, over iterations %d to %d: the planned ones are done. To keep a "
-                "rate, set lr_scheduler='constant' or 'inverse_sqrt', with allow_changes=True where a run is resumed.",
+                "The learning rate begins a new fall, over iterations %d to %d: the planned ones are done. "
+                "lr_scheduler='inverse_sqrt' falls with the steps done instead, 'constant' not at all; where a run is "
+                "resumed, add allow_changes=True.",
                 done + 1, last,
             )  # fmt: skip
         else:
