@@ -523,7 +523,7 @@ def test_none_as_other_libraries_take_it_is_answered_with_the_number_to_set(kind
 
 
 def test_a_temperature_of_zero_is_answered_with_the_way_to_take_the_likeliest_token():
-    with pytest.raises(ConfigError, match="above 0, got 0. do_sample=False takes the likeliest token"):
+    with pytest.raises(ConfigError, match=r"above 0, got 0\. do_sample=False takes the likeliest"):
         GenerationConfig(temperature=0)
 
 

@@ -245,6 +245,19 @@ def test_an_interval_has_as_many_decimals_as_show_on_which_side_of_0_it_ends(low
     assert _cell(interval, _digits(interval), "+") == shown
 
 
+@pytest.mark.parametrize("abstains", [0, 1])
+def test_a_part_that_abstained_from_every_response_of_a_side_has_no_mean_there(abstains):
+    texts = {"prompts": ["p"] * 6, "responses": ["a b"] * 6, "response_lengths": [1] * 6, "kl_per_response": [0.0] * 6}
+    parts = {"rare": [0.5] * 6, "part": [1.0] * 6}
+    both = [{"part": parts["part"]} if side == abstains else parts for side in (0, 1)]
+    sides = [Evaluation(rewards=[1.0] * 6, breakdown=own, **texts) for own in both]
+    found = Comparison(against=("base", sides[0]), weights=("final", sides[1]), num_samples=1, ks=[])
+    rare = next(measure for measure in found.measures() if measure.name == "rare")
+    means = [rare.against.mean, rare.weights.mean]
+    assert math.isnan(means[abstains]) and means[1 - abstains] == 0.5 and math.isnan(rare.difference.mean)
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
 def test_only_the_mean_of_a_reward_that_is_0_or_1_has_the_interval_of_a_share():
     def side(rewards, kl):
         rest = {"prompts": ["p"] * 8, "responses": ["a b"] * 8, "breakdown": {"part": [0.5] * 8}}

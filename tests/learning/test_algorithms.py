@@ -206,6 +206,7 @@ def test_a_batch_of_equal_scores_teaches_nothing(rolled, algorithm, scores):
     found = compute_advantages(rolled, scored(scores), config, BETA)
     assert (found.advantages == 0).all()
     assert not found.has_signal
+    assert found.kl_loss_weight == (BETA if config.kl_in_loss else 0.0)  # no noise of the value head divides it
     assert found.mask.any(dim=1).tolist() == [not math.isnan(score) for score in scores]
     if not math.isnan(scores[1]):
         one_differs = compute_advantages(rolled, scored([*scores[:7], 0.8]), config, BETA)

@@ -17,6 +17,10 @@ def test_the_weight_rises_from_six_tenths_of_the_limit_on(kl, factor):
     assert limited_kl_weight(0.01, kl, 10.0) == pytest.approx(0.01 + 0.05 * (factor - 1))
 
 
+def test_a_kl_that_is_not_a_number_leaves_the_weight_as_it_is():
+    assert limited_kl_weight(0.3, math.nan, 10.0) == 0.3
+
+
 def test_one_noisy_batch_does_not_multiply_the_weight():
     """Between two batches whose KL differs by a nat, of ten, it no more than doubles."""
     weights = [limited_kl_weight(0.05, kl / 10, 10.0) for kl in range(150)]

@@ -190,6 +190,23 @@ def test_normalised_rewards_reach_the_override_normalised():
     assert score(Scaled(), ["a", "abc"]).rewards == pytest.approx([-(0.5**0.5), 0.5**0.5])
 
 
+def test_a_normalised_reward_keeps_its_own_values_in_the_breakdown():
+    class Shown(KonicLLMRewardComposer):
+        @llm_reward(normalize=True)
+        def length(self, prompt, response):
+            return float(len(response))
+
+        @llm_reward
+        def one(self, prompt, response):
+            return 1.0
+
+        def compose_batch(self, prompts, responses):
+            rewards, parts = super().compose_batch(prompts, responses)
+            return rewards, parts | {"length": [0.0] * len(rewards), "one": [2.0] * len(rewards)}
+
+    assert score(Shown(), ["a", "abc"]).breakdown == {"length": [1.0, 3.0], "one": [2.0, 2.0]}
+
+
 def test_the_trial_and_the_record_of_a_run_know_the_override():
     samples = samples_from_texts(["p"] * 3, ["a", "ab", "abc"], {})
     assert try_rewards(Doubled(), samples).total.mean == 4.0

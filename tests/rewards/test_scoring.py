@@ -5,6 +5,7 @@ import logging
 import math
 import statistics
 import time
+from contextlib import nullcontext
 from decimal import Decimal
 from fractions import Fraction
 
@@ -600,6 +601,15 @@ def test_without_a_fault_in_the_batch_the_message_ends_with_the_counts():
     with pytest.raises(RewardError) as error:
         require_errors_within([iteration(50, 90)], Scores([1.0] * 30, {}), TrainingConfig())
     assert str(error.value) == "Rewards failed on 50 of the last 120 responses, more than max_error_rate=0.1 of 120."
+
+
+@pytest.mark.parametrize(("failed", "rate", "refused"), [(4, 0.1, True), (3, 0.1, False), (4, 1.0, False)])
+def test_an_evaluation_in_which_every_response_failed_is_an_error(failed, rate, refused):
+    config = TrainingConfig(max_error_rate=rate, on_reward_error="skip")
+    scorer = Scorer(KonicLLMRewardComposer(), config)
+    message = r"failed on all 4 responses of an evaluation\. The last error: Reward 'odd'"
+    with pytest.raises(RewardError, match=message) if refused else nullcontext():
+        scorer.require_fit_evaluation(batch_of(failed, 4))
 
 
 # --- slow rewards ---

@@ -39,6 +39,11 @@ def unscored(**values):
     return iteration(num_unscored=8, reward_std=0.0, **nothing | values)
 
 
+def at_once(num_texts=1):
+    """An iteration whose responses end with their first token, with so many different texts."""
+    return iteration(response_length_mean=1.0, ended_fraction=1.0, distinct_fraction=num_texts / 8)
+
+
 GROUPS = TrainingConfig(algorithm="grpo", batch_size=8)
 BUDGET = TrainingConfig(kl_budget=5.0)
 MASKED = TrainingConfig(mask_truncated=True)
@@ -52,7 +57,7 @@ CASES = {
     "all_cut_off": (MASKED, [iteration(ended_fraction=0.0, num_samples=4, num_cut_off=3)] * 3),
     # the last of 20 ends among 64 responses comes within the first 40 with a probability of (40/64)^20 = 8e-5
     "stopped_ending": (PPO, [*HEALTHY, *[iteration(ended_fraction=0.0)] * 3]),
-    "empty_responses": (PPO, [*HEALTHY, *[iteration(response_length_mean=1.0, ended_fraction=1.0)] * 3]),
+    "empty_responses": (PPO, [*[iteration(distinct_fraction=1 / 8)] * 5, *[at_once()] * 3]),
     "entropy_collapse": (PPO, [*HEALTHY, *[iteration(entropy=0.19)] * 3]),
     "no_rewards": (PPO, [*HEALTHY, *[iteration(num_unscored=8, reward_std=0.0)] * 3]),
     "beyond_budget": (BUDGET, [*HEALTHY, iteration(kl_per_response=5.1)]),
@@ -271,6 +276,17 @@ def test_a_rare_reward_is_not_said_to_be_constant_once_it_was_earned(share, size
                 found += new_findings(history, TrainingConfig(batch_size=max(size, 2)), GenerationConfig())
         fired += "constant_reward" in found
     assert fired <= 1
+
+
+def test_groups_with_too_few_rewards_are_not_said_to_have_equal_ones():
+    history = [iteration(no_signal_fraction=1.0, num_unscored=6)] * 3
+    found = new_findings(history, GROUPS, GenerationConfig())["equal_groups"]
+    assert "too few rewards to compare" in found and "75% of the responses had none" in found
+
+
+def test_responses_of_one_token_that_differ_are_not_called_empty():
+    history = [*HEALTHY, *[at_once(num_texts=2)] * 3]
+    assert "empty_responses" not in new_findings(history, PPO, GenerationConfig())
 
 
 def test_one_token_responses_are_not_called_empty():

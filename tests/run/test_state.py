@@ -29,6 +29,14 @@ def test_with_a_target_the_weight_follows_the_last_iteration():
     assert state.kl_penalty_weight(0.05, config) == pytest.approx(0.3 * (1 + 0.2 * 16 / 100))
 
 
+def test_iterations_that_were_dropped_do_not_move_the_weight():
+    config = TrainingConfig(batch_size=16, kl_target=4.0, kl_horizon=100)
+    last = replace(iteration(), kl_penalty_weight=0.3, kl_per_response=99.0)
+    dropped = replace(last, kl_penalty_weight=0.5, kl_per_response=NAN, num_nonfinite=1, num_steps=0)
+    state = TrainerState(history=[last, dropped, dropped])
+    assert state.kl_penalty_weight(0.05, config) == pytest.approx(0.3 * (1 + 0.2 * 16 / 100))
+
+
 def test_the_weight_waits_while_values_warm_up_and_starts_again_from_zero():
     config = TrainingConfig(batch_size=16, kl_target=4.0, value_warmup_iterations=2)
     still = [replace(iteration(), iteration=n, kl_penalty_weight=0.05, kl_per_response=0.0) for n in (1, 2)]

@@ -34,7 +34,8 @@ class GenerationConfig(Settings):
     max_new_tokens: int = Field(default=48, ge=1)
     """The most tokens of a response; the end-of-sequence token counts."""
     min_new_tokens: int = Field(default=1, ge=0)
-    """The fewest tokens of a response; the end-of-sequence token counts. Above 1 it changes the distribution."""
+    """The fewest tokens of a response that no `stop` string ends; the end-of-sequence token counts. Above 1 it changes
+    the distribution."""
     max_prompt_length: int = Field(default=256, ge=1)
     """The most tokens of a prompt; a longer one loses its beginning."""
     temperature: float = Field(default=1.0, gt=0)

@@ -66,7 +66,9 @@ class Comparison:
         """Mean reward, each part, the best of k, the share that passes, KL, length and variety."""
         sides = self.against[1], self.weights[1]
         reward = sides[0].rewards, sides[1].rewards
-        parts = {name: (sides[0].breakdown[name], sides[1].breakdown[name]) for name in sides[0].breakdown}
+        absent = [math.nan] * len(reward[0])  # a part that abstained from all responses of a side
+        names = dict.fromkeys(name for side in sides for name in side.breakdown)
+        parts = {name: (sides[0].breakdown.get(name, absent), sides[1].breakdown.get(name, absent)) for name in names}
         kl = sides[0].kl_per_response, sides[1].kl_per_response
         found = [self._mean_reward(name, both) for name, both in {"mean reward": reward, **parts}.items()]
         found += [self._measure(f"best@{k}", reward, partial(_best, k=k)) for k in self.ks]

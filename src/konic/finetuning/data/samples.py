@@ -29,7 +29,7 @@ class Sample:
 
     @property
     def messages(self) -> list[dict[str, str]] | None:
-        """The chat whose last message is the prompt; None for plain text."""
+        """The chat whose last message is the prompt, whole also where the prompt was cut; None for plain text."""
         return self.columns.get(_MESSAGES)
 
     def with_columns(self, names: Sequence[str]) -> Self:

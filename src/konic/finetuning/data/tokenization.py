@@ -54,7 +54,8 @@ def warn_of_cuts(batch: PromptBatch, max_prompt_length: int) -> bool:
     if cut:
         logger.warning(
             "The start of %d of %d prompts of this batch, such as row %d, is cut off at max_prompt_length=%d tokens. "
-            "Rewards get the same cut text as their prompt. Raise it if the model should read all of a prompt.",
+            "Rewards get the same cut text as their prompt, but a chat whole. Raise it if the model should read all of "
+            "a prompt.",
             len(cut), len({prompt.row for prompt in batch.prompts}), min(cut), max_prompt_length,
         )  # fmt: skip
     return bool(cut)

@@ -121,6 +121,8 @@ def compute_advantages(
             has_signal = has_signal and bool((advantages[mask] != 0).any())
     advantages, returns = advantages.to(rollout.values.dtype), returns.to(rollout.values.dtype)
     advantages = torch.where(mask & has_signal, advantages, 0.0)
+    if not has_signal:
+        reward_per_unit = 1.0  # no advantages are divided, so neither is β
     counts = mask.any(dim=1)
     num_silent = (counts & ~(advantages != 0).any(dim=1)).sum().item()
     weights = _sampler_weights(rollout, mask, config)

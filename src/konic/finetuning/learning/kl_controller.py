@@ -17,7 +17,7 @@ def limited_kl_weight(kl_penalty_weight: float, kl_per_response: float, limit: f
         limit: Nats per response, > 0.
     """
     exponent = (kl_per_response / limit - 0.6) / 0.4
-    factor = 10.0 ** min(max(exponent, 0.0), 2.0)
+    factor = 10.0 ** min(max(0.0, exponent), 2.0)  # 1 where the KL is not a number
     return kl_penalty_weight + max(kl_penalty_weight, LEAST_WEIGHT) * (factor - 1.0)
 
 

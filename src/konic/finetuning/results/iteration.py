@@ -45,7 +45,13 @@ class FinetuningIterationResult:
     response_length_std: Annotated[float, Metric("unbiased; 0 for fewer than two responses", "tokens", "rollout")]
     learning_rate: Annotated[float, Metric("of the last optimizer step", "", "update")]
     clip_fraction: Annotated[
-        float, Metric("tokens whose ratio was outside the clip range, over all optimizer steps", "share", "update")
+        float,
+        Metric(
+            "tokens whose ratio was outside the clip range (±0.2 for `sapo`, which does not clip), or for `dppo` those "
+            "that lost their gradient, over all optimizer steps",
+            "share",
+            "update",
+        ),
     ]
     approx_kl: Annotated[
         float, Metric("how far the update moved the policy: k3 estimate over all optimizer steps", PER_TOKEN, "update")
@@ -102,7 +108,11 @@ class FinetuningIterationResult:
     ] = 0.0
     kl_loss: Annotated[
         float,
-        Metric("exact KL from the reference during the update; 0 if the penalty is in the reward", PER_TOKEN, "update"),
+        Metric(
+            "exact KL from the reference during the update; 0 if no penalty is in the loss, as with β = 0",
+            PER_TOKEN,
+            "update",
+        ),
     ] = 0.0
     kl_penalty_weight: Annotated[
         float,
@@ -135,7 +145,7 @@ class FinetuningIterationResult:
     num_steps: Annotated[
         int,
         Metric(
-            "optimizer steps taken: fewer than planned if `target_kl` stopped the update or no sample had a reward",
+            "optimizer steps taken: fewer than planned if `target_kl` stopped the update or the rewards taught nothing",
             "count",
             "update",
         ),

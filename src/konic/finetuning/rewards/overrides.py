@@ -23,7 +23,7 @@ from konic.finetuning.rewards.outcomes import (
     number,
     shorten,
 )
-from konic.finetuning.rewards.totals import AlreadyScored, collect_breakdown
+from konic.finetuning.rewards.totals import AlreadyScored, collect_breakdown, find_owners
 
 Accept = Callable[[Iterator[Outcome], Sequence[Sample]], Iterable[Outcome]]
 """Outcomes and their samples -> the same outcomes; it may raise a fault."""
@@ -38,7 +38,7 @@ class Composed:
     faults: list[Fault | None]
     """[B] the first fault on each sample, or None."""
     breakdown: dict[str, list[float]]
-    """Each part's own values [B], and those that the method returns."""
+    """Each part's own values [B], and those that the method returns; a normalised reward keeps its own."""
 
 
 def compose_totals(
@@ -70,6 +70,8 @@ def compose_totals(
             composed.faults[row] = outcome if isinstance(outcome, Fault) else None
             composed.totals[row] = math.nan if isinstance(outcome, Fault) else outcome.get(override.name, math.nan)
         for name, values in returned.items():
+            if any(reward.normalize for reward in find_owners(rewards, [name]).values()):
+                continue  # evaluations are put on one scale by a reward's own values
             column = composed.breakdown.setdefault(name, [math.nan] * len(samples))
             for row, value in zip(group, values, strict=True):
                 column[row] = value

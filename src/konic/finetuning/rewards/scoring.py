@@ -155,6 +155,12 @@ class Scorer:
         """Raise RewardError if rewards have failed on more responses than max_error_rate allows."""
         require_errors_within(history, scores, self._config)
 
+    def require_fit_evaluation(self, scores: Scores) -> None:
+        """Raise RewardError if rewards failed on too many responses of an evaluation, or on all of them."""
+        if scores.num_faults == len(scores.rewards) and self._config.max_error_rate < 1:
+            raise _too_many_errors(f"Rewards failed on all {scores.num_faults} responses of an evaluation.", scores)
+        require_errors_within([], scores, self._config)
+
     def score(
         self,
         samples: Sequence[Sample],
@@ -358,10 +364,15 @@ def require_errors_within(history: Sequence[FinetuningIterationResult], scores: 
             break
         errors, seen = errors + failed, seen + size
     if errors > config.max_error_rate * max(seen, ERROR_WINDOW) + 1e-9:  # 0.29 × 100 is less than 29 in floats
-        last = next(fault for fault in reversed(scores.faults or [None]) if fault) if scores.num_faults else None
-        detail = f" The last error: {last.who} {last.what}" if last else ""
-        raise RewardError(
+        raise _too_many_errors(
             f"Rewards failed on {errors} of the last {seen} responses, more than max_error_rate="
-            f"{config.max_error_rate:g} of {max(seen, ERROR_WINDOW)}.{detail}",
-            *(last.traceback_lines if last else ()),
+            f"{config.max_error_rate:g} of {max(seen, ERROR_WINDOW)}.",
+            scores,
         )
+
+
+def _too_many_errors(problem: str, scores: Scores) -> RewardError:
+    """The error, with the last fault of a batch if it has one."""
+    last = next(fault for fault in reversed(scores.faults or [None]) if fault) if scores.num_faults else None
+    detail = f" The last error: {last.who} {last.what}" if last else ""
+    return RewardError(f"{problem}{detail}", *(last.traceback_lines if last else ()))

@@ -72,7 +72,7 @@ def evaluate(
         all_records += records
         kls += kl
     scores = scorer.score(all_records, moments)
-    scorer.require_error_rate([], scores)
+    scorer.require_fit_evaluation(scores)
     return make_evaluation(all_records, kls, scores)
 
 

@@ -124,6 +124,13 @@ def _equal_groups(history: History, config: TrainingConfig, generation: Generati
         return None
     if len({end for r in recent for end in (r.reward_min, r.reward_max)}) == 1:
         return None  # `constant_reward` says more
+    unscored = sum(r.num_unscored for r in recent) / sum(r.num_samples for r in recent)
+    if unscored >= 0.5:
+        return (
+            f"In the last {PATIENCE} iterations nearly every group of responses to one prompt had too few rewards to "
+            f"compare, which teaches {config.algorithm} nothing: {unscored:.0%} of the responses had none. "
+            "See num_reward_errors in metrics.jsonl, and let the rewards return a number where they now return None."
+        )
     return (
         f"In the last {PATIENCE} iterations nearly every group of responses to one prompt got equal rewards, which "
         f"teaches {config.algorithm} nothing. Raise num_generations (now {config.responses_per_prompt}) or the "
@@ -177,6 +184,8 @@ def _empty_responses(history: History, config: TrainingConfig, generation: Gener
     is_short = generation.max_new_tokens > 1 and all(r.response_length_mean <= 1 for r in recent)
     if not recent or not is_short or any(r.ended_fraction < 1 for r in recent):
         return None
+    if any(r.distinct_fraction * r.num_samples > 1.5 for r in recent):
+        return None  # texts that differ are not all empty: a token may hold a stop string and more
     return (
         f"Every response of the last {len(recent)} iterations is empty: the policy ends at once. The reward may favour "
         "empty responses: give them a low reward, or set min_new_tokens."

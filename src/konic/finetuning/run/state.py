@@ -73,8 +73,12 @@ class TrainerState:
         return not math.isnan(objective) and not any(earlier >= objective for earlier in before)
 
     def kl_penalty_weight(self, start: float, config: TrainingConfig) -> float:
-        """β of the next iteration: the configured value, or with kl_target adapted to the KL of the last iteration."""
-        moved = [result for result in self.history if result.iteration > config.value_warmup_iterations]
+        """β of the next iteration: the configured value, or with kl_target adapted to the KL of the last iteration.
+
+        Iterations that were dropped do not count.
+        """
+        begun = config.value_warmup_iterations
+        moved = [result for result in self.history if result.iteration > begun and not result.was_dropped]
         if config.kl_target is None or not moved or moved[-1].kl_penalty_weight == 0:
             return start
         last = moved[-1]
