@@ -182,6 +182,32 @@ def test_a_rise_is_questioned_where_length_words_or_one_reward_explain_it(tmp_pa
     assert "100% came from kind" in found[2]
 
 
+@pytest.mark.parametrize("weights", [{"r": 3.0}, {"r.a": 3.0, "r.b": 3.0}, {"a": 3.0, "b": 3.0}])
+def test_a_part_has_the_weight_of_its_own_or_of_its_key_or_of_its_reward(tmp_path, weights):
+    run = make_run(tmp_path / "run", settings={"rewards": ["r", "s"], "reward_weights": weights},
+                   reward_breakdown={"r.a": 0.0, "r.b": 0.0, "s": 0.0})  # fmt: skip
+    evaluation(run, 0, [0.0] * 5, **{"r.a": [0.0] * 5, "r.b": [0.0] * 5, "s": [0.0] * 5})
+    evaluation(run, 3, [4.0] * 5, **{"r.a": [1.0] * 5, "r.b": [0.0] * 5, "s": [0.5] * 5})
+    _, page = page_of(run, output=tmp_path / "report.html")
+    assert "r.a 3.0 0.000 1.000 +1.000 r.b 3.0 0.000 0.000 +0.000 s 1.0 0.000 0.500 +0.500" in page.text
+    assert "86% came from r.a" in page.text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rewards": ["r", "s"], "reward_weights": {"a": 2.0}},
+        {"rewards": ["r"]},
+        {"rewards": ["r", 7]},
+        {"rewards": ["r", "s"], "reward_weights": {"r": "much"}},
+    ],
+)
+def test_a_weight_that_is_not_known_is_not_said(tmp_path, settings):
+    run = make_run(tmp_path / "run", settings=settings, reward_breakdown={"r.a": 0.5, "s.a": 0.5})
+    _, page = page_of(run, output=tmp_path / "report.html")
+    assert "r.a – 0.500 0.500 +0.000 s.a – 0.500 0.500" in page.text
+
+
 def test_self_checks_and_what_a_run_was_made_with_are_shown(tmp_path):
     run = make_run(tmp_path / "run", checks=["kl_runaway"])
     _, page = page_of(run, output=tmp_path / "report.html")

@@ -170,12 +170,10 @@ def _frontiers(names: Sequence[str], runs: Sequence[Run], folder: Path | None) -
 
 def _parts(run: Run) -> list[dict[str, Any]]:
     """Each reward with its weight and its mean before and after."""
-    weights = run.settings.get("reward_weights")
-    weights = weights if isinstance(weights, dict) else {}
-    rows = []
+    weights, rows = run.weights, []
     for name in run.parts:
         before, after = part_means(run, name)
-        rows.append({"name": name, "weight": weights.get(name, 1.0), "before": before, "after": after})
+        rows.append({"name": name, "weight": weights.get(name, "–"), "before": before, "after": after})
     return rows
 
 

@@ -12,9 +12,11 @@ from typing import Any
 import pyarrow
 
 from konic.finetuning.data.formats import columns_of, read_table
-from konic.finetuning.errors import OutputError, did_you_mean
+from konic.finetuning.errors import KonicError, OutputError, did_you_mean
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.trained import iterations_in_card
+from konic.finetuning.rewards.outcomes import Reward
+from konic.finetuning.rewards.totals import Weighting, part_weights
 from konic.finetuning.system.places import find_stray, read_json, read_regular
 from konic.text import describe_error
 
@@ -147,6 +149,18 @@ class Run:
         names = self.history[-1].get("reward_breakdown")
         short = (name for name in names if len(name) <= _LONGEST_NAME) if isinstance(names, dict) else ()
         return list(short)[:MOST_PARTS]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each of `parts`, as training looks it up; empty if the record does not say it."""
+        parts, names, given = self.parts, self.settings.get("rewards"), self.settings.get("reward_weights")
+        names = names if isinstance(names, list) else [part.partition(".")[0] for part in parts]
+        given = {name: as_number(weight) for name, weight in given.items()} if isinstance(given, dict) else {}
+        try:
+            weights = part_weights(Weighting([Reward(name, float) for name in names], given, None), parts)
+        except KonicError:  # no training has such names or weights
+            return {}
+        return {} if any(math.isnan(weights.get(part, math.nan)) for part in parts) else weights
 
     def samples(self, iteration: int) -> list[dict[str, Any]]:
         """The responses of an iteration, as `completions/` holds them; empty, with a note, if they cannot be read."""

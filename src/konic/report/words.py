@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from konic.finetuning.results.intervals import Interval, distinct_n, nanmean, of_standard_error, paired_bootstrap
-from konic.report.run import PART, Run, as_number
+from konic.report.run import PART, Run
 
 DOMINATES = 0.8
 """Share of the gain that one of several rewards earns alone."""
@@ -131,9 +131,7 @@ def _repetition(run: Run) -> str | None:
 
 
 def _dominance(run: Run) -> str | None:
-    weights = run.settings.get("reward_weights")
-    weights = weights if isinstance(weights, dict) else {}
-    gains = {name: _gain(run, name) * as_number(weights.get(name, 1.0)) for name in run.parts}
+    gains = {name: _gain(run, name) * weight for name, weight in run.weights.items()}
     total = sum(gain for gain in gains.values() if gain > 0)
     if len(gains) < 2 or total <= 0:
         return None
