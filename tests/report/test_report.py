@@ -158,6 +158,15 @@ def test_a_gain_of_batches_that_may_be_chance_is_called_so(tmp_path):
     assert unscored.gain.high == pytest.approx(0.2 + 1.96 * 0.5)
 
 
+def test_a_batch_without_rewards_makes_no_gain_surer(tmp_path):
+    run = make_run(tmp_path / "run", [0.0] * 2 + [0.5] * 16 + [1.0] * 2)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[1] |= {"reward_mean": None, "reward_std": 0.0, "num_unscored": 8}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    error = math.hypot(0.5 / math.sqrt(8), 0.5 / math.sqrt(16))  # of one batch and of two
+    assert outcome(Run.read(run)).gain == pytest.approx(Interval(1.0, 1.0 - 1.96 * error, 1.0 + 1.96 * error))
+
+
 @pytest.mark.parametrize(
     ("rewards", "said"),
     [
@@ -206,6 +215,15 @@ def test_a_weight_that_is_not_known_is_not_said(tmp_path, settings):
     run = make_run(tmp_path / "run", settings=settings, reward_breakdown={"r.a": 0.5, "s.a": 0.5})
     _, page = page_of(run, output=tmp_path / "report.html")
     assert "r.a – 0.500 0.500 +0.000 s.a – 0.500 0.500" in page.text
+
+
+def test_a_part_that_the_last_iteration_has_not_is_shown(tmp_path):
+    run = make_run(tmp_path / "run", reward_breakdown={"r.a": 1.0, "r.b": 2.0})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(metrics(4, 0.3, reward_breakdown={"r.c": 3.0, "r.a": 1.0})) + "\n")
+    text, page = page_of(run, output=tmp_path / "report.html")
+    assert "r.a 1.0 1.000 1.000 +0.000 r.b 1.0 2.000 – – r.c 1.0 – 3.000 –" in page.text
+    assert "r.b from 2 to 2" in text
 
 
 def test_self_checks_and_what_a_run_was_made_with_are_shown(tmp_path):

@@ -145,10 +145,10 @@ class Run:
 
     @property
     def parts(self) -> list[str]:
-        """The names of the rewards, the first hundred."""
-        names = self.history[-1].get("reward_breakdown")
-        short = (name for name in names if len(name) <= _LONGEST_NAME) if isinstance(names, dict) else ()
-        return list(short)[:MOST_PARTS]
+        """The names of the rewards that any iteration has, the first hundred."""
+        parts = (row.get("reward_breakdown") for row in self.history)
+        names = dict.fromkeys(name for part in parts if isinstance(part, dict) for name in part)
+        return [name for name in names if len(name) <= _LONGEST_NAME][:MOST_PARTS]
 
     @property
     def weights(self) -> dict[str, float]:

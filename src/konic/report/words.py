@@ -92,9 +92,11 @@ def _gain_of_batches(run: Run) -> Interval | None:
     counts = [samples - (0.0 if math.isnan(unscored) else unscored) for samples, unscored in scored]
     deviations = zip(run.values("reward_std"), counts, strict=True)
     errors = [deviation / math.sqrt(max(1.0, count)) for deviation, count in deviations]
-    count = _tenth(errors)
-    error = math.hypot(*errors[:count], *errors[-count:]) / count
-    before, after = _at_ends(run.values("reward_mean"))
+    means, count = run.values("reward_mean"), _tenth(errors)
+    ends = [[*zip(means, errors, strict=True)][part] for part in (slice(count), slice(-count, None))]
+    known = [[error for mean, error in end if not math.isnan(mean)] for end in ends]
+    error = math.hypot(*(math.hypot(*end) / max(1, len(end)) for end in known))
+    before, after = _at_ends(means)
     return None if math.isnan(after - before) or math.isnan(error) else of_standard_error(after - before, error)
 
 
