@@ -281,11 +281,19 @@ def test_train_called_again_goes_on(model_folders, tmp_path):
     assert metrics(tmp_path / "twice") == metrics(tmp_path / "once")
 
 
+def test_a_report_alone_is_no_run(model_folders, tmp_path):
+    (tmp_path / "report.html").write_text("a page")
+    make_engine(model_folders["llama"], tmp_path).train(1)
+    assert (tmp_path / "report.html").is_file() and not (tmp_path / "earlier-1").exists()
+
+
 def test_a_finished_run_is_not_overwritten_but_set_aside(model_folders, tmp_path, caplog):
     run = tmp_path / "run"
     make_engine(model_folders["llama"], run).train(2)
     before = metrics(run), completions(run), weights(run / "final")
+    (run / "report.html").write_text("links to final/")
     make_engine(model_folders["llama"], run, seed=1).train(1)
+    assert (run / "earlier-1" / "report.html").is_file() and not (run / "report.html").exists()
     assert f"An earlier run was in {run}; its files are now in {run / 'earlier-1'}." in caplog.text
     kept = run / "earlier-1"
     assert (metrics(kept), completions(kept)) == before[:2]

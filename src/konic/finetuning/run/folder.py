@@ -55,6 +55,8 @@ _WRITTEN = (
     "trackers",
 )  # fmt: skip
 """What a run writes into its folder."""
+_REPORT_FILE = "report.html"
+"""What `konic report` writes there: it links to the run's models, and says nothing of whether there is a run."""
 _UNFINISHED = (
     ".checkpoint-*", ".best-*", ".final-*", f".{_METRICS_FILE}", f".{_RUN_FILE}", "completions/.[0-9]*",
     "evaluations/.[0-9]*",
@@ -121,7 +123,7 @@ class RunFolder:
         if not self.holds_a_run:
             return None
         try:
-            return set_aside(self.path, self._written())
+            return set_aside(self.path, [*self._written(), *self.path.glob(_REPORT_FILE)])
         except OSError as error:
             raise unwritable(error.filename or self.path, error) from None
 
