@@ -88,6 +88,16 @@ def test_a_character_of_several_tokens_stands_at_its_last():
     assert _token_texts([3, 4], None) == ["[3]", "[4]"]
 
 
+def test_a_run_without_values_says_that_none_colour_its_tokens(tmp_path, monkeypatch):
+    said = "The algorithm of this run learns no values, so --by value colours nothing."
+    for colours in ("", "1"):
+        monkeypatch.setenv("FORCE_COLOR", colours)
+        assert said in inspected(tmp_path, "--best", "--by", "value").stdout
+        assert said not in inspected(tmp_path, "--best", "--by", "kl").stdout
+        values = [[0.1, 0.2], [0.1], [0.1], [0.1]]
+        assert said not in inspected(tmp_path, "--best", "--by", "value", values=values).stdout
+
+
 def test_a_real_run_is_replayed(tmp_path, model_folders):
     make_engine(model_folders["llama"], tmp_path / "run").train(2)
     samples = replays(Run.read(tmp_path / "run"), 2)

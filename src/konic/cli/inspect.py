@@ -101,6 +101,8 @@ def _show_sample(one: "Replay", iteration: int, by: Number) -> None:
         _show_colours(one, by, console)
     else:
         _show_numbers(one)
+    if by is Number.VALUE and one.numbers and by not in one.numbers:
+        write_line("\nThe algorithm of this run learns no values, so --by value colours nothing.", sys.stdout)
     write_line("", sys.stdout)
     for name, value in one.parts.items():
         seconds = one.seconds.get(name.split(".")[0], one.seconds.get(name, math.nan))
