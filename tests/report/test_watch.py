@@ -140,7 +140,8 @@ def test_a_run_without_an_iteration_is_waited_for(tmp_path):
     page = LivePage([run])
     assert "&lt;b&gt; has not finished an iteration yet" in page.html() and 'http-equiv="refresh"' in page.html()
     go_on(run, 1)
-    assert "1 iterations" in page.html()
+    assert "1 iteration<" in page.html()
+    assert "other has not finished an iteration yet" in LivePage([run, make_run(tmp_path / "other", [])]).html()
 
 
 def test_what_is_no_run_and_a_port_in_use_are_one_error(run, tmp_path):

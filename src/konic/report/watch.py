@@ -50,6 +50,7 @@ class LivePage:
 
     def __init__(self, runs: Sequence[Path]) -> None:
         self._runs = runs
+        self._unfinished = runs[0]
         self._lock = threading.Lock()
         self._page: str | None = None
         self._state = ""
@@ -73,11 +74,14 @@ class LivePage:
                 self._seen, self._since = state, time.monotonic()
             if state != self._state:
                 self._renew(state)
-            return self._page or _WAITING.format(name=escape(self._runs[0].resolve().name))
+            return self._page or _WAITING.format(name=escape(self._unfinished.resolve().name))
 
     def _renew(self, state: str) -> None:
+        runs: list[Run] = []
         try:
-            runs = [Run.read(run) for run in self._runs]
+            for run in self._runs:
+                self._unfinished = run
+                runs.append(Run.read(run))
             page = render(runs, None, state)
         except OutputError:
             if self._page is None and not all((run / "run.json").exists() for run in self._runs):
