@@ -9,6 +9,8 @@ import os
 import re
 import subprocess
 import sys
+from urllib.parse import urljoin, urlsplit
+from urllib.request import url2pathname
 
 import pyarrow
 import pyarrow.parquet
@@ -261,6 +263,17 @@ def test_saved_weights_are_linked_from_where_the_page_is(tmp_path):
         assert {f"{start}checkpoint-2/", f"{start}final/"} <= set(links)
 
 
+@pytest.mark.parametrize("name", ["a#b c", "c?d", "50%25", "ppo:1", "ünï & <b>"])
+def test_links_lead_into_a_folder_of_any_name(tmp_path, name):
+    run = make_run(tmp_path / name)
+    (run / "final").mkdir()
+    _, page = page_of(run, output=tmp_path / "report.html")
+    links = [value for tag, attribute, value in page.attributes if (tag, attribute) == ("a", "href")]
+    found = [urlsplit(urljoin(f"{tmp_path.as_uri()}/report.html", link)) for link in links if not link.startswith("#")]
+    assert [url2pathname(link.path) for link in found] == [f"{run / 'final'}/"]
+    assert all(not link.query and not link.fragment for link in found) and f"{name}/final/: 0.3 at" in page.text
+
+
 # --- what it escapes ---
 
 
@@ -487,6 +500,8 @@ def test_the_command_writes_the_page_into_the_run_and_says_the_outcome(tmp_path,
     monkeypatch.chdir(tmp_path)
     assert konic_here("report", run, make_run(tmp_path / "other")).returncode == 0
     assert (tmp_path / "report.html").is_file()
+    twice = konic_here("report", run, tmp_path / "other", run)
+    assert twice.returncode == 2 and "name each run once." in twice.stderr
     (tmp_path / "file").write_text("")
     for where in (tmp_path / "file" / "report.html", tmp_path / "run"):
         failed = konic_here("report", run, "--output", where)

@@ -46,6 +46,11 @@ def report(
         raise typer.BadParameter("--watch writes no file: leave --output out.")
     if port and not watch:
         raise typer.BadParameter("--port is where --watch serves the page: give --watch too.")
+    twice = next(
+        (run for at, run in enumerate(runs) if run.resolve() in [other.resolve() for other in runs[:at]]), None
+    )
+    if twice:
+        raise typer.BadParameter(f"{twice} is named twice: name each run once.")
     write_line(f"Reading {', '.join(map(str, runs))} ...", sys.stderr)
     if watch:
         from konic.finetuning.run.remote import is_copy

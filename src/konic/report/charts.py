@@ -4,9 +4,11 @@ Colours are variables of the page's style, so that a picture follows its light o
 """
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import vl_convert
 
@@ -36,7 +38,8 @@ _ITERATIONS = {
     "field": "iteration", "type": "quantitative", "title": "iteration", "axis": {"format": "d", "tickMinStep": 1},
 }  # fmt: skip
 _LINKS_FROM = "https://vega.github.io/vega-datasets/"
-"""What Vega puts before a relative link; such a link is one from the page."""
+"""What Vega puts before a relative link; such a link is one from the page. It starts with `./`, or Vega takes `a:` for a
+scheme."""
 
 Curve = Mapping[int, float]
 """A number by its iteration, NaN where there is none."""
@@ -119,7 +122,8 @@ def frontier(runs: Mapping[str, tuple[Curve, Curve, Mapping[int, str]]], linked:
             place = min((at for at in kl if at > iteration), default=max(kl))
             if not math.isnan(kl[place] + reward[place]):
                 said = f"{link}: {_short(reward[place])} at {kl[place]:.2f} nats"
-                saved.append({"name": name, "kl": kl[place], "reward": reward[place], "said": said, "link": link})
+                href = f"./{quote(os.fsencode(link))}"
+                saved.append({"name": name, "kl": kl[place], "reward": reward[place], "said": said, "link": href})
     position: dict[str, Any] = {
         "x": {"field": "kl", "type": "quantitative", "title": "KL paid (nats per response)"},
         "y": {"field": "reward", "type": "quantitative", "title": "mean reward", "scale": {"zero": False}},
@@ -202,7 +206,7 @@ def _draw(spec: dict[str, Any], about: str) -> str:
     labelled = r'<path ([^>]*?)aria-label="([^"]*)"([^>]*?)/>'
     svg = re.sub(labelled, r"<path \1\3><title>\2</title></path>", svg)
     svg = re.sub(r' (?:aria-[a-z]+|role)="[^"]*"', "", svg)
-    svg = svg.replace(f' xlink:href="{_LINKS_FROM}', ' href="')
+    svg = svg.replace(f' xlink:href="{_LINKS_FROM}./', ' href="')
     label = about.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     size = re.search(r'width="([0-9.]+)" height="([0-9.]+)"', svg)
     shown = f' style="max-width:{size[1]}px"' if size else ""

@@ -162,7 +162,11 @@ def _frontiers(names: Sequence[str], runs: Sequence[Run], folder: Path | None) -
     found = {}
     for name, run in zip(names, runs, strict=True):
         place = run.path.absolute()
-        start = f"{place.relative_to(folder)}/" if folder and place.is_relative_to(folder) and place != folder else ""
+        start = (
+            f"{place.relative_to(folder).as_posix()}/"
+            if folder and place.is_relative_to(folder) and place != folder
+            else ""
+        )
         links = {at: f"{start}{saved}/" for at, saved in run.checkpoints.items()}
         found[name] = (run.curve("kl_per_response"), run.curve("reward_mean"), links)
     return found
