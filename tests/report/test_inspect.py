@@ -12,10 +12,10 @@ from konic.report.replay import OLDER, _token_texts, choose, replays
 from test_engine import make_engine
 
 ROWS = {
-    "prompt": ["a"] * 4, "response": [HOSTILE, "two", "three", "four"], "reward": [0.0, 1.0, 2.0, None],
+    "prompt": ["a"] * 4, "response": [HOSTILE, "two", "three", "four"], "reward": [0.0, 2.0, 1.0, None],
     "kl": [0.5, 0.1, 0.2, 0.3], "ended": [True, True, False, True], "error": [None, None, None, "Reward 'kind' raised"],
     "left_out": [None, None, "cut off", None], "token_ids": [[5, 6], [7], [8], [9]],
-    "reward/kind": [0.0, 1.0, 2.0, None], "seconds/kind": [0.002] * 4,
+    "reward/kind": [0.0, 2.0, 1.0, None], "seconds/kind": [0.002] * 4,
     "advantages": [[-1.0, -1.0], [1.0], None, None], "token_kl": [[0.4, 0.1], [0.1], [0.2], [0.3]],
     "log_probs": [[-1.0, -2.0], [-0.5], [-0.1], [-0.2]], "entropy": [[1.0, 1.0], [1.0], [1.0], [1.0]],
 }  # fmt: skip
@@ -50,14 +50,45 @@ def test_a_response_says_why_it_got_its_advantage(tmp_path, sample, why):
     assert "in 2.0 ms" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [
+        ({"num_generations": 2}, {}),
+        ({"num_generations": 4}, {"row": [1, 1, 2, 2]}),
+        ({"num_generations": 4}, {"prompt": ["a", "a", "a", "b"]}),
+        ({"algorithm": "dr_grpo"}, {"reward": [0.0, 3.0, 1.5, None]}),
+        ({"algorithm": "ppo"}, {}),
+        ({"algorithm": "reinforce++"}, {"left_out": [None] * 4, "advantages": [[-1.0, -1.0], [1.0], [2.0], None]}),
+        ({}, {"values": [[0.1, 0.1], [0.1], [0.1], [0.1]]}),
+    ],
+)
+def test_an_iteration_of_other_settings_is_not_explained_by_those_of_now(tmp_path, settings, changes):
+    run = recorded(tmp_path, **changes)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"settings": record["settings"] | settings}))
+    why = replays(Run.read(run), 3)[0].why
+    assert why.startswith("Its reward is 0.000, and its advantage -1.000 for every token. The settings in run.json")
+    assert "they may have changed since this iteration" in why
+
+
+@pytest.mark.parametrize("settings", [{"kl_placement": "reward"}, {"overlong_penalty": 1.0}])
+def test_penalties_are_named_where_the_rule_alone_gives_another_advantage(tmp_path, settings):
+    run = recorded(tmp_path, advantages=[[-0.8, -0.8], [1.0], None, None])
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"settings": record["settings"] | settings}))
+    first, second, *_ = replays(Run.read(run), 3)
+    assert first.why.endswith("-0.800 for every token. Penalties for KL or length are in it too.")
+    assert second.why.endswith("+1.000 for every token.")
+
+
 def test_responses_are_listed_and_chosen(tmp_path):
     listed = inspected(tmp_path).stdout
     assert "Iteration 3: 4 responses" in listed and "(cut off) three" in listed and "\x1b" not in listed
-    assert "sample 3" in inspected(tmp_path, "--best").stdout
+    assert "sample 2" in inspected(tmp_path, "--best").stdout
     assert "sample 1" in inspected(tmp_path, "--worst").stdout
     assert "sample 1" in inspected(tmp_path, "--most-moved").stdout
     whole = json.loads(inspected(tmp_path, "--json").stdout)
-    assert [one["reward"] for one in whole["samples"]] == [0.0, 1.0, 2.0, None]
+    assert [one["reward"] for one in whole["samples"]] == [0.0, 2.0, 1.0, None]
     assert whole["samples"][0]["numbers"]["advantage"] == [-1.0, -1.0]
 
 
@@ -112,7 +143,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "run" / "final").mkdir(parents=True)
     (tmp_path / "run" / "final" / "tokenizer.json").write_text('{"model": ')
     done = inspected(tmp_path, "--best")
-    assert done.returncode == 0 and "[8]" in done.stdout
+    assert done.returncode == 0 and "[7]" in done.stdout
     assert "Note: final/tokenizer.json cannot be read" in done.stderr
 
 

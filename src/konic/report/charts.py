@@ -38,7 +38,7 @@ _ITERATIONS = {
     "field": "iteration", "type": "quantitative", "title": "iteration", "axis": {"format": "d", "tickMinStep": 1},
 }  # fmt: skip
 _LINKS_FROM = "https://vega.github.io/vega-datasets/"
-"""What Vega puts before a relative link; such a link is one from the page. It starts with `./`, or Vega takes `a:` for a
+"""What Vega puts before a relative link; such a link is one from the page. With `./` first, Vega takes no `a:` for a
 scheme."""
 
 Curve = Mapping[int, float]

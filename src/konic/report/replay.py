@@ -11,7 +11,7 @@ from typing import Any
 from konic.finetuning.algorithms import ALGORITHMS
 from konic.finetuning.errors import OutputError
 from konic.finetuning.models.tokenizer_rules import find_unbounded_rule
-from konic.finetuning.results.intervals import nanmean
+from konic.finetuning.results.intervals import nanmean, spread
 from konic.finetuning.system.places import find_stray, read_regular
 from konic.report.run import PART, Run, as_number
 from konic.text import redact
@@ -74,7 +74,8 @@ def replays(run: Run, iteration: int) -> list[Replay]:
         note = next((f" {note}." for note in run.notes if f"{iteration:06d}.parquet" in note), "")
         raise OutputError(f"{run.path} has no responses of iteration {iteration} that can be read.{note} {has}")
     decode = _decoder(run)
-    return [_replay(run, rows, index, decode) for index in range(len(rows))]
+    is_whitened = _is_whitened(run, rows)
+    return [_replay(run, rows, index, decode, is_whitened) for index in range(len(rows))]
 
 
 def choose(samples: Sequence[Replay]) -> dict[str, Replay]:
@@ -87,7 +88,8 @@ def chosen_of(run: Run, rows: Sequence[dict[str, Any]]) -> dict[str, Replay]:
     """Return what `choose` would of the responses of an iteration, without a replay of the others."""
     found = _extremes([as_number(row.get("reward")) for row in rows], [as_number(row.get("kl")) for row in rows])
     decode = _decoder(run) if found else None
-    return {name: _replay(run, rows, index, decode) for name, index in found.items()}
+    is_whitened = _is_whitened(run, rows)
+    return {name: _replay(run, rows, index, decode, is_whitened) for name, index in found.items()}
 
 
 def _extremes(rewards: Sequence[float], kl: Sequence[float]) -> dict[str, int]:
@@ -102,7 +104,13 @@ def _extremes(rewards: Sequence[float], kl: Sequence[float]) -> dict[str, int]:
     return found
 
 
-def _replay(run: Run, rows: Sequence[dict[str, Any]], index: int, decode: Callable[[list[int]], str] | None) -> Replay:
+def _replay(
+    run: Run,
+    rows: Sequence[dict[str, Any]],
+    index: int,
+    decode: Callable[[list[int]], str] | None,
+    is_whitened: bool,
+) -> Replay:
     row = rows[index]
     recorded = row.get("token_ids")
     ids = [one for one in recorded if isinstance(one, int) and 0 <= one < 2**32] if isinstance(recorded, list) else []
@@ -126,11 +134,13 @@ def _replay(run: Run, rows: Sequence[dict[str, Any]], index: int, decode: Callab
         error=_text(row.get("error")),
         tokens=tokens,
         numbers=numbers,
-        why=_why(run, rows, index, numbers),
+        why=_why(run, rows, index, numbers, is_whitened),
     )
 
 
-def _why(run: Run, rows: Sequence[dict[str, Any]], index: int, numbers: dict[str, list[float]]) -> str:
+def _why(
+    run: Run, rows: Sequence[dict[str, Any]], index: int, numbers: dict[str, list[float]], is_whitened: bool
+) -> str:
     """Why a response got its advantage, with the numbers that decided it."""
     row = rows[index]
     reward, signal = as_number(row.get("reward")), numbers.get("advantage", [])
@@ -146,26 +156,15 @@ def _why(run: Run, rows: Sequence[dict[str, Any]], index: int, numbers: dict[str
     if not any(signal):
         return "All its advantages are 0: the rewards did not say which response is better."
     rule, size = _rule(run)
-    mean = nanmean(signal)
-    if rule in ("gae", "reward_to_go"):
-        others = nanmean([as_number(other.get("reward")) for other in rows])
-        expected = numbers.get("value", [math.nan])[0]
-        against = (
-            f"the value head expected {expected:.3f} before the first token"
-            if rule == "gae"
-            else (f"the mean of the batch is {others:.3f}")
-        )
-        return (
-            f"Its reward is {reward:.3f}, and {against}. Whitened over the batch, to mean 0 and standard deviation 1, "
-            f"its advantages go from {min(signal):+.3f} to {max(signal):+.3f}, with mean {mean:+.3f}."
-        )
-    start = index // size * size
-    group = [as_number(other.get("reward")) for other in rows[start : start + size]]
-    group = [value for value in group if not math.isnan(value)]
-    settings = [run.settings.get(name) for name in ("missing_eos_penalty", "overlong_penalty")]
-    penalised = any(settings) or run.settings.get("kl_placement") == "reward"
-    also = " Penalties for KL or length are in it too." if penalised else ""
-    return f"{_in_group(rule, reward, group)} Its advantage is {mean:+.3f}{_same(signal)}.{also}"
+    explained, may_apply = None, ("value" in numbers) == (rule == "gae")  # only PPO learns values
+    if may_apply and rule not in ("gae", "reward_to_go"):
+        explained = _in_group(run, rule, size, rows, index, signal)
+    elif may_apply and is_whitened:
+        explained = _after_whitening(rule, rows, index, numbers)
+    return explained or (
+        f"Its reward is {reward:.3f}, and its advantage {nanmean(signal):+.3f}{_same(signal)}. The settings in "
+        "run.json do not say how the one led to the other: they may have changed since this iteration."
+    )
 
 
 def _rule(run: Run) -> tuple[str, int]:
@@ -175,19 +174,92 @@ def _rule(run: Run) -> tuple[str, int]:
     return algorithm.advantages, size if isinstance(size, int) and size > 0 else algorithm.group_size
 
 
-def _in_group(rule: str, reward: float, group: Sequence[float]) -> str:
-    centre = nanmean(group)
-    start = f"Its reward is {reward:.3f}"
+def _is_whitened(run: Run, rows: Sequence[dict[str, Any]]) -> bool:
+    """False if the advantages of an iteration are seen not to be whitened over the batch."""
+    if any(row.get("left_out") or _is_weighted(run, row) for row in rows):
+        return True  # others than those that were whitened are recorded
+    batch = [as_number(value) for row in rows for value in _list(row.get("advantages"))]
+    return _is_near(nanmean(batch), 0.0) and _is_near(spread(batch), 1.0)
+
+
+def _after_whitening(rule: str, rows: Sequence[dict[str, Any]], index: int, numbers: dict[str, list[float]]) -> str:
+    signal, rewards = numbers["advantage"], [as_number(row.get("reward")) for row in rows]
+    against = (
+        f"the value head expected {numbers['value'][0]:.3f} before the first token"
+        if rule == "gae"
+        else f"the mean of the batch is {nanmean(rewards):.3f}"
+    )
+    return (
+        f"Its reward is {rewards[index]:.3f}, and {against}. Whitened over the batch, to mean 0 and standard deviation "
+        f"1, its advantages go from {min(signal):+.3f} to {max(signal):+.3f}, with mean {nanmean(signal):+.3f}."
+    )
+
+
+def _in_group(
+    run: Run, rule: str, size: int, rows: Sequence[dict[str, Any]], index: int, signal: Sequence[float]
+) -> str | None:
+    """Why, where the responses to a prompt are compared.
+
+    None if it has another number of responses, or if the rule gives another advantage.
+    """
+    alike = _neighbours(rows, index)
+    if len(alike) != size:
+        return None
+    reward, rewards = as_number(rows[index].get("reward")), [as_number(other.get("reward")) for other in alike]
+    group = [value for value in rewards if not math.isnan(value)]
+    said, expected = _compared(rule, reward, group)
+    follows = all(_is_near(value, expected) for value in signal)
+    settings = [run.settings.get(name) for name in ("missing_eos_penalty", "overlong_penalty")]
+    is_penalised = any(settings) or run.settings.get("kl_placement") == "reward"
+    if not (follows or is_penalised or math.isnan(expected) or _is_weighted(run, rows[index])):
+        return None
+    also = " Penalties for KL or length are in it too." if is_penalised and not follows else ""
+    return f"{said} Its advantage is {nanmean(signal):+.3f}{_same(signal)}.{also}"
+
+
+def _neighbours(rows: Sequence[dict[str, Any]], index: int) -> list[dict[str, Any]]:
+    """The responses to the same row of the data beside this one: samples of one prompt are neighbours."""
+    prompts = [(row.get("row"), row.get("prompt")) for row in rows]
+    start, end = index, index + 1
+    while start > 0 and prompts[start - 1] == prompts[index]:
+        start -= 1
+    while end < len(rows) and prompts[end] == prompts[index]:
+        end += 1
+    return list(rows[start:end])
+
+
+def _is_weighted(run: Run, row: dict[str, Any]) -> bool:
+    """True if `sampler_correction` has changed advantages in the iteration of a response."""
+    metrics = next((each for each in run.history if each["iteration"] == row.get("iteration")), {})
+    return as_number(metrics.get("effective_sample_size")) < 1
+
+
+def _is_near(value: float, expected: float) -> bool:
+    return math.isclose(value, expected, rel_tol=0.01, abs_tol=0.01)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _compared(rule: str, reward: float, group: Sequence[float]) -> tuple[str, float]:
+    """How a rule compares a reward with those of its group, and its advantage; NaN where other groups decide too."""
+    start, count, centre = f"Its reward is {reward:.3f}", len(group), nanmean(group)
     if rule == "leave_one_out":
-        others = (sum(group) - reward) / max(1, len(group) - 1)
-        return f"{start}, and the other {len(group) - 1} responses to its prompt have the mean {others:.3f}."
+        others = (math.fsum(group) - reward) / max(1, count - 1)
+        said = f"{start}, and the other {count - 1} responses to its prompt have the mean {others:.3f}."
+        return said, reward - others
     if rule == "parts_normalised":
-        return f"{start}: each part of it is compared with the {len(group)} responses to its prompt, then weighted."
-    said = f"{start}, {reward - centre:+.3f} from the mean {centre:.3f} of the {len(group)} responses to its prompt"
+        said = f"{start}: each part of it is compared with the {count} responses to its prompt, then weighted."
+        return said, math.nan
+    said = f"{start}, {reward - centre:+.3f} from the mean {centre:.3f} of the {count} responses to its prompt"
     if rule == "group_normalised":
-        spread = math.sqrt(sum((value - centre) ** 2 for value in group) / max(1, len(group) - 1))
-        return f"{said}, whose standard deviation is {spread:.3f}: the difference is divided by it."
-    return f"{said}; the difference is divided by that mean." if rule == "group_mean_normalised" else f"{said}."
+        deviation = spread(group)
+        said = f"{said}, whose standard deviation is {deviation:.3f}: the difference is divided by it."
+        return said, (reward - centre) / (deviation + 1e-4)
+    if rule == "group_mean_normalised":
+        return f"{said}; the difference is divided by that mean.", (reward - centre) / centre if centre else math.nan
+    return f"{said}.", reward - centre
 
 
 def _same(signal: Sequence[float]) -> str:
