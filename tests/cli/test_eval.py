@@ -258,6 +258,16 @@ def test_a_part_that_abstained_from_every_response_of_a_side_has_no_mean_there(a
     json.dumps(found.to_dict(), allow_nan=False)
 
 
+def test_a_part_with_a_name_of_the_total_stands_beside_it():
+    texts = {"prompts": ["p"] * 6, "responses": ["a b"] * 6, "response_lengths": [1] * 6, "kl_per_response": [0.0] * 6}
+    parts = {"reward": [1.0] * 6, "mean reward": [0.5] * 6}
+    side = Evaluation(rewards=[0.0] * 6, breakdown=parts, **texts)
+    found = Comparison(against=("base", side), weights=("final", side), num_samples=1, ks=[1]).to_dict()["measures"]
+    means = {name: measure["weights"]["mean"] for name, measure in found.items()}
+    assert (means["mean reward"], means["reward/reward"], means["reward/mean reward"]) == (0.0, 1.0, 0.5)
+    assert (means["pass@1 reward"], means["pass@1 reward/reward"]) == (0.0, 1.0)
+
+
 def test_only_the_mean_of_a_reward_that_is_0_or_1_has_the_interval_of_a_share():
     def side(rewards, kl):
         rest = {"prompts": ["p"] * 8, "responses": ["a b"] * 8, "breakdown": {"part": [0.5] * 8}}

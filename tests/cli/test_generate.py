@@ -136,6 +136,23 @@ def test_rewards_are_shown_under_each_response(run, tmp_path):
     assert len([line for line in done.stdout.splitlines() if line.startswith("  reward ")]) == 2, done.stderr
 
 
+def test_a_reward_that_is_called_reward_stands_beside_the_total(run, tmp_path):
+    named = (
+        REWARDS.replace("def length", "def reward")
+        + """
+    @llm_reward
+    def one(self, prompt, response):
+        return 1
+"""
+    )
+    path = script(tmp_path, named, "rewards.py")
+    for row in generated(run, "--rewards", path):
+        length = len(row["final"])
+        assert row["rewards"]["final"] == {"reward": length + 1, "reward/reward": length, "one": 1}
+    done = konic_here("generate", run, "a b", "--max-new-tokens", 3, "--device", "cpu", "--rewards", path)
+    assert done.stdout.count("| reward/reward ") == 2, done.stderr
+
+
 def test_a_terminal_gets_one_prompt_token_by_token_and_the_same_text(run, tmp_path, monkeypatch):
     piped = konic_here("generate", run, "a b", "--max-new-tokens", 8, "--device", "cpu")
     written = []

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from konic.finetuning import ConfigError, KonicLLMRewardComposer, TrainingConfig
 from konic.finetuning.data.prompts import Prompt
@@ -30,11 +30,15 @@ from konic.finetuning.rollout.evaluation import MICRO_BATCH_SIZE, make_evaluatio
 from konic.finetuning.rollout.rollout import kl_between
 from konic.finetuning.system.signals import raising_on_signals
 from konic.finetuning.system.user_code import standard_torch_modes
+from konic.report.run import PART
 from konic.saved.agents import BASE, SavedRun
 from konic.saved.weights import Weights
 
+_T = TypeVar("_T")
 Groups = list[list[float]]
 """The values of the responses to each prompt."""
+_TOTALS = "reward", "mean reward"
+"""How the total is called."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Comparison:
         absent = [math.nan] * len(reward[0])  # a part that abstained from all responses of a side
         names = dict.fromkeys(name for side in sides for name in side.breakdown)
         parts = {name: (sides[0].breakdown.get(name, absent), sides[1].breakdown.get(name, absent)) for name in names}
+        parts = _beside_total(parts)
         kl = sides[0].kl_per_response, sides[1].kl_per_response
         found = [self._mean_reward(name, both) for name, both in {"mean reward": reward, **parts}.items()]
         found += [self._measure(f"best@{k}", reward, partial(_best, k=k)) for k in self.ks]
@@ -179,11 +184,14 @@ def require_columns(composer: KonicLLMRewardComposer, prompts: Sequence[Prompt])
 
 
 def score_responses(composer: KonicLLMRewardComposer, records: Sequence[Sample]) -> list[dict[str, float]]:
-    """Return the reward of each response, under `reward`, and each part's own value; NaN where there is none."""
+    """Return the reward of each response, under `reward`, and each part's own value; NaN where there is none.
+
+    A part that is itself called `reward` is `reward/reward`, as in the files of a run.
+    """
     with raising_on_signals(), Scorer(composer, TrainingConfig()) as scorer:
         scores = scorer.score(records)
     return [
-        {"reward": reward} | {name: values[row] for name, values in scores.breakdown.items()}
+        {"reward": reward} | _beside_total({name: values[row] for name, values in scores.breakdown.items()})
         for row, reward in enumerate(scores.rewards)
     ]
 
@@ -227,6 +235,11 @@ def _share(values: list[float]) -> Interval:
 def _only_0_and_1(sides: Sequence[Sequence[float]]) -> bool:
     values = {value for side in sides for value in side if not math.isnan(value)}
     return bool(values) and values <= {0.0, 1.0}
+
+
+def _beside_total(parts: Mapping[str, _T]) -> dict[str, _T]:
+    """Return parts by their names; one with a name of the total begins with `reward/`, as in the files of a run."""
+    return {PART + name if name in _TOTALS else name: part for name, part in parts.items()}
 
 
 def plain_numbers(numbers: Mapping[str, float]) -> dict[str, float | None]:
