@@ -89,6 +89,19 @@ def test_a_wide_terminal_shows_columns_and_ctrl_c_ends_one_answer(run, monkeypat
     assert "cut off" in str(calls[2][1]) and "cut off" not in str(calls[3][1])  # each goes on from its own answer
 
 
+def test_the_base_keeps_the_turns_in_which_it_was_the_only_one(run, monkeypatch):
+    calls = []
+
+    def stream(self, prompt, seed, show):
+        calls.append((self.name, str(prompt.content)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Weights, "stream", stream)
+    chatted(run, "first", "/weights base", "second", "/weights final", "third", monkeypatch=monkeypatch)
+    assert [name for name, _ in calls] == ["base", "final", "base", "base", "final"]
+    assert all(said in content for _, content in calls[3:] for said in ("first", "second", "third"))
+
+
 def test_what_cannot_be_talked_to_is_one_error(run, tmp_path, monkeypatch):
     fails = script(tmp_path, REWARDS.replace("len(response)", "1 / 0"), "fails.py")
     shown = chatted(run, "hi", "you", options=("--rewards", fails), monkeypatch=monkeypatch)

@@ -105,6 +105,8 @@ class Conversation:
             for side, weights in sides.items():
                 said, sample = _listen(weights, prompts[side], self._seed, page)
                 self._turns[side].append((text, said))
+                if weights.name == BASE and side == "tuned":  # it is both sides
+                    self._turns["base"].append((text, said))
                 page.end(weights.name, said, self._rewards(sample))
 
     def _rewards(self, sample: Sample | None) -> str:
