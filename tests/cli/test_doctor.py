@@ -77,6 +77,12 @@ def test_the_machine_is_examined_without_a_job():
     assert "Hub: not asked: HF_HUB_OFFLINE is set" in asked.stdout
 
 
+@pytest.mark.parametrize("option", [("--set", "training_config.batch_size=4"), ("--max-iterations", 3)])
+def test_options_of_a_job_need_one(option):
+    run = konic_here("doctor", *option)
+    assert run.returncode == 2 and "are about a job: name one" in run.stderr
+
+
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_a_job_that_is_well_is_tried_and_estimated(algorithm, model_folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

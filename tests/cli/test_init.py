@@ -46,6 +46,12 @@ def test_no_file_is_overwritten(tmp_path):
     assert (blocked.returncode, "cannot be written" in blocked.stderr) == (1, True)
 
 
+def test_a_column_is_one_of_a_dataset(tmp_path):
+    made = konic_here("init", tmp_path / "x", "--column", "text")
+    assert made.returncode == 2 and "give --dataset too" in made.stderr
+    assert not (tmp_path / "x").exists()
+
+
 def test_without_a_folder_it_writes_into_the_current_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = konic_here("init")

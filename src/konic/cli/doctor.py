@@ -41,6 +41,8 @@ def doctor(
 
     Example: konic doctor job.yaml
     """
+    if script is None and (settings or max_iterations):
+        raise typer.BadParameter("--set and --max-iterations are about a job: name one too.")
     write_line(
         "Examining this machine ..." if script is None else f"Examining this machine and {script} ...", sys.stderr
     )

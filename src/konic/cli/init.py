@@ -105,7 +105,9 @@ def init(
             metavar="<str>",
         ),
     ] = None,
-    column: Annotated[str, typer.Option(help="With --dataset: the column of the prompts.")] = "prompt",
+    column: Annotated[
+        str | None, typer.Option(help="With --dataset: the column of the prompts. Default: prompt.")
+    ] = None,
 ) -> None:
     """Write a job to start from: rewards, a YAML file and the same as a script. They run as they are.
 
@@ -113,9 +115,11 @@ def init(
 
     Example: konic init my-job
     """
+    if column is not None and dataset is None:
+        raise typer.BadParameter("--column is of the prompts of --dataset: give --dataset too.")
     from konic.finetuning.errors import OutputError
 
-    files = _files(_whole(model), dataset and _whole(dataset), column)
+    files = _files(_whole(model), dataset and _whole(dataset), "prompt" if column is None else column)
     present = [str(folder / name) for name in files if (folder / name).exists() or (folder / name).is_symlink()]
     if present:
         raise OutputError(f"{', '.join(present)}: it exists, and nothing is overwritten. Name another folder.")
