@@ -4,6 +4,7 @@ This file is also an example script: `konic train` accepts it.
 """
 
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
@@ -137,7 +138,7 @@ def run_demo(length: Length, output: Path | None) -> FinetuningResult:
             "",
             f"The model is in {result.model_path}; every response it gave is in completions/ next to it.",
             f"The page of this run: {(run / 'report.html').absolute()}",
-            f'Talk to it: konic generate {run} "The film was"',
+            f'Talk to it: konic generate {shlex.quote(str(run))} "The film was"',
         ]
         write_line("\n".join(lines), sys.stdout)
         if length.held_out == QUICK.held_out:

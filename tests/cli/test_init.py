@@ -52,6 +52,15 @@ def test_a_column_is_one_of_a_dataset(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_what_it_says_to_run_next_can_be_copied(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = konic_here("init", "my job")
+    assert "Next: konic rewards 'my job/job.yaml', then konic train 'my job/job.yaml'" in made.stdout
+    (tmp_path / "my run").mkdir()
+    (tmp_path / "my run" / "run.json").write_text("{}")
+    assert "--output 'my run' and --resume" in konic_here("train", "my run").stderr
+
+
 def test_without_a_folder_it_writes_into_the_current_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = konic_here("init")

@@ -128,8 +128,8 @@ def field(reader, name):
 
 
 def test_what_llama_cpp_reads_beside_the_weights(runs, tmp_path):
-    said = export(runs["llama"][0], tmp_path / "out")
-    reader = gguf.GGUFReader(tmp_path / "out" / "model-f16.gguf")
+    said = export(runs["llama"][0], tmp_path / "an out")
+    reader = gguf.GGUFReader(tmp_path / "an out" / "model-f16.gguf")
     assert field(reader, "tokenizer.ggml.pre") == "gpt-2"
     assert field(reader, "tokenizer.ggml.add_bos_token") is True
     assert (field(reader, "tokenizer.ggml.bos_token_id"), field(reader, "tokenizer.ggml.eos_token_id")) == (1, 0)
@@ -138,11 +138,13 @@ def test_what_llama_cpp_reads_beside_the_weights(runs, tmp_path):
     assert (field(reader, "llama.attention.head_count"), field(reader, "llama.attention.head_count_kv")) == (4, 2)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert (kinds["blk.0.attn_q.weight"], kinds["blk.0.attn_norm.weight"]) == ("F16", "F32")
-    text = (tmp_path / "out" / "Modelfile").read_text()
+    text = (tmp_path / "an out" / "Modelfile").read_text()
     assert text.startswith(f'FROM ./model-f16.gguf\nTEMPLATE """{CHATML}"""\n')
     assert 'SYSTEM """Be brief."""' in text and 'PARAMETER stop "<|im_end|>"' in text
     assert "PARAMETER temperature 1.0" in text and "PARAMETER top_k 0" in text
-    assert "Modelfile" in said and str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
+    assert f"llama-cli -m '{tmp_path / 'an out' / 'model-f16.gguf'}'\n" in said
+    assert f"-f '{tmp_path / 'an out' / 'Modelfile'}'\n" in said
+    assert str(tmp_path) not in (tmp_path / "an out" / "README.md").read_text()
 
 
 def test_a_model_or_tokenizer_that_llama_cpp_would_compute_otherwise_is_refused_by_name(runs, model_folders, tmp_path):

@@ -1,6 +1,7 @@
 """`konic init [FOLDER]`: a script, a YAML file and rewards to start from, which run as they are."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -132,7 +133,8 @@ def init(
         raise OutputError(f"{folder}: cannot be written ({error.strerror}).") from None
     for name, what in zip(files, ("the rewards", "the job", "the same job in Python"), strict=True):
         write_line(f"{folder / name}: {what}", sys.stdout)
-    write_line(f"Next: konic rewards {folder / 'job.yaml'}, then konic train {folder / 'job.yaml'}", sys.stdout)
+    job = shlex.quote(str(folder / "job.yaml"))
+    write_line(f"Next: konic rewards {job}, then konic train {job}", sys.stdout)
 
 
 def _files(model: str, dataset: str | None, column: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What is given for a path or a name on the command line: empty text, as an unset shell variable gives, is an error."""
 
+import shlex
 from pathlib import Path
 
 import typer
@@ -54,7 +55,8 @@ def require_file(file: Path) -> None:
 
     if file.is_dir():
         is_run = (file / "run.json").exists()
-        hint = f" To go on with this run, give that file, --output {file} and --resume." if is_run else ""
+        run = shlex.quote(str(file))
+        hint = f" To go on with this run, give that file, --output {run} and --resume." if is_run else ""
         raise ConfigError(f"{file}: is a folder. Name a Python or YAML file.{hint}")
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such file.")
