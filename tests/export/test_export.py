@@ -318,3 +318,13 @@ def test_the_modelfile_has_the_runs_system_prompt(template, system, line):
         assert ("cannot stand in a Modelfile" in note) == (system is not None)
     else:
         assert f"\n{line}\n" in f"\n{text}\n"
+
+
+@pytest.mark.parametrize(
+    ("stop", "left"), [(["\n", 'a"b', "END"], ["'\\n'", "'a\"b'"]), ("\n", ["'\\n'"]), (["END"], [])]
+)
+def test_stop_texts_that_a_modelfile_cannot_hold_are_named(stop, left):
+    text, note = modelfile("m.gguf", types.SimpleNamespace(chat_template=None), {"stop": stop})
+    assert ('PARAMETER stop "END"' in text) == ("END" in stop) and text.count("PARAMETER stop") == ("END" in stop)
+    assert ("Stop texts that cannot stand in a Modelfile" in note) == bool(left)
+    assert ", ".join(left) in note and "END" not in note

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from konic.finetuning.data.chat_templates import render_chat
-from konic.finetuning.errors import ModelError
+from konic.finetuning.errors import ModelError, first_of
+from konic.finetuning.settings import short_repr
 from konic.report.run import as_number
 
 CHATML = """\
@@ -26,7 +27,7 @@ _TALK = [
 def modelfile(
     file: str, tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, Any], system_prompt: Any = None
 ) -> tuple[str, str]:
-    """Return the text of the Modelfile, and what to say about its chat template.
+    """Return the text of the Modelfile, and what to say about it.
 
     Args:
         file: The name of the GGUF file beside it.
@@ -50,7 +51,12 @@ def modelfile(
             lines.append(f'SYSTEM """{system}"""')
         elif system:
             note += " The run's system prompt cannot stand in a Modelfile: give it to Ollama yourself."
-    return "\n".join([*lines, *_parameters(generation)]) + "\n", note
+    stops = _stops(generation)
+    left = [short_repr(text) for text in stops if not _is_plain(text)]
+    if left:
+        note += f" Stop texts that cannot stand in a Modelfile: {first_of(left)}. Give them to Ollama yourself."
+    lines += [*_parameters(generation), *(f'PARAMETER stop "{text}"' for text in stops if _is_plain(text))]
+    return "\n".join(lines) + "\n", note
 
 
 def _parameters(generation: Mapping[str, Any]) -> list[str]:
@@ -63,10 +69,14 @@ def _parameters(generation: Mapping[str, Any]) -> list[str]:
         "repeat_penalty": generation.get("repetition_penalty"),
     }
     known = {name: value for name, value in numbers.items() if type(value) in (int, float)}
-    lines = [f"PARAMETER {name} {value}" for name, value in known.items() if not math.isnan(as_number(value))]
+    return [f"PARAMETER {name} {value}" for name, value in known.items() if not math.isnan(as_number(value))]
+
+
+def _stops(generation: Mapping[str, Any]) -> list[str]:
+    """The texts at which the run's responses ended."""
     stop = generation.get("stop")
     stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
-    return lines + [f'PARAMETER stop "{text}"' for text in stops if isinstance(text, str) and _is_plain(text)]
+    return [text for text in stops if isinstance(text, str) and text]
 
 
 def _chatml_system(tokenizer: PreTrainedTokenizerBase) -> str | None:
