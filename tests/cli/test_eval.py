@@ -13,7 +13,7 @@ from command import konic_here, script
 from konic.cli.eval import _cell, _digits
 from konic.finetuning import DatasetConfig
 from konic.finetuning.results.evaluation import Evaluation
-from konic.finetuning.results.intervals import Interval, proportion
+from konic.finetuning.results.intervals import Interval, bootstrap, proportion
 from konic.saved.evaluation import Comparison
 from test_engine import make_engine
 
@@ -266,6 +266,21 @@ def test_a_part_with_a_name_of_the_total_stands_beside_it():
     means = {name: measure["weights"]["mean"] for name, measure in found.items()}
     assert (means["mean reward"], means["reward/reward"], means["reward/mean reward"]) == (0.0, 1.0, 0.5)
     assert (means["pass@1 reward"], means["pass@1 reward/reward"]) == (0.0, 1.0)
+
+
+def test_intervals_of_a_reward_that_is_0_or_1_end_there():
+    def side(rewards):
+        rest = {"prompts": ["p"] * 12, "responses": ["a b"] * 12, "breakdown": {}}
+        return Evaluation(rewards=rewards, kl_per_response=[0.0] * 12, response_lengths=[3] * 12, **rest)
+
+    sides = side([0.0] * 11 + [1.0]), side([1.0] * 11 + [0.0])
+    plain = bootstrap([1.0] * 5 + [0.5])
+    assert plain.high > 1
+    found = Comparison(against=("base", sides[0]), weights=("final", sides[1]), num_samples=2, ks=[1])
+    reward, *at_k, _, _, _ = found.measures()
+    for measure in (reward, *at_k):
+        assert (measure.against.low, measure.weights.low) == (0.0, plain.low), measure
+        assert measure.weights.high == measure.difference.high == 1.0
 
 
 def test_only_the_mean_of_a_reward_that_is_0_or_1_has_the_interval_of_a_share():

@@ -76,10 +76,10 @@ class Comparison:
         parts = _beside_total(parts)
         kl = sides[0].kl_per_response, sides[1].kl_per_response
         found = [self._mean_reward(name, both) for name, both in {"mean reward": reward, **parts}.items()]
-        found += [self._measure(f"best@{k}", reward, partial(_best, k=k)) for k in self.ks]
+        found += [self._of_reward(f"best@{k}", reward, partial(_best, k=k)) for k in self.ks]
         for name, both in {"reward": reward, **parts}.items():
             if _only_0_and_1(both):
-                found += [self._measure(f"pass@{k} {name}", both, partial(_passed, k=k)) for k in self.ks]
+                found += [self._of_reward(f"pass@{k} {name}", both, partial(_passed, k=k)) for k in self.ks]
         if not any(math.isnan(value) for value in kl[1]):
             found.append(self._measure("KL (nats/response)", kl, nanmean))
         found.append(self._measure("length (tokens)", (sides[0].response_lengths, sides[1].response_lengths), nanmean))
@@ -93,9 +93,19 @@ class Comparison:
         first, second = ([of(group) for group in self._groups(values)] for values in both)
         return Measure(name, bootstrap(first), bootstrap(second), paired_bootstrap(first, second))
 
+    def _of_reward(
+        self, name: str, both: tuple[Sequence[float], Sequence[float]], of: Callable[[list[float]], float]
+    ) -> Measure:
+        """A measure of a reward. Where that is only 0 and 1, no interval reaches beyond what the measure can be."""
+        measure = self._measure(name, both, of)
+        if not _only_0_and_1(both):
+            return measure
+        sides = _within(measure.against, 0.0), _within(measure.weights, 0.0)
+        return Measure(name, *sides, _within(measure.difference, -1.0))
+
     def _mean_reward(self, name: str, both: tuple[Sequence[float], Sequence[float]]) -> Measure:
         """The mean of a reward. Where one response to each prompt got 0 or 1, it is a share, with Wilson's interval."""
-        measure = self._measure(name, both, nanmean)
+        measure = self._of_reward(name, both, nanmean)
         if self.num_samples > 1 or self.num_prompts < FEWEST_PAIRS or not _only_0_and_1(both):
             return measure
         against, weights = ([value for value in values if not math.isnan(value)] for values in both)
@@ -226,6 +236,13 @@ def _best(group: list[float], k: int) -> float:
 
 def _passed(group: list[float], k: int) -> float:
     return pass_at_k(len(group), round(sum(group)), k) if len(group) >= k else math.nan
+
+
+def _within(interval: Interval, lowest: float) -> Interval:
+    """Return an interval without what lies below `lowest` or above 1."""
+    if not interval.is_known:
+        return interval
+    return replace(interval, low=max(lowest, interval.low), high=min(1.0, interval.high))
 
 
 def _share(values: list[float]) -> Interval:
