@@ -12,9 +12,12 @@ import pytest
 from command import konic_here, script
 from konic.cli.eval import _cell, _digits
 from konic.finetuning import DatasetConfig
+from konic.finetuning.errors import DatasetError
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.intervals import Interval, bootstrap, proportion
+from konic.report.run import Run
 from konic.saved.evaluation import Comparison
+from konic.saved.prompts import held_out_prompts
 from test_engine import make_engine
 
 REWARDS = """
@@ -187,6 +190,19 @@ def test_prompts_that_are_not_kept_must_be_named(model_folders, rewards, tmp_pat
     of_mine = {"source": "local", "name": str(private), "held_out": 1, "prompts": None}
     edit(tmp_path / "run", lambda record: record["settings"]["dataset_config"].update(of_mine))
     assert "is not what the run read its prompts from" in refused(tmp_path / "run", "--rewards", rewards)
+
+
+def test_held_out_prompts_are_found_from_another_folder_than_the_runs(model_folders, data, tmp_path, monkeypatch):
+    (tmp_path / "job").mkdir()
+    shutil.copy(data, tmp_path / "job" / "rows.jsonl")
+    monkeypatch.chdir(tmp_path / "job")
+    dataset = DatasetConfig(name="rows.jsonl", held_out=3)
+    make_engine(model_folders["llama"], tmp_path / "run", dataset=dataset).train(1)
+    monkeypatch.chdir(tmp_path)
+    assert len(held_out_prompts(Run.read(tmp_path / "run"))) == 3
+    (tmp_path / "job" / "rows.jsonl").unlink()
+    with pytest.raises(DatasetError, match=r"no such file or folder.* Name a file: --prompts FILE\."):
+        held_out_prompts(Run.read(tmp_path / "run"))
 
 
 def edit(run, change):

@@ -77,11 +77,13 @@ class SavedRun:
     def base_model(self) -> str:
         """The model that the run started from; a relative path is one in the folder where the run was started."""
         name = str(self.run.settings["model_name"])
-        started_in = self.run.record.get("current_folder")
-        if not isinstance(started_in, str) or name in PACKAGED_MODELS:
-            return name
-        there = os.path.join(started_in, name)
-        return there if os.path.exists(there) else name
+        return name if name in PACKAGED_MODELS else recorded_place(self.run, name)
+
+    @property
+    def scoring(self) -> TrainingConfig:
+        """What the run did where a reward failed, as the settings of training."""
+        names = "on_reward_error", "max_error_rate"
+        return TrainingConfig(**{name: self.run.settings[name] for name in names if name in self.run.settings})
 
     def agent(self, name: str) -> KonicFinetuningAgent:
         """Return an agent for weights of the run, by a name that :meth:`name_of` returned."""
@@ -107,6 +109,13 @@ class SavedRun:
     def _smallest_adapter(self) -> LoraConfig:
         """Return an adapter that changes nothing while it is untrained, so that a model needs no frozen copy."""
         return LoraConfig(r=1, target_modules=recorded(self.run, "lora_config").get("target_modules"))
+
+
+def recorded_place(run: Run, name: str) -> str:
+    """Return a path as the run recorded it; a relative one is in the folder where the run was started."""
+    started_in = run.record.get("current_folder")
+    there = os.path.join(started_in, name) if isinstance(started_in, str) else name
+    return there if os.path.exists(there) else name
 
 
 def recorded(run: Run, name: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from konic.finetuning import ConfigError, DatasetConfig, DatasetSource
 from konic.finetuning.data.prompts import Prompt, load_prompts, make_prompts, with_system_prompt
 from konic.finetuning.errors import DatasetError
 from konic.report.run import Run
-from konic.saved.agents import recorded
+from konic.saved.agents import recorded, recorded_place
 
 
 def given_prompts(texts: Sequence[str], run: Run, as_chats: bool) -> list[Prompt]:
@@ -55,10 +55,14 @@ def held_out_prompts(run: Run, most: int | None = None) -> list[Prompt]:
     source, advice = settings.get("source"), "Name a file: --prompts FILE."
     if source not in (DatasetSource.LOCAL, DatasetSource.BUNDLED):
         raise ConfigError(f"{run.path}: its prompts came from {source or 'nowhere known'!r} and are not kept. {advice}")
-    config = DatasetConfig(**_known(settings))
+    own = {"name": recorded_place(run, settings["name"])} if isinstance(settings.get("name"), str) else {}
+    config = DatasetConfig(**_known(settings) | own)
     if not config.held_out:
         raise ConfigError(f"{run.path}: its run held out no prompts (held_out=0). {advice}")
-    prompts = load_prompts(config)
+    try:
+        prompts = load_prompts(config)
+    except DatasetError as error:
+        raise DatasetError(f"{error} {advice}") from None
     if prompts.fingerprint() != run.settings.get("prompts_sha256"):  # a stranger's run may name any file of yours
         raise ConfigError(f"{config.name or 'The bundled file'} is not what the run read its prompts from. {advice}")
     return prompts.held_out[:most]
