@@ -1,10 +1,12 @@
 """`konic eval`: the numbers of a run's weights, as the run itself found them; and what it refuses."""
 
+import gzip
 import json
 import math
 import os
 import shutil
 import statistics
+import types
 
 import pyarrow.parquet
 import pytest
@@ -17,7 +19,7 @@ from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.intervals import Interval, bootstrap, proportion
 from konic.report.run import Run
 from konic.saved.evaluation import Comparison
-from konic.saved.prompts import held_out_prompts
+from konic.saved.prompts import held_out_prompts, read_prompts
 from test_engine import make_engine
 
 REWARDS = """
@@ -203,6 +205,15 @@ def test_held_out_prompts_are_found_from_another_folder_than_the_runs(model_fold
     (tmp_path / "job" / "rows.jsonl").unlink()
     with pytest.raises(DatasetError, match=r"no such file or folder.* Name a file: --prompts FILE\."):
         held_out_prompts(Run.read(tmp_path / "run"))
+
+
+def test_a_txt_file_is_one_by_the_end_of_its_name(tmp_path):
+    run = types.SimpleNamespace(settings={"dataset_config": {"prompt_column": "question"}})
+    (tmp_path / "v1.txt.2.csv").write_text("question\none\n")
+    (tmp_path / "two.txt.gz").write_bytes(gzip.compress(b"two\n"))
+    for name, text in (("v1.txt.2.csv", "one"), ("two.txt.gz", "two")):
+        prompts = read_prompts(str(tmp_path / name), run, None, None, None, as_chats=False)
+        assert [prompt.content for prompt in prompts] == [text]
 
 
 def edit(run, change):

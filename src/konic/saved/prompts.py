@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from konic.finetuning import ConfigError, DatasetConfig, DatasetSource
+from konic.finetuning.data.folders import kind_of
 from konic.finetuning.data.prompts import Prompt, load_prompts, make_prompts, with_system_prompt
 from konic.finetuning.errors import DatasetError
 from konic.report.run import Run
@@ -29,7 +30,7 @@ def read_prompts(
         ConfigError: A setting is invalid.
         DatasetError: There is no such file, or it has not this column or no prompts.
     """
-    is_text = any(suffix == ".txt" for suffix in Path(file).suffixes)
+    is_text = kind_of(Path(file)) == ".txt"
     of_run = {} if column or is_text else recorded(run, "dataset_config")
     fields = {name: of_run[name] for name in ("prompt_column", "prompt_template") if of_run.get(name)}
     if column or is_text:
