@@ -14,9 +14,10 @@ import pytest
 from command import konic_here, script
 from konic.cli.eval import _cell, _digits
 from konic.finetuning import DatasetConfig
-from konic.finetuning.errors import DatasetError
+from konic.finetuning.errors import DatasetError, OutputError
 from konic.finetuning.results.evaluation import Evaluation
 from konic.finetuning.results.intervals import Interval, bootstrap, proportion
+from konic.finetuning.system import files
 from konic.report.run import Run
 from konic.saved.evaluation import Comparison
 from konic.saved.prompts import held_out_prompts, read_prompts
@@ -175,6 +176,9 @@ def test_what_cannot_be_evaluated_is_one_error(run, rewards, data, folder, tmp_p
     assert "no column 'text'" in wrong_column
     assert "Name the right one in --prompt-column." in wrong_column
     assert "give --prompts" in refused(*scored, "--prompt-column", "text")
+    assert "give --prompts" in refused(*scored, "--chat")
+    into_a_folder = refused(*scored, "--output", tmp_path)
+    assert "is a folder. Name a file." in into_a_folder and "responses" not in into_a_folder
     assert "--k 3 is more than --samples 2" in refused(*scored, "--samples", 2, "--k", 3)
     assert "--output" in refused(*scored, "--output", tmp_path / "no" / "all.json")
     assert "ZeroDivisionError" in refused(run, "--rewards", fails, "--device", "cpu")
@@ -214,6 +218,16 @@ def test_a_txt_file_is_one_by_the_end_of_its_name(tmp_path):
     for name, text in (("v1.txt.2.csv", "one"), ("two.txt.gz", "two")):
         prompts = read_prompts(str(tmp_path / name), run, None, None, None, as_chats=False)
         assert [prompt.content for prompt in prompts] == [text]
+
+
+def test_numbers_are_shown_also_where_they_cannot_be_written(run, rewards, tmp_path, monkeypatch):
+    def full(path, text):
+        raise OutputError(f"{path}: cannot be written: No space left on device.")
+
+    monkeypatch.setattr(files, "write_text", full)
+    done = konic_here("eval", run, "--rewards", rewards, "--json", "--device", "cpu", "--output", tmp_path / "all.json")
+    assert done.returncode == 1 and "No space left" in done.stderr
+    assert json.loads(done.stdout)["num_prompts"] == 3
 
 
 def edit(run, change):

@@ -90,16 +90,20 @@ def evaluate(
     write_line(f"Loading {run} ...", sys.stderr)
     from konic.cli.run_rewards import load_rewards
     from konic.finetuning.errors import OutputError
-    from konic.finetuning.system.files import unwritable, write_text
+    from konic.finetuning.system.files import require_writable_file, write_text
     from konic.saved.agents import SavedRun
     from konic.saved.evaluation import compare
     from konic.saved.prompts import held_out_prompts, read_prompts
     from konic.saved.rewards import require_rewards_given
 
-    if prompts is None and (prompt_column or split):
-        raise typer.BadParameter("give --prompts, the file that it is about", param_hint="--prompt-column, --split")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise OutputError(f"--output {output}: there is no folder {output.absolute().parent}.")
+    if prompts is None and (prompt_column or split or chat):
+        raise typer.BadParameter(
+            "give --prompts, the file that it is about", param_hint="--prompt-column, --split, --chat"
+        )
+    if output is not None:
+        if not output.absolute().parent.is_dir():
+            raise OutputError(f"--output {output}: there is no folder {output.absolute().parent}.")
+        require_writable_file(output, "--output")
     saved = SavedRun.read(run, {"max_new_tokens": max_new_tokens, "temperature": temperature}, seed)
     names = saved.name_of(weights), saved.name_of(against)
     if prompts is None:
@@ -113,15 +117,14 @@ def evaluate(
     ks = sorted(set(k or ([samples] if samples > 1 else [])))
     comparison = compare(saved, *names, chosen, composer, samples, ks, device, say)
     found = {"run": str(run), "seed": seed, "generation": saved.generation.to_dict()} | comparison.to_dict()
-    if output is not None:
-        try:
+    try:
+        if output is not None:
             write_text(output, json.dumps(found | {"responses": comparison.responses()}, indent=1) + "\n")
-        except OSError as error:
-            raise unwritable(output, error) from None
-    if as_json:
-        write_line(json.dumps(found, indent=1), sys.stdout)
-    else:
-        show(comparison)
+    finally:  # what was computed is shown, also where the disk is full
+        if as_json:
+            write_line(json.dumps(found, indent=1), sys.stdout)
+        else:
+            show(comparison)
 
 
 def show(comparison: "Comparison") -> None:

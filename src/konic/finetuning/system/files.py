@@ -70,6 +70,21 @@ def require_writable(folder: Path, option: str) -> None:
         raise unwritable(f"{option} {folder}", error) from None
 
 
+def require_writable_file(path: Path, option: str) -> None:
+    """Check that a file can be written into its folder, without writing it.
+
+    Raises:
+        OutputError: It cannot, or it is a folder; the message names `option`.
+    """
+    try:
+        if path.is_dir():
+            raise OutputError(f"{option} {path}: is a folder. Name a file.")
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise unwritable(f"{option} {path}", error) from None
+
+
 def set_aside(folder: Path, written: list[Path]) -> Path:
     """Move files and folders of a folder into a new folder `earlier-N` in it, under the same names.
 
