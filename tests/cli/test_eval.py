@@ -220,6 +220,21 @@ def test_a_txt_file_is_one_by_the_end_of_its_name(tmp_path):
         assert [prompt.content for prompt in prompts] == [text]
 
 
+def test_a_reward_that_fails_is_skipped_where_the_run_skipped_it(run, folder, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+    fails = script(folder, REWARDS.replace("/ 80", "/ (prompt != 'one')"), "fails_once.py")
+    options = tmp_path / "run", "--prompts", prompts, "--rewards", fails
+    assert "ZeroDivisionError" in refused(*options, "--device", "cpu")
+    edit(tmp_path / "run", lambda record: record["settings"].update(on_reward_error="skip"))
+    evaluated(*options, "--output", tmp_path / "all.json")
+    pairs = json.loads((tmp_path / "all.json").read_text())["responses"]
+    assert [pair["weights"]["reward"] is None for pair in pairs] == [True, False]
+    edit(tmp_path / "run", lambda record: record["settings"].update(max_error_rate=0.0))
+    assert "more than max_error_rate=0" in refused(*options, "--device", "cpu")
+
+
 def test_numbers_are_shown_also_where_they_cannot_be_written(run, rewards, tmp_path, monkeypatch):
     def full(path, text):
         raise OutputError(f"{path}: cannot be written: No space left on device.")

@@ -153,6 +153,16 @@ def test_a_reward_that_is_called_reward_stands_beside_the_total(run, tmp_path):
     assert done.stdout.count("| reward/reward ") == 2, done.stderr
 
 
+def test_a_reward_that_fails_is_skipped_where_the_run_skipped_it(run, tmp_path):
+    path = script(tmp_path, REWARDS.replace("len(response)", "1 / (prompt != 'c')"), "rewards.py")
+    shutil.copytree(run, tmp_path / "run")
+    record = json.loads((run / "run.json").read_text())
+    record["settings"]["on_reward_error"] = "skip"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    rows = generated(tmp_path / "run", "--rewards", path, "--no-base")
+    assert [row["rewards"]["final"]["reward"] for row in rows] == [1.0, None]
+
+
 def test_a_terminal_gets_one_prompt_token_by_token_and_the_same_text(run, tmp_path, monkeypatch):
     piped = konic_here("generate", run, "a b", "--max-new-tokens", 8, "--device", "cpu")
     written = []

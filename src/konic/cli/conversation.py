@@ -114,7 +114,7 @@ class Conversation:
         if self._composer is None or sample is None:
             return ""
         try:
-            return shown_rewards(score_responses(self._composer, [sample])[0]).strip()
+            return shown_rewards(score_responses(self._composer, [sample], self._saved.scoring)[0]).strip()
         except KonicError as error:
             return f"Error: {error}"
 

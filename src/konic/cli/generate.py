@@ -91,7 +91,7 @@ def generate(
             sample = model.stream(given[0], seed, typewriter)
             typewriter.end(sample.response)
             if composer is not None:
-                write_line(shown_rewards(score_responses(composer, [sample])[0]), sys.stdout)
+                write_line(shown_rewards(score_responses(composer, [sample], saved.scoring)[0]), sys.stdout)
         return
     rows: list[dict[str, Any]] = [{"prompt": prompt.text} for prompt in given]
     scores: dict[str, list[dict[str, float]]] = {}
@@ -100,7 +100,7 @@ def generate(
         for row, sample in zip(rows, samples, strict=True):
             row[name] = sample.response
         if composer is not None:
-            scores[name] = score_responses(composer, samples)
+            scores[name] = score_responses(composer, samples, saved.scoring)
     if as_json:
         for number, row in enumerate(rows):
             row |= (

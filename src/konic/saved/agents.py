@@ -75,7 +75,7 @@ class SavedRun:
 
     @property
     def base_model(self) -> str:
-        """The model that the run started from; a relative path is one in the folder where the run was started."""
+        """The model that the run started from."""
         name = str(self.run.settings["model_name"])
         return name if name in PACKAGED_MODELS else recorded_place(self.run, name)
 

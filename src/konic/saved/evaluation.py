@@ -170,7 +170,7 @@ def compare(
     if any(k > num_samples for k in ks):
         raise ConfigError(f"--k {max(ks)} is more than --samples {num_samples}: raise --samples.")
     require_columns(composer, prompts)
-    with raising_on_signals(), standard_torch_modes(), Scorer(composer, TrainingConfig()) as scorer:
+    with raising_on_signals(), standard_torch_modes(), Scorer(composer, saved.scoring) as scorer:
         say(f"Loading {BASE} ...")
         base = Weights.load(BASE, saved.agent(BASE), device)
         moments: Any = {}
@@ -181,7 +181,9 @@ def compare(
             side = base if name == BASE else Weights.load(name, saved.agent(name), device)
             records, kls = _sample(side, base, prompts, saved.seed, num_samples, scorer, say)
             say(f"{name}: scoring {len(records)} responses ...")
-            evaluation = make_evaluation(records, kls, scorer.score(records, moments))
+            scores = scorer.score(records, moments)
+            scorer.require_fit_evaluation(scores)
+            evaluation = make_evaluation(records, kls, scores)
             moments = moments or evaluation_moments(list_rewards(composer), evaluation)
             sides.append((name, evaluation))
     return Comparison(against=sides[0], weights=sides[1], num_samples=num_samples, ks=ks)
@@ -193,13 +195,20 @@ def require_columns(composer: KonicLLMRewardComposer, prompts: Sequence[Prompt])
     KonicLLMRewardComposer.check_columns(composer, names)
 
 
-def score_responses(composer: KonicLLMRewardComposer, records: Sequence[Sample]) -> list[dict[str, float]]:
+def score_responses(
+    composer: KonicLLMRewardComposer, records: Sequence[Sample], scoring: TrainingConfig
+) -> list[dict[str, float]]:
     """Return the reward of each response, under `reward`, and each part's own value; NaN where there is none.
 
-    A part that is itself called `reward` is `reward/reward`, as in the files of a run.
+    A part that is itself called `reward` is `reward/reward`, as in the files of a run. `scoring` says what happens
+    where a reward fails.
+
+    Raises:
+        RewardError: A reward failed, or more of them than `scoring` allows.
     """
-    with raising_on_signals(), Scorer(composer, TrainingConfig()) as scorer:
+    with raising_on_signals(), Scorer(composer, scoring) as scorer:
         scores = scorer.score(records)
+        scorer.require_error_rate([], scores)
     return [
         {"reward": reward} | _beside_total({name: values[row] for name, values in scores.breakdown.items()})
         for row, reward in enumerate(scores.rewards)
