@@ -942,6 +942,31 @@ def test_a_resume_with_other_settings_is_refused_by_name(model_folders, tmp_path
     assert [row["learning_rate"] for row in metrics(tmp_path)] == [0.01, 0.01, 0.02]
 
 
+@pytest.mark.parametrize("change", ["rewards", "generation", "seed"])
+def test_after_a_change_of_what_is_measured_the_held_out_prompts_are_evaluated_anew(
+    model_folders, tmp_path, caplog, change
+):
+    def engine(run, **more):
+        return make_engine(model_folders["llama"], tmp_path / run, **more)
+
+    other = {
+        "rewards": {"composer": LetterRewards(reward_weights={"letters": 100.0})},
+        "generation": {"generation": {"max_new_tokens": 3}},
+        "seed": {"seed": 5},
+    }[change]
+    engine("run").train(2)
+    before = engine("other", **other).evaluate()["rewards"]
+    result = engine("run", **other).train(3, resume_from_checkpoint=True, allow_changes=True)
+    assert result.before.rewards == before
+    assert f"the evaluations so far are now in {tmp_path / 'run' / 'earlier-1'}" in caplog.text
+    kept = sorted(path.name for path in (tmp_path / "run" / "earlier-1" / "evaluations").iterdir())
+    assert kept == ["000000.parquet", "000002.parquet"]
+
+    caplog.clear()
+    again = engine("run", **other, learning_rate=0.02).train(4, resume_from_checkpoint=True, allow_changes=True)
+    assert again.before.rewards == before and "anew" not in caplog.text, "another rate measures nothing else"
+
+
 def test_metrics_torn_by_a_kill_are_written_anew_from_the_checkpoint(model_folders, tmp_path):
     make_engine(model_folders["llama"], tmp_path / "run").train(2)
     make_engine(model_folders["llama"], tmp_path / "whole").train(3)

@@ -120,10 +120,20 @@ class RunFolder:
         Raises:
             OutputError: Something cannot be moved.
         """
-        if not self.holds_a_run:
-            return None
+        return self._set_aside([*self._written(), *self.path.glob(_REPORT_FILE)]) if self.holds_a_run else None
+
+    def set_evaluations_aside(self) -> Path | None:
+        """Move the evaluations so far as :meth:`set_earlier_run_aside` does; None if there are none.
+
+        Raises:
+            OutputError: They cannot be moved.
+        """
+        folder = self.path / "evaluations"
+        return self._set_aside([folder]) if folder.is_dir() else None
+
+    def _set_aside(self, written: list[Path]) -> Path:
         try:
-            return set_aside(self.path, [*self._written(), *self.path.glob(_REPORT_FILE)])
+            return set_aside(self.path, written)
         except OSError as error:
             raise unwritable(error.filename or self.path, error) from None
 
@@ -330,6 +340,9 @@ class ReadOnlyFolder(RunFolder):
 
     def read_evaluation(self, iterations_done: int) -> Evaluation | None:
         """Nothing is read."""
+
+    def set_evaluations_aside(self) -> Path | None:
+        """Nothing is moved."""
 
     def go_back_to(self, history: list[FinetuningIterationResult]) -> Path | None:
         """Nothing is moved."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from konic.finetuning.config import TrainingConfig
 from konic.finetuning.errors import ConfigError, OutputError
 from konic.finetuning.models.decode_probe import plan_from
 from konic.finetuning.models.prepacked import DecodePlan
@@ -30,6 +31,9 @@ _FREE = (
     "decode_plan",  # a resume keeps that of the checkpoint
 )  # fmt: skip
 """Settings that change no number of any iteration that both runs contain."""
+
+_OF_LEARNING = {*TrainingConfig.model_fields, "selection"} - {"seed"}
+"""Settings that change how a policy learns, but not what an evaluation of it gives."""
 
 _BEFORE_IT_EXISTED: dict[str, Any] = {
     "kl_limit": None, "mask_truncated": False, "clip_ratio_low": None, "clip_ratio_high": None,
@@ -119,8 +123,10 @@ def newest_checkpoint(run_folder: Path) -> Path:
 
 def require_same_run(
     folder: Path, record: CheckpointRecord, settings: dict[str, Any], device: torch.device, allow_changes: bool
-) -> None:
+) -> bool:
     """Check that a checkpoint belongs to the run that is to continue; differences are named.
+
+    Returns True if evaluations of then and of now can be compared: the rewards and what samples are the same.
 
     Raises:
         OutputError: A setting differs without `allow_changes`, or one that the weights depend on.
@@ -141,6 +147,7 @@ def require_same_run(
     if changed:
         logger.warning("Continuing with other settings: %s. From here on it is another run.", named)
     _warn_of_another_environment(environment(device), record.environment)
+    return _OF_LEARNING.issuperset(changed)
 
 
 def _in_todays_terms(recorded: dict[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

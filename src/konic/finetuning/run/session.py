@@ -185,7 +185,7 @@ class Session:
 
         After 0 iterations the policy is its reference, so this can be evaluated at any time.
         """
-        first = self._recorded_evaluation(0) if iterations_done else None
+        first = (self._recorded_evaluation(0) or self.evaluate_held_out(0)) if iterations_done else None
         moments = evaluation_moments(list_rewards(self.agent.get_reward_composer()), first)
         is_first, self._has_evaluated = not self._has_evaluated, True
         evaluation = self.evaluate(self.prompts.held_out, moments, iterations_done == 0, warns_of_cuts=is_first)
@@ -384,7 +384,7 @@ class Session:
         if not keeps_weights:
             self.reward_weights.restart()
         settings = self.settings(max_iterations) | ({"reward_weights": weights[0]} if keeps_weights else {})
-        require_same_run(checkpoint, record, settings, learner.policy.device, allow_changes)
+        is_comparable = require_same_run(checkpoint, record, settings, learner.policy.device, allow_changes)
         self.state = load_checkpoint(checkpoint, learner.policy, learner.optimizer)
         if keeps_weights:
             self.reward_weights.resume(*weights)
@@ -401,6 +401,9 @@ class Session:
         earlier = self.folder.go_back_to(self.state.history)
         if earlier is not None:
             logger.warning("What had been written after iteration %d is now in %s.", self.state.iteration, earlier)
+        aside = None if is_comparable else self.folder.set_evaluations_aside()
+        if aside is not None:
+            logger.warning("The held-out prompts are evaluated anew: the evaluations so far are now in %s.", aside)
         if self.prompts.stream is not None:
             start, num_rows = time.monotonic(), self.state.num_prompts
             self.prompts.batch(num_rows, 0)
