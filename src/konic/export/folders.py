@@ -101,8 +101,8 @@ def write_gguf_folder(saved: SavedModel, output: Path, dtype: str | None) -> lis
         text, note = modelfile(file, tokenizer, saved.setting("generation_config"), system_prompt)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(export_card(saved, is_adapter=False, file=file), encoding="utf-8")
-    return [note, f"llama.cpp: llama-cli -m {shlex.quote(str(output / file))}",
-            f"Ollama: ollama create MODEL -f {shlex.quote(str(output / 'Modelfile'))}"]  # fmt: skip
+    model, recipe = (shlex.quote(str(output / name)) for name in (file, "Modelfile"))
+    return [note, f"llama.cpp: llama-cli -m {model}", f"Ollama: ollama create MODEL -f {recipe}"]
 
 
 def _copy_tokenizer(saved: SavedModel, target: Path) -> None:
