@@ -32,18 +32,21 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS = HERE / "results" / "defaults.jsonl"
 DOCS, BEGIN, END = ROOT / "docs" / "defaults.md", "<!-- defaults: made by make defaults -->", "<!-- end of defaults -->"
+CONSTANT = {"lr_scheduler": "constant"}
 SETTINGS = {
     "defaults": {},
-    "falling learning rate": {"lr_scheduler": "linear"},
-    "KL in the reward": {"kl_placement": "reward"},
-    "batches of 4": {"batch_size": 4},
-    "no limit": {"kl_limit": None},
-    "1 pass": {"ppo_epochs": 1},
+    "constant learning rate": CONSTANT,
+    "falling to 0": {"lr_scheduler": "linear"},
+    "KL in the reward": {"kl_placement": "reward"} | CONSTANT,
+    "batches of 4": {"batch_size": 4} | CONSTANT,
+    "no limit": {"kl_limit": None} | CONSTANT,
+    "1 pass": {"ppo_epochs": 1} | CONSTANT,
     "learning rate 5e-4": {"learning_rate": 5e-4},
     "learning rate 2e-3": {"learning_rate": 2e-3},
     "batches of 4, 5e-5": {"batch_size": 4, "learning_rate": 5e-5},
-    **{name: {"algorithm": name} for name in ALGORITHMS if name != "ppo"},
+    **{name: {"algorithm": name} | CONSTANT for name in ALGORITHMS if name != "ppo"},
 }
+"""The last ones, and those that name a rate, were measured with a constant one."""
 WINDOW = 48
 """Responses that a number of the table is a mean of."""
 LOOKS = (64, 320, 960)

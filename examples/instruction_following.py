@@ -89,7 +89,7 @@ def build_agent() -> KonicFinetuningAgent:
             prompts=[[{"role": "user", "content": instruction}] for instruction in instructions], held_out=40
         ),
         training_config=TrainingConfig(
-            batch_size=16, ppo_epochs=1, num_minibatches=2, eval_every=4, kl_budget=10.0,
+            batch_size=16, ppo_epochs=1, num_minibatches=2, lr_scheduler="constant", eval_every=4, kl_budget=10.0,
             max_minutes=8, on_reward_error="skip", reward_workers=1, reward_timeout_seconds=10,
         ),
         generation_config=GenerationConfig(max_new_tokens=64, max_prompt_length=96, temperature=0.7),

@@ -15,7 +15,8 @@ CONTRACT = {
         "learning_rate": None, "batch_size": 16, "gradient_accumulation_steps": 1, "ppo_epochs": 4,
         "num_minibatches": 1,
         "kl_penalty_weight": 0.05, "clip_ratio": 0.2, "vf_coef": 0.1, "entropy_coef": 0.0, "gamma": 1.0,
-        "gae_lambda": 0.95, "max_grad_norm": 1.0, "weight_decay": 0.0, "warmup_steps": 0, "lr_scheduler": "constant",
+        "gae_lambda": 0.95, "max_grad_norm": 1.0, "weight_decay": 0.0, "warmup_steps": 0,
+        "lr_scheduler": "inverse_sqrt",
         "missing_eos_penalty": None, "gradient_checkpointing": False, "max_minutes": None,
     },
     GenerationConfig: {
@@ -322,6 +323,13 @@ def test_the_peak_learning_rate_is_the_users_or_the_modes():
     assert config.peak_learning_rate(uses_lora=True) == config.peak_learning_rate(uses_lora=False) == 3e-4
     lora, full = (TrainingConfig().peak_learning_rate(uses_lora=uses_lora) for uses_lora in (True, False))
     assert lora > full > 0
+
+
+def test_a_rate_of_ones_own_stays_as_it_is_and_the_default_one_falls():
+    assert TrainingConfig().lr_scheduler == TrainingConfig(learning_rate=None).lr_scheduler == "inverse_sqrt"
+    assert TrainingConfig(learning_rate=1e-3).lr_scheduler == "constant"
+    assert TrainingConfig(learning_rate=1e-3, lr_scheduler="inverse_sqrt").lr_scheduler == "inverse_sqrt"
+    assert TrainingConfig().with_fields({"learning_rate": 1e-3}).lr_scheduler == "constant"
 
 
 def test_target_modules_may_be_a_list():

@@ -75,7 +75,8 @@ def test_config_defaults_are_the_contracts():
         "learning_rate": None, "batch_size": 16, "gradient_accumulation_steps": 1, "ppo_epochs": 4,
         "num_minibatches": 1,
         "kl_penalty_weight": 0.05, "clip_ratio": 0.2, "vf_coef": 0.1, "entropy_coef": 0.0, "gamma": 1.0,
-        "gae_lambda": 0.95, "max_grad_norm": 1.0, "weight_decay": 0.0, "warmup_steps": 0, "lr_scheduler": "constant",
+        "gae_lambda": 0.95, "max_grad_norm": 1.0, "weight_decay": 0.0, "warmup_steps": 0,
+        "lr_scheduler": "inverse_sqrt",
         "missing_eos_penalty": None, "gradient_checkpointing": False, "max_minutes": None,
     }  # fmt: skip
     assert {name: getattr(training, name) for name in expected} == expected

@@ -98,7 +98,8 @@ def build_agent(max_minutes: float | None = None, held_out: int = 64) -> KonicFi
             batch_size=16,
             ppo_epochs=1,
             num_minibatches=2,
-            kl_placement="reward",  # as in the figures that the README and docs/algorithms.md show
+            kl_placement="reward",  # this and the constant rate as in the figures of README and docs/algorithms.md
+            lr_scheduler="constant",
             max_minutes=max_minutes,
         ),
         generation_config=GenerationConfig(max_new_tokens=48, max_prompt_length=64, temperature=0.7),

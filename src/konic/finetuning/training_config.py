@@ -30,6 +30,8 @@ def _of_algorithm(name: str) -> Any:
     return lambda given: getattr(ALGORITHMS.get(given.get("algorithm"), ALGORITHMS["ppo"]), name)
 
 
+LRScheduler = Literal["constant", "inverse_sqrt", "linear", "cosine"]
+
 DEFAULT_LORA_LEARNING_RATE = 1e-3
 DEFAULT_FULL_LEARNING_RATE = 1e-5
 DEFAULT_NUM_MINIBATCHES = 1
@@ -38,6 +40,11 @@ DEFAULT_NUM_MINIBATCHES = 1
 def _default_num_minibatches(given: dict[str, Any]) -> int:
     """Return the default, or what divides both it and the batch size, so that every batch size works."""
     return math.gcd(DEFAULT_NUM_MINIBATCHES, given.get("batch_size", DEFAULT_NUM_MINIBATCHES))
+
+
+def _default_lr_scheduler(given: dict[str, Any]) -> LRScheduler:
+    """Return the schedule that was measured with the default rate; a rate of the user's own stays as it is."""
+    return "inverse_sqrt" if given.get("learning_rate") is None else "constant"
 
 
 class TrainingConfig(Settings):
@@ -109,10 +116,10 @@ class TrainingConfig(Settings):
     """AdamW's decoupled weight decay."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps over which the learning rate rises from zero."""
-    lr_scheduler: Literal["constant", "inverse_sqrt", "linear", "cosine"] = "constant"
-    """The learning rate after warm-up: constant; falling with the steps done, whatever their number ("inverse_sqrt");
-    or falling so that the step after the last planned one would have zero. docs/defaults.md compares the first and
-    "linear"."""
+    lr_scheduler: LRScheduler = Field(default_factory=_default_lr_scheduler)
+    """The learning rate after warm-up: constant; falling with the steps done, whatever their number ("inverse_sqrt"),
+    the default for the default rate; or falling so that the step after the last planned one would have zero.
+    docs/defaults.md compares them."""
     missing_eos_penalty: float | None = Field(default=None, ge=0, le=MAX_PENALTY)
     """Subtracted from the score of a response cut off by max_new_tokens (N+)."""
     mask_truncated: bool = False
