@@ -244,7 +244,7 @@ def test_faults_on_the_held_out_prompts_are_kept_and_bounded(model_folders, tmp_
 
     result = engine(tmp_path / "few", set(held_out[:2])).train(1)
     assert [error is not None for error in result.before.errors] == [True, True, *[False] * 10]
-    with pytest.raises(RewardError, match="12 of the last 12"):
+    with pytest.raises(RewardError, match="on all 12 responses of an evaluation"):
         engine(tmp_path / "all", set(held_out)).train(1)
 
 
