@@ -530,6 +530,12 @@ def test_none_as_other_libraries_take_it_is_answered_with_the_number_to_set(kind
     kind(**{field: float(str(error.value).rpartition("=")[2].rstrip("."))})
 
 
+@pytest.mark.parametrize(("kind", "field"), [(TrainingConfig, "max_grad_norm"), (GenerationConfig, "temperature")])
+def test_an_array_for_a_number_is_an_error_of_the_field(kind, field):
+    with pytest.raises(ConfigError, match=rf"\.{field}: it must be a number, got array"):
+        kind(**{field: np.array([0.0, 0.0])})
+
+
 def test_a_temperature_of_zero_is_answered_with_the_way_to_take_the_likeliest_token():
     with pytest.raises(ConfigError, match=r"above 0, got 0\. do_sample=False takes the likeliest"):
         GenerationConfig(temperature=0)

@@ -243,9 +243,10 @@ def _wanted(problem: ErrorDetails) -> str:
 def _instead_of_value(name: str, problem: ErrorDetails) -> str:
     """Return a sentence about the value that was probably meant."""
     value, known = problem["input"], re.findall("'(.*?)'", problem.get("ctx", {}).get("expected", ""))
-    if value in (None, 0) and name in _NEUTRAL:
+    is_zero = isinstance(value, int | float) and value == 0  # an array is not asked: it has more than one answer
+    if (value is None or is_zero) and name in _NEUTRAL:
         return f" To go without it, set {name}={_NEUTRAL[name]}."
-    if name == "temperature" and value == 0:
+    if is_zero and name == "temperature":
         return " do_sample=False takes the likeliest token; a policy learns only where it tries others too."
     return did_you_mean(value.lower(), known) if isinstance(value, str) and len(value) < 100 else ""
 
