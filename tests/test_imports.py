@@ -30,8 +30,8 @@ INSIDE = {
         "tokenization",
     ],
     "models": [
-        "positions", "distributions", "length_groups", "value_head", "prepacked", "products", "sharding", "wide_head",
-        "headers", "locations", "quantised", "language_model", "fsdp", "token_scores", "decode_probe",
+        "positions", "distributions", "length_groups", "value_head", "prepacked", "products", "gated_mlps", "sharding",
+        "wide_head", "headers", "locations", "quantised", "language_model", "fsdp", "token_scores", "decode_probe",
         "tokenizer_rules", "containment", "model_kwargs", "reading", "loading",
         "adapter_config", "adapters", "merging", "adapter_check", "trained_weights", "policy", "policy_files",
     ],

@@ -27,6 +27,7 @@ from konic.finetuning.models.adapters import (
     new_adapter,
     switch_off_dropout,
 )
+from konic.finetuning.models.gated_mlps import lean_mlps
 from konic.finetuning.models.language_model import LanguageModel
 from konic.finetuning.models.loading import LoadedModel
 from konic.finetuning.models.merging import can_merge, merged_layer
@@ -190,9 +191,12 @@ class Policy:
 
     @contextmanager
     def saving_memory(self) -> Iterator[None]:
-        """Compute layers twice inside the context if gradient checkpointing is on. Train mode is never used."""
+        """Keep less for the backward pass inside the context. Train mode is never used.
+
+        With gradient checkpointing, layers are computed twice.
+        """
         checkpointed = self.language_model.checkpointed() if self._gradient_checkpointing else nullcontext()
-        with eager_free(self._gradient_checkpointing), checkpointed:
+        with eager_free(self._gradient_checkpointing), checkpointed, lean_mlps(self.model):
             yield
 
     def fast_products(self) -> AbstractContextManager[None]:
