@@ -470,3 +470,18 @@ def test_a_hook_that_cannot_be_called_is_an_error_before_training(hook, method):
 def test_a_hook_may_name_its_parameters_as_it_likes():
     own = {"on_iteration_end": lambda self, outcome, more=None: None, "on_train_end": lambda self, *given: None}
     CompositeCallback([type("Own", (BaseKonicFinetuningCallback,), own)()])
+
+
+def test_of_several_that_print_the_first_does(capsys):
+    quiet, first, second = (KonicFinetuningCallback(verbose=verbose) for verbose in (False, True, True))
+    callbacks = Callbacks([quiet, CompositeCallback([first]), second])
+    callbacks.on_train_begin(CONFIG)
+    assert capsys.readouterr().out == BANNER
+    Callbacks(second).on_train_begin(CONFIG)  # alone it prints
+    assert capsys.readouterr().out == BANNER
+
+
+def test_one_callback_twice_is_an_error():
+    callback = KonicFinetuningCallback()
+    with pytest.raises(ConfigError, match="one object is given twice"):
+        Callbacks([callback, CompositeCallback([callback])])

@@ -12,6 +12,7 @@ from rich.console import Console
 from test_callbacks import BANNER, CONFIG, FIRST_LINE, finished, iteration
 
 from konic.finetuning.callbacks import display
+from konic.finetuning.callbacks.composite import Callbacks
 from konic.finetuning.callbacks.console import KonicFinetuningCallback
 from konic.finetuning.callbacks.live import LiveState, draw, sparkline
 
@@ -178,6 +179,35 @@ def test_on_a_terminal_the_lines_stand_above_the_view_and_it_is_gone_at_the_end(
         assert before.rstrip("\r\n").endswith("\x1b[2K") and "╭" in after
     assert "\x1b[?25l" not in text.split("\x1b[?25h", 1)[1]  # the cursor is back at once: a kill may come at any time
     assert sys.stdout is sys.stderr is terminal and handler.stream is terminal
+
+
+class LaterBrief(KonicFinetuningCallback):
+    """A subclass beside the plain one, as docs/recipes.md shows both."""
+
+
+def test_beside_each_other_callbacks_show_one_view_and_print_each_line_once(terminal):
+    terminal = terminal()
+    handler = logging._StderrHandler()  # as a library's logger may have
+    logging.getLogger("someone").addHandler(handler)
+    callbacks = Callbacks([KonicFinetuningCallback(early_stop_kl_threshold=9.0), LaterBrief()])
+    try:
+        run(callbacks)
+        run(callbacks)  # the view of the first run is free again
+    finally:
+        logging.getLogger("someone").removeHandler(handler)
+    lines = terminal.getvalue().replace("\r", "\n").split("\n")
+    assert [sum(line.endswith(end) for line in lines) for end in (FIRST_LINE, "Total Iterations: 50")] == [2, 2]
+    assert terminal.getvalue().count("\x1b[?25h") == 4  # two views; one at a time
+    assert sys.stdout is sys.stderr is terminal
+
+
+def test_a_second_run_at_the_same_time_has_no_view(terminal):
+    terminal()
+    first, second = (display.open_display(LiveState(CONFIG, 0.0)) for _ in range(2))
+    assert first is not None and second is None
+    first.stop()
+    third = display.open_display(LiveState(CONFIG, 0.0))
+    third.stop()
 
 
 def test_of_a_progress_bar_the_last_state_of_its_line_stands_above(terminal):

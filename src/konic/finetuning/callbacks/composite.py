@@ -37,6 +37,8 @@ class CompositeCallback(BaseKonicFinetuningCallback):
                 raise ConfigError(f"callback: {callback!r} is not a BaseKonicFinetuningCallback.{hint}")
             _check(callback)
         self.callbacks = list(callbacks)
+        if len({id(callback) for callback in self._each()}) < sum(1 for _ in self._each()):
+            raise ConfigError("callback: one object is given twice, so its hooks would be called twice.")
         self.patience_seconds = math.inf
         """How long other processes wait while a callback runs here."""
 
@@ -44,6 +46,11 @@ class CompositeCallback(BaseKonicFinetuningCallback):
     def reports_iterations(self) -> bool:
         """True if one of the callbacks does something of its own at the end of an iteration, or is the printing one."""
         return any(map(_reports_iterations, self.callbacks))
+
+    def _each(self) -> Iterator[BaseKonicFinetuningCallback]:
+        """Every callback, also of those that are composed themselves."""
+        for callback in self.callbacks:
+            yield from callback._each() if isinstance(callback, CompositeCallback) else (callback,)
 
     @contextmanager
     def reporting_errors(self) -> Iterator[None]:
@@ -129,6 +136,8 @@ class CompositeCallback(BaseKonicFinetuningCallback):
 class Callbacks(CompositeCallback):
     """The callbacks of a run. If none of those given reports iterations, one that prints them comes first.
 
+    Of several that print the run's lines, the first one does.
+
     Raises:
         ConfigError: One of the objects is not a callback.
     """
@@ -137,6 +146,11 @@ class Callbacks(CompositeCallback):
         super().__init__(given if isinstance(given, Sequence) else [given] if given is not None else [])
         if not self.reports_iterations:
             self.callbacks.insert(0, KonicFinetuningCallback())
+        has_printed = False
+        for callback in self._each():
+            if isinstance(callback, KonicFinetuningCallback):
+                callback.is_second = has_printed
+                has_printed |= callback.verbose
 
 
 def _is_true(callback: BaseKonicFinetuningCallback, answer: Any) -> bool:

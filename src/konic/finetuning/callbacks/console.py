@@ -60,6 +60,8 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         self.early_stop_kl_threshold = early_stop_kl_threshold
         self.early_stop_patience = early_stop_patience
         self.verbose = verbose
+        self.is_second = False
+        """True beside another callback of a run that prints its lines: this one prints only samples."""
         self.use_mlflow = use_mlflow
         self._tracker = MLflowCallback() if use_mlflow else BaseKonicFinetuningCallback()
         self._iterations_above = 0
@@ -71,7 +73,7 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         """Print the banner, start the live view and the MLflow run."""
         self._iterations_above = 0
         self._tracker.on_train_begin(config)
-        if not self.verbose:
+        if not self._prints_lines:
             return
         rule = "=" * 60
         lines = [rule, "Starting RLHF Training", rule, f"Model: {printable(str(config['model_name']))}"]
@@ -115,7 +117,7 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         if self._live is not None:
             self._live.memory_bytes = peak_memory_bytes()
             self._live.add(result, time.monotonic())
-        if self.verbose and (result.iteration % self.log_interval == 0 or result.iteration == 1):
+        if self._prints_lines and (result.iteration % self.log_interval == 0 or result.iteration == 1):
             line = iteration_line(result)
             _print(line if self._display is None else _fitted(line, _left_out(result)))
 
@@ -127,7 +129,7 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         """Print the summary; end the live view, and the MLflow run if this callback started it."""
         self._end_display()
         self._tracker.on_train_end(result)
-        if self.verbose:
+        if self._prints_lines:
             _print(result.summary())
 
     def on_train_error(self, error: BaseException) -> None:
@@ -143,6 +145,10 @@ class KonicFinetuningCallback(BaseKonicFinetuningCallback):
         above = threshold is not None and result.kl_divergence > threshold
         self._iterations_above = self._iterations_above + 1 if above else 0
         return self._iterations_above >= self.early_stop_patience
+
+    @property
+    def _prints_lines(self) -> bool:
+        return self.verbose and not self.is_second
 
     def _phase(self, name: str) -> None:
         if self._live is not None and self._display is not None:

@@ -25,6 +25,8 @@ from konic.finetuning.callbacks.live import LiveState, draw
 from konic.output import is_terminal
 from konic.text import describe_error
 
+_TAKEN = threading.Lock()
+"""Held while a picture is on the terminal: another run of the process, in another thread, shows none."""
 _DRAWS_PER_SECOND = 1
 _NOTEBOOK_WIDTH, _NOTEBOOK_HEIGHT = 100, 30
 
@@ -45,7 +47,7 @@ def open_display(state: LiveState) -> Display | None:
     if stream is not None:
         console = Console(file=stream, highlight=False)
         usable = console.is_terminal and console.is_interactive and not console.is_dumb_terminal
-        return _Terminal(state, console) if usable else None
+        return _Terminal(state, console) if usable and _TAKEN.acquire(blocking=False) else None
     return _Notebook(state) if _in_notebook() else None
 
 
@@ -75,8 +77,11 @@ class _Terminal:
         """Nothing: the thread draws what has changed."""
 
     def stop(self) -> None:
-        self._restored.close()
-        self._live.stop()
+        try:
+            self._restored.close()
+            self._live.stop()
+        finally:
+            _TAKEN.release()
 
 
 class _Above(FileProxy):
@@ -165,6 +170,7 @@ def _logging_above() -> Iterator[None]:
         for logger in loggers
         for handler in logger.handlers
         if isinstance(handler, logging.StreamHandler) and is_terminal(handler.stream)
+        if not isinstance(getattr(type(handler), "stream", None), property)  # logging's last resort asks sys.stderr
     ]
     for handler, _ in moved:
         handler.setStream(sys.stderr if is_terminal(sys.stderr) else sys.stdout)
