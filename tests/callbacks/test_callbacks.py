@@ -9,6 +9,7 @@ import torch
 from konic.finetuning.callbacks.composite import Callbacks, CompositeCallback
 from konic.finetuning.callbacks.console import KonicFinetuningCallback, iteration_line
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
+from konic.finetuning.callbacks.json_lines import JsonLinesCallback
 from konic.finetuning.callbacks.mlflow import MLflowCallback
 from konic.finetuning.errors import ConfigError
 from konic.finetuning.results.iteration import FinetuningIterationResult
@@ -442,8 +443,9 @@ def test_hooks_that_would_never_run_are_refused_when_the_callback_is_given():
             Callbacks([KonicFinetuningCallback(), kind()])
 
 
-def test_a_callback_that_was_not_set_up_says_what_its_init_lacks():
-    class Forgets(KonicFinetuningCallback):
+@pytest.mark.parametrize("base", [KonicFinetuningCallback, MLflowCallback, JsonLinesCallback])
+def test_a_callback_that_was_not_set_up_says_what_its_init_lacks(base):
+    class Forgets(base):
         def __init__(self):
             self.mine = []
 

@@ -5,10 +5,12 @@ import json
 import logging
 import sys
 
+import pytest
 from test_callbacks import CONFIG, finished, iteration
 
 from konic.finetuning.callbacks.composite import Callbacks
 from konic.finetuning.callbacks.json_lines import JsonLinesCallback
+from konic.finetuning.errors import ConfigError
 
 NAN = float("nan")
 
@@ -54,3 +56,8 @@ def test_an_error_is_the_last_event_and_a_reader_that_is_gone_costs_nothing(caps
     stream.close()
     JsonLinesCallback(stream).on_iteration_end(iteration())
     assert sys.stdout is not stream
+
+
+def test_a_stream_that_cannot_be_written_to_is_an_error_at_once():
+    with pytest.raises(ConfigError, match=r"stream='run.jsonl'.*open text file, such as open\('run.jsonl', 'w'\)"):
+        JsonLinesCallback("run.jsonl")

@@ -10,6 +10,7 @@ from typing import Any
 
 from konic.finetuning.callbacks.console import KonicFinetuningCallback
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
+from konic.finetuning.callbacks.json_lines import JsonLinesCallback
 from konic.finetuning.callbacks.trackers import Tracker
 from konic.finetuning.errors import ConfigError, did_you_mean
 from konic.finetuning.results.iteration import FinetuningIterationResult
@@ -179,7 +180,8 @@ def _check(callback: BaseKonicFinetuningCallback) -> None:
                 f"Callback {kind}.{name} would never run: make it a plain method, not async or with yield."
             )
         _check_parameters(f"{kind}.{name}", hook, _HOOKS[name])
-    if isinstance(callback, KonicFinetuningCallback) and "_tracker" not in vars(callback):
+    set_by_init = next((name for base, name in _SET_BY_INIT.items() if isinstance(callback, base)), None)
+    if set_by_init is not None and set_by_init not in vars(callback):
         raise ConfigError(f"Callback {kind}: its __init__ must call super().__init__().")
 
 
@@ -199,6 +201,8 @@ def _check_parameters(name: str, hook: Callable[..., Any], asked: Callable[..., 
         ) from None
 
 
+_SET_BY_INIT = {KonicFinetuningCallback: "is_second", Tracker: "_has_warned", JsonLinesCallback: "_stream"}
+"""By class, an attribute that an instance has once the `__init__` of the class has run."""
 _HOOKS = {name: hook for name, hook in vars(BaseKonicFinetuningCallback).items() if not name.startswith("_")}
 
 

@@ -6,6 +6,7 @@ import sys
 from typing import Any, TextIO
 
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
+from konic.finetuning.errors import ConfigError
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.results.summary import FinetuningResult
 from konic.output import Tolerant, get_logger
@@ -17,9 +18,17 @@ class JsonLinesCallback(BaseKonicFinetuningCallback):
 
     Args:
         stream: Where to write; None is standard output.
+
+    Raises:
+        ConfigError: One cannot write to `stream`.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
+        if stream is not None and not callable(getattr(stream, "write", None)):
+            raise ConfigError(
+                f"JsonLinesCallback(stream={stream!r}): it must be an open text file, such as open('run.jsonl', 'w'), "
+                "or None for standard output."
+            )
         self._stream = stream
         self._handler = _WarningEvents(self)
 
