@@ -672,11 +672,14 @@ def test_examples_that_cannot_be_learned_from_are_said(bases, tmp_path, examples
     assert list(tmp_path.iterdir()) == []
 
 
-def test_labels_of_the_test_examples_count_too(bases, tmp_path):
-    texts = [Labelled(text.text, "liked") for text in toy_texts(8)]
-    report = fit(texts, bases["bert"], tmp_path / "judge", test=[Labelled("bad", "loathed")], **BRIEF)
-    assert report.num_test == 1
-    assert AutoModelForSequenceClassification.from_pretrained(report.folder).config.num_labels == 2
+def test_labels_that_only_the_test_examples_have_are_refused_before_training(bases, tmp_path):
+    told, test = [], [Labelled("bad", "loathed"), Labelled("dull", "bored"), Labelled("so", "n/a")]
+    refusal = "^test: the examples to train on lack its labels 'bored', 'n/a'; they have 'liked', 'loathed', 'nei"
+    with pytest.raises(DatasetError, match=refusal):
+        fit(toy_texts(20), bases["bert"], tmp_path / "judge", told, test, **BRIEF)
+    with pytest.raises(DatasetError, match="All texts have the label 'liked'"):
+        fit([Labelled(text.text, "liked") for text in toy_texts(8)], bases["bert"], tmp_path / "judge", told, test)
+    assert not told and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from konic.finetuning.errors import DatasetError, OutputError, TrainingError
+from konic.finetuning.errors import DatasetError, OutputError, TrainingError, first_of
 from konic.finetuning.learning.schedule import learning_rate_at
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.models.locations import locate_model
@@ -26,7 +26,7 @@ from konic.finetuning.reward_models.classifier import batches_by_length, choose_
 from konic.finetuning.reward_models.feedback import Labelled, Preference
 from konic.finetuning.reward_models.saving import RewardModelReport, save_reward_model
 from konic.finetuning.reward_models.texts import TextFormat, encode_pair
-from konic.finetuning.settings import Settings
+from konic.finetuning.settings import Settings, short_repr
 from konic.finetuning.system.files import as_path, require_writable
 from konic.output import get_logger
 
@@ -81,14 +81,15 @@ def train_reward_model(
         tell: Called with one line of text per epoch.
 
     Raises:
-        DatasetError: There are too few examples, or only one label.
+        DatasetError: There are too few examples, or only one label, or labels that only `test` has.
         ModelError: The base model cannot be loaded.
         OutputError: The folder cannot be written; this is checked before training.
         TrainingError: The loss or a weight is no longer finite; nothing is written.
     """
     config, folder = config or RewardTrainingConfig(), as_path(output, "output", OutputError)
     require_writable(folder, "output")
-    labels = _labels([*examples, *test])
+    labels = _labels(examples)
+    _require_known_labels(test, labels)
     train, held_out = _split(examples, config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -255,6 +256,17 @@ def _labels(examples: Sequence[Preference] | Sequence[Labelled]) -> list[str] | 
             "allowed. Check that the label column is the right one."
         )
     return labels
+
+
+def _require_known_labels(test: Sequence[Preference] | Sequence[Labelled], labels: list[str] | None) -> None:
+    """Raise DatasetError if test examples have labels that the training examples lack."""
+    given = {example.label for example in test if isinstance(example, Labelled)}
+    unknown = sorted(given.difference(labels or ()))
+    if unknown and labels:
+        raise DatasetError(
+            f"test: the examples to train on lack its labels {first_of([*map(short_repr, unknown)])}; they have "
+            f"{first_of([*map(short_repr, labels)])}. Correct the labels, or leave these test examples out."
+        )
 
 
 def _split(
