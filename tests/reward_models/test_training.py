@@ -466,6 +466,23 @@ def test_a_seed_decides_what_is_held_out(count, share, kept):
     assert (splits[0][1] == splits[2][1]) is (kept == 0)
 
 
+@pytest.mark.parametrize("examples", [toy_pairs(40), toy_texts(40)])
+def test_copies_of_an_example_are_held_out_with_it(examples):
+    config = RewardTrainingConfig(seed=3)
+    alone = training._split(examples, config)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(3)).tolist()
+    assert alone == ([examples[row] for row in order[8:]], [examples[row] for row in order[:8]])
+    for side, of_copies in zip(alone, training._split(examples * 3, config), strict=True):
+        assert sorted(map(repr, of_copies)) == sorted(map(repr, side * 3))
+
+
+def test_a_text_of_two_labels_is_on_one_side():
+    train, held_out = training._split(
+        [Labelled(str(n), label) for label in "ab" for n in range(20)], RewardTrainingConfig()
+    )
+    assert not {text.text for text in train} & {text.text for text in held_out}
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(1, 50), max_size=200), st.integers(1, 9), st.integers(0, 99))
 def test_random_batches_hold_every_index_once(lengths, size, seed):
@@ -659,6 +676,7 @@ def test_data_without_rows_or_out_of_reach_is_said(tmp_path):
         (toy_pairs(7), "7 examples are too few to learn from; give at least 8"),
         ([], "0 examples are too few"),
         (toy_texts(7), "7 examples are too few"),
+        (toy_texts(7) * 3, "7 examples are too few to learn from; give at least 8 different ones"),
         (
             [Labelled(text.text, "same") for text in toy_texts(20)],
             r"All texts have the label 'same'\. Give texts of at least two",

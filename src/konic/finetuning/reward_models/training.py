@@ -7,6 +7,7 @@ Preference pairs train a Bradley-Terry head: P(chosen over rejected) = σ(r(chos
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,7 @@ class RewardTrainingConfig(Settings):
     max_length: int = Field(default=256, ge=8)
     """Maximum number of tokens read from a text."""
     held_out: float = Field(default=0.2, ge=0, lt=1)
-    """Share of the examples held out to measure accuracy."""
+    """Share of the examples held out to measure accuracy. Copies of an example are held out together."""
     lora_r: int | None = Field(default=None, ge=1)
     """Rank of a LoRA adapter on every linear layer, merged before saving; None trains every weight."""
     text_format: Literal["auto", "chat", "pair", "joined", "response"] = "auto"
@@ -272,9 +273,17 @@ def _require_known_labels(test: Sequence[Preference] | Sequence[Labelled], label
 def _split(
     examples: Sequence[Preference] | Sequence[Labelled], config: RewardTrainingConfig
 ) -> tuple[list[Any], list[Any]]:
-    """Return the training examples and the held-out examples."""
-    if len(examples) < 8:
-        raise DatasetError(f"{len(examples)} examples are too few to learn from; give at least 8, preferably hundreds.")
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    count = min(round(config.held_out * len(examples)), len(examples) - 4)
-    return [examples[row] for row in order[count:]], [examples[row] for row in order[:count]]
+    """Return the training examples and the held-out examples; copies of an example are all on one side."""
+    copies: dict[Any, list[Any]] = {}
+    for example in examples:
+        text = (example.prompt, example.chosen, example.rejected) if isinstance(example, Preference) else example.text
+        copies.setdefault(text, []).append(example)
+    if len(copies) < 8:
+        raise DatasetError(
+            f"{len(copies)} examples are too few to learn from; give at least 8 different ones, preferably hundreds."
+        )
+    order = torch.randperm(len(copies), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    count = min(round(config.held_out * len(copies)), len(copies) - 4)
+    groups = list(copies.values())
+    train, held_out = (chain.from_iterable(groups[row] for row in rows) for rows in (order[count:], order[:count]))
+    return list(train), list(held_out)
