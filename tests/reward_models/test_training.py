@@ -440,6 +440,21 @@ def test_every_epoch_reads_every_text_once_and_no_more_than_max_length(bases, tm
     assert read[:6] != read[6:]
 
 
+def test_pairs_that_are_equal_within_max_length_are_told_up_to_half(bases, tmp_path, caplog):
+    end = " the film was so very long"
+    cut = [Preference(word, "good" + end, "bad" + end) for word in FILLERS[:11]]
+    options = BRIEF | {"max_length": 8, "text_format": "pair"}
+    fit(cut[:10] + toy_pairs(10), bases["bert"], tmp_path / "judge", **options)
+    found = "{} pairs are the same to the model, which reads 8 tokens of a text. Such pairs teach nothing"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"The chosen and the rejected text of {found.format('10 of 20')}."
+    ]
+    told = []
+    with pytest.raises(DatasetError, match=f"{found.format('11 of 21')}: raise max_length"):
+        fit(cut + toy_pairs(10), bases["bert"], tmp_path / "other", told, **options)
+    assert not told and not (tmp_path / "other").exists()
+
+
 # --- seeds ---
 
 

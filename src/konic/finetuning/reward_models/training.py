@@ -82,7 +82,8 @@ def train_reward_model(
         tell: Called with one line of text per epoch.
 
     Raises:
-        DatasetError: There are too few examples, or only one label, or labels that only `test` has.
+        DatasetError: There are too few examples, or only one label, or labels that only `test` has, or most pairs are
+            equal within `max_length`.
         ModelError: The base model cannot be loaded.
         OutputError: The folder cannot be written; this is checked before training.
         TrainingError: The loss or a weight is no longer finite; nothing is written.
@@ -97,7 +98,10 @@ def train_reward_model(
         model, tokenizer = _base(base, labels, config, pick_device(device))
         text_format = _text_format(config, model, tokenizer, labels)
         task = _Task(tokenizer, text_format, min(config.max_length, longest_input(model, tokenizer)), labels)
-        for epoch, loss in enumerate(_epochs(model, [task.encoded(example) for example in train], task, config), 1):
+        encoded = [task.encoded(example) for example in train]
+        if labels is None:
+            _warn_of_equal_pairs([*encoded, *map(task.encoded, held_out)], task.max_length)
+        for epoch, loss in enumerate(_epochs(model, encoded, task, config), 1):
             share = task.accuracy(model, held_out)
             tell(
                 f"Epoch {epoch}/{config.epochs}: loss {loss:.4f}"
@@ -268,6 +272,20 @@ def _require_known_labels(test: Sequence[Preference] | Sequence[Labelled], label
             f"test: the examples to train on lack its labels {first_of([*map(short_repr, unknown)])}; they have "
             f"{first_of([*map(short_repr, labels)])}. Correct the labels, or leave these test examples out."
         )
+
+
+def _warn_of_equal_pairs(pairs: Sequence[tuple[list[_Encoded], int]], max_length: int) -> None:
+    """Warn of pairs of which the model reads two equal texts; raise DatasetError if they are more than half."""
+    equal = sum(chosen == rejected for (chosen, rejected), _ in pairs)
+    if not equal:
+        return
+    found = (
+        f"The chosen and the rejected text of {equal} of {len(pairs)} pairs are the same to the model, which reads "
+        f"{max_length} tokens of a text. Such pairs teach nothing"
+    )
+    if 2 * equal > len(pairs):
+        raise DatasetError(f"{found}: raise max_length, or take a base model that tells these texts apart.")
+    logger.warning("%s.", found)
 
 
 def _split(
