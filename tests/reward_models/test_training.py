@@ -306,6 +306,16 @@ def test_a_folder_knows_what_it_reads_and_its_labels(judges, name, text_format, 
     assert HuggingFaceRewardModel(str(folder), device="cpu", label_index=0).text_format == text_format
 
 
+@pytest.mark.parametrize(("asked", "read"), [(24, 24), (256, 48)])
+def test_a_folder_knows_how_much_it_reads(bases, tmp_path, asked, read):
+    folder = str(fit(toy_pairs(8), bases["bert"], tmp_path / "judge", **BRIEF | {"max_length": asked}).folder)
+    assert AutoModelForSequenceClassification.from_pretrained(folder).config.konic_max_length == read
+    reward, long = HuggingFaceRewardModel(folder, device="cpu"), " ".join(FILLERS * 4)
+    assert reward.max_length == read
+    whole = HuggingFaceRewardModel(folder, device="cpu", max_length=48)
+    assert (reward.score(["why"], [long]) == whole.score(["why"], [long])) is (read == 48)
+
+
 @pytest.mark.parametrize("name", ["bert", "bert-lora", "llama"])
 def test_a_folder_is_a_plain_whole_model(judges, bases, name):
     folder = judges[name][0].folder
@@ -976,7 +986,7 @@ def test_the_packaged_encoder_becomes_a_reward_model(tmp_path, caplog):
     assert (report.num_examples, report.num_held_out) == (32, 8)
     folder, texts = str(report.folder), [example.text for example in examples[:6]]
     with caplog.at_level(logging.WARNING):
-        reward = HuggingFaceRewardModel(folder, device="cpu")
+        reward = HuggingFaceRewardModel(folder, device="cpu", max_length=512)
     assert "the score of label 1, 'positive'" in caplog.text
     assert reward.text_format == "response"
     assert reward.score([""] * 6, texts) == pytest.approx([plain_logits(folder, text)[1] for text in texts], abs=1e-4)

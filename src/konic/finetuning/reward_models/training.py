@@ -49,7 +49,7 @@ class RewardTrainingConfig(Settings):
     batch_size: int = Field(default=16, ge=1)
     """Pairs or texts per optimizer step."""
     max_length: int = Field(default=256, ge=8)
-    """Maximum number of tokens read from a text."""
+    """Maximum number of tokens read from a text, in training and by default when the model is used."""
     held_out: float = Field(default=0.2, ge=0, lt=1)
     """Share of the examples held out to measure accuracy. Copies of an example are held out together."""
     lora_r: int | None = Field(default=None, ge=1)
@@ -115,7 +115,7 @@ def train_reward_model(
         test_accuracy=task.accuracy(model, test) if test else None,
         num_test=len(test),
     )
-    save_reward_model(model, tokenizer, task.text_format, task.labels, base, report)
+    save_reward_model(model, tokenizer, task.text_format, task.max_length, task.labels, base, report)
     return report
 
 
