@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from functools import cache
 
 import pytest
@@ -756,6 +757,9 @@ def test_in_a_run_responses_are_read_by_the_classifiers_own_tokenizer(classifier
         ("max_length", 0, r"max_length=0\): it must be"),
         ("batch_size", None, r"batch_size=None\): it must be"),
         ("device", "gpu", r"device='gpu' is not a device: give auto"),
+        ("dtype", "fp16x", r"RewardModel\(dtype='fp16x'\) is not a floating-point.*Did you mean 'float16'\? Use one"),
+        ("dtype", torch.int8, r"dtype=torch\.int8\) is not a floating-point type of torch.*'bfloat16'"),
+        ("dtype", "", r"dtype=''\) is not a floating-point type"),
         ("model_kwargs", {"revison": "main"}, r"no key 'revison'.*Did you mean 'revision'"),
         ("text_format", "chat", r"text_format='chat'\): its tokenizer has no chat template. Use another text_format"),
     ],
@@ -763,6 +767,12 @@ def test_in_a_run_responses_are_read_by_the_classifiers_own_tokenizer(classifier
 def test_settings_that_cannot_be_are_named(classifiers, option, value, told):
     with pytest.raises(ConfigError, match=told):
         HuggingFaceRewardModel(classifiers["bert-1"], **{"device": "cpu", option: value})
+
+
+@pytest.mark.parametrize("model_id", [None, 5, b"judge", ["judge"], "", " "])
+def test_a_model_id_of_the_wrong_type_is_one_error(model_id):
+    with pytest.raises(ConfigError, match=re.escape(f"model_id takes a path, got {model_id!r}")):
+        HuggingFaceRewardModel(model_id, device="cpu")
 
 
 @pytest.mark.parametrize(

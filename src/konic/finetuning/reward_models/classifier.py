@@ -13,11 +13,12 @@ from konic.finetuning.arguments import require_count
 from konic.finetuning.errors import ConfigError, ModelError, did_you_mean, no_attribute
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.models.locations import locate_model
-from konic.finetuning.models.model_kwargs import check_model_kwargs, require_no_revision
+from konic.finetuning.models.model_kwargs import check_dtype, check_model_kwargs, require_no_revision
 from konic.finetuning.models.quantised import unify_products
 from konic.finetuning.models.reading import read_model
 from konic.finetuning.reward_models.texts import TEXT_FORMATS, TextFormat, encode_pair
 from konic.finetuning.rewards.composer import BaseRewardModel
+from konic.finetuning.system.files import as_path
 from konic.output import get_logger
 from konic.text import keep_secret
 
@@ -54,7 +55,7 @@ class HuggingFaceRewardModel(BaseRewardModel):
             quantization_config.
 
     Raises:
-        ConfigError: The label does not exist, or a setting is out of bounds.
+        ConfigError: The label does not exist, or a setting is out of bounds or of the wrong type.
         ModelError: There is no model at `model_id`, it cannot be loaded, or it has no trained classification head.
     """
 
@@ -80,6 +81,8 @@ class HuggingFaceRewardModel(BaseRewardModel):
         require_count("HuggingFaceRewardModel", "batch_size", batch_size, least=1)
         if max_length is not None:
             require_count("HuggingFaceRewardModel", "max_length", max_length, least=1)
+        check_dtype(dtype, "HuggingFaceRewardModel(dtype={})")
+        as_path(model_id, "model_id", ModelError)
         self.model_id = str(model_id)
         self.name = name or reward_name(model_id)
         self.normalize = normalize
