@@ -725,6 +725,40 @@ def test_labels_that_only_the_test_examples_have_are_refused_before_training(bas
     assert not told and list(tmp_path.iterdir()) == []
 
 
+PAIR, TEXT = "Preference(prompt, chosen, rejected)", "Labelled(text, label)"
+
+
+@pytest.mark.parametrize(
+    ("examples", "test", "told"),
+    [
+        ([PLAIN] * 8, (), f"examples[0] must be {PAIR} or {TEXT}, got dict."),
+        ([*toy_pairs(8), ("a", "b", "c")], (), f"examples[8] must be {PAIR}, got tuple."),
+        ([*toy_texts(8), Preference("a", "b", "c")], (), f"examples[8] must be {TEXT}, got Preference."),
+        (toy_pairs(8), toy_texts(1), f"test[0] must be {PAIR}, got Labelled."),
+        ([Labelled("a", 1)] * 8, (), f"examples[0] must be {TEXT}, made of texts, got int 1 in it."),
+        (
+            "pairs.jsonl",
+            (),
+            f"examples must be a list of {PAIR} or {TEXT}, got str 'pairs.jsonl'. read_preferences and",
+        ),
+        (toy_pairs(8), None, f"test must be a list of {PAIR} or {TEXT}, got NoneType."),
+        (iter(toy_pairs(8)), (), f"examples must be a list of {PAIR} or {TEXT}, got list_iterator."),
+    ],
+)
+def test_examples_of_another_type_are_said(bases, tmp_path, examples, test, told):
+    with pytest.raises(DatasetError, match=re.escape(told)):
+        fit(examples, bases["bert"], tmp_path / "judge", test=test)
+
+
+def test_the_config_may_be_a_dict(bases, tmp_path):
+    told = []
+    train_reward_model(toy_pairs(8), bases["bert"], tmp_path, {"epochs": 2}, device="cpu", tell=told.append)
+    assert len(told) == 2
+    for config, wrong in (({"epoch": 2}, "Did you mean 'epochs'"), (2, "^config must be a RewardTrainingConfig or a")):
+        with pytest.raises(ConfigError, match=wrong):
+            train_reward_model(toy_pairs(8), bases["bert"], tmp_path, config, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("base", "told"),
     [

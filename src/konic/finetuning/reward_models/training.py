@@ -6,7 +6,7 @@ Preference pairs train a Bradley-Terry head: P(chosen over rejected) = σ(r(chos
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from konic.finetuning.reward_models.classifier import batches_by_length, choose_
 from konic.finetuning.reward_models.feedback import Labelled, Preference
 from konic.finetuning.reward_models.saving import RewardModelReport, save_reward_model
 from konic.finetuning.reward_models.texts import TextFormat, encode_pair
-from konic.finetuning.settings import Settings, short_repr
+from konic.finetuning.settings import Settings, describe, short_repr
 from konic.finetuning.system.files import as_path, require_writable
 from konic.output import get_logger
 
@@ -35,6 +35,7 @@ logger = get_logger(__name__)
 
 WARMUP_SHARE = 0.1
 MAX_GRAD_NORM = 1.0
+_KINDS = {Preference: "Preference(prompt, chosen, rejected)", Labelled: "Labelled(text, label)"}
 _Encoded = dict[str, list[int]]
 
 
@@ -65,7 +66,7 @@ def train_reward_model(
     examples: Sequence[Preference] | Sequence[Labelled],
     base: str,
     output: str | Path,
-    config: RewardTrainingConfig | None = None,
+    config: RewardTrainingConfig | Mapping[str, Any] | None = None,
     test: Sequence[Preference] | Sequence[Labelled] = (),
     device: str = "auto",
     tell: Callable[[str], None] = logger.info,
@@ -76,20 +77,22 @@ def train_reward_model(
         examples: Preference pairs, or labelled texts.
         base: The model to start from: a Hub id, a folder, or a packaged model such as "all-minilm-l6-v2".
         output: The folder to write; an earlier model in it moves into a folder `earlier-N` there.
-        config: How to train.
+        config: How to train; it may be a dict.
         test: More examples, used only to measure accuracy.
         device: "auto", or a torch device.
         tell: Called with one line of text per epoch.
 
     Raises:
+        ConfigError: The config is invalid.
         DatasetError: There are too few examples, or only one label, or labels that only `test` has, or most pairs are
-            equal within `max_length`.
+            equal within `max_length`, or an example is of another type.
         ModelError: The base model cannot be loaded.
         OutputError: The folder cannot be written; this is checked before training.
         TrainingError: The loss or a weight is no longer finite; nothing is written.
     """
-    config, folder = config or RewardTrainingConfig(), as_path(output, "output", OutputError)
+    config, folder = RewardTrainingConfig.from_value(config, "config"), as_path(output, "output", OutputError)
     require_writable(folder, "output")
+    _require_examples(examples, test)
     labels = _labels(examples)
     _require_known_labels(test, labels)
     train, held_out = _split(examples, config)
@@ -246,6 +249,31 @@ def _text_format(config: RewardTrainingConfig, model: Any, tokenizer: Any, label
         return "response"
     natural = choose_text_format(model.config, tokenizer)
     return "pair" if natural == "joined" else natural
+
+
+def _require_examples(examples: Any, test: Any) -> None:
+    """Raise DatasetError if the examples are no list, or not all of one kind."""
+    both = " or ".join(_KINDS.values())
+    for argument, given in (("examples", examples), ("test", test)):
+        if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+            raise DatasetError(
+                f"{argument} must be a list of {both}, got {describe(given)}. read_preferences and read_labelled make "
+                "one of a file."
+            )
+    kind = next((kind for kind in _KINDS if examples and isinstance(examples[0], kind)), None)
+    for argument, given in (("examples", examples), ("test", test if examples else ())):
+        for number, example in enumerate(given):
+            wanted = f"{argument}[{number}] must be {_KINDS[kind] if kind else both}"
+            if kind is None or not isinstance(example, kind):
+                raise DatasetError(f"{wanted}, got {describe(example)}.")
+            for value in _texts(example):
+                if not isinstance(value, str):
+                    raise DatasetError(f"{wanted}, made of texts, got {describe(value)} in it.")
+
+
+def _texts(example: Any) -> tuple[Any, ...]:
+    is_pair = isinstance(example, Preference)
+    return (example.prompt, example.chosen, example.rejected) if is_pair else (example.text, example.label)
 
 
 def _labels(examples: Sequence[Preference] | Sequence[Labelled]) -> list[str] | None:
