@@ -26,7 +26,7 @@ agent = KonicFinetuningAgent(
     generation_config=GenerationConfig(max_new_tokens=2, max_prompt_length=16),
 )
 """
-PAIRS = '{"prompt": "a", "chosen": "good", "rejected": "bad"}\n{"prompt": "b", "chosen": "fine", "rejected": "no"}\n'
+PAIRS = "".join(f'{{"prompt": "{prompt}", "chosen": "good", "rejected": "bad"}}\n' for prompt in "abcdefgh")
 
 
 def close_pythons_sockets():
@@ -62,7 +62,7 @@ def run_commands(folder, model):
     job.write_text(SCRIPT.format(model=model, data=str(data)))
     data.write_text('{"prompt": "ab"}\n{"prompt": "x"}\n{"prompt": "why"}\n')
     responses.write_text('{"prompt": "ab", "response": "yes"}\n{"prompt": "x", "response": "no"}\n')
-    pairs.write_text(PAIRS * 4)
+    pairs.write_text(PAIRS)
     run, judge = ["--output", folder / "run", "--device", "cpu"], ["--output", folder / "judge", "--device", "cpu"]
     for command in (
         ["--version"],

@@ -107,7 +107,7 @@ ON_A_TERMINAL = """
     from konic.finetuning.reward_models.feedback import Preference
     from konic.finetuning.reward_models.training import RewardTrainingConfig, train_reward_model
 
-    pairs = [Preference("p", "chosen", "rejected")] * 8
+    pairs = [Preference("p", f"chosen {n}", "rejected") for n in range(8)]
     calls = {
         "model": lambda name: load_model(name, {}, torch.device("cpu")),
         "base": lambda name: load_model(name, {"trust_remote_code": True}, torch.device("cpu")),
@@ -426,7 +426,7 @@ def test_an_adapter_beside_a_model_loads_no_other_model(model, adapter, tmp_path
         shutil.copy(adapter / name, tmp_path / "classifier")
     with pytest.raises(ModelError, match=r"has an adapter_config\.json"):
         HuggingFaceRewardModel(str(tmp_path / "classifier"), device="cpu").score_batch(["p"], ["r"])
-    pairs = [{"prompt": "p", "chosen": "a", "rejected": "b"}] * 8
+    pairs = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in range(8)]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
     with pytest.raises(ModelError, match=r"has an adapter_config\.json"):
         train_reward_model(

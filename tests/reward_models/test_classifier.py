@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from functools import cache
 
 import pytest
@@ -595,6 +596,19 @@ def test_no_more_is_read_than_the_tokenizer_allows(tmp_path):
     assert HuggingFaceRewardModel(folder, device="cpu", max_length=9).max_length == 9
 
 
+@pytest.mark.parametrize(
+    ("trained_with", "asked", "read"),
+    [
+        (256, None, 256), (256, 300, 300), (600, None, 600), (9999, None, 700), (None, None, 512),
+        *((stray, None, 512) for stray in (True, 0, -3, 2.5, "256", [256], 10**30)),
+    ],
+)  # fmt: skip
+def test_by_itself_it_reads_as_much_as_konic_trained_the_model_with(tmp_path, trained_with, asked, read):
+    model = bert(1, max_position_embeddings=700)
+    folder = save(tmp_path / "judge", model, word_tokenizer(), konic_max_length=trained_with)
+    assert HuggingFaceRewardModel(folder, device="cpu", max_length=asked).max_length == read
+
+
 def test_max_length_reaches_what_is_read(classifiers):
     reward = HuggingFaceRewardModel(classifiers["llama-1"], device="cpu", max_length=len("[user]ilm[assistant] good"))
     expected = plain_chat_logits(classifiers["llama-1"], ("user", "ilm"), ("assistant", " good"))
@@ -741,8 +755,11 @@ def test_in_a_run_responses_are_read_by_the_classifiers_own_tokenizer(classifier
         ("batch_size", 1.5, r"batch_size=1\.5\): it must be"),
         ("batch_size", "16", r"batch_size='16'\): it must be"),
         ("max_length", 0, r"max_length=0\): it must be"),
-        ("max_length", None, r"max_length=None\): it must be"),
+        ("batch_size", None, r"batch_size=None\): it must be"),
         ("device", "gpu", r"device='gpu' is not a device: give auto"),
+        ("dtype", "fp16x", r"RewardModel\(dtype='fp16x'\) is not a floating-point.*Did you mean 'float16'\? Use one"),
+        ("dtype", torch.int8, r"dtype=torch\.int8\) is not a floating-point type of torch.*'bfloat16'"),
+        ("dtype", "", r"dtype=''\) is not a floating-point type"),
         ("model_kwargs", {"revison": "main"}, r"no key 'revison'.*Did you mean 'revision'"),
         ("text_format", "chat", r"text_format='chat'\): its tokenizer has no chat template. Use another text_format"),
     ],
@@ -750,6 +767,12 @@ def test_in_a_run_responses_are_read_by_the_classifiers_own_tokenizer(classifier
 def test_settings_that_cannot_be_are_named(classifiers, option, value, told):
     with pytest.raises(ConfigError, match=told):
         HuggingFaceRewardModel(classifiers["bert-1"], **{"device": "cpu", option: value})
+
+
+@pytest.mark.parametrize("model_id", [None, 5, b"judge", ["judge"], "", " "])
+def test_a_model_id_of_the_wrong_type_is_one_error(model_id):
+    with pytest.raises(ConfigError, match=re.escape(f"model_id takes a path, got {model_id!r}")):
+        HuggingFaceRewardModel(model_id, device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -306,6 +306,16 @@ def test_a_folder_knows_what_it_reads_and_its_labels(judges, name, text_format, 
     assert HuggingFaceRewardModel(str(folder), device="cpu", label_index=0).text_format == text_format
 
 
+@pytest.mark.parametrize(("asked", "read"), [(24, 24), (256, 48)])
+def test_a_folder_knows_how_much_it_reads(bases, tmp_path, asked, read):
+    folder = str(fit(toy_pairs(8), bases["bert"], tmp_path / "judge", **BRIEF | {"max_length": asked}).folder)
+    assert AutoModelForSequenceClassification.from_pretrained(folder).config.konic_max_length == read
+    reward, long = HuggingFaceRewardModel(folder, device="cpu"), " ".join(FILLERS * 4)
+    assert reward.max_length == read
+    whole = HuggingFaceRewardModel(folder, device="cpu", max_length=48)
+    assert (reward.score(["why"], [long]) == whole.score(["why"], [long])) is (read == 48)
+
+
 @pytest.mark.parametrize("name", ["bert", "bert-lora", "llama"])
 def test_a_folder_is_a_plain_whole_model(judges, bases, name):
     folder = judges[name][0].folder
@@ -440,6 +450,21 @@ def test_every_epoch_reads_every_text_once_and_no_more_than_max_length(bases, tm
     assert read[:6] != read[6:]
 
 
+def test_pairs_that_are_equal_within_max_length_are_told_up_to_half(bases, tmp_path, caplog):
+    end = " the film was so very long"
+    cut = [Preference(word, "good" + end, "bad" + end) for word in FILLERS[:11]]
+    options = BRIEF | {"max_length": 8, "text_format": "pair"}
+    fit(cut[:10] + toy_pairs(10), bases["bert"], tmp_path / "judge", **options)
+    found = "{} pairs are the same to the model, which reads 8 tokens of a text. Such pairs teach nothing"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"The chosen and the rejected text of {found.format('10 of 20')}."
+    ]
+    told = []
+    with pytest.raises(DatasetError, match=f"{found.format('11 of 21')}: raise max_length"):
+        fit(cut + toy_pairs(10), bases["bert"], tmp_path / "other", told, **options)
+    assert not told and not (tmp_path / "other").exists()
+
+
 # --- seeds ---
 
 
@@ -464,6 +489,23 @@ def test_a_seed_decides_what_is_held_out(count, share, kept):
         assert sorted(map(repr, train + held_out)) == sorted(map(repr, pairs))
     assert splits[0] == splits[1]
     assert (splits[0][1] == splits[2][1]) is (kept == 0)
+
+
+@pytest.mark.parametrize("examples", [toy_pairs(40), toy_texts(40)])
+def test_copies_of_an_example_are_held_out_with_it(examples):
+    config = RewardTrainingConfig(seed=3)
+    alone = training._split(examples, config)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(3)).tolist()
+    assert alone == ([examples[row] for row in order[8:]], [examples[row] for row in order[:8]])
+    for side, of_copies in zip(alone, training._split(examples * 3, config), strict=True):
+        assert sorted(map(repr, of_copies)) == sorted(map(repr, side * 3))
+
+
+def test_a_text_of_two_labels_is_on_one_side():
+    train, held_out = training._split(
+        [Labelled(str(n), label) for label in "ab" for n in range(20)], RewardTrainingConfig()
+    )
+    assert not {text.text for text in train} & {text.text for text in held_out}
 
 
 @settings(deadline=None, max_examples=50)
@@ -659,6 +701,7 @@ def test_data_without_rows_or_out_of_reach_is_said(tmp_path):
         (toy_pairs(7), "7 examples are too few to learn from; give at least 8"),
         ([], "0 examples are too few"),
         (toy_texts(7), "7 examples are too few"),
+        (toy_texts(7) * 3, "7 examples are too few to learn from; give at least 8 different ones"),
         (
             [Labelled(text.text, "same") for text in toy_texts(20)],
             r"All texts have the label 'same'\. Give texts of at least two",
@@ -672,11 +715,48 @@ def test_examples_that_cannot_be_learned_from_are_said(bases, tmp_path, examples
     assert list(tmp_path.iterdir()) == []
 
 
-def test_labels_of_the_test_examples_count_too(bases, tmp_path):
-    texts = [Labelled(text.text, "liked") for text in toy_texts(8)]
-    report = fit(texts, bases["bert"], tmp_path / "judge", test=[Labelled("bad", "loathed")], **BRIEF)
-    assert report.num_test == 1
-    assert AutoModelForSequenceClassification.from_pretrained(report.folder).config.num_labels == 2
+def test_labels_that_only_the_test_examples_have_are_refused_before_training(bases, tmp_path):
+    told, test = [], [Labelled("bad", "loathed"), Labelled("dull", "bored"), Labelled("so", "n/a")]
+    refusal = "^test: the examples to train on lack its labels 'bored', 'n/a'; they have 'liked', 'loathed', 'nei"
+    with pytest.raises(DatasetError, match=refusal):
+        fit(toy_texts(20), bases["bert"], tmp_path / "judge", told, test, **BRIEF)
+    with pytest.raises(DatasetError, match="All texts have the label 'liked'"):
+        fit([Labelled(text.text, "liked") for text in toy_texts(8)], bases["bert"], tmp_path / "judge", told, test)
+    assert not told and list(tmp_path.iterdir()) == []
+
+
+PAIR, TEXT = "Preference(prompt, chosen, rejected)", "Labelled(text, label)"
+
+
+@pytest.mark.parametrize(
+    ("examples", "test", "told"),
+    [
+        ([PLAIN] * 8, (), f"examples[0] must be {PAIR} or {TEXT}, got dict."),
+        ([*toy_pairs(8), ("a", "b", "c")], (), f"examples[8] must be {PAIR}, got tuple."),
+        ([*toy_texts(8), Preference("a", "b", "c")], (), f"examples[8] must be {TEXT}, got Preference."),
+        (toy_pairs(8), toy_texts(1), f"test[0] must be {PAIR}, got Labelled."),
+        ([Labelled("a", 1)] * 8, (), f"examples[0] must be {TEXT}, made of texts, got int 1 in it."),
+        (
+            "pairs.jsonl",
+            (),
+            f"examples must be a list of {PAIR} or {TEXT}, got str 'pairs.jsonl'. read_preferences and",
+        ),
+        (toy_pairs(8), None, f"test must be a list of {PAIR} or {TEXT}, got NoneType."),
+        (iter(toy_pairs(8)), (), f"examples must be a list of {PAIR} or {TEXT}, got list_iterator."),
+    ],
+)
+def test_examples_of_another_type_are_said(bases, tmp_path, examples, test, told):
+    with pytest.raises(DatasetError, match=re.escape(told)):
+        fit(examples, bases["bert"], tmp_path / "judge", test=test)
+
+
+def test_the_config_may_be_a_dict(bases, tmp_path):
+    told = []
+    train_reward_model(toy_pairs(8), bases["bert"], tmp_path, {"epochs": 2}, device="cpu", tell=told.append)
+    assert len(told) == 2
+    for config, wrong in (({"epoch": 2}, "Did you mean 'epochs'"), (2, "^config must be a RewardTrainingConfig or a")):
+        with pytest.raises(ConfigError, match=wrong):
+            train_reward_model(toy_pairs(8), bases["bert"], tmp_path, config, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -940,7 +1020,7 @@ def test_the_packaged_encoder_becomes_a_reward_model(tmp_path, caplog):
     assert (report.num_examples, report.num_held_out) == (32, 8)
     folder, texts = str(report.folder), [example.text for example in examples[:6]]
     with caplog.at_level(logging.WARNING):
-        reward = HuggingFaceRewardModel(folder, device="cpu")
+        reward = HuggingFaceRewardModel(folder, device="cpu", max_length=512)
     assert "the score of label 1, 'positive'" in caplog.text
     assert reward.text_format == "response"
     assert reward.score([""] * 6, texts) == pytest.approx([plain_logits(folder, text)[1] for text in texts], abs=1e-4)

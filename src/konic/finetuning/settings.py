@@ -127,15 +127,18 @@ class Settings(BaseModel):
         return cls.from_value(fields)
 
     @classmethod
-    def from_value(cls, value: Self | Mapping[str, Any] | None) -> Self:
-        """The settings for an instance of the class, a mapping of its fields, or None (all defaults)."""
+    def from_value(cls, value: Self | Mapping[str, Any] | None, argument: str | None = None) -> Self:
+        """The settings for an instance of the class, a mapping of its fields, or None (all defaults).
+
+        An error names `argument`; None derives it from the class.
+        """
         if value is None:
             return cls()
         if isinstance(value, cls):
             return value
         if isinstance(value, Mapping):
             return cls(**{str(name): given for name, given in value.items()})
-        argument = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+        argument = argument or re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
         raise ConfigError(f"{argument} must be a {cls.__name__} or a dict of its fields, got {describe(value)}.")
 
 

@@ -44,8 +44,7 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
         )
     for attention in _parts(model_kwargs.get("attn_implementation")):
         _check_attention(attention)
-    for dtype in _parts(model_kwargs.get("dtype")):
-        _check_dtype(dtype)
+    check_dtype(model_kwargs.get("dtype"), "model_kwargs: dtype={}")
 
 
 def _parts(value: Any) -> list[Any]:
@@ -62,16 +61,21 @@ def _check_attention(name: Any) -> None:
         )
 
 
-def _check_dtype(dtype: Any) -> None:
-    if dtype == "auto":
-        return
+def check_dtype(value: Any, shown: str) -> None:
+    """Raise ConfigError for a dtype that no model can compute in; `shown` is the setting, with {} for its value."""
+    for dtype in _parts(value):
+        if dtype != "auto":
+            _check_dtype(dtype, shown)
+
+
+def _check_dtype(dtype: Any, shown: str) -> None:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     is_float = isinstance(found, torch.dtype) and found.is_floating_point
     if not isinstance(found, torch.dtype) or not is_float or found.itemsize < 2:
         problem = "has too few bits to train with" if is_float else "is not a floating-point type of torch"
         hint = did_you_mean(str(dtype).removeprefix("torch.").replace("fp", "float"), _DTYPES)
         raise ConfigError(
-            f"model_kwargs: dtype={dtype!r} {problem}.{'' if is_float else hint} "
+            f"{shown.format(repr(dtype))} {problem}.{'' if is_float else hint} "
             f"Use one of {', '.join(map(repr, _DTYPES))}, or a torch.dtype; quantization_config is for weights in "
             "fewer bits."
         )

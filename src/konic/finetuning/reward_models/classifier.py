@@ -13,11 +13,12 @@ from konic.finetuning.arguments import require_count
 from konic.finetuning.errors import ConfigError, ModelError, did_you_mean, no_attribute
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.models.locations import locate_model
-from konic.finetuning.models.model_kwargs import check_model_kwargs, require_no_revision
+from konic.finetuning.models.model_kwargs import check_dtype, check_model_kwargs, require_no_revision
 from konic.finetuning.models.quantised import unify_products
 from konic.finetuning.models.reading import read_model
 from konic.finetuning.reward_models.texts import TEXT_FORMATS, TextFormat, encode_pair
 from konic.finetuning.rewards.composer import BaseRewardModel
+from konic.finetuning.system.files import as_path
 from konic.output import get_logger
 from konic.text import keep_secret
 
@@ -38,7 +39,8 @@ class HuggingFaceRewardModel(BaseRewardModel):
         model_id: A Hub id or a folder.
         device: "auto" or None (CUDA if there is one, else the CPU), or a torch device.
         dtype: A torch dtype or its name; None takes the checkpoint's dtype on CUDA and float32 on the CPU.
-        max_length: Maximum number of tokens that the classifier reads.
+        max_length: Maximum number of tokens that the classifier reads; None takes that with which konic trained the
+            model, and 512 for other models.
         label_index: The label whose score is the reward, as an index or a name. A classifier with one label needs none;
             with two labels, None takes the second.
         normalize: During training, express scores in standard deviations from their running mean.
@@ -53,7 +55,7 @@ class HuggingFaceRewardModel(BaseRewardModel):
             quantization_config.
 
     Raises:
-        ConfigError: The label does not exist, or a setting is out of bounds.
+        ConfigError: The label does not exist, or a setting is out of bounds or of the wrong type.
         ModelError: There is no model at `model_id`, it cannot be loaded, or it has no trained classification head.
     """
 
@@ -62,7 +64,7 @@ class HuggingFaceRewardModel(BaseRewardModel):
         model_id: str,
         device: str | None = "auto",
         dtype: torch.dtype | str | None = None,
-        max_length: int = 512,
+        max_length: int | None = None,
         label_index: int | str | None = None,
         normalize: bool = False,
         output: Literal["logit", "probability", "log_odds"] = "logit",
@@ -76,15 +78,20 @@ class HuggingFaceRewardModel(BaseRewardModel):
             hint = " normalize=True gives standard deviations from the running mean." if "normalize" in option else ""
             raise ConfigError(f"HuggingFaceRewardModel has no argument {option!r}.{hint}")
         _check(output=(output, _OUTPUTS), text_format=(text_format, ("auto", *TEXT_FORMATS)))
-        for option, number in (("max_length", max_length), ("batch_size", batch_size)):
-            require_count("HuggingFaceRewardModel", option, number, least=1)
+        require_count("HuggingFaceRewardModel", "batch_size", batch_size, least=1)
+        if max_length is not None:
+            require_count("HuggingFaceRewardModel", "max_length", max_length, least=1)
+        check_dtype(dtype, "HuggingFaceRewardModel(dtype={})")
+        as_path(model_id, "model_id", ModelError)
         self.model_id = str(model_id)
         self.name = name or reward_name(model_id)
         self.normalize = normalize
         self._device = pick_device(device or "auto")
         self.model, self.tokenizer = _load(str(model_id), self._device, dtype, model_kwargs or {})
         self.model.eval().requires_grad_(False)
-        self.max_length = min(max_length, longest_input(self.model, self.tokenizer))
+        self.max_length = min(
+            max_length or _trained_length(self.model.config), longest_input(self.model, self.tokenizer)
+        )
         self.label = _label(self.model.config, label_index, self.name)
         self.output = output
         self.text_format = (
@@ -161,6 +168,14 @@ def choose_text_format(config: Any, tokenizer: Any) -> TextFormat:
     if trained_with in TEXT_FORMATS:
         return trained_with
     return "chat" if tokenizer.chat_template else "joined"
+
+
+def _trained_length(config: Any) -> int:
+    """Return the number of tokens of a text that konic trained the model with, else 512."""
+    trained_with = getattr(config, "konic_max_length", None)
+    if isinstance(trained_with, int) and not isinstance(trained_with, bool) and 0 < trained_with < 2**31:
+        return trained_with
+    return 512
 
 
 def longest_input(model: Any, tokenizer: Any) -> int:

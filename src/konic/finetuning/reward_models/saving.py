@@ -41,6 +41,7 @@ def save_reward_model(
     model: Any,
     tokenizer: Any,
     text_format: TextFormat,
+    max_length: int,
     labels: Sequence[str] | None,
     base: str,
     report: RewardModelReport,
@@ -55,6 +56,7 @@ def save_reward_model(
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     model.config.konic_text_format = text_format
+    model.config.konic_max_length = max_length
     with filling_folder(report.folder) as target, quiet_transformers():
         model.save_pretrained(target)
         if tokenizer.is_fast:

@@ -6,7 +6,8 @@ Preference pairs train a Bradley-Terry head: P(chosen over rejected) = σ(r(chos
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from konic.finetuning.errors import DatasetError, OutputError, TrainingError
+from konic.finetuning.errors import DatasetError, OutputError, TrainingError, first_of
 from konic.finetuning.learning.schedule import learning_rate_at
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.models.locations import locate_model
@@ -26,7 +27,7 @@ from konic.finetuning.reward_models.classifier import batches_by_length, choose_
 from konic.finetuning.reward_models.feedback import Labelled, Preference
 from konic.finetuning.reward_models.saving import RewardModelReport, save_reward_model
 from konic.finetuning.reward_models.texts import TextFormat, encode_pair
-from konic.finetuning.settings import Settings
+from konic.finetuning.settings import Settings, describe, short_repr
 from konic.finetuning.system.files import as_path, require_writable
 from konic.output import get_logger
 
@@ -34,6 +35,7 @@ logger = get_logger(__name__)
 
 WARMUP_SHARE = 0.1
 MAX_GRAD_NORM = 1.0
+_KINDS = {Preference: "Preference(prompt, chosen, rejected)", Labelled: "Labelled(text, label)"}
 _Encoded = dict[str, list[int]]
 
 
@@ -48,9 +50,9 @@ class RewardTrainingConfig(Settings):
     batch_size: int = Field(default=16, ge=1)
     """Pairs or texts per optimizer step."""
     max_length: int = Field(default=256, ge=8)
-    """Maximum number of tokens read from a text."""
+    """Maximum number of tokens read from a text, in training and by default when the model is used."""
     held_out: float = Field(default=0.2, ge=0, lt=1)
-    """Share of the examples held out to measure accuracy."""
+    """Share of the examples held out to measure accuracy. Copies of an example are held out together."""
     lora_r: int | None = Field(default=None, ge=1)
     """Rank of a LoRA adapter on every linear layer, merged before saving; None trains every weight."""
     text_format: Literal["auto", "chat", "pair", "joined", "response"] = "auto"
@@ -64,7 +66,7 @@ def train_reward_model(
     examples: Sequence[Preference] | Sequence[Labelled],
     base: str,
     output: str | Path,
-    config: RewardTrainingConfig | None = None,
+    config: RewardTrainingConfig | Mapping[str, Any] | None = None,
     test: Sequence[Preference] | Sequence[Labelled] = (),
     device: str = "auto",
     tell: Callable[[str], None] = logger.info,
@@ -75,27 +77,34 @@ def train_reward_model(
         examples: Preference pairs, or labelled texts.
         base: The model to start from: a Hub id, a folder, or a packaged model such as "all-minilm-l6-v2".
         output: The folder to write; an earlier model in it moves into a folder `earlier-N` there.
-        config: How to train.
+        config: How to train; it may be a dict.
         test: More examples, used only to measure accuracy.
         device: "auto", or a torch device.
         tell: Called with one line of text per epoch.
 
     Raises:
-        DatasetError: There are too few examples, or only one label.
+        ConfigError: The config is invalid.
+        DatasetError: There are too few examples, or only one label, or labels that only `test` has, or most pairs are
+            equal within `max_length`, or an example is of another type.
         ModelError: The base model cannot be loaded.
         OutputError: The folder cannot be written; this is checked before training.
         TrainingError: The loss or a weight is no longer finite; nothing is written.
     """
-    config, folder = config or RewardTrainingConfig(), as_path(output, "output", OutputError)
+    config, folder = RewardTrainingConfig.from_value(config, "config"), as_path(output, "output", OutputError)
     require_writable(folder, "output")
-    labels = _labels([*examples, *test])
+    _require_examples(examples, test)
+    labels = _labels(examples)
+    _require_known_labels(test, labels)
     train, held_out = _split(examples, config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model, tokenizer = _base(base, labels, config, pick_device(device))
         text_format = _text_format(config, model, tokenizer, labels)
         task = _Task(tokenizer, text_format, min(config.max_length, longest_input(model, tokenizer)), labels)
-        for epoch, loss in enumerate(_epochs(model, [task.encoded(example) for example in train], task, config), 1):
+        encoded = [task.encoded(example) for example in train]
+        if labels is None:
+            _warn_of_equal_pairs([*encoded, *map(task.encoded, held_out)], task.max_length)
+        for epoch, loss in enumerate(_epochs(model, encoded, task, config), 1):
             share = task.accuracy(model, held_out)
             tell(
                 f"Epoch {epoch}/{config.epochs}: loss {loss:.4f}"
@@ -109,7 +118,7 @@ def train_reward_model(
         test_accuracy=task.accuracy(model, test) if test else None,
         num_test=len(test),
     )
-    save_reward_model(model, tokenizer, task.text_format, task.labels, base, report)
+    save_reward_model(model, tokenizer, task.text_format, task.max_length, task.labels, base, report)
     return report
 
 
@@ -242,6 +251,31 @@ def _text_format(config: RewardTrainingConfig, model: Any, tokenizer: Any, label
     return "pair" if natural == "joined" else natural
 
 
+def _require_examples(examples: Any, test: Any) -> None:
+    """Raise DatasetError if the examples are no list, or not all of one kind."""
+    both = " or ".join(_KINDS.values())
+    for argument, given in (("examples", examples), ("test", test)):
+        if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+            raise DatasetError(
+                f"{argument} must be a list of {both}, got {describe(given)}. read_preferences and read_labelled make "
+                "one of a file."
+            )
+    kind = next((kind for kind in _KINDS if examples and isinstance(examples[0], kind)), None)
+    for argument, given in (("examples", examples), ("test", test if examples else ())):
+        for number, example in enumerate(given):
+            wanted = f"{argument}[{number}] must be {_KINDS[kind] if kind else both}"
+            if kind is None or not isinstance(example, kind):
+                raise DatasetError(f"{wanted}, got {describe(example)}.")
+            for value in _texts(example):
+                if not isinstance(value, str):
+                    raise DatasetError(f"{wanted}, made of texts, got {describe(value)} in it.")
+
+
+def _texts(example: Any) -> tuple[Any, ...]:
+    is_pair = isinstance(example, Preference)
+    return (example.prompt, example.chosen, example.rejected) if is_pair else (example.text, example.label)
+
+
 def _labels(examples: Sequence[Preference] | Sequence[Labelled]) -> list[str] | None:
     """Return the labels in sorted order; None for preference pairs."""
     if not examples or isinstance(examples[0], Preference):
@@ -257,12 +291,45 @@ def _labels(examples: Sequence[Preference] | Sequence[Labelled]) -> list[str] | 
     return labels
 
 
+def _require_known_labels(test: Sequence[Preference] | Sequence[Labelled], labels: list[str] | None) -> None:
+    """Raise DatasetError if test examples have labels that the training examples lack."""
+    given = {example.label for example in test if isinstance(example, Labelled)}
+    unknown = sorted(given.difference(labels or ()))
+    if unknown and labels:
+        raise DatasetError(
+            f"test: the examples to train on lack its labels {first_of([*map(short_repr, unknown)])}; they have "
+            f"{first_of([*map(short_repr, labels)])}. Correct the labels, or leave these test examples out."
+        )
+
+
+def _warn_of_equal_pairs(pairs: Sequence[tuple[list[_Encoded], int]], max_length: int) -> None:
+    """Warn of pairs of which the model reads two equal texts; raise DatasetError if they are more than half."""
+    equal = sum(chosen == rejected for (chosen, rejected), _ in pairs)
+    if not equal:
+        return
+    found = (
+        f"The chosen and the rejected text of {equal} of {len(pairs)} pairs are the same to the model, which reads "
+        f"{max_length} tokens of a text. Such pairs teach nothing"
+    )
+    if 2 * equal > len(pairs):
+        raise DatasetError(f"{found}: raise max_length, or take a base model that tells these texts apart.")
+    logger.warning("%s.", found)
+
+
 def _split(
     examples: Sequence[Preference] | Sequence[Labelled], config: RewardTrainingConfig
 ) -> tuple[list[Any], list[Any]]:
-    """Return the training examples and the held-out examples."""
-    if len(examples) < 8:
-        raise DatasetError(f"{len(examples)} examples are too few to learn from; give at least 8, preferably hundreds.")
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    count = min(round(config.held_out * len(examples)), len(examples) - 4)
-    return [examples[row] for row in order[count:]], [examples[row] for row in order[:count]]
+    """Return the training examples and the held-out examples; copies of an example are all on one side."""
+    copies: dict[Any, list[Any]] = {}
+    for example in examples:
+        text = (example.prompt, example.chosen, example.rejected) if isinstance(example, Preference) else example.text
+        copies.setdefault(text, []).append(example)
+    if len(copies) < 8:
+        raise DatasetError(
+            f"{len(copies)} examples are too few to learn from; give at least 8 different ones, preferably hundreds."
+        )
+    order = torch.randperm(len(copies), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    count = min(round(config.held_out * len(copies)), len(copies) - 4)
+    groups = list(copies.values())
+    train, held_out = (chain.from_iterable(groups[row] for row in rows) for rows in (order[count:], order[:count]))
+    return list(train), list(held_out)
