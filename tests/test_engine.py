@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1347,25 +1348,48 @@ def test_any_error_between_updates_leaves_a_checkpoint(model_folders, tmp_path):
     assert result.total_iterations == 3
 
 
-def test_an_error_in_an_update_leaves_the_best_weights_and_an_engine_that_says_why(
-    model_folders, tmp_path, monkeypatch
-):
+@pytest.fixture
+def second_update_fails(monkeypatch):
+    """After its last step. Call it to let updates succeed again."""
     plain = trainer_module.update
 
-    def fails_the_second_time(*arguments, **named):
+    def fails(*arguments, **named):
         stats = plain(*arguments, **named)
         if arguments[-1].first_step:
             raise TrainingError("after its steps")
         return stats
 
-    monkeypatch.setattr(trainer_module, "update", fails_the_second_time)
-    engine = make_engine(model_folders["llama"], tmp_path)
+    monkeypatch.setattr(trainer_module, "update", fails)
+    return lambda: monkeypatch.setattr(trainer_module, "update", plain)
+
+
+def test_an_error_in_an_update_leaves_the_best_weights_and_an_engine_that_says_why(
+    model_folders, tmp_path, second_update_fails
+):
+    engine = make_engine(model_folders["llama"], tmp_path, lora=False)
     with pytest.raises(TrainingError, match="after its steps"):
         engine.train(5)
     assert "for 1 iterations" in (tmp_path / "best" / "README.md").read_text()
     assert not list(tmp_path.glob("checkpoint-*"))
-    with pytest.raises(TrainingError, match="Create a new engine"):
+    for call in (engine.evaluate, lambda: engine.train(5), lambda: engine.save_pretrained(tmp_path / "saved")):
+        with pytest.raises(TrainingError, match="Create a new engine"):
+            call()
+    assert not (tmp_path / "saved").exists()
+
+
+def test_an_error_in_an_update_of_an_adapter_undoes_the_update(model_folders, tmp_path, second_update_fails):
+    engine = make_engine(model_folders["llama"], tmp_path / "failed")
+    with pytest.raises(TrainingError, match="after its steps"):
         engine.train(5)
+    second_update_fails()
+    undisturbed = make_engine(model_folders["llama"], tmp_path / "undisturbed")
+    undisturbed.train(1)
+    same_tensors(weights(tmp_path / "failed" / "checkpoint-1"), weights(tmp_path / "undisturbed" / "checkpoint-1"))
+    assert engine.evaluate() == undisturbed.evaluate()
+    engine.train(3)
+    undisturbed.train(3)
+    same_tensors(weights(tmp_path / "failed" / "final"), weights(tmp_path / "undisturbed" / "final"))
+    assert metrics(tmp_path / "failed") == metrics(tmp_path / "undisturbed")
 
 
 def test_a_start_that_fails_leaves_no_folder(tmp_path):
@@ -1416,28 +1440,28 @@ print("loaded:", *sys.modules)
     assert not {name for name in loaded if name.startswith(of_several)}, "one process loads nothing for several"
 
 
-def test_a_second_ctrl_c_in_an_update_saves_nothing_of_it(model_folders, tmp_path, monkeypatch):
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_second_ctrl_c_in_an_update_loses_that_update_alone(lora, model_folders, tmp_path, monkeypatch):
+    """Where every weight is trained, also what came after the last checkpoint, and the interruption stays one."""
     plain = trainer_module.update
 
-    def interrupted(policy, optimizer, rolled, *others, **named):
-        stats = plain(policy, optimizer, rolled, *others, **named)
-        if schedule_of(others).first_step:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+    def interrupted(*arguments, **named):
+        stats = plain(*arguments, **named)
+        if arguments[-1].first_step:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
         return stats
 
-    def schedule_of(others):
-        return others[-1]
-
     monkeypatch.setattr(trainer_module, "update", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        make_engine(model_folders["llama"], tmp_path / "run").train(3, save_every=1)
+    save_every = 0 if lora else 1
+    with nullcontext() if lora else pytest.raises(KeyboardInterrupt):
+        make_engine(model_folders["llama"], tmp_path / "run", lora=lora).train(3, save_every=save_every)
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert "checkpoint-1" in names
-    assert not names & {"checkpoint-2", "final"}
+    assert "checkpoint-1" in names and "checkpoint-2" not in names
+    assert ("final" in names) == lora
     monkeypatch.undo()
-    make_engine(model_folders["llama"], tmp_path / "run").train(3, resume_from_checkpoint=True)
-    make_engine(model_folders["llama"], tmp_path / "whole").train(3)
+    make_engine(model_folders["llama"], tmp_path / "run", lora=lora).train(3, resume_from_checkpoint=True)
+    make_engine(model_folders["llama"], tmp_path / "whole", lora=lora).train(3)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     same_tensors(weights(tmp_path / "run" / "final"), weights(tmp_path / "whole" / "final"))
 

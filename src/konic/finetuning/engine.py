@@ -274,7 +274,8 @@ class KonicFinetuningEngine:
             allow_changes: Resume although settings differ from the checkpoint's, which makes it another run.
 
         Raises:
-            KonicError: Something the user can fix. Every whole iteration before it is kept.
+            KonicError: Something the user can fix. Every whole iteration before it is kept; if every weight is
+                trained and an update had begun, those up to the last checkpoint.
         """
         if self.scaling is not (None if self._ray is None else self._ray.scaling):
             raise ConfigError("scaling is chosen when an engine is made: from_agent(agent, scaling=...).")
@@ -418,6 +419,7 @@ class KonicFinetuningEngine:
 
     def _current_session(self) -> Session:
         """The session, with the attributes of the engine as they are set now."""
+        self._session.require_whole_weights()
         self._session.warn_of_changes(self.agent)
         self._session.place.checkpoint_dir = self.checkpoint_dir
         self._session.device, self._session.job_file, self._session.driver = self.device, self.job_file, self.driver

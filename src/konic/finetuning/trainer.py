@@ -32,7 +32,7 @@ from konic.finetuning.rewards.scoring import Scores, join_scores, require_fittin
 from konic.finetuning.rollout.rollout import Rollout, sample_rollout
 from konic.finetuning.rollout.rows import join_rollouts, select_rows
 from konic.finetuning.rollout.sampler import RandomKey
-from konic.finetuning.run.checkpoint import snapshot
+from konic.finetuning.run.checkpoint import remember, snapshot
 from konic.finetuning.run.checks import new_findings
 from konic.finetuning.run.invariants import find_nonfinite, require_not_all_dropped, require_sound_rollout
 from konic.finetuning.run.measures import RunClock, StageClock, iteration_result
@@ -248,15 +248,24 @@ class Trainer:
 
     @contextlib.contextmanager
     def _changing_weights(self) -> Iterator[None]:
-        """From the first optimizer step on, `session.weights_are_whole` is False. An error leaves it False."""
-        session = self._session
+        """Let an error in an update undo it: `session.weights_are_whole` says whether it did.
+
+        An adapter is copied for that. Where every weight is trained, the copy would take too much memory.
+        """
+        session, learner = self._session, self._session.learner
+        put_back = remember(learner.policy, learner.optimizer) if learner.policy.uses_lora else None
 
         def mark(*_: Any) -> None:
             session.weights_are_whole = False
 
-        hook = session.learner.optimizer.register_step_pre_hook(mark)
+        hook = learner.optimizer.register_step_pre_hook(mark)
         try:
             yield
+        except BaseException:
+            if put_back is not None and not session.weights_are_whole:
+                put_back()
+                session.weights_are_whole = True
+            raise
         finally:
             hook.remove()
         session.weights_are_whole = True

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,6 +172,19 @@ def snapshot(policy: Policy) -> dict[str, Tensor]:
     """A copy on the CPU of everything that learns, by name; of divided weights, the parts that are here."""
     own = {name: own_part(weight.detach()) for name, weight in policy.trainable().items()}
     return {name: weight.to("cpu", copy=True).contiguous() for name, weight in own.items()}
+
+
+def remember(policy: Policy, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Return a function that puts back the weights and the optimizer's moments as they are now, bit for bit."""
+    weights, moments = snapshot(policy), _optimizer_tensors(policy, optimizer)
+    moments = {name: moment.to("cpu", copy=True) for name, moment in moments.items()}
+
+    def put_back() -> None:
+        for name, parameter in policy.trainable().items():
+            _set(parameter, weights[name])
+        _restore_optimizer(policy, optimizer, moments)
+
+    return put_back
 
 
 def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -209,6 +209,14 @@ class Session:
             )
         error.add_note(" ".join(lines))
 
+    def require_whole_weights(self) -> None:
+        """Raise TrainingError if an error has left the weights between two iterations."""
+        if not self.weights_are_whole:
+            raise TrainingError(
+                "An error in an update left the weights of this engine between two iterations. Create a new engine; if "
+                "there is a checkpoint, resume with train(resume_from_checkpoint=...)."
+            )
+
     def adopt(self, checkpoint: str | None) -> None:
         """Take over, once, the weights and the state of a checkpoint that workers of this run wrote.
 
@@ -232,11 +240,6 @@ class Session:
         Raises:
             KonicError: The run cannot start.
         """
-        if not self.weights_are_whole:
-            raise TrainingError(
-                "An error in an update left the weights of this engine between two iterations. Create a new engine; if "
-                "there is a checkpoint, resume with train(resume_from_checkpoint=...)."
-            )
         pick_device(self.device)
         if self.device != self._checked_device:  # once: it also warns
             check_settings(self.agent, self.world.size, self.device)
