@@ -838,3 +838,26 @@ def test_a_weight_for_the_key_of_several_parts_is_not_the_reducers_error():
 
     with pytest.raises(RewardError, match=r"^reward_weights\['x'\] is the key of several parts: left\.x, right\.x"):
         scored(Two(reward_weights={"x": 2.0}), ["a"])
+
+
+def test_a_reward_without_a_return_is_named_once_after_enough_responses(caplog):
+    class Silent(KonicLLMRewardComposer):
+        @llm_reward
+        def forgotten(self, prompt, response):
+            len(response)
+
+        @llm_reward
+        def rare(self, prompt, response):
+            return 1.0 if response == "b" else None
+
+        @llm_reward
+        def failing(self, prompt, response):
+            raise ValueError
+
+    with Scorer(Silent(), TrainingConfig(on_reward_error="skip", max_error_rate=1.0)) as scorer:
+        score_by(scorer, ["a"] * 30 + ["b"])
+        assert "return" not in caplog.text
+        for _ in range(5):
+            score_by(scorer, ["a"] * 31)
+    told = "Reward 'forgotten' has returned None for each of the first 62 responses. Is a `return` missing?"
+    assert [message for message in caplog.messages if "return" in message] == [told]

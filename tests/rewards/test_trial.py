@@ -241,7 +241,7 @@ def test_one_response_is_enough_for_everything_but_spread():
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_where_everything_abstains_nothing_is_known_and_nothing_is_wrong(count):
+def test_where_everything_abstains_nothing_is_known(count):
     trial = tried(adding(lambda prompt, response: None), ["r"] * count, a=[None] * count, b=[None] * count)
     assert [told.name for told in trial.parts] == ["a", "b", "c"], "every reward has its row"
     for told in (*trial.parts, trial.total):
@@ -249,7 +249,7 @@ def test_where_everything_abstains_nothing_is_known_and_nothing_is_wrong(count):
         assert told.num_none == count
         assert all(math.isnan(value) for value in told.probes.values())
     assert [told.faults for told in trial.rewards] == [[], [], []]
-    assert trial.warnings == []
+    assert len(trial.warnings) == 3 and all("Is a `return` missing?" in warning for warning in trial.warnings)
 
 
 def test_where_everything_fails_it_is_reported_once_with_the_first_error():
@@ -464,6 +464,7 @@ def fails_where(condition):
 
 def sleepy(prompt, response):
     time.sleep(0.05)
+    return None if response else 0.0
 
 
 def abstains(prompt, response):
@@ -473,7 +474,6 @@ def abstains(prompt, response):
 CLEAN = {
     "two sound rewards": reading(a=1.0, b=1.0),
     "one reward is all of the total": reading(a=1.0),
-    "one that abstains": adding(abstains),
     "one that gives a single value": adding(lambda prompt, response, row: 0.25 if row == 2 else None),
     "a probe that is as good as the best": adding(lambda prompt, response: 0.0 if not response else None),
     "emoji are liked": adding(lambda prompt, response: 9.0 if response == PROBES["emoji"] else None),
@@ -496,6 +496,7 @@ CASES = {
         adding(lambda prompts, responses: [-0.01 * place for place in range(len(responses))]),
         "'c' returns different values for the same responses",
     ),
+    "never returns": (adding(abstains), "'c' returned None for every response. Is a `return` missing?"),
     "is slow": (adding(sleepy), "'c' takes 0.1 s per response. Score a batch at once"),
     "is constant": (adding(lambda prompt, response: 0.25), "'c' is constant (0.25): the policy cannot learn from it."),
     "outweighs": (reading(a=100.0, b=1.0), "'a' makes up 100% of the total's variance: the other parts hardly count."),

@@ -44,6 +44,8 @@ SLOW_SECONDS = 30.0
 """A warning names a reward that has been running for this long."""
 ERROR_WINDOW = 100
 """Number of the last responses that max_error_rate applies to."""
+SILENT_RESPONSES = 32
+"""A warning names a reward that has returned None for so many responses and has given no value yet."""
 _FAULTS_SHOWN = 3
 
 
@@ -142,6 +144,8 @@ class Scorer:
         self._pool = _pool(composer, config)
         self._shown: dict[tuple[str, str], int] = {}
         self._knows_weights = False
+        self._num_silent: dict[str, float] = {}
+        """By reward: the responses so far, if it returned None for all of them, else -∞."""
 
     def __enter__(self) -> Self:
         if self._config.reward_workers:
@@ -192,6 +196,7 @@ class Scorer:
         known |= {} if update_moments else given
         shared: dict[str, Any] | None = None
         if self._world.rank == 0:
+            self._warn_of_silence(rewards, outcomes)
             if any(counted) and not self._knows_weights:
                 self._knows_weights = True
                 warn_of_weights(weighting, counted)
@@ -265,6 +270,16 @@ class Scorer:
                     raise outcome.error(sample.prompt, sample.response)
                 self._warn(outcome, sample)
             yield outcome
+
+    def _warn_of_silence(self, rewards: Sequence[Reward], outcomes: Sequence[Sequence[Outcome]]) -> None:
+        """Warn, once each, of rewards that have returned None for every response so far."""
+        for reward, own in zip(rewards, outcomes, strict=True):
+            before = self._num_silent.get(reward.name, 0)
+            self._num_silent[reward.name] = now = -math.inf if any(own) else before + len(own)
+            if before < SILENT_RESPONSES <= now:
+                logger.warning(
+                    "%s has returned None for each of the first %d responses. Is a `return` missing?", reward.who, now
+                )
 
     def _warn(self, fault: Fault, sample: Sample) -> None:
         """Warn about a skipped error, at most a few times per kind."""

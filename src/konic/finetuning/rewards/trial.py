@@ -76,6 +76,8 @@ class RewardTrial:
     probe_faults: dict[str, Fault]
     always_fails: bool
     """True if it failed on every response tried."""
+    is_silent: bool
+    """True if it returned None for every response tried and every probe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,8 @@ class ComposerTrial:
             for probe, fault in reward.probe_faults.items():
                 if not reward.faults:
                     messages.append(f"{name} fails on a response that is {probe}: {fault.what}")
+            if reward.is_silent:
+                messages.append(f"{name} returned None for every response. Is a `return` missing?")
             if not reward.is_deterministic:
                 messages.append(
                     f"{name} returns different values for the same responses: the policy learns partly from noise."
@@ -215,6 +219,7 @@ def _try_reward(reward: Reward, samples: Sequence[Sample]) -> _Tried:
         is_deterministic=is_deterministic,
         probe_faults=probe_faults,
         always_fails=len(faults) == len(samples),
+        is_silent=not any([*outcomes, *probed]),
     )
     return _Tried(trial, outcomes, probed)
 
