@@ -75,6 +75,11 @@ def adding(function):
     return reading(a=1.0, b=1.0).add_reward_function(function, name="c")
 
 
+def reducing(composer, reducer):
+    composer.reducer = reducer
+    return composer
+
+
 def part(trial, name):
     (found,) = [part for part in (*trial.parts, trial.total) if part.name == name]
     return found
@@ -471,6 +476,11 @@ def abstains(prompt, response):
     return None
 
 
+class Fragile:
+    def reduce(self, parts):
+        return sum(parts.values()) / ("c" not in parts)
+
+
 CLEAN = {
     "two sound rewards": reading(a=1.0, b=1.0),
     "one reward is all of the total": reading(a=1.0),
@@ -487,6 +497,10 @@ CASES = {
     "fails on empty": (
         adding(fails_where(lambda response, row: not response)),
         "'c' fails on a response that is empty: raised ValueError: no",
+    ),
+    "its total fails on empty": (
+        reducing(adding(lambda prompt, response: None if response else -2), Fragile),
+        "A response that is empty has no total: Reducer 'Fragile' raised ZeroDivisionError: ",
     ),
     "is random": (
         adding(every_second()),
@@ -877,6 +891,17 @@ def test_a_reward_whose_every_call_fails_ends_the_command_with_an_error(texts, t
     assert done.returncode == 1
     assert cells(done.stdout, "style", 1)[1:] == ["4", "–"]
     assert done.stderr == f"Loading {tmp_path / 'job.py'} ...\n"
+
+
+@pytest.mark.parametrize(("condition", "code"), [("True", 1), ("not response", 0)])
+def test_a_compose_of_ones_own_is_tried_like_a_reward(condition, code, texts, tmp_path):
+    own = f"    def compose(self, prompt, response):\n        return 1 // (not ({condition}))\n"
+    head, _, tail = COMPOSER.partition("    @llm_reward\n")
+    done = konic_here("rewards", script(tmp_path, f"{head}{own}    @llm_reward\n{tail}"), "--texts", texts)
+    assert done.returncode == code
+    told = "failed on 3 of 4 responses" if code else "fails on a response that is empty"
+    assert f"! 'Rewards.compose' {told}: raised ZeroDivisionError" in " ".join(done.stdout.split())
+    assert cells(done.stdout, "total", 1)[0] == "error"
 
 
 def test_two_composers_are_one_message(texts, tmp_path):
