@@ -321,6 +321,45 @@ def test_weights_of_the_class_count_without_an_init():
         type("Wrong", (LengthAndVowels,), {"reward_weights": {"length": "x"}})()
 
 
+def test_weights_that_are_assigned_count():
+    class Weighted(LengthAndVowels):
+        reward_weights = {"length": 0.5}  # noqa: RUF012
+
+        def __init__(self, weights=None):
+            super().__init__()
+            if weights:
+                self.reward_weights = weights
+
+    assert Weighted({"vowels": 3}).compose("p", "abc") == 3 + 3
+    composer = Weighted()
+    composer.reward_weights["vowels"] = 3
+    copied = copy.deepcopy(composer).set_reward_weight("length", 2)
+    assert (composer.compose("p", "abc"), copied.compose("p", "abc")) == (0.5 * 3 + 3, 2 * 3 + 3)
+    assert (copied.reward_weights, Weighted.reward_weights) == ({"length": 2, "vowels": 3}, {"length": 0.5})
+    with pytest.raises(ConfigError, match=r"reward_weights\['length'\] must be a finite number"):
+        composer.reward_weights = {"length": "x"}
+    with pytest.raises(AttributeError, match="set_reward_weight"):
+        Length().reward_weights["length"] = 2
+
+
+@pytest.mark.parametrize("of_the_class", [True, False])
+def test_rewards_in_an_attribute_that_counts_nowhere_are_refused(of_the_class):
+    def plain(prompt, response):
+        return 1.0
+
+    for name, how, each in (
+        ("reward_models", "add_reward_model", ConstantModel("m", [])),
+        ("reward_functions", "add_reward_function", plain),
+    ):
+        composer = type("Mine", (Length,), {name: [each]} if of_the_class else {})()
+        if not of_the_class:
+            setattr(composer, name, [each])
+        with pytest.raises(ConfigError, match=rf"^Mine\.{name}: .* Give it to {how}\(\), or as the composer's arg"):
+            composer.check()
+        getattr(composer, how)(each)
+        composer.check()
+
+
 def test_a_weight_defaults_to_one_and_may_be_set_later_and_chained():
     composer = LengthAndVowels()
     assert composer.compose("p", "abc") == 4
