@@ -360,6 +360,15 @@ def test_rewards_in_an_attribute_that_counts_nowhere_are_refused(of_the_class):
         composer.check()
 
 
+@pytest.mark.parametrize(
+    ("weights", "total"),
+    [({"style.loud": 0}, -2), ({"loud": 0}, -2), ({"style": 0}, 0), ({"style": 0, "loud": 3}, 3)],
+)
+def test_a_reducer_knows_parts_by_the_names_that_the_composer_knows(weights, total):
+    for given in ({"reward_weights": weights}, {"reducer": WeightedSumReducer(weights=weights)}):
+        assert Style(**given).compose("p", "AB") == total
+
+
 def test_a_weight_defaults_to_one_and_may_be_set_later_and_chained():
     composer = LengthAndVowels()
     assert composer.compose("p", "abc") == 4
