@@ -165,6 +165,10 @@ def test_two_parts_of_one_name_are_refused_not_overwritten():
     mine = Mine().add_reward_function(lambda prompt, response: 5.0, name="a.b")
     with pytest.raises(RewardError, match=r"Two rewards have a part named 'a\.b'"):
         mine.compose("p", "r")
+    with pytest.raises(ConfigError, match=r"named 'a\.b', as a part of 'a' would be. Give it another name"):
+        mine.check()
+    Mine().add_reward_function(lambda prompt, response: 5.0, name="b.a").check()
+    Mine(reward_models=[ConstantModel("a.5", [])]).check()
 
 
 def test_class_and_static_methods_are_rewards_in_either_order():

@@ -284,6 +284,11 @@ class KonicLLMRewardComposer(OldNames):
         for reward in rewards:
             if names.count(reward.name) > 1:
                 raise ConfigError(_NAMED_TWICE.format(reward.name))
+            owner = next((name for name in names if reward.name.startswith(f"{name}.")), None)
+            if owner is not None and not reward.is_model:  # models have names such as judge_v1.5
+                raise ConfigError(
+                    f"A reward is named {reward.name!r}, as a part of {owner!r} would be. Give it another name."
+                )
             require_a_response(reward)
         self._require_nothing_unread()
         checked_weights(self._reward_weights, f"{type(self).__name__}._reward_weights")
