@@ -188,6 +188,22 @@ def test_without_ray_a_reward_model_is_made_here(monkeypatch):
     assert model.score(["p", "q"], ["a", "b"]) == [os.getpid(), 2]
 
 
+class Asking:
+    """A reward model that asks for the chat and for a column."""
+
+    def score(self, prompts, responses, label, messages=None):
+        return [len(chat) + number for chat, number in zip(messages, label, strict=True)]
+
+
+def test_a_reward_model_gets_the_columns_that_it_asks_for(monkeypatch):
+    monkeypatch.setattr(remote, "is_connected", lambda: False)
+    composer = KonicLLMRewardComposer([RemoteRewardModel("asking", Asking)])
+    chats = [[{"role": "user", "content": "p"}]]
+    assert composer.compose_batch(["p"], ["r"], label=[3], messages=chats, other=[0])[0] == [4.0]
+    with pytest.raises(RewardError, match="Reward model 'asking' asks for the column 'label'"):
+        composer.compose_batch(["p"], ["r"], messages=chats)
+
+
 @pytest.mark.parametrize(
     ("make", "resources", "message"),
     [

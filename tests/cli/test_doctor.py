@@ -115,6 +115,9 @@ def test_what_is_not_well_has_a_fix(model_folders, tmp_path):
     assert run.returncode == 1
     assert found["reward brief"]["status"] == "fail"
     assert "ZeroDivisionError" in found["reward brief"]["what"]
+    value = "None\n\n    @llm_reward\n    def other(self, prompt, response):\n        return len(response)"
+    _, found = examine(tmp_path, model_folders["llama"], value=value)
+    assert (found["reward brief"]["status"], found["reward brief"]["fix"]) == ("warn", "Is a `return` missing?")
 
 
 @pytest.mark.parametrize(

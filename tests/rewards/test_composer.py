@@ -165,6 +165,10 @@ def test_two_parts_of_one_name_are_refused_not_overwritten():
     mine = Mine().add_reward_function(lambda prompt, response: 5.0, name="a.b")
     with pytest.raises(RewardError, match=r"Two rewards have a part named 'a\.b'"):
         mine.compose("p", "r")
+    with pytest.raises(ConfigError, match=r"named 'a\.b', as a part of 'a' would be. Give it another name"):
+        mine.check()
+    Mine().add_reward_function(lambda prompt, response: 5.0, name="b.a").check()
+    Mine(reward_models=[ConstantModel("a.5", [])]).check()
 
 
 def test_class_and_static_methods_are_rewards_in_either_order():
@@ -319,6 +323,54 @@ def test_weights_of_the_class_count_without_an_init():
     assert Weighted().compose("p", "abc") == 0.5 * 3 + 1
     with pytest.raises(ConfigError, match=r"reward_weights\['length'\] must be a finite number"):
         type("Wrong", (LengthAndVowels,), {"reward_weights": {"length": "x"}})()
+
+
+def test_weights_that_are_assigned_count():
+    class Weighted(LengthAndVowels):
+        reward_weights = {"length": 0.5}  # noqa: RUF012
+
+        def __init__(self, weights=None):
+            super().__init__()
+            if weights:
+                self.reward_weights = weights
+
+    assert Weighted({"vowels": 3}).compose("p", "abc") == 3 + 3
+    composer = Weighted()
+    composer.reward_weights["vowels"] = 3
+    copied = copy.deepcopy(composer).set_reward_weight("length", 2)
+    assert (composer.compose("p", "abc"), copied.compose("p", "abc")) == (0.5 * 3 + 3, 2 * 3 + 3)
+    assert (copied.reward_weights, Weighted.reward_weights) == ({"length": 2, "vowels": 3}, {"length": 0.5})
+    with pytest.raises(ConfigError, match=r"reward_weights\['length'\] must be a finite number"):
+        composer.reward_weights = {"length": "x"}
+    with pytest.raises(AttributeError, match="set_reward_weight"):
+        Length().reward_weights["length"] = 2
+
+
+@pytest.mark.parametrize("of_the_class", [True, False])
+def test_rewards_in_an_attribute_that_counts_nowhere_are_refused(of_the_class):
+    def plain(prompt, response):
+        return 1.0
+
+    for name, how, each in (
+        ("reward_models", "add_reward_model", ConstantModel("m", [])),
+        ("reward_functions", "add_reward_function", plain),
+    ):
+        composer = type("Mine", (Length,), {name: [each]} if of_the_class else {})()
+        if not of_the_class:
+            setattr(composer, name, [each])
+        with pytest.raises(ConfigError, match=rf"^Mine\.{name}: .* Give it to {how}\(\), or as the composer's arg"):
+            composer.check()
+        getattr(composer, how)(each)
+        composer.check()
+
+
+@pytest.mark.parametrize(
+    ("weights", "total"),
+    [({"style.loud": 0}, -2), ({"loud": 0}, -2), ({"style": 0}, 0), ({"style": 0, "loud": 3}, 3)],
+)
+def test_a_reducer_knows_parts_by_the_names_that_the_composer_knows(weights, total):
+    for given in ({"reward_weights": weights}, {"reducer": WeightedSumReducer(weights=weights)}):
+        assert Style(**given).compose("p", "AB") == total
 
 
 def test_a_weight_defaults_to_one_and_may_be_set_later_and_chained():

@@ -49,6 +49,20 @@ class Shouted(Length):
         return super().compose(prompt, response) + (100 if response.isupper() else 0)
 
 
+def test_a_method_of_ones_own_may_be_async():
+    class Later(Doubled):
+        async def compose_batch(self, prompts, responses):
+            return super().compose_batch(prompts, responses)
+
+    class Each(Shouted):
+        async def compose(self, prompt, response):
+            return super().compose(prompt, response)
+
+    responses = ["a", "?", "BCD"]
+    assert repr(score(Later(), responses)) == repr(score(Doubled(), responses))
+    assert repr(score(Each(), responses)) == repr(score(Shouted(), responses))
+
+
 @pytest.mark.parametrize("kind", [Doubled, Shouted])
 def test_the_rewards_are_listed_once_per_batch_and_not_per_response(kind, monkeypatch):
     calls = []

@@ -3,6 +3,7 @@ import copy
 import functools
 import math
 
+import numpy as np
 import pytest
 
 from konic.finetuning.config import TrainingConfig
@@ -10,12 +11,14 @@ from konic.finetuning.data.config import DatasetConfig
 from konic.finetuning.data.prompts import make_prompts
 from konic.finetuning.data.samples import Sample, make_samples
 from konic.finetuning.errors import ConfigError, RewardError
+from konic.finetuning.reward_models.classifier import HuggingFaceRewardModel
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer, describe_weighting, without_models
 from konic.finetuning.rewards.listing import list_rewards
 from konic.finetuning.rewards.marks import llm_reward
 from konic.finetuning.rewards.moments import RunningMoments
 from konic.finetuning.rewards.outcomes import Reward
 from konic.finetuning.rewards.reducers import MaxReducer, MeanReducer
+from konic.finetuning.rewards.remote import RemoteRewardModel
 from konic.finetuning.rewards.scoring import Scorer
 from konic.finetuning.rewards.totals import compute_total, find_owners
 
@@ -504,12 +507,70 @@ def test_a_model_with_a_dot_in_its_name_is_normalised_and_weighted():
 
 
 @pytest.mark.parametrize(
-    ("normalize", "expected"), [(True, 3.0), (False, 10.0), ("yes", 10.0), (1, 10.0), (None, 10.0)]
+    ("normalize", "expected"), [(True, 3.0), (np.True_, 3.0), (False, 10.0), (None, 10.0), (lambda text: text, 10.0)]
 )
 def test_a_model_is_normalised_only_where_it_says_so(normalize, expected):
     composer = KonicLLMRewardComposer(reward_models=[Judge("judge", normalize=normalize)])
-    assert list_rewards(composer)[0].normalize is (normalize is True)
+    assert list_rewards(composer)[0].normalize is (expected == 3.0)
     assert total_of(composer, {"judge": 10.0}, "p", "r", {"judge": SPREAD}) == expected
+
+
+@pytest.mark.parametrize("normalize", ["no", 1, 0.0, [True]])
+def test_whether_to_normalise_is_true_or_false_everywhere(normalize):
+    for make in (
+        lambda: KonicLLMRewardComposer().add_reward_function(vowels, normalize=normalize),
+        lambda: KonicLLMRewardComposer().add_reward_model(Judge("judge", normalize=normalize)),
+        lambda: RemoteRewardModel("judge", Judge, normalize=normalize),
+        lambda: HuggingFaceRewardModel("nowhere", normalize=normalize),
+        lambda: llm_reward(normalize=normalize),
+    ):
+        with pytest.raises(ConfigError, match="normalize must be True or False, got "):
+            make()
+
+
+def test_a_class_for_an_instance_is_said():
+    class Own(Judge):
+        name = "own"
+
+        def __call__(self, prompt, response):
+            return 1.0
+
+    for make in (KonicLLMRewardComposer().add_reward_model, lambda own: KonicLLMRewardComposer(reward_models=[own])):
+        with pytest.raises(ConfigError, match=r"got <class .*Own'>\. Give an instance: Own\(\)\.$"):
+            make(Own)
+    with pytest.raises(ConfigError, match=r"must be a function, got <class .*Own'>\. Give an instance, Own\(\)"):
+        KonicLLMRewardComposer().add_reward_function(Own)
+
+
+def swapped(response, prompt, /):
+    return 1.0
+
+
+def swapped_batch(responses, prompts, /):
+    return [1.0] * len(responses)
+
+
+def swapped_trl(completions, prompts, /):
+    return [1.0] * len(completions)
+
+
+def behind_another(answer, /, prompt, response):
+    return 1.0
+
+
+@pytest.mark.parametrize("function", [swapped, swapped_batch, swapped_trl, behind_another])
+def test_texts_before_a_slash_in_another_order_are_refused(function):
+    composer = KonicLLMRewardComposer(reward_functions=[function])
+    with pytest.raises(RewardError, match=r"at another place than .*, /\). Leave out the `/` of its parameters"):
+        composer.check_columns({"answer": ["a"]})
+
+
+def test_texts_before_a_slash_in_order_are_passed_by_place():
+    def partly(prompt, /, response, answer):
+        return 10 * len(prompt) + len(response) + len(answer)
+
+    composer = KonicLLMRewardComposer(reward_functions=[partly])
+    assert composer.compose_batch(["pp"], ["r"], answer=["aaa"])[0] == [24.0]
 
 
 def test_the_total_of_no_parts_is_nan_and_the_reducer_is_not_asked():

@@ -804,6 +804,30 @@ def test_the_reducers_own_weights_are_looked_at_too(caplog):
     assert "The weight of 'style.pase' changes nothing so far" in caplog.text
 
 
+@pytest.mark.parametrize("place", ["class", "old", "assigned", "reducer", "argument"])
+def test_a_misspelt_weight_is_named_once_wherever_it_is_given(place, caplog):
+    class Two(Sized):
+        if place == "class":
+            reward_weights = {"sise": 5.0}
+
+        @llm_reward
+        def rare(self, prompt, response):
+            return 1.0 if response == "b" else None
+
+    composer = Two(
+        reward_weights={"sise": 5.0} if place == "argument" else None,
+        reducer=WeightedSumReducer(weights={"sise": 5.0}) if place == "reducer" else None,
+    )
+    if place in ("old", "assigned"):
+        setattr(composer, "_reward_weights" if place == "old" else "reward_weights", {"sise": 5.0})
+    with Scorer(composer, TrainingConfig()) as scorer:
+        score_by(scorer, ["a"])
+        assert "sise" not in caplog.text or place == "argument", "`rare` may still return a dict with this key"
+        score_by(scorer, ["b"])
+        score_by(scorer, ["b"])
+    assert caplog.text.count("'sise'") == caplog.text.count("Did you mean 'size'?") == 1
+
+
 @pytest.mark.parametrize("weights", [None, 3, {1: 2.0}])
 def test_a_reducer_of_ones_own_may_call_anything_its_weights(weights):
     class Own:
@@ -838,3 +862,26 @@ def test_a_weight_for_the_key_of_several_parts_is_not_the_reducers_error():
 
     with pytest.raises(RewardError, match=r"^reward_weights\['x'\] is the key of several parts: left\.x, right\.x"):
         scored(Two(reward_weights={"x": 2.0}), ["a"])
+
+
+def test_a_reward_without_a_return_is_named_once_after_enough_responses(caplog):
+    class Silent(KonicLLMRewardComposer):
+        @llm_reward
+        def forgotten(self, prompt, response):
+            len(response)
+
+        @llm_reward
+        def rare(self, prompt, response):
+            return 1.0 if response == "b" else None
+
+        @llm_reward
+        def failing(self, prompt, response):
+            raise ValueError
+
+    with Scorer(Silent(), TrainingConfig(on_reward_error="skip", max_error_rate=1.0)) as scorer:
+        score_by(scorer, ["a"] * 30 + ["b"])
+        assert "return" not in caplog.text
+        for _ in range(5):
+            score_by(scorer, ["a"] * 31)
+    told = "Reward 'forgotten' has returned None for each of the first 62 responses. Is a `return` missing?"
+    assert [message for message in caplog.messages if "return" in message] == [told]

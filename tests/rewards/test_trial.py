@@ -75,6 +75,11 @@ def adding(function):
     return reading(a=1.0, b=1.0).add_reward_function(function, name="c")
 
 
+def reducing(composer, reducer):
+    composer.reducer = reducer
+    return composer
+
+
 def part(trial, name):
     (found,) = [part for part in (*trial.parts, trial.total) if part.name == name]
     return found
@@ -241,7 +246,7 @@ def test_one_response_is_enough_for_everything_but_spread():
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_where_everything_abstains_nothing_is_known_and_nothing_is_wrong(count):
+def test_where_everything_abstains_nothing_is_known(count):
     trial = tried(adding(lambda prompt, response: None), ["r"] * count, a=[None] * count, b=[None] * count)
     assert [told.name for told in trial.parts] == ["a", "b", "c"], "every reward has its row"
     for told in (*trial.parts, trial.total):
@@ -249,7 +254,7 @@ def test_where_everything_abstains_nothing_is_known_and_nothing_is_wrong(count):
         assert told.num_none == count
         assert all(math.isnan(value) for value in told.probes.values())
     assert [told.faults for told in trial.rewards] == [[], [], []]
-    assert trial.warnings == []
+    assert len(trial.warnings) == 3 and all("Is a `return` missing?" in warning for warning in trial.warnings)
 
 
 def test_where_everything_fails_it_is_reported_once_with_the_first_error():
@@ -464,16 +469,21 @@ def fails_where(condition):
 
 def sleepy(prompt, response):
     time.sleep(0.05)
+    return None if response else 0.0
 
 
 def abstains(prompt, response):
     return None
 
 
+class Fragile:
+    def reduce(self, parts):
+        return sum(parts.values()) / ("c" not in parts)
+
+
 CLEAN = {
     "two sound rewards": reading(a=1.0, b=1.0),
     "one reward is all of the total": reading(a=1.0),
-    "one that abstains": adding(abstains),
     "one that gives a single value": adding(lambda prompt, response, row: 0.25 if row == 2 else None),
     "a probe that is as good as the best": adding(lambda prompt, response: 0.0 if not response else None),
     "emoji are liked": adding(lambda prompt, response: 9.0 if response == PROBES["emoji"] else None),
@@ -488,6 +498,10 @@ CASES = {
         adding(fails_where(lambda response, row: not response)),
         "'c' fails on a response that is empty: raised ValueError: no",
     ),
+    "its total fails on empty": (
+        reducing(adding(lambda prompt, response: None if response else -2), Fragile),
+        "A response that is empty has no total: Reducer 'Fragile' raised ZeroDivisionError: ",
+    ),
     "is random": (
         adding(every_second()),
         "'c' returns different values for the same responses: the policy learns partly from noise.",
@@ -496,6 +510,7 @@ CASES = {
         adding(lambda prompts, responses: [-0.01 * place for place in range(len(responses))]),
         "'c' returns different values for the same responses",
     ),
+    "never returns": (adding(abstains), "'c' returned None for every response. Is a `return` missing?"),
     "is slow": (adding(sleepy), "'c' takes 0.1 s per response. Score a batch at once"),
     "is constant": (adding(lambda prompt, response: 0.25), "'c' is constant (0.25): the policy cannot learn from it."),
     "outweighs": (reading(a=100.0, b=1.0), "'a' makes up 100% of the total's variance: the other parts hardly count."),
@@ -876,6 +891,17 @@ def test_a_reward_whose_every_call_fails_ends_the_command_with_an_error(texts, t
     assert done.returncode == 1
     assert cells(done.stdout, "style", 1)[1:] == ["4", "–"]
     assert done.stderr == f"Loading {tmp_path / 'job.py'} ...\n"
+
+
+@pytest.mark.parametrize(("condition", "code"), [("True", 1), ("not response", 0)])
+def test_a_compose_of_ones_own_is_tried_like_a_reward(condition, code, texts, tmp_path):
+    own = f"    def compose(self, prompt, response):\n        return 1 // (not ({condition}))\n"
+    head, _, tail = COMPOSER.partition("    @llm_reward\n")
+    done = konic_here("rewards", script(tmp_path, f"{head}{own}    @llm_reward\n{tail}"), "--texts", texts)
+    assert done.returncode == code
+    told = "failed on 3 of 4 responses" if code else "fails on a response that is empty"
+    assert f"! 'Rewards.compose' {told}: raised ZeroDivisionError" in " ".join(done.stdout.split())
+    assert cells(done.stdout, "total", 1)[0] == "error"
 
 
 def test_two_composers_are_one_message(texts, tmp_path):

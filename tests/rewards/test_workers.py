@@ -102,6 +102,15 @@ def test_workers_give_the_serial_numbers_bit_for_bit_in_order():
     assert model.pid == os.getpid()
 
 
+def test_a_reward_that_is_added_during_a_run_reaches_the_workers():
+    composer = Rewards()
+    with Scorer(composer, TrainingConfig(reward_workers=1)) as scorer:
+        samples = make_samples([Prompt(0, "p", {"number": 2})], ["p"], ["abc"])
+        scorer.score(samples)
+        composer.add_reward_function(trl_style, name="added")
+        assert scorer.score(samples).breakdown["added"] == [5]
+
+
 def test_faults_are_the_serial_ones_too():
     responses = ["a", "raise", "b", "nan", "c"]
     serial, pool = (scored(Rewards(), responses, n, on_reward_error="skip") for n in (0, 2))

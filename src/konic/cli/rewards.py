@@ -41,7 +41,7 @@ def rewards(
 
     Shows what each reward does, what moves the total, and what could go wrong, before you spend time on training.
     With --texts, a script needs only a composer. Without it, a script needs an agent, which names the base model.
-    Ends with code 1 if every call of a reward fails.
+    Ends with code 1 if every call of a reward fails, or of the composer's own compose.
 
     Examples:
     konic rewards my_rewards.py
@@ -116,6 +116,7 @@ def show(trial: "ComposerTrial") -> None:
         for reward in trial.rewards
     }
     console.print(_table("Calls", ("ms each", "errors", "repeatable"), calls))
+    faults[trial.total.reward] = {**trial.probe_faults, **faults.get(trial.total.reward, {})}
     probes = {
         part.name: [
             "error" if probe in faults.get(part.reward, ()) else _number(part.probes[probe]) for probe in PROBES

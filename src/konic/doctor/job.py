@@ -170,6 +170,9 @@ def _rewards(session: Session, samples: list[Sample]) -> Iterator[Finding]:
         if reward.faults:
             fix = "Try it with `konic rewards`; training_config.on_reward_error says what a run does then."
             yield Finding(f"reward {reward.name}", "fail", f"it failed: {reward.faults[0].what}", fix, numbers)
+        elif reward.is_silent:
+            fix = "Is a `return` missing?"
+            yield Finding(f"reward {reward.name}", "warn", "it returned None for every response", fix, numbers)
         elif not reward.is_deterministic:
             fix = "Make it return the same for the same response: the policy learns partly from noise."
             yield Finding(f"reward {reward.name}", "warn", f"{what}; a second call gave other values", fix, numbers)

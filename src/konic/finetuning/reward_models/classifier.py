@@ -18,6 +18,7 @@ from konic.finetuning.models.quantised import unify_products
 from konic.finetuning.models.reading import read_model
 from konic.finetuning.reward_models.texts import TEXT_FORMATS, TextFormat, encode_pair
 from konic.finetuning.rewards.composer import BaseRewardModel
+from konic.finetuning.rewards.marks import checked_flag
 from konic.finetuning.system.files import as_path
 from konic.output import get_logger
 from konic.text import keep_secret
@@ -85,7 +86,7 @@ class HuggingFaceRewardModel(BaseRewardModel):
         as_path(model_id, "model_id", ModelError)
         self.model_id = str(model_id)
         self.name = name or reward_name(model_id)
-        self.normalize = normalize
+        self.normalize = checked_flag("HuggingFaceRewardModel: normalize", normalize)
         self._device = pick_device(device or "auto")
         self.model, self.tokenizer = _load(str(model_id), self._device, dtype, model_kwargs or {})
         self.model.eval().requires_grad_(False)

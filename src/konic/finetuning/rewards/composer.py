@@ -1,6 +1,7 @@
 """The user's rewards: marked methods, functions and models, weighted and reduced to one number per response."""
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, Self
@@ -69,6 +70,8 @@ class KonicLLMRewardComposer(OldNames):
     _reward_models: Sequence[Any] | None
     """As in konic 0.1, whose scripts assign it."""
     _reward_weights: dict[str, float]
+    _unknown_weights: set[str]
+    """Names that no reward had when a weight was set for them; a warning has named them."""
     _scored: AlreadyScored | None = None
     _origin: Origin | None = None
     """Kept where it is sent to another process."""
@@ -94,10 +97,19 @@ class KonicLLMRewardComposer(OldNames):
         """
         self = super().__new__(cls)
         models = getattr(cls, "_reward_models", None)
-        weights = getattr(cls, "reward_weights", getattr(cls, "_reward_weights", None))
         self._added, self._reward_models = {}, list(models) if isinstance(models, list | tuple) else models or []
-        self._reward_weights = checked_weights(weights or {})
+        self._reward_weights = checked_weights(getattr(cls, "_reward_weights", None) or {})
+        self._unknown_weights = set()
+        weights = getattr(cls, "reward_weights", None)
+        if weights is not None:
+            self.reward_weights = weights
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Let `reward_weights` that is assigned count, as that of the class does; a later change of the dict too."""
+        if name == "reward_weights" and value is not None:
+            value = self._reward_weights = checked_weights(value)
+        super().__setattr__(name, value)
 
     @with_known_arguments
     @with_the_places_of_0_1
@@ -201,6 +213,7 @@ class KonicLLMRewardComposer(OldNames):
         known = [reward.name for reward in list_rewards(self)]
         is_known = any(name == reward or name.startswith(f"{reward}.") for reward in known)
         if not is_known and name not in self._reward_weights:
+            self._unknown_weights.add(name)
             logger.warning(
                 "reward_weights: %s has no reward %r.%s Its weight counts only for a reward that is added later, or "
                 "for this key of a reward that returns a dict.",
@@ -271,7 +284,14 @@ class KonicLLMRewardComposer(OldNames):
         for reward in rewards:
             if names.count(reward.name) > 1:
                 raise ConfigError(_NAMED_TWICE.format(reward.name))
+            owner = next((name for name in names if reward.name.startswith(f"{name}.")), None)
+            if owner is not None and not reward.is_model:  # models have names such as judge_v1.5
+                raise ConfigError(
+                    f"A reward is named {reward.name!r}, as a part of {owner!r} would be. Give it another name."
+                )
             require_a_response(reward)
+        self._require_nothing_unread()
+        checked_weights(self._reward_weights, f"{type(self).__name__}._reward_weights")
         check_kl_penalty_weight(self.kl_penalty_weight)
         check_reducer(type(self), reducer_of(self.reducer))
 
@@ -296,6 +316,18 @@ class KonicLLMRewardComposer(OldNames):
     def _require_new(self, name: str) -> None:
         if any(name == reward.name for reward in list_rewards(self)):
             raise ConfigError(_NAMED_TWICE.format(name))
+
+    def _require_nothing_unread(self) -> None:
+        """Raise ConfigError for rewards that the class or a script has put into an attribute that counts nowhere."""
+        functions = [reward.call for reward in self._added.values()]
+        for name, known in (("reward_models", self._reward_models or ()), ("reward_functions", functions)):
+            given = inspect.getattr_static(self, name, None)
+            for each in given if isinstance(given, list | tuple) else ():
+                if not isinstance(each, str) and each not in known:
+                    raise ConfigError(
+                        f"{type(self).__name__}.{name}: {each!r:.200} is no reward by being there. Give it "
+                        f"to add_{name[:-1]}(), or as the composer's argument {name}, or rename the attribute."
+                    )
 
     def _weigh_added(self, name: str, weight: float | None) -> Self:
         """Set the weight of a reward that is added: the one given, else the one that was set before, else 1."""
@@ -344,7 +376,7 @@ def without_models(composer: KonicLLMRewardComposer) -> KonicLLMRewardComposer:
     copied: KonicLLMRewardComposer = object.__new__(type(composer))
     copied.__dict__.update(composer.__dict__)
     copied._added, copied._reward_models = dict(composer._added), []
-    copied._reward_weights = dict(composer._reward_weights)
+    take_weights(copied, composer._reward_weights)
     for name in ("reducer", *_SHAPE_OF_OVERRIDE):  # only the run's own process weights and reduces
         copied.__dict__.pop(name, None)
     return copied
@@ -358,3 +390,10 @@ def own_weights(composer: KonicLLMRewardComposer) -> dict[str, float]:
 def take_weights(composer: KonicLLMRewardComposer, weights: Mapping[str, float]) -> None:
     """Give a composer the weights of another process's."""
     composer._reward_weights = dict(weights)
+    if "reward_weights" in vars(composer):
+        composer.reward_weights = composer._reward_weights
+
+
+def unknown_weights(composer: KonicLLMRewardComposer) -> set[str]:
+    """Return the names that a warning has named because no reward had them when a weight was set for them."""
+    return composer._unknown_weights

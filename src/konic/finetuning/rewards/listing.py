@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from konic.finetuning.errors import ConfigError
-from konic.finetuning.rewards.marks import Mark, checked_clip, find_mark
+from konic.finetuning.rewards.marks import Mark, checked_clip, checked_flag, find_mark
 from konic.finetuning.rewards.outcomes import Reward
 from konic.finetuning.rewards.signatures import detect_shape, reward_of_model, shape_of_method
 
@@ -43,10 +43,13 @@ def reward_of_function(
         RewardError: It has other parameters than a reward's.
     """
     if not callable(function) or isinstance(function, type):
-        raise ConfigError(f"A reward function must be a function, got {function!r}.")
+        is_class = isinstance(function, type) and "__call__" in dir(function)
+        hint = f" Give an instance, {function.__name__}(), and name=." if is_class else ""
+        raise ConfigError(f"A reward function must be a function, got {function!r}.{hint}")
     name = name or getattr(function, "__name__", None)
     if not name or name == "<lambda>":
         raise ConfigError(f"The reward function {function!r} has no name: call add_reward_function(..., name='...').")
+    normalize = checked_flag(f"Reward {name!r}: normalize", normalize)
     mark = find_mark(function) or Mark(False, False, None)
     clip = checked_clip(clip) or mark.clip
     shape = "batch" if mark.batch and detect_shape(function) == "sample" else detect_shape(function)

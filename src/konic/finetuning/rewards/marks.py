@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
+import numpy as np
+
 from konic.finetuning.errors import ConfigError, is_valid_text
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -58,9 +60,7 @@ def llm_reward(
             f"@llm_reward has no option {[*other, *more][0]!r}. It has batch=, normalize= and clip=; a reward is named "
             "after its method."
         )
-    for name, value in {"batch": batch, "normalize": normalize}.items():
-        if not isinstance(value, bool):
-            raise ConfigError(f"@llm_reward: {name} must be True or False, got {value!r}.")
+    batch, normalize = checked_flag("@llm_reward: batch", batch), checked_flag("@llm_reward: normalize", normalize)
     mark = Mark(batch, normalize, checked_clip(clip))
 
     def marked(function: Any) -> Any:
@@ -81,6 +81,13 @@ def llm_reward(
 def find_mark(member: Any) -> Mark | None:
     """Return the mark of a class member, or None if it has no mark."""
     return getattr(member, _MARK, None) or getattr(getattr(member, "__func__", None), _MARK, None)
+
+
+def checked_flag(what: str, value: Any) -> bool:
+    """Return True or False, numpy's too; raise ConfigError, which says `what` it is, for anything else."""
+    if not isinstance(value, bool | np.bool_):
+        raise ConfigError(f"{what} must be True or False, got {value!r:.200}.")
+    return bool(value)
 
 
 def checked_clip(clip: Any) -> tuple[float, float] | None:

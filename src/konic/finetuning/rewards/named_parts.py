@@ -14,19 +14,27 @@ class NamedParts(dict[str, _T]):
     Args:
         values: By the names that are listed.
         others: The listed names that another name stands for, by that name.
+        names: By listed name, those that a weight of the part may be given for, the first that has one counts.
 
     Raises:
         RewardError: Several parts have the name that is asked for.
     """
 
     def __init__(
-        self, values: Mapping[str, _T] | Iterable[tuple[str, _T]] = (), others: Mapping[str, list[str]] | None = None
+        self,
+        values: Mapping[str, _T] | Iterable[tuple[str, _T]] = (),
+        others: Mapping[str, list[str]] | None = None,
+        names: Mapping[str, list[str]] | None = None,
     ) -> None:
         super().__init__(values)
-        self._others = dict(others or {})
+        self._others, self._names = dict(others or {}), dict(names or {})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (dict(self), self._others)
+        return type(self), (dict(self), self._others, self._names)
+
+    def names_of(self, name: str) -> list[str]:
+        """The names that a weight of a listed part may be given for: the part's, its key, its reward's."""
+        return self._names.get(name, [name])
 
     def _part(self, name: str) -> str:
         parts = [] if super().__contains__(name) else self._others.get(name, [])
@@ -67,4 +75,4 @@ class NamedParts(dict[str, _T]):
             self[name] = value
 
     def copy(self) -> Self:  # noqa: D102
-        return type(self)(self, self._others)
+        return type(self)(self, self._others, self._names)

@@ -13,6 +13,7 @@ _Init = TypeVar("_Init", bound=Callable[..., None])
 _SUCCESSORS = {
     "set_env": "A reward gets the columns of the dataset by parameters of their names.",
     "env": "A reward gets the columns of the dataset by parameters of their names.",
+    "reward_weights": "set_reward_weight(name, weight) sets one; reward_weights={...} may be assigned.",
     "compute_kl_penalty": "The run computes the exact KL; kl_penalty_weight is its price.",
 }
 """For what konic 0.1 had in a composer: what to use instead."""

@@ -5,8 +5,9 @@ method then asks `super()` for is answered with their values, so that no reward 
 """
 
 import functools
+import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,6 +85,12 @@ def _checked_call(override: Reward, totals: Sequence[float], returned: dict[str,
     @functools.wraps(override.call)
     def call(*texts: Any, **columns: Any) -> Any:
         value = override.call(*texts, **columns)
+        return read_later(value) if inspect.isawaitable(value) else read(value)
+
+    async def read_later(value: Awaitable[Any]) -> Any:
+        return read(await value)
+
+    def read(value: Any) -> Any:
         if override.shape == "sample":
             return _rewards([value], totals)[0]
         rewards, breakdown = value if _is_pair(value) else (value, None)

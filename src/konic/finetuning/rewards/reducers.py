@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from konic.finetuning.errors import ConfigError
 from konic.finetuning.rewards.marks import checked_weights, is_finite_number
+from konic.finetuning.rewards.named_parts import NamedParts
 
 
 class Reducer(Protocol):
@@ -36,7 +37,7 @@ class WeightedSumReducer(BaseRewardReducer):
     """The sum of the parts, each times its weight.
 
     Args:
-        weights: By part name; a composer gives its own.
+        weights: By the name of a part, its key or its reward; a composer gives its own.
         default_weight: For a part that has none.
     """
 
@@ -49,7 +50,11 @@ class WeightedSumReducer(BaseRewardReducer):
 
     def reduce(self, parts: dict[str, float]) -> float:
         """The weighted sum of `parts`."""
-        return math.fsum(self._weights.get(name, self._default_weight) * value for name, value in parts.items())
+        return math.fsum(self._weight_of(name, parts) * value for name, value in parts.items())
+
+    def _weight_of(self, name: str, parts: dict[str, float]) -> float:
+        names = parts.names_of(name) if isinstance(parts, NamedParts) else [name]
+        return next((self._weights[each] for each in names if each in self._weights), self._default_weight)
 
 
 class MeanReducer(BaseRewardReducer):

@@ -19,7 +19,9 @@ from konic.finetuning.data.samples import Sample
 from konic.finetuning.errors import ConfigError, ProcessLostError, RewardError
 from konic.finetuning.rewards.composer import KonicLLMRewardComposer, RewardModel
 from konic.finetuning.rewards.listing import list_rewards
+from konic.finetuning.rewards.marks import checked_flag
 from konic.finetuning.rewards.outcomes import Outcome, Reward
+from konic.finetuning.rewards.signatures import requested_columns
 from konic.finetuning.rewards.workers import RESTARTS, RewardPool, pickled_composer
 from konic.finetuning.system.pickling import pickled_by_value
 from konic.finetuning.system.places import current_folder
@@ -50,6 +52,7 @@ class RemoteRewardPool:
         self._composer, self._workers, self._timeout = composer, workers, timeout
         self._resources = resources
         self._actor: Any = None
+        self._known: set[str] = set()
 
     def start(self) -> None:
         """Start the actor and its processes, without waiting for them.
@@ -58,6 +61,7 @@ class RemoteRewardPool:
             RewardError: The composer cannot be sent to it.
         """
         if self._actor is None:
+            self._known = {reward.name for reward in list_rewards(self._composer)}
             given = pickled_composer(self._composer), self._workers, self._timeout, current_folder() or ""
             self._actor = _actor(_RewardHost, self._resources).remote(*given)
 
@@ -70,10 +74,12 @@ class RemoteRewardPool:
             RewardError: The cluster has no room for the actor, or the composer cannot be sent to it or loaded there.
             ProcessLostError: The actor has ended, or its node. It may also be raised by the iterators.
         """
+        names = [reward.name for reward in rewards]
+        if not self._known.issuperset(names):  # a callback has added one
+            self.close()
         self.start()
         with _naming_the_lost():
             _require_room(self._actor, "reward_resources", self._resources)
-        names = [reward.name for reward in rewards]
         stream = self._actor.score.options(num_returns="streaming").remote(names, list(samples))
         return {name: _received(stream, len(samples), seconds[name]) for name in names}
 
@@ -93,7 +99,8 @@ class RemoteRewardModel:
     Args:
         name: The reward's name.
         make: Makes the model: a function without parameters that returns an object with `score(prompts, responses)`.
-            It is called in the actor, once, so that no other process loads the model.
+            It is called in the actor, once, so that no other process loads the model. The model gets the columns that
+            its `score` asks for, and `messages`, like any other.
         resources: What the actor takes, such as `{"GPU": 1}`; None takes nothing, so that it fits anywhere.
         normalize: As in `@llm_reward(normalize=True)`.
         timeout_seconds: How long to wait for the scores of a batch, in which the actor may also score those of other
@@ -112,7 +119,8 @@ class RemoteRewardModel:
         normalize: bool = False,
         timeout_seconds: float | None = 1800.0,
     ) -> None:
-        self.name, self.normalize, self._timeout = name, normalize, timeout_seconds
+        self.name, self._timeout = name, timeout_seconds
+        self.normalize = checked_flag("RemoteRewardModel: normalize", normalize)
         if not callable(make):
             raise ConfigError(f"RemoteRewardModel: make must be a function that returns the model, got {make!r:.200}.")
         self._make, self._resources = make, dict(resources or {})
@@ -128,8 +136,8 @@ class RemoteRewardModel:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_model": None}
 
-    def score(self, prompts: list[str], responses: list[str]) -> Sequence[float | None]:
-        """Return per response a number, or None to abstain.
+    def score(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> Sequence[float | None]:
+        """Return per response a number, or None to abstain. The model gets the `columns` that its `score` asks for.
 
         Raises:
             Exception: What the model raised.
@@ -137,12 +145,14 @@ class RemoteRewardModel:
         """
         if not is_connected():
             self._model = self._model or self._make()
-            return self._model.score(prompts, responses)
+            return _scored(self.name, self._model, prompts, responses, columns)
         import ray
 
         for _ in range(RESTARTS):
             try:
-                return ray.get(self._shared_actor().score.remote(prompts, responses), timeout=self._timeout)
+                return ray.get(
+                    self._shared_actor().score.remote(self.name, prompts, responses, columns), timeout=self._timeout
+                )
             except ray.exceptions.GetTimeoutError:
                 _kill(self._model)
                 self._model = None
@@ -211,13 +221,23 @@ class _ModelHost:
     def ready(self) -> None:
         """Answer that the actor has found room."""
 
-    def score(self, prompts: list[str], responses: list[str]) -> Sequence[float | None]:
+    def score(
+        self, name: str, prompts: list[str], responses: list[str], columns: dict[str, list[Any]]
+    ) -> Sequence[float | None]:
         """Score a batch; the first one loads the model."""
         try:
             self._model = self._model or cloudpickle.loads(self._make)()
-            return self._model.score(prompts, responses)  # type: ignore[attr-defined]
+            return _scored(name, self._model, prompts, responses, columns)
         except Exception as error:
             raise _sendable(error) from None
+
+
+def _scored(
+    name: str, model: Any, prompts: list[str], responses: list[str], columns: Mapping[str, list[Any]]
+) -> Sequence[float | None]:
+    """What a model returns, which gets the columns that it asks for."""
+    wanted = requested_columns(Reward(name, model.score, "batch", is_model=True), columns)
+    return model.score(prompts, responses, **{column: columns[column] for column in wanted})
 
 
 def _sendable(error: Exception) -> Exception:

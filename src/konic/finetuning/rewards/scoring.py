@@ -6,7 +6,7 @@ The run's settings decide both.
 import contextlib
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Self
@@ -17,9 +17,9 @@ from konic.finetuning.data.samples import Sample
 from konic.finetuning.errors import RewardError, did_you_mean
 from konic.finetuning.results.iteration import FinetuningIterationResult
 from konic.finetuning.rewards.calls import call_reward
-from konic.finetuning.rewards.composer import KonicLLMRewardComposer, describe_weighting
+from konic.finetuning.rewards.composer import KonicLLMRewardComposer, describe_weighting, unknown_weights
 from konic.finetuning.rewards.moments import RunningMoments
-from konic.finetuning.rewards.outcomes import Fault, Outcome, Parts, Reward
+from konic.finetuning.rewards.outcomes import Fault, Outcome, Reward
 from konic.finetuning.rewards.overrides import compose_totals
 from konic.finetuning.rewards.remote import RemoteRewardPool, is_connected
 from konic.finetuning.rewards.totals import (
@@ -27,6 +27,7 @@ from konic.finetuning.rewards.totals import (
     collect_breakdown,
     collect_parts,
     compute_totals,
+    find_owners,
     first_faults,
     moments_after,
     named_by_part,
@@ -44,6 +45,8 @@ SLOW_SECONDS = 30.0
 """A warning names a reward that has been running for this long."""
 ERROR_WINDOW = 100
 """Number of the last responses that max_error_rate applies to."""
+SILENT_RESPONSES = 32
+"""A warning names a reward that has returned None for so many responses and has given no value yet."""
 _FAULTS_SHOWN = 3
 
 
@@ -141,7 +144,12 @@ class Scorer:
         self._world = world
         self._pool = _pool(composer, config)
         self._shown: dict[tuple[str, str], int] = {}
-        self._knows_weights = False
+        self._parts: dict[str, None] = {}
+        """The names of the parts that rewards have returned so far."""
+        self._odd_weights: set[str] = set()
+        """The names that a warning has named because no reward has returned such a part."""
+        self._num_silent: dict[str, float] = {}
+        """By reward: the responses so far, if it returned None for all of them, else -∞."""
 
     def __enter__(self) -> Self:
         if self._config.reward_workers:
@@ -192,9 +200,10 @@ class Scorer:
         known |= {} if update_moments else given
         shared: dict[str, Any] | None = None
         if self._world.rank == 0:
-            if any(counted) and not self._knows_weights:
-                self._knows_weights = True
-                warn_of_weights(weighting, counted)
+            self._warn_of_silence(rewards, outcomes)
+            self._parts |= dict.fromkeys(name for own in parts for name in own)
+            told = unknown_weights(self._composer)
+            self._odd_weights |= warn_of_weights(weighting, self._parts, self._odd_weights, told)
             totals = compute_totals(weighting, parts, faults, samples, known)
             composed = compose_totals(self._composer, rewards, samples, parts, totals, faults, self._accepted)
             shared = {
@@ -266,6 +275,16 @@ class Scorer:
                 self._warn(outcome, sample)
             yield outcome
 
+    def _warn_of_silence(self, rewards: Sequence[Reward], outcomes: Sequence[Sequence[Outcome]]) -> None:
+        """Warn, once each, of rewards that have returned None for every response so far."""
+        for reward, own in zip(rewards, outcomes, strict=True):
+            before = self._num_silent.get(reward.name, 0)
+            self._num_silent[reward.name] = now = -math.inf if any(own) else before + len(own)
+            if before < SILENT_RESPONSES <= now:
+                logger.warning(
+                    "%s has returned None for each of the first %d responses. Is a `return` missing?", reward.who, now
+                )
+
     def _warn(self, fault: Fault, sample: Sample) -> None:
         """Warn about a skipped error, at most a few times per kind."""
         kind = fault.who, fault.what.split(":" if fault.what.startswith("raised ") else " ", 1)[0]
@@ -278,18 +297,37 @@ class Scorer:
                 logger.warning("Skipped a response: %s\nFurther errors like this are only counted.", error)
 
 
-def warn_of_weights(weighting: Weighting, parts: Sequence[Parts]) -> None:
-    """Warn about weights for parts that no reward has returned; a composer warns about names that are no reward's."""
-    names = dict.fromkeys(name for own in parts for name in own)
+def warn_of_weights(
+    weighting: Weighting, parts: Iterable[str], warned: Collection[str] = (), told: Collection[str] = ()
+) -> set[str]:
+    """Warn about weights for parts that no reward has returned, once each reward that could has returned any.
+
+    Args:
+        weighting: The weights, by any name of a part or a reward.
+        parts: The names of the parts so far.
+        warned: Names that this has warned of.
+        told: Names of which the composer has said that only a dict could have them.
+
+    Returns:
+        The names that it has warned of now.
+    """
+    names = list(parts)
+    rewards = [reward.name for reward in weighting.rewards]
     keys = part_keys(weighting.rewards, names)
-    known = {*names, *keys.values(), *(reward.name for reward in weighting.rewards)}
+    silent = {*rewards} - {reward.name for reward in find_owners(weighting.rewards, names).values()}
+    known = {*names, *keys.values(), *rewards}
     own = getattr(weighting.reducer, "_weights", None)  # of a WeightedSumReducer; another class may call anything so
     weights = {*weighting.weights, *(map(str, own) if isinstance(own, Mapping) else ())}
-    for weight in sorted(weights - known) if keys else sorted(each for each in weights - known if "." in each):
-        logger.warning(
-            "The weight of %r changes nothing so far: no reward has returned that part.%s Parts: %s.",
-            weight, did_you_mean(weight, known), ", ".join(map(repr, names)),
-        )  # fmt: skip
+    found = set()
+    for weight in sorted(weights - known - {*warned} - (set() if keys else {*told})):
+        owners = {reward for reward in rewards if weight.startswith(f"{reward}.")} or {*rewards}
+        if not owners & silent:
+            found.add(weight)
+            logger.warning(
+                "The weight of %r changes nothing so far: no reward has returned that part.%s Parts: %s.",
+                weight, did_you_mean(weight, known), ", ".join(map(repr, names)),
+            )  # fmt: skip
+    return found
 
 
 def _as_json(outcome: Outcome | None) -> Any:

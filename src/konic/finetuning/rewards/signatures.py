@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from konic.finetuning.data.samples import RESERVED
 from konic.finetuning.errors import ConfigError, RewardError, did_you_mean
+from konic.finetuning.rewards.marks import checked_flag
 from konic.finetuning.rewards.outcomes import Reward
 
 _TEXTS = {
@@ -65,13 +66,17 @@ def reward_of_model(model: Any) -> Reward:
     """The reward that a reward model gives: its name, the method that scores, and that method's shape.
 
     Raises:
-        ConfigError: The object has no name or no such method.
+        ConfigError: The object has no name or no such method, or is a class.
     """
+    if isinstance(model, type):
+        raise ConfigError(f"A reward model must be an object, got {model!r}. Give an instance: {model.__name__}().")
     name, own = getattr(model, "name", None), _scoring_method(model)
     if not isinstance(name, str) or own is None:
         advice = " Plain functions go to add_reward_function." if callable(model) else ""
         raise ConfigError(f"A reward model needs a name and a method score(prompts, responses); got {model!r}.{advice}")
-    normalize = getattr(model, "normalize", False) is True
+    normalize = getattr(model, "normalize", None)
+    is_flag = normalize is not None and not callable(normalize)  # a method of this name is the model's own
+    normalize = is_flag and checked_flag(f"Reward model {name!r}: normalize", normalize)
     shape: Literal["batch", "sample"] = "sample" if own == "compute_reward" else "batch"
     return Reward(name, getattr(model, own), shape, is_model=True, normalize=normalize)
 
@@ -109,9 +114,18 @@ def text_parameters(reward: Reward, columns: Mapping[str, Any]) -> TextParameter
         Both names, or None if both texts are passed by position.
 
     Raises:
-        RewardError: There is no parameter for the response.
+        RewardError: There is no parameter for the response, or a text's parameter before `/` has another's place.
     """
     parameters = inspect.signature(reward.call).parameters.values()
+    if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
+        places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        for place, text in enumerate(_TEXTS[reward.shape]):
+            if any(p.name == text for p in parameters) and text not in places[place : place + 1]:
+                raise RewardError(
+                    f"{reward.who} takes {text!r} at another place than ({', '.join(_TEXTS[reward.shape])}, /). Leave "
+                    "out the `/` of its parameters, or put them in that order."
+                )
+        return None
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     prompt, response = _TEXTS[reward.shape]
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)

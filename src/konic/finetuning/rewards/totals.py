@@ -50,7 +50,9 @@ def named_by_key(rewards: Iterable[Reward], values: Mapping[str, _T]) -> NamedPa
     keys = {part: key for key, (part, *more) in parts.items() if not more}
     shared = {key: several for key, several in parts.items() if len(several) > 1}
     own = {keys.get(part, part): value for part, value in values.items()}
-    return NamedParts(own, shared | {part: [key] for part, key in keys.items()})
+    owners = find_owners(rewards, values)
+    names = {keys.get(part, part): [part, keys.get(part, part), owner.name] for part, owner in owners.items()}
+    return NamedParts(own, shared | {part: [key] for part, key in keys.items()}, names)
 
 
 def _parts_of_keys(rewards: Iterable[Reward], parts: Iterable[str]) -> dict[str, list[str]]:

@@ -3,17 +3,21 @@
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
 from konic.finetuning.data.samples import Sample
+from konic.finetuning.errors import RewardError
 from konic.finetuning.rewards.calls import call_reward
-from konic.finetuning.rewards.composer import KonicLLMRewardComposer, describe_weighting
-from konic.finetuning.rewards.outcomes import Fault, Outcome, Reward
+from konic.finetuning.rewards.composer import KonicLLMRewardComposer, describe_weighting, find_override
+from konic.finetuning.rewards.listing import list_rewards
+from konic.finetuning.rewards.moments import RunningMoments
+from konic.finetuning.rewards.outcomes import Fault, Outcome, Parts, Reward
 from konic.finetuning.rewards.overrides import compose_totals
 from konic.finetuning.rewards.scoring import warn_if_slow
 from konic.finetuning.rewards.totals import (
+    Weighting,
     collect_breakdown,
     collect_parts,
     compute_totals,
@@ -45,7 +49,7 @@ class PartTrial:
 
     name: str
     reward: str
-    """Name of the reward that the part comes from."""
+    """Name of the reward that the part comes from; for the total, the composer's own method, or ""."""
     mean: float
     std: float
     low: float
@@ -76,6 +80,8 @@ class RewardTrial:
     probe_faults: dict[str, Fault]
     always_fails: bool
     """True if it failed on every response tried."""
+    is_silent: bool
+    """True if it returned None for every response tried and every probe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +92,9 @@ class ComposerTrial:
     total: PartTrial
     parts: list[PartTrial]
     rewards: list[RewardTrial]
+    """The composer's own `compose` or `compose_batch` is the last, if it has one and any response reached it."""
+    probe_faults: dict[str, Fault]
+    """By probe, how the reducer failed on it."""
 
     @property
     def warnings(self) -> list[str]:
@@ -104,6 +113,8 @@ class ComposerTrial:
             for probe, fault in reward.probe_faults.items():
                 if not reward.faults:
                     messages.append(f"{name} fails on a response that is {probe}: {fault.what}")
+            if reward.is_silent:
+                messages.append(f"{name} returned None for every response. Is a `return` missing?")
             if not reward.is_deterministic:
                 messages.append(
                     f"{name} returns different values for the same responses: the policy learns partly from noise."
@@ -131,6 +142,8 @@ class ComposerTrial:
     def _about_the_total(self) -> list[str]:
         messages = []
         total, correlation = self.total, self.total.length_correlation
+        for probe, fault in self.probe_faults.items():
+            messages.append(f"A response that is {probe} has no total: {fault.what}")
         if abs(correlation) > LENGTH_CORRELATION and self.num_responses >= MIN_BATCH:
             what = "longer" if correlation > 0 else "shorter"
             by = [part.name for part in self.parts if abs(part.length_correlation) > LENGTH_CORRELATION]
@@ -159,7 +172,7 @@ def try_rewards(composer: KonicLLMRewardComposer, samples: Sequence[Sample]) -> 
         samples: [N], with the columns that the rewards ask for.
 
     Raises:
-        RewardError: A reward asks for a column that the samples do not have, or the reducer fails.
+        RewardError: A reward asks for a column that the samples do not have, or the reducer fails on one of them.
     """
     weighting = describe_weighting(composer)
     probes = [replace(samples[0], response=probe) for probe in PROBES.values()]
@@ -170,9 +183,13 @@ def try_rewards(composer: KonicLLMRewardComposer, samples: Sequence[Sample]) -> 
     valid = [own for own, fault in zip(parts, faults, strict=True) if not fault]
     moments = moments_after(weighting.rewards, {}, valid)
     totals = compute_totals(weighting, parts, faults, samples, moments)
-    totals = compose_totals(composer, weighting.rewards, samples, parts, totals, faults).totals
-    probe_totals = compute_totals(weighting, probed, probe_faults, probes, moments)
-    probe_totals = compose_totals(composer, weighting.rewards, probes, probed, probe_totals, probe_faults).totals
+    reduced = [_total_of_probe(weighting, *each, moments) for each in zip(probed, probe_faults, probes, strict=True)]
+    by_reducer = {name: total for name, total in zip(PROBES, reduced, strict=True) if isinstance(total, Fault)}
+    probe_totals = [math.nan if isinstance(total, Fault) else total for total in reduced]
+    probe_faults = [fault or by_reducer.get(name) for name, fault in zip(PROBES, probe_faults, strict=True)]
+    composed, totals, probe_totals = _try_override(
+        composer, (samples, parts, totals, faults), (probes, probed, probe_totals, probe_faults)
+    )
     weighted = [weighted_parts(weighting, own, moments) for own in parts]
     lengths = [float(len(sample.response)) for sample in samples]
     owners = find_owners(weighting.rewards, collect_breakdown(parts))
@@ -184,8 +201,12 @@ def try_rewards(composer: KonicLLMRewardComposer, samples: Sequence[Sample]) -> 
             on_probe = {probe: own.get(name, math.nan) for probe, own in zip(PROBES, probed, strict=True)}
             trials.append(_part(name, one.trial.name, values, _share(moved, totals), lengths, on_probe))
     name = "total" if all(part.name != "total" for part in trials) else "total of all"
-    total = _part(name, "", totals, 1.0, lengths, dict(zip(PROBES, probe_totals, strict=True)))
-    return ComposerTrial(num_responses=len(samples), total=total, parts=trials, rewards=[one.trial for one in tried])
+    maker = composed[0].name if composed else ""
+    total = _part(name, maker, totals, 1.0, lengths, dict(zip(PROBES, probe_totals, strict=True)))
+    rewards = [*(one.trial for one in tried), *composed]
+    return ComposerTrial(
+        num_responses=len(samples), total=total, parts=trials, rewards=rewards, probe_faults=by_reducer
+    )
 
 
 @dataclass(frozen=True)
@@ -215,8 +236,57 @@ def _try_reward(reward: Reward, samples: Sequence[Sample]) -> _Tried:
         is_deterministic=is_deterministic,
         probe_faults=probe_faults,
         always_fails=len(faults) == len(samples),
+        is_silent=not any([*outcomes, *probed]),
     )
     return _Tried(trial, outcomes, probed)
+
+
+_Reduced = tuple[Sequence[Sample], Sequence[Parts], Sequence[float], Sequence[Fault | None]]
+"""Samples with their parts, their totals and their first faults."""
+
+
+def _try_override(
+    composer: KonicLLMRewardComposer, tried: _Reduced, probes: _Reduced
+) -> tuple[list[RewardTrial], list[float], list[float]]:
+    """Try the composer's own `compose` or `compose_batch`; return the totals of the samples and of the probes too."""
+    override, rewards, (samples, *_, faults) = find_override(composer), list_rewards(composer), tried
+    if override is None or all(faults):
+        return [], list(tried[2]), list(probes[2])
+    started = time.perf_counter()
+    made = compose_totals(composer, rewards, *tried)
+    milliseconds = 1000 * (time.perf_counter() - started) / len(samples)
+    again = compose_totals(composer, rewards, *(each[::-1] for each in tried)).totals[::-1]  # type: ignore[arg-type]
+    num_others = 0 if override.shape == "sample" else MIN_BATCH - 1
+    probed = []
+    for place, before in enumerate(probes[3]):
+        batch = ([own[place], *others[:num_others]] for own, others in zip(probes, tried, strict=True))
+        composed = compose_totals(composer, rewards, *batch)  # type: ignore[arg-type]
+        probed.append((composed.totals[0], None if before else composed.faults[0]))
+    own_faults = [fault for fault, before in zip(made.faults, faults, strict=True) if fault and not before]
+    trial = RewardTrial(
+        name=override.name,
+        milliseconds=milliseconds,
+        faults=own_faults,
+        is_deterministic=all(map(_same, _as_outcomes(made.totals), _as_outcomes(again))),
+        probe_faults={name: fault for name, (_, fault) in zip(PROBES, probed, strict=True) if fault},
+        always_fails=len(own_faults) == sum(fault is None for fault in faults),
+        is_silent=False,
+    )
+    return [trial], made.totals, [total for total, _ in probed]
+
+
+def _as_outcomes(totals: Sequence[float]) -> list[Outcome]:
+    return [{} if math.isnan(total) else {"total": total} for total in totals]
+
+
+def _total_of_probe(
+    weighting: Weighting, parts: Parts, fault: Fault | None, probe: Sample, moments: Mapping[str, RunningMoments]
+) -> float | Fault:
+    """The total of a probe, or how the reducer failed on it."""
+    try:
+        return compute_totals(weighting, [parts], [fault], [probe], moments)[0]
+    except RewardError as error:
+        return Fault("Reducer", error.args[0])
 
 
 def _same(one: Outcome, other: Outcome) -> bool:

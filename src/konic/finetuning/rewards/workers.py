@@ -64,6 +64,7 @@ class RewardPool:
         self._workers = workers
         self.timeout = timeout
         self._pool: pebble.ProcessPool | None = None
+        self._known: set[str] = set()
 
     def start(self) -> None:
         """Start the workers, without waiting for them.
@@ -79,6 +80,7 @@ class RewardPool:
             if os.name == "posix":
                 with _main_left_alone():
                     resource_tracker.ensure_running()  # the pool would start it, and from the current folder
+            self._known = {reward.name for reward in list_rewards(self._composer)}
             self._pool = pebble.ProcessPool(
                 max_workers=self._workers,
                 max_tasks=CALLS_PER_WORKER,
@@ -99,6 +101,8 @@ class RewardPool:
         Raises:
             RewardError: The composer cannot be sent to a worker, or cannot be loaded there.
         """
+        if not self._known.issuperset(reward.name for reward in rewards):  # a callback has added one
+            self.close()
         self.start()
         try:
             problem = self._loaded.result(timeout=START_SECONDS)
