@@ -394,6 +394,21 @@ def test_a_table_of_the_hub_decodes_nothing_and_names_the_row_that_cannot_be_rea
         rows_of_dataset(broken.select(kept), "Here", kept)
 
 
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_a_row_of_a_stream_has_one_number_whatever_the_order(tmp_path, num_files):
+    files = [str(tmp_path / f"{file}.jsonl") for file in range(num_files)]
+    for file in files:
+        Path(file).write_text("".join(f'{{"prompt": "{Path(file).stem}-{row}"}}\n' for row in range(5)))
+    stream = datasets.load_dataset("json", data_files=files, split="train", streaming=True, cache_dir=str(tmp_path))
+    drawn = [list(stream_rows(stream, seed, "Here")) for seed in (1, 2, 1)]
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert [number for number, _ in sorted(drawn[0], key=lambda pair: pair[0])] == list(range(5 * num_files))
+    assert {number: row["prompt"] for number, row in drawn[0]} == {number: row["prompt"] for number, row in drawn[1]}
+    in_order = list(stream_rows(stream, None, "Here"))
+    assert [number for number, _ in in_order] == list(range(5 * num_files))
+    assert num_files > 1 or sorted(drawn[0], key=lambda pair: pair[0]) == in_order
+
+
 def test_a_transform_of_datasets_is_kept():
     data = datasets.Dataset.from_dict({"text": ["a", "b"]})
     data = data.with_transform(lambda batch: {"prompt": [text.upper() for text in batch["text"]]})

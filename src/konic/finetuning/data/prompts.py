@@ -27,7 +27,8 @@ class Prompt:
     """One row of a dataset."""
 
     row: int
-    """Index in the dataset, before any shuffle. Random numbers are keyed by this index."""
+    """Index in the dataset, before any shuffle; in a shuffled stream of several files, these count in turns. Random
+    numbers are keyed by this index."""
     content: str | list[dict[str, str]]
     """Plain text, or chat messages that end with a user message."""
     columns: Mapping[str, Any] = field(default_factory=dict)
