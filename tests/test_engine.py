@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import warm
 from conftest import LORA_TARGETS, PLANTED, PROMPTS, byte_tokenizer, tiny_model
+from konic.cli.rewards import sample_responses
 from konic.finetuning import (
     BaseKonicFinetuningCallback,
     ConfigError,
@@ -708,6 +709,13 @@ def test_evaluate_is_the_same_every_time_and_does_not_train(model_folders, tmp_p
         model_folders["llama"], tmp_path / "other"
     ).train(2).get_reward_curve()  # fmt: skip
     assert engine.evaluate(list(PROMPTS))["responses"] != first["responses"]
+
+
+def test_a_prompt_that_comes_again_in_another_batch_gets_another_response(model_folders, monkeypatch):
+    monkeypatch.setattr("konic.finetuning.rollout.evaluation.BATCH_SIZE", 2)
+    rows = [{"prompt": "a", "weight": 1}, *({"prompt": "b", "weight": 0} for _ in range(5))]
+    agent = make_agent(model_folders["llama"], dataset=DatasetConfig(prompts=rows, weights_column="weight"))
+    assert len({sample.response for sample in sample_responses(agent, 6, "cpu")}) == 6
 
 
 def test_without_a_folder_a_run_makes_its_own_and_says_where(model_folders, tmp_path, monkeypatch, capsys):
