@@ -62,6 +62,15 @@ def test_missing_cells_of_arrays_are_none():
     assert [row.content for row in load(pandas.array(["a", None, "b"], dtype="string"))] == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    "missing", [None, float("nan"), np.float32("nan"), np.datetime64("NaT"), pandas.NA, pandas.NaT], ids=str
+)
+def test_a_missing_value_in_a_row_is_no_text(missing):
+    rows = [{"prompt": "a", "name": "x"}, Row("b", "y")._asdict() | {"name": missing}, {"prompt": missing, "name": "z"}]
+    assert [row.content for row in load(rows)] == ["a", "b"]
+    assert [row.content for row in load(rows, prompt_template="{name}.")] == ["x.", ".", "z."]
+
+
 NO_ROWS = [
     (lambda: pandas.DataFrame({"prompt": ["a"]}).groupby("prompt"), "DataFrameGroupBy"),
     (lambda: pandas.Timestamp("2020-01-01"), "Timestamp"),

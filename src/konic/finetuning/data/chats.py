@@ -5,11 +5,12 @@ Chats are often stored as text: as JSON, or as Python prints them.
 
 import ast
 import json
-import math
 import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from konic.finetuning.data.rows import require_distinct
 from konic.finetuning.errors import is_valid_text
@@ -91,8 +92,10 @@ def is_message(value: Any) -> bool:
 
 
 def is_missing(cell: Any) -> bool:
-    """Return True for None, and for NaN, which tables have for a missing value."""
-    return cell is None or (isinstance(cell, float) and math.isnan(cell))
+    """Return True for None, and for NaN, NaT and pandas' NA, which tables have for a missing value."""
+    if isinstance(cell, float | np.floating | np.datetime64 | np.timedelta64):
+        return bool(cell != cell)  # as only NaN and NaT are
+    return cell is None or (type(cell).__name__ in ("NAType", "NaTType") and type(cell).__module__.startswith("pandas"))
 
 
 def find_problem(content: Any) -> str | None:
