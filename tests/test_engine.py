@@ -662,6 +662,24 @@ def test_columns_of_the_dataset_reach_the_rewards_that_ask(model_folders, tmp_pa
     assert engine.train(1).final_reward_mean == 2.0
 
 
+def test_a_column_that_rewards_cannot_get_is_no_column_that_they_are_told_of(model_folders, tmp_path):
+    def compare(prompts, responses, response):
+        return [0.0 for _ in responses]
+
+    def match(prompt, response, answer):
+        return 0.0
+
+    dataset = DatasetConfig(prompts=[{"prompt": "a", "response": "b", "completions": "c", "label": "d"}])
+    for reward, told in (
+        (compare, "'compare' has the parameter 'response'.* column of that name must be renamed to reach rewards"),
+        (match, "'match' asks for the column 'answer', which the dataset does not have. Its other columns: label.$"),
+    ):
+        composer = KonicLLMRewardComposer().add_reward_function(reward)
+        engine = make_engine(model_folders["llama"], tmp_path, composer=composer, dataset=dataset)
+        with pytest.raises(RewardError, match=told):
+            engine._current_session().check()
+
+
 def test_tables_are_prompts_of_generate_and_evaluate_and_other_things_one_error(model_folders, tmp_path):
     pandas = pytest.importorskip("pandas")
     engine = make_engine(model_folders["llama"], tmp_path)
