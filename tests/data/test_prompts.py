@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from konic.finetuning.data import formats
 from konic.finetuning.data.config import DatasetConfig, DatasetSource
 from konic.finetuning.data.prompts import Prompt, PromptSet, load_prompts, make_prompts
 from konic.finetuning.errors import ConfigError, DatasetError
@@ -305,7 +306,10 @@ def test_a_cell_may_hold_megabytes(tmp_path):
     [
         ("prompt,answer\na,b\nc\n", "line 3: it has 1 cells, the header 2"),
         ("prompt,answer\na,b,c\n", "line 2: it has 3 cells, the header 2"),
-        ('prompt\n"a\n', "unexpected end of data"),
+        ('prompt\n"a\n', "line 2: unexpected end of data"),
+        ('prompt,answer\na,b\n"c\nd",e\nf,"g\nh,i\n', "line 5: unexpected end of data, because no quote ends a cell"),
+        ('prompt,answer\na,b\n"c" d,e\n', "line 3: ',' expected after '\"'. Fix the file"),
+        ("prompt,,\na,,\nb,,c\n", "line 3: it has a cell in a column without a name"),
         ("", "the file is empty"),
         ("prompt;answer\na;b\n", "Its cells seem to be separated by ';': save it with commas"),
         ("prompt|answer\na, b|c\n", "line 2: it has 2 cells, the header 1. Its cells seem to be separated by '|'"),
@@ -314,6 +318,20 @@ def test_a_cell_may_hold_megabytes(tmp_path):
 )
 def test_a_csv_that_does_not_add_up_is_reported_with_its_line(tmp_path, text, told):
     assert told in complaint(local, write(tmp_path / "a.csv", text))
+
+
+def test_empty_cells_that_end_a_header_are_no_columns(tmp_path):
+    rows = local(write(tmp_path / "a.csv", "prompt,label,,\na,1,,\n")).rows
+    assert [(row.content, row.columns) for row in rows] == [("a", {"label": "1"})]
+
+
+@pytest.mark.parametrize(("quote", "lines"), [('"', [(2, 4)]), ("", [])])
+def test_rows_of_a_tsv_that_a_quote_makes_one_are_named(tmp_path, caplog, quote, lines):
+    formats._warn_of_swallowed.cache_clear()
+    text = f'prompt\tlabel\n{quote}Hello there\t1\nmid\t2\nBye{quote}\t3\n"two\nlines"\t"a\tb"\n'
+    local(write(tmp_path / "a.tsv", text))
+    told = [f"File 'a.tsv', lines {first} to {last}: the quote that begins a cell" for first, last in lines]
+    assert [record.getMessage()[: len(told[0])] for record in caplog.records] == told
 
 
 def test_a_folder_of_train_and_test_files_follows_split_and_leaves_documents_aside(tmp_path):
