@@ -418,6 +418,18 @@ def test_a_row_of_a_stream_has_one_number_whatever_the_order(tmp_path, num_files
     assert num_files > 1 or sorted(drawn[0], key=lambda pair: pair[0]) == in_order
 
 
+@pytest.mark.parametrize("num_rows", [4, 5])
+def test_a_stream_given_as_prompts_is_said_to_be_read_whole(num_rows, monkeypatch, caplog):
+    monkeypatch.setattr("konic.finetuning.data.rows._MANY", 5)
+    data = datasets.Dataset.from_dict({"prompt": ["a"] * num_rows})
+    load(data)
+    load(data["prompt"])
+    assert not caplog.records
+    load(data.to_iterable_dataset(), max_samples=2)
+    load(data.to_iterable_dataset()["prompt"])
+    assert caplog.text.count("all rows are read into memory now: 5 so far") == (2 if num_rows == 5 else 0)
+
+
 def test_a_transform_of_datasets_is_kept():
     data = datasets.Dataset.from_dict({"text": ["a", "b"]})
     data = data.with_transform(lambda batch: {"prompt": [text.upper() for text in batch["text"]]})
