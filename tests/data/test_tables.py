@@ -430,6 +430,22 @@ def test_a_stream_given_as_prompts_is_said_to_be_read_whole(num_rows, monkeypatc
     assert caplog.text.count("all rows are read into memory now: 5 so far") == (2 if num_rows == 5 else 0)
 
 
+def streamed(texts, monkeypatch, **options):
+    stream = datasets.Dataset.from_dict({"prompt": texts}).to_iterable_dataset()
+    monkeypatch.setattr("konic.finetuning.data.prompts.read_hub", lambda *_, **__: stream)
+    return load_prompts(DatasetConfig(source="huggingface", name="a/b", streaming=True, shuffle=False, **options))
+
+
+def test_empty_prompts_of_a_stream_are_one_warning_and_an_error_where_they_are_most(monkeypatch, caplog):
+    assert [prompt.row for prompt in streamed(["", "a", ""] * 20 + ["a"] * 60, monkeypatch).batch(0, 80)][:2] == [1, 4]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Dataset 'a/b': the prompt of row 0 is empty and left out, as later ones are."
+    ]
+    told = r"67 of the first 101 prompts of the stream in column 'prompt' cannot be used: the last is row 100 \(empty\)"
+    with pytest.raises(DatasetError, match=told + ". Name another column in prompt_column."):
+        streamed(["a", "", ""] * 40, monkeypatch).batch(0, 60)
+
+
 def test_a_transform_of_datasets_is_kept():
     data = datasets.Dataset.from_dict({"text": ["a", "b"]})
     data = data.with_transform(lambda batch: {"prompt": [text.upper() for text in batch["text"]]})
