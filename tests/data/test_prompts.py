@@ -894,6 +894,13 @@ def test_an_empty_prompt_of_a_template_is_not_blamed_on_a_column():
         make_prompts(rows, DatasetConfig(prompt_template=template), "test")
 
 
+@pytest.mark.parametrize("row", ["The film was", CHAT])
+def test_a_row_without_columns_for_a_template_is_told_so(row):
+    config = DatasetConfig(prompts=[{"text": "a", "name": "b"}], prompt_template="{name}: {text}")
+    with pytest.raises(DatasetError, match=r"test: row 0 has no columns.*: \[\{'name': \.\.\., 'text': \.\.\.\}\]\.$"):
+        make_prompts([row], config, "test")
+
+
 @pytest.mark.parametrize("cell", [CHAT, CHAT[0], tuple(CHAT)])
 def test_a_template_takes_no_chat_as_text(cell):
     config = DatasetConfig(prompts=[{"prompt": cell}] * 2, prompt_template="Answer: {prompt}")

@@ -47,6 +47,17 @@ def fill_template(template: str, index: int, columns: Mapping[str, Any], where: 
         raise DatasetError(f"{where}: prompt_template={template!r} does not fit row {index}: {error}.") from None
 
 
+def require_no_other_column(template: str, column: str, index: int, where: str) -> None:
+    """Raise DatasetError if a template has other columns than the one that a row without names stands for."""
+    names = dict.fromkeys(name for _, name, _, _ in Formatter().parse(template) if name is not None)
+    if any(name != column for name in names):
+        shown = ", ".join(f"{name!r}: ..." for name in names)
+        raise DatasetError(
+            f"{where}: row {index} has no columns, and prompt_template={template!r} needs rows with its own: "
+            f"[{{{shown}}}]."
+        )
+
+
 def missing_column(name: str, index: int, columns: Mapping[str, Any], where: str, setting: str) -> DatasetError:
     """Return the error of a row without a column, with the nearest name, and the setting to change."""
     hint = did_you_mean(name, map(str, columns))

@@ -9,7 +9,7 @@ from typing import Any, assert_never
 import numpy as np
 
 from konic.finetuning.data.chats import SKIPPABLE, find_problem, read_chat
-from konic.finetuning.data.columns import fill_template, missing_column
+from konic.finetuning.data.columns import fill_template, missing_column, require_no_other_column
 from konic.finetuning.data.config import DatasetConfig, DatasetSource
 from konic.finetuning.data.fingerprint import fingerprint_rows
 from konic.finetuning.data.hub import read_hub, stream_rows
@@ -300,6 +300,8 @@ def _make_prompt(index: int, row: Any, config: DatasetConfig, where: str) -> tup
         return index, "two of its columns have one name, as a number and as text"
     content: Any
     if config.prompt_template is not None:
+        if not isinstance(row, Mapping):
+            require_no_other_column(config.prompt_template, config.prompt_column, index, where)
         content = fill_template(config.prompt_template, index, columns, where)
     elif config.prompt_column in columns:
         content = columns.pop(config.prompt_column)
