@@ -231,7 +231,7 @@ def test_a_chat_in_yaml_is_refused_with_the_fix(text):
         (json.dumps([CHAT]), "a list with a chat inside"),
         (json.dumps({"prompt": CHAT}), "a dict with a chat in 'prompt'"),
         (json.dumps(FROM_HUMAN[0]), "one message, not a list of messages"),
-        (json.dumps([{"Role": "user", "Content": "x"}]), "a message without role and content"),
+        (json.dumps([{"Role": "user", "Content": "x"}]), "message 1 is without role and content"),
         (json.dumps([{"role": "user", "content": [{"type": "text", "text": "x"}]}]), "a list of parts: give"),
     ],
 )

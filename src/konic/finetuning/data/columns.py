@@ -21,14 +21,14 @@ class _Blank(str):
 class _Template(Formatter):
     """Formats as `str.format_map` does, but no chat, of which Python's notation would become the text."""
 
-    def format_field(self, value: Any, format_spec: str) -> Any:
+    def convert_field(self, value: Any, conversion: Any) -> Any:
         messages = value if isinstance(value, list | tuple) else [value]
         if messages and all(map(is_message, messages)):
             raise ValueError(
                 "one of its columns is a chat, and a template takes text. Give the chat alone: prompt_column=..., "
                 "without prompt_template"
             )
-        return super().format_field(value, format_spec)
+        return value if isinstance(value, _Blank) else super().convert_field(value, conversion)
 
 
 def fill_template(template: str, index: int, columns: Mapping[str, Any], where: str) -> str:

@@ -210,7 +210,8 @@ def _read_pyarrow(table: Any) -> list[Any]:
 
 def _read_datasets(table: Any) -> list[Any]:
     if hasattr(table, "keys"):
-        raise ValueError(f"prompts holds the splits {', '.join(table)}: give one of them, prompts=data['train']")
+        split = next(iter(table), "train") if "train" not in table else "train"
+        raise ValueError(f"prompts holds the splits {', '.join(table)}: give one of them, prompts=data[{split!r}]")
     return read_dataset(table)
 
 
