@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import warm
 from conftest import LORA_TARGETS, PLANTED, PROMPTS, byte_tokenizer, tiny_model
+from konic.cli.rewards import sample_responses
 from konic.finetuning import (
     BaseKonicFinetuningCallback,
     ConfigError,
@@ -662,6 +663,24 @@ def test_columns_of_the_dataset_reach_the_rewards_that_ask(model_folders, tmp_pa
     assert engine.train(1).final_reward_mean == 2.0
 
 
+def test_a_column_that_rewards_cannot_get_is_no_column_that_they_are_told_of(model_folders, tmp_path):
+    def compare(prompts, responses, response):
+        return [0.0 for _ in responses]
+
+    def match(prompt, response, answer):
+        return 0.0
+
+    dataset = DatasetConfig(prompts=[{"prompt": "a", "response": "b", "completions": "c", "label": "d"}])
+    for reward, told in (
+        (compare, "'compare' has the parameter 'response'.* column of that name must be renamed to reach rewards"),
+        (match, "'match' asks for the column 'answer', which the dataset does not have. Its other columns: label.$"),
+    ):
+        composer = KonicLLMRewardComposer().add_reward_function(reward)
+        engine = make_engine(model_folders["llama"], tmp_path, composer=composer, dataset=dataset)
+        with pytest.raises(RewardError, match=told):
+            engine._current_session().check()
+
+
 def test_tables_are_prompts_of_generate_and_evaluate_and_other_things_one_error(model_folders, tmp_path):
     pandas = pytest.importorskip("pandas")
     engine = make_engine(model_folders["llama"], tmp_path)
@@ -709,6 +728,13 @@ def test_evaluate_is_the_same_every_time_and_does_not_train(model_folders, tmp_p
         model_folders["llama"], tmp_path / "other"
     ).train(2).get_reward_curve()  # fmt: skip
     assert engine.evaluate(list(PROMPTS))["responses"] != first["responses"]
+
+
+def test_a_prompt_that_comes_again_in_another_batch_gets_another_response(model_folders, monkeypatch):
+    monkeypatch.setattr("konic.finetuning.rollout.evaluation.BATCH_SIZE", 2)
+    rows = [{"prompt": "a", "weight": 1}, *({"prompt": "b", "weight": 0} for _ in range(5))]
+    agent = make_agent(model_folders["llama"], dataset=DatasetConfig(prompts=rows, weights_column="weight"))
+    assert len({sample.response for sample in sample_responses(agent, 6, "cpu")}) == 6
 
 
 def test_without_a_folder_a_run_makes_its_own_and_says_where(model_folders, tmp_path, monkeypatch, capsys):

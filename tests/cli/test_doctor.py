@@ -10,7 +10,8 @@ from command import konic_here, script
 from conftest import tiny_learner
 from konic.doctor import job as doctor_job
 from konic.doctor import limits as limits_of_sampling
-from konic.finetuning import GenerationConfig, TrainingConfig
+from konic.finetuning import DatasetConfig, GenerationConfig, TrainingConfig
+from konic.finetuning.data.prompts import PromptSet, make_prompts
 from konic.finetuning.models.prepacked import DecodePlan
 from konic.finetuning.rollout import decoding
 
@@ -102,6 +103,16 @@ def test_a_job_that_is_well_is_tried_and_estimated(algorithm, model_folders, tmp
     assert limits["head_share"] == pytest.approx(259 * 32 / (259 * 32 + 2 * (3072 + 6144 + 64) + 32 + 2 * 224))
     assert found["peak memory"]["numbers"]["peak_bytes"] > 100e6
     assert set(os.listdir(tmp_path)) <= {"job.py", "__pycache__"}
+
+
+@pytest.mark.parametrize("others", [0, 9])
+def test_the_prompts_of_a_stream_are_read_to_be_examined(others):
+    first, *rest = make_prompts(["ab"] * (1 + others), DatasetConfig(), "stream")
+    session = session_of(tiny_learner())
+    session.prompts = PromptSet(rows=[first], held_out=[], shuffle=True, shuffle_seed=3, stream=iter(rest))
+    found, count = doctor_job._prompts(session), 1 + others
+    assert found.what == f"a stream; the first {count}, of 3 tokens (median), 3 at most"
+    assert found.numbers["count"] == found.numbers["examined"] == count
 
 
 def test_what_is_not_well_has_a_fix(model_folders, tmp_path):

@@ -220,6 +220,17 @@ def test_a_txt_file_is_one_by_the_end_of_its_name(tmp_path):
         assert [prompt.content for prompt in prompts] == [text]
 
 
+def test_a_template_of_the_run_that_is_not_applied_is_said(tmp_path, caplog):
+    run = types.SimpleNamespace(settings={"dataset_config": {"prompt_template": "Q: {question}"}})
+    (tmp_path / "a.csv").write_text("question\none\n")
+    (tmp_path / "a.txt").write_text("one\n")
+    for name, column, text in (("a.csv", None, "Q: one"), ("a.csv", "question", "one"), ("a.txt", None, "one")):
+        caplog.clear()
+        (prompt,) = read_prompts(str(tmp_path / name), run, column, None, None, as_chats=False)
+        assert prompt.content == text
+        assert ("The run's prompt_template, 'Q: {question}', is not applied" in caplog.text) == (text == "one")
+
+
 def test_a_reward_that_fails_is_skipped_where_the_run_skipped_it(run, folder, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     prompts = tmp_path / "prompts.txt"

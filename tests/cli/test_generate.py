@@ -10,6 +10,7 @@ import pytest
 from command import konic_here, script
 from konic import output
 from konic.cli import typewriter
+from konic.cli.generate import _lines
 from konic.finetuning import GenerationConfig, KonicFinetuningAgent, KonicFinetuningEngine, KonicLLMRewardComposer
 from konic.finetuning import llm_reward as reward
 from test_engine import make_engine
@@ -121,8 +122,13 @@ def test_prompts_come_from_a_file_or_from_standard_input(run, tmp_path, monkeypa
     rows = generated(run)
     done = konic_here("generate", *options, "--prompts", file, "--prompt-column", "question")
     assert json.loads(done.stdout) == rows, done.stderr
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a b\n\nc\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffa b\n\nc\n"))
     assert json.loads(konic_here("generate", *options, "-").stdout) == rows
+
+
+def test_only_a_newline_ends_a_prompt_of_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\u2028b\x0cc\nd"))
+    assert _lines() == ["a\u2028b\x0cc", "d"]
 
 
 def test_rewards_are_shown_under_each_response(run, tmp_path):

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from konic.finetuning.data import formats
 from konic.finetuning.data.config import DatasetConfig, DatasetSource
 from konic.finetuning.data.prompts import Prompt, PromptSet, load_prompts, make_prompts
 from konic.finetuning.errors import ConfigError, DatasetError
@@ -305,7 +306,10 @@ def test_a_cell_may_hold_megabytes(tmp_path):
     [
         ("prompt,answer\na,b\nc\n", "line 3: it has 1 cells, the header 2"),
         ("prompt,answer\na,b,c\n", "line 2: it has 3 cells, the header 2"),
-        ('prompt\n"a\n', "unexpected end of data"),
+        ('prompt\n"a\n', "line 2: unexpected end of data"),
+        ('prompt,answer\na,b\n"c\nd",e\nf,"g\nh,i\n', "line 5: unexpected end of data, because no quote ends a cell"),
+        ('prompt,answer\na,b\n"c" d,e\n', "line 3: ',' expected after '\"'. Fix the file"),
+        ("prompt,,\na,,\nb,,c\n", "line 3: it has a cell in a column without a name"),
         ("", "the file is empty"),
         ("prompt;answer\na;b\n", "Its cells seem to be separated by ';': save it with commas"),
         ("prompt|answer\na, b|c\n", "line 2: it has 2 cells, the header 1. Its cells seem to be separated by '|'"),
@@ -314,6 +318,20 @@ def test_a_cell_may_hold_megabytes(tmp_path):
 )
 def test_a_csv_that_does_not_add_up_is_reported_with_its_line(tmp_path, text, told):
     assert told in complaint(local, write(tmp_path / "a.csv", text))
+
+
+def test_empty_cells_that_end_a_header_are_no_columns(tmp_path):
+    rows = local(write(tmp_path / "a.csv", "prompt,label,,\na,1,,\n")).rows
+    assert [(row.content, row.columns) for row in rows] == [("a", {"label": "1"})]
+
+
+@pytest.mark.parametrize(("quote", "lines"), [('"', [(2, 4)]), ("", [])])
+def test_rows_of_a_tsv_that_a_quote_makes_one_are_named(tmp_path, caplog, quote, lines):
+    formats._warn_of_swallowed.cache_clear()
+    text = f'prompt\tlabel\n{quote}Hello there\t1\nmid\t2\nBye{quote}\t3\n"two\nlines"\t"a\tb"\n'
+    local(write(tmp_path / "a.tsv", text))
+    told = [f"File 'a.tsv', lines {first} to {last}: the quote that begins a cell" for first, last in lines]
+    assert [record.getMessage()[: len(told[0])] for record in caplog.records] == told
 
 
 def test_a_folder_of_train_and_test_files_follows_split_and_leaves_documents_aside(tmp_path):
@@ -335,6 +353,8 @@ def test_a_folder_of_train_and_test_files_follows_split_and_leaves_documents_asi
         ("trainset.csv", "testset.csv"), ("gsm8kTrain.csv", "gsm8kTest.csv"), ("GSM8KTrain.csv", "GSM8KTest.csv"),
         ("training-data.csv", "test-data.csv"), ("traindata.csv", "dev_files.csv"), ("a_train.csv", "a_holdout.csv"),
         ("train2.csv", "evaluation.csv"), ("TRAIN.csv", "Heldout.csv"),
+        ("train.csv", "held_out.csv"), ("a_train.csv", "a-held-out.csv"), ("train.csv", "HoldOut.csv"),
+        ("train.csv", "hold out.csv"),
     ],
 )  # fmt: skip
 def test_a_split_is_seen_in_every_usual_name_of_a_file(tmp_path, train, test):
@@ -343,6 +363,13 @@ def test_a_split_is_seen_in_every_usual_name_of_a_file(tmp_path, train, test):
     assert contents(local(tmp_path).rows) == [train]
     other = "test" if re.search("test|hold|held", test.lower()) else "validation"
     assert contents(local(tmp_path, split=other).rows) == [test]
+
+
+def test_held_out_prompts_of_a_folder_are_not_trained_on(tmp_path):
+    for name in ("prompts.csv", "prompts_held_out.csv"):
+        write(tmp_path / name, f"prompt\n{name}\n")
+    assert "named after the splits 'test', and none after split='train'" in complaint(local, tmp_path)
+    assert contents(local(tmp_path, split="held_out").rows) == ["prompts_held_out.csv"]
 
 
 @pytest.mark.parametrize("test", ["mytest.csv", "unvalidated.csv"])
@@ -388,6 +415,8 @@ def test_tables_in_memory_are_rows():
         assert contents(memory(column, shuffle=False).rows) == ["Tell me a joke", "Name a river"]
     assert DatasetConfig(prompts=frame).source == DatasetSource.MEMORY
     splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
+    with pytest.raises(ConfigError, match=r"holds the splits test: give one of them, prompts=data\['test'\]"):
+        DatasetConfig(prompts=datasets.DatasetDict({"test": splits["train"]}))
     with pytest.raises(ConfigError, match=r"holds the splits train: give one of them"):
         DatasetConfig(prompts=splits)
 
@@ -592,9 +621,12 @@ def test_a_column_missing_from_a_later_row_is_reported_with_its_number():
         (3, "int, not text"),
         (b"bytes", "bytes, not text"),
         ([], "no messages"),
-        (["text"], "without role and content"),
+        ([CHAT[0], "text"], "message 2 is without role and content"),
         ([{"role": "user"}], "without role and content: it has 'role'"),
-        ([{"role": "user", "content": None}], "content is not text"),
+        ([{"role": "user", "content": None}], "message 1 has a role or content that is not text"),
+        ([CHAT[1], {"role": "assistant", "content": None, "tool_calls": [{}]}, CHAT[1]], "message 2 has tool calls"),
+        ([CHAT[0], {"role": "user", "content": [{"type": "text"}]}], "message 2 has a content that is a list of parts"),
+        ({"role": ["user"], "content": ["a"]}, "a dict of lists: give a list of messages"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "its role is 'assistant'"),
         ([{"role": "user", "content": "  "}], "the last message is empty"),
         ({"role": "user", "content": "a"}, "one message, not a list of messages: put it in a list"),
@@ -855,6 +887,8 @@ def test_a_template_and_a_system_prompt_exclude_each_other():
         ({"prompts": ["a"], "streaming": True}, "streaming goes with source=HUGGINGFACE"),
         ({"prompts": ["a"], "subset": "s"}, "subset goes with source=HUGGINGFACE"),
         ({"prompts": ["a"], "split": "test"}, "split='test' goes with"),
+        ({"name": "imdb", "split": "train[:9]", "streaming": True}, "takes a part of a split.*use max_samples"),
+        ({"name": "a.csv", "split": "train[:9]"}, "takes a part of a split.*use max_samples"),
     ],
 )
 def test_the_source_follows_from_what_is_given_and_nothing_is_ignored(settings, told):
@@ -876,15 +910,24 @@ def test_an_empty_prompt_of_a_template_is_not_blamed_on_a_column():
         make_prompts(rows, DatasetConfig(prompt_template=template), "test")
 
 
+@pytest.mark.parametrize("row", ["The film was", CHAT])
+def test_a_row_without_columns_for_a_template_is_told_so(row):
+    config = DatasetConfig(prompts=[{"text": "a", "name": "b"}], prompt_template="{name}: {text}")
+    with pytest.raises(DatasetError, match=r"test: row 0 has no columns.*: \[\{'name': \.\.\., 'text': \.\.\.\}\]\.$"):
+        make_prompts([row], config, "test")
+
+
+@pytest.mark.parametrize("conversion", ["", "!s", "!r"])
 @pytest.mark.parametrize("cell", [CHAT, CHAT[0], tuple(CHAT)])
-def test_a_template_takes_no_chat_as_text(cell):
-    config = DatasetConfig(prompts=[{"prompt": cell}] * 2, prompt_template="Answer: {prompt}")
+def test_a_template_takes_no_chat_as_text(cell, conversion):
+    config = DatasetConfig(prompts=[{"prompt": cell}] * 2, prompt_template=f"Answer: {{prompt{conversion}}}")
     with pytest.raises(DatasetError, match=r"row \d: one of its columns is a chat"):
         load_prompts(config)
 
 
 def test_a_template_takes_lists_and_numbers_in_formats():
     config = DatasetConfig(
-        prompts=[{"tags": ["a", "b"], "share": 0.5, "none": None}] * 2, prompt_template="{tags} {share:.2f}{none:>3}!"
+        prompts=[{"tags": ["a", "b"], "share": 0.5, "none": None}] * 2,
+        prompt_template="{tags} {share:.2f}{none:>3}{none!r}!",
     )
     assert [prompt.text for prompt in load_prompts(config).rows] == ["['a', 'b'] 0.50!"] * 2

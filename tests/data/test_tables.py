@@ -62,6 +62,15 @@ def test_missing_cells_of_arrays_are_none():
     assert [row.content for row in load(pandas.array(["a", None, "b"], dtype="string"))] == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    "missing", [None, float("nan"), np.float32("nan"), np.datetime64("NaT"), pandas.NA, pandas.NaT], ids=str
+)
+def test_a_missing_value_in_a_row_is_no_text(missing):
+    rows = [{"prompt": "a", "name": "x"}, Row("b", "y")._asdict() | {"name": missing}, {"prompt": missing, "name": "z"}]
+    assert [row.content for row in load(rows)] == ["a", "b"]
+    assert [row.content for row in load(rows, prompt_template="{name}.")] == ["x.", ".", "z."]
+
+
 NO_ROWS = [
     (lambda: pandas.DataFrame({"prompt": ["a"]}).groupby("prompt"), "DataFrameGroupBy"),
     (lambda: pandas.Timestamp("2020-01-01"), "Timestamp"),
@@ -222,7 +231,7 @@ def test_a_chat_in_yaml_is_refused_with_the_fix(text):
         (json.dumps([CHAT]), "a list with a chat inside"),
         (json.dumps({"prompt": CHAT}), "a dict with a chat in 'prompt'"),
         (json.dumps(FROM_HUMAN[0]), "one message, not a list of messages"),
-        (json.dumps([{"Role": "user", "Content": "x"}]), "a message without role and content"),
+        (json.dumps([{"Role": "user", "Content": "x"}]), "message 1 is without role and content"),
         (json.dumps([{"role": "user", "content": [{"type": "text", "text": "x"}]}]), "a list of parts: give"),
     ],
 )
@@ -392,6 +401,49 @@ def test_a_table_of_the_hub_decodes_nothing_and_names_the_row_that_cannot_be_rea
         DatasetError, match=r"^Here: row 2, column 'x', cannot be read: OverflowError.*remove its column"
     ):
         rows_of_dataset(broken.select(kept), "Here", kept)
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_a_row_of_a_stream_has_one_number_whatever_the_order(tmp_path, num_files):
+    files = [str(tmp_path / f"{file}.jsonl") for file in range(num_files)]
+    for file in files:
+        Path(file).write_text("".join(f'{{"prompt": "{Path(file).stem}-{row}"}}\n' for row in range(5)))
+    stream = datasets.load_dataset("json", data_files=files, split="train", streaming=True, cache_dir=str(tmp_path))
+    drawn = [list(stream_rows(stream, seed, "Here")) for seed in (1, 2, 1)]
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert [number for number, _ in sorted(drawn[0], key=lambda pair: pair[0])] == list(range(5 * num_files))
+    assert {number: row["prompt"] for number, row in drawn[0]} == {number: row["prompt"] for number, row in drawn[1]}
+    in_order = list(stream_rows(stream, None, "Here"))
+    assert [number for number, _ in in_order] == list(range(5 * num_files))
+    assert num_files > 1 or sorted(drawn[0], key=lambda pair: pair[0]) == in_order
+
+
+@pytest.mark.parametrize("num_rows", [4, 5])
+def test_a_stream_given_as_prompts_is_said_to_be_read_whole(num_rows, monkeypatch, caplog):
+    monkeypatch.setattr("konic.finetuning.data.rows._MANY", 5)
+    data = datasets.Dataset.from_dict({"prompt": ["a"] * num_rows})
+    load(data)
+    load(data["prompt"])
+    assert not caplog.records
+    load(data.to_iterable_dataset(), max_samples=2)
+    load(data.to_iterable_dataset()["prompt"])
+    assert caplog.text.count("all rows are read into memory now: 5 so far") == (2 if num_rows == 5 else 0)
+
+
+def streamed(texts, monkeypatch, **options):
+    stream = datasets.Dataset.from_dict({"prompt": texts}).to_iterable_dataset()
+    monkeypatch.setattr("konic.finetuning.data.prompts.read_hub", lambda *_, **__: stream)
+    return load_prompts(DatasetConfig(source="huggingface", name="a/b", streaming=True, shuffle=False, **options))
+
+
+def test_empty_prompts_of_a_stream_are_one_warning_and_an_error_where_they_are_most(monkeypatch, caplog):
+    assert [prompt.row for prompt in streamed(["", "a", ""] * 20 + ["a"] * 60, monkeypatch).batch(0, 80)][:2] == [1, 4]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Dataset 'a/b': the prompt of row 0 is empty and left out, as later ones are."
+    ]
+    told = r"67 of the first 101 prompts of the stream in column 'prompt' cannot be used: the last is row 100 \(empty\)"
+    with pytest.raises(DatasetError, match=told + ". Name another column in prompt_column."):
+        streamed(["a", "", ""] * 40, monkeypatch).batch(0, 60)
 
 
 def test_a_transform_of_datasets_is_kept():

@@ -143,11 +143,14 @@ def _model(session: Session) -> tuple[Finding, float]:
 
 def _prompts(session: Session) -> Finding:
     most, tokenizer = session.generation.max_prompt_length, session.learner.policy.tokenizer
-    rows = session.prompts.rows[:_MOST_LENGTHS]
+    is_stream = session.prompts.stream is not None
+    rows = session.prompts.batch(0, _MOST_LENGTHS) if is_stream else session.prompts.rows[:_MOST_LENGTHS]
+    rows = rows[: len(session.prompts.rows)]  # a stream may end before
     encoded = [(prompt, *encode_prompt(prompt, tokenizer, most)) for prompt in rows]
     lengths = [len(tokens) for _, tokens, _ in encoded]
     num_cut = sum(text != prompt.text for prompt, _, text in encoded)
-    what = f"{len(session.prompts.rows)}, of {statistics.median(lengths):.0f} tokens (median), {max(lengths)} at most"
+    count = f"a stream; the first {len(rows)}" if is_stream else str(len(session.prompts.rows))
+    what = f"{count}, of {statistics.median(lengths):.0f} tokens (median), {max(lengths)} at most"
     numbers = {"count": len(session.prompts.rows), "examined": len(rows), "cut": num_cut, "longest": max(lengths)}
     if num_cut:
         what += f"; the start of {num_cut} of the first {len(rows)} is cut off"

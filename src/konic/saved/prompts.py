@@ -10,8 +10,12 @@ from konic.finetuning import ConfigError, DatasetConfig, DatasetSource
 from konic.finetuning.data.folders import kind_of
 from konic.finetuning.data.prompts import Prompt, load_prompts, make_prompts, with_system_prompt
 from konic.finetuning.errors import DatasetError
+from konic.finetuning.settings import short_repr
+from konic.output import get_logger
 from konic.report.run import Run
 from konic.saved.agents import recorded, recorded_place
+
+logger = get_logger(__name__)
 
 
 def given_prompts(texts: Sequence[str], run: Run, as_chats: bool) -> list[Prompt]:
@@ -31,10 +35,15 @@ def read_prompts(
         DatasetError: There is no such file, or it has not this column or no prompts.
     """
     is_text = kind_of(Path(file)) == ".txt"
-    of_run = {} if column or is_text else recorded(run, "dataset_config")
+    of_run = recorded(run, "dataset_config")
     fields = {name: of_run[name] for name in ("prompt_column", "prompt_template") if of_run.get(name)}
     if column or is_text:
-        fields["prompt_column"] = column or "text"
+        fields = {"prompt_column": column or "text"}
+        if of_run.get("prompt_template"):
+            logger.warning(
+                "The run's prompt_template, %s, is not applied to these prompts: they are column %r as it is.",
+                short_repr(of_run["prompt_template"]), fields["prompt_column"],
+            )  # fmt: skip
     named = {"split": split} if split else {}
     config = DatasetConfig(source=DatasetSource.LOCAL, name=file, shuffle=False, max_samples=most, **fields | named)
     try:

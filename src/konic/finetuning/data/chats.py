@@ -5,11 +5,12 @@ Chats are often stored as text: as JSON, or as Python prints them.
 
 import ast
 import json
-import math
 import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from konic.finetuning.data.rows import require_distinct
 from konic.finetuning.errors import is_valid_text
@@ -91,8 +92,10 @@ def is_message(value: Any) -> bool:
 
 
 def is_missing(cell: Any) -> bool:
-    """Return True for None, and for NaN, which tables have for a missing value."""
-    return cell is None or (isinstance(cell, float) and math.isnan(cell))
+    """Return True for None, and for NaN, NaT and pandas' NA, which tables have for a missing value."""
+    if isinstance(cell, float | np.floating | np.datetime64 | np.timedelta64):
+        return bool(cell != cell)  # as only NaN and NaT are
+    return cell is None or (type(cell).__name__ in ("NAType", "NaTType") and type(cell).__module__.startswith("pandas"))
 
 
 def find_problem(content: Any) -> str | None:
@@ -101,6 +104,8 @@ def find_problem(content: Any) -> str | None:
         return _find_text_problem(content, "empty")
     if is_missing(content):
         return "missing"
+    if is_message(content) and any(isinstance(content.get(name), list | tuple) for name in ("role", "from")):
+        return "a dict of lists: give a list of messages, each with its role and content"
     if is_message(content):
         return "one message, not a list of messages: put it in a list"
     columns = content.items() if isinstance(content, Mapping) else ()
@@ -113,18 +118,20 @@ def find_problem(content: Any) -> str | None:
         return "no messages"
     if any(map(is_chat, content)):
         return "a list with a chat inside: give the list of messages itself"
-    for message in content:
+    for number, message in enumerate(content, start=1):
         if isinstance(message, Mapping) and {"from", "value"} <= message.keys():
             return (
                 "messages with 'from' and 'value': name these 'role' and 'content', with the roles user and assistant"
             )
+        if isinstance(message, Mapping) and message.get("tool_calls") and message.get("content") is None:
+            return f"message {number} has tool calls and no content: write 'content': ''"
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             keys = f": it has {', '.join(map(short_repr, message))}" if isinstance(message, Mapping) and message else ""
-            return f"a message without role and content{keys}"
+            return f"message {number} is without role and content{keys}"
         if isinstance(message["content"], list | tuple):
-            return "a message whose content is a list of parts: give their text as one string"
+            return f"message {number} has a content that is a list of parts: give their text as one string"
         if not isinstance(message["content"], str) or not isinstance(message["role"], str):
-            return "a message whose role or content is not text"
+            return f"message {number} has a role or content that is not text"
     if content[-1]["role"] != "user":
         role = short_repr(content[-1]["role"])
         return f"the last message is not the user's: its role is {role}. End the chat before the answer"

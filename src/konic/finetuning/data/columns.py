@@ -21,14 +21,14 @@ class _Blank(str):
 class _Template(Formatter):
     """Formats as `str.format_map` does, but no chat, of which Python's notation would become the text."""
 
-    def format_field(self, value: Any, format_spec: str) -> Any:
+    def convert_field(self, value: Any, conversion: Any) -> Any:
         messages = value if isinstance(value, list | tuple) else [value]
         if messages and all(map(is_message, messages)):
             raise ValueError(
                 "one of its columns is a chat, and a template takes text. Give the chat alone: prompt_column=..., "
                 "without prompt_template"
             )
-        return super().format_field(value, format_spec)
+        return value if isinstance(value, _Blank) else super().convert_field(value, conversion)
 
 
 def fill_template(template: str, index: int, columns: Mapping[str, Any], where: str) -> str:
@@ -45,6 +45,17 @@ def fill_template(template: str, index: int, columns: Mapping[str, Any], where: 
         raise missing_column(error.args[0], index, columns, where, "DatasetConfig(prompt_template=...)") from None
     except Exception as error:  # a user's own class may raise anything
         raise DatasetError(f"{where}: prompt_template={template!r} does not fit row {index}: {error}.") from None
+
+
+def require_no_other_column(template: str, column: str, index: int, where: str) -> None:
+    """Raise DatasetError if a template has other columns than the one that a row without names stands for."""
+    names = dict.fromkeys(name for _, name, _, _ in Formatter().parse(template) if name is not None)
+    if any(name != column for name in names):
+        shown = ", ".join(f"{name!r}: ..." for name in names)
+        raise DatasetError(
+            f"{where}: row {index} has no columns, and prompt_template={template!r} needs rows with its own: "
+            f"[{{{shown}}}]."
+        )
 
 
 def missing_column(name: str, index: int, columns: Mapping[str, Any], where: str, setting: str) -> DatasetError:

@@ -154,6 +154,11 @@ class DatasetConfig(Settings):
             )
         if source is DatasetSource.MEMORY and self.split != "train":
             raise ValueError(f"split={self.split!r} goes with a dataset that has splits, not with prompts=[...]")
+        if "[" in self.split and (self.streaming or source is DatasetSource.LOCAL):
+            raise ValueError(
+                f"split={self.split!r} takes a part of a split, for which a dataset of the Hub must be downloaded: use "
+                "max_samples"
+            )
         if source is not DatasetSource.HUGGINGFACE:
             for name in ("subset", "revision", "token", "streaming"):
                 if getattr(self, name):

@@ -36,7 +36,7 @@ def files_of(folder: Path, name: str, split: str) -> list[Path]:
         splits = {_SPLIT_WORDS[word] for word in _words(file) if word in _SPLIT_WORDS}
         if len(splits) == 1:  # a name with two of them says nothing
             by_split.setdefault(splits.pop(), []).append(file)
-    wanted = _SPLIT_WORDS.get(split.lower(), split)
+    wanted = _SPLIT_WORDS.get(re.sub("[ _-]", "", split.lower()), split)
     if not by_split:
         _require_no_hidden_splits(data, name)
         if data and split != "train":
@@ -58,7 +58,8 @@ def files_of(folder: Path, name: str, split: str) -> list[Path]:
 
 def _words(file: Path) -> list[str]:
     """Return the words of a file's name: `gsm8k`, `train` for gsm8kTrain.csv, and `train` for trainset.csv."""
-    words = re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", file.name).lower())
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", file.name).lower()
+    words = re.split(r"[^a-z]+", re.sub(r"(?<![a-z])(held|hold)[^a-z]+out(?![a-z])", "holdout", name))
     return [re.sub(r"(?<=.)(sets?|splits?|files?|data)$", "", word) for word in words]
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Container, Iterator, Sequence
+from functools import lru_cache
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +32,9 @@ from konic.finetuning.data.packed import (
 )
 from konic.finetuning.data.rows import read_cells, require_distinct
 from konic.finetuning.system.places import find_stray, open_regular
+from konic.output import get_logger
+
+logger = get_logger(__name__)
 
 _ROWS_AT_ONCE = 64
 """Of a table; fewer where each of them may be large."""
@@ -67,22 +71,54 @@ def _read_table(content: Content, delimiter: str) -> Iterator[Any]:
 
     limit = csv.field_size_limit(sys.maxsize)  # a cell may hold a whole document
     try:
-        lines = csv.reader(text(), delimiter=delimiter, strict=True)
-        header = next((line for line in lines if line), [])
+        reader = csv.reader(text(), delimiter=delimiter, strict=True)
+        lines = _numbered(reader)
+        header = next((line for _, line in lines if line), [])
         if not header:
             raise ValueError("the file is empty")
+        width = len(header)
+        if header[-2:] == ["", ""] and any(header):  # columns without a name, as spreadsheets write them
+            header = header[: width - next(index for index, name in enumerate(reversed(header)) if name)]
         require_distinct(header)
         taken = 0
-        for line in lines:
+        for first, line in lines:
             taken = 0
-            if len(line) != len(header) and line:
-                separator = next((sign for sign in SEPARATORS if len(header) == 1 and sign in header[0]), None)
+            if len(line) != width and line:
+                separator = next((sign for sign in SEPARATORS if width == 1 and sign in header[0]), None)
                 hint = separated_by(separator) if separator else ""
-                raise ValueError(f"line {lines.line_num}: it has {len(line)} cells, the header {len(header)}.{hint}")
-            if line or len(header) == 1:
-                yield dict(zip(header, line or [""], strict=True))
+                raise ValueError(f"line {reader.line_num}: it has {len(line)} cells, the header {width}.{hint}")
+            if any(line[len(header) :]):
+                raise ValueError(f"line {reader.line_num}: it has a cell in a column without a name: name it")
+            if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in line):
+                _warn_of_swallowed(content.file_name, first, reader.line_num)
+            if line or width == 1:
+                yield dict(zip(header, line or [""], strict=False))
     finally:
         csv.field_size_limit(limit)
+
+
+def _numbered(reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of a csv reader, each with the number of its first line."""
+    while True:
+        first = reader.line_num + 1
+        try:
+            yield first, next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            is_open = "end of data" in str(error)
+            what = f"{error}, because no quote ends a cell of the row that begins here" if is_open else str(error)
+            raise ValueError(f"line {first if is_open else reader.line_num}: {what}") from None
+
+
+@lru_cache(maxsize=8)
+def _warn_of_swallowed(name: str, first: int, last: int) -> None:
+    logger.warning(
+        "File %r, lines %d to %d: the quote that begins a cell makes these lines one row, tabs included. If they are "
+        "rows of their own, the file quotes no cells: put that cell in quotes and write each quote inside twice, or "
+        "save the file as jsonl.",
+        name, first, last,
+    )  # fmt: skip
 
 
 def _read_csv(content: Content) -> Iterator[Any]:

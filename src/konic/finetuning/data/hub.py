@@ -1,9 +1,13 @@
 """Datasets of the Hugging Face Hub -> their tables, loaded whole or streamed."""
 
 import contextlib
+import itertools
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from konic.finetuning.data.rows import without_decoding
 from konic.finetuning.errors import DatasetError
@@ -12,7 +16,8 @@ from konic.finetuning.system.places import is_file_name
 
 STREAM_BUFFER = 10_000
 """Buffer size, in rows, from which a shuffled stream draws its next row."""
-_ROW_NUMBER = "__konic_row_number"
+_SHARDS_AT_ONCE = 10
+"""Of a shuffled stream: datasets are often sorted, so one file's rows may be alike."""
 
 
 def read_hub(
@@ -48,20 +53,43 @@ def read_hub(
 
 
 def stream_rows(dataset: Any, shuffle_seed: int | None, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (number in the dataset, row) of a stream; with a seed, drawn at random from the next 10,000 rows."""
-    numbered = without_decoding(dataset).map(lambda row, index: {**row, _ROW_NUMBER: index}, with_indices=True)
-    if shuffle_seed is not None:
-        numbered = numbered.shuffle(seed=shuffle_seed, buffer_size=STREAM_BUFFER)
-    rows = iter(numbered)
+    """Yield (number in the dataset, row) of a stream; with a seed, drawn at random from the next 10,000 rows.
+
+    With a seed, the files of a dataset are numbered in turns, so that a row has the same number with every seed.
+    """
+    stream = without_decoding(dataset)
+    rows = enumerate(stream) if shuffle_seed is None else _shuffled(stream, np.random.default_rng(shuffle_seed))
     while True:
         try:
-            row = next(rows)
+            number, row = next(rows)
         except StopIteration:
             return
         except Exception as error:
             what = explain_hub_error(error, "DatasetConfig(token=...)", "DatasetConfig(source=DatasetSource.BUNDLED)")
             raise DatasetError(f"{where}, during streaming: {what}") from hub_cause(error)
-        yield row.pop(_ROW_NUMBER), row
+        yield number, row
+
+
+def _shuffled(stream: Any, generator: np.random.Generator) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield numbered rows from a buffer that is filled from several shards in turns, which come in a random order."""
+    count = stream.num_shards
+    buffer: list[tuple[int, dict[str, Any]]] = []
+    order = generator.permutation(count).tolist()
+    numbered = (zip(itertools.count(shard, count), stream.shard(count, shard), strict=False) for shard in order)
+    turns = deque(itertools.islice(numbered, _SHARDS_AT_ONCE))
+    while turns or buffer:
+        if turns and len(buffer) < STREAM_BUFFER:
+            row = next(turns[0], None)
+            if row is None:
+                turns.popleft()
+                turns.extend(itertools.islice(numbered, 1))
+            else:
+                buffer.append(row)
+                turns.rotate(-1)
+        else:
+            drawn = int(generator.integers(len(buffer)))
+            buffer[drawn], buffer[-1] = buffer[-1], buffer[drawn]
+            yield buffer.pop()
 
 
 def _hub_failed(name: str, subset: str | None, split: str, error: BaseException) -> str:

@@ -45,6 +45,7 @@ class Content(io.RawIOBase):
 
     def __init__(self, file: Path) -> None:
         self._file = open_regular(file)
+        self.file_name = file.name
         self.num_bytes = self._file.seek(0, io.SEEK_END)
         """Size of the file on disk."""
         self._file.seek(0)

@@ -9,7 +9,7 @@ from typing import Any, assert_never
 import numpy as np
 
 from konic.finetuning.data.chats import SKIPPABLE, find_problem, read_chat
-from konic.finetuning.data.columns import fill_template, missing_column
+from konic.finetuning.data.columns import fill_template, missing_column, require_no_other_column
 from konic.finetuning.data.config import DatasetConfig, DatasetSource
 from konic.finetuning.data.fingerprint import fingerprint_rows
 from konic.finetuning.data.hub import read_hub, stream_rows
@@ -21,13 +21,17 @@ from konic.output import get_logger
 
 logger = get_logger(__name__)
 
+_SEEN_OF_STREAM = 100
+"""Rows of a stream after which empty ones may be too many."""
+
 
 @dataclass(frozen=True)
 class Prompt:
     """One row of a dataset."""
 
     row: int
-    """Index in the dataset, before any shuffle. Random numbers are keyed by this index."""
+    """Index in the dataset, before any shuffle; in a shuffled stream of several files, these count in turns. Random
+    numbers are keyed by this index."""
     content: str | list[dict[str, str]]
     """Plain text, or chat messages that end with a user message."""
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -228,8 +232,7 @@ def _prompts(
     elif bad:
         named = first_of([f"row {index} ({problem})" for index, problem in bad])
         is_made = config.prompt_template is not None
-        origin = "made by prompt_template" if is_made else f"in column {config.prompt_column!r}"
-        remedy = ""
+        origin, remedy = _origin(config), ""
         if any(problem.endswith("not text") for _, problem in bad):
             remedy = " A prompt is text, or a chat: [{'role': 'user', 'content': ...}]."
         elif all(problem in SKIPPABLE for _, problem in bad):
@@ -238,19 +241,37 @@ def _prompts(
     return _with_equal_columns([prompt for _, prompt in results if isinstance(prompt, Prompt)])
 
 
+def _origin(config: DatasetConfig) -> str:
+    return "made by prompt_template" if config.prompt_template is not None else f"in column {config.prompt_column!r}"
+
+
 def _warn_of_empty(bad: Sequence[tuple[int, str]], count: int, where: str) -> None:
     if bad:
         named = first_of([index for index, _ in bad])
         logger.warning("%s: empty prompts are left out, %d of %d: rows %s.", where, len(bad), count, named)
 
 
-def _is_empty(numbered: tuple[int, Any], config: DatasetConfig, where: str) -> bool:
-    """True, with a warning, for a row of a stream that has no prompt."""
-    index, found = _make_prompt(*numbered, config, where)
-    if found not in SKIPPABLE:
-        return False
-    logger.warning("%s: the prompt of row %d is %s and left out.", where, index, found)
-    return True
+def _not_empty(numbered: Iterable[tuple[int, Any]], config: DatasetConfig, where: str) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of a stream that have a prompt; the first that has none is a warning.
+
+    Raises:
+        DatasetError: Of the rows so far, 100 or more, more than half have none.
+    """
+    num_empty = 0
+    for count, (index, row) in enumerate(numbered, start=1):
+        _, found = _make_prompt(index, row, config, where)
+        if found not in SKIPPABLE:
+            yield index, row
+            continue
+        num_empty += 1
+        if num_empty == 1:
+            logger.warning("%s: the prompt of row %d is %s and left out, as later ones are.", where, index, found)
+        if count >= _SEEN_OF_STREAM and 2 * num_empty > count:
+            remedy = "" if config.prompt_template is not None else " Name another column in prompt_column."
+            raise DatasetError(
+                f"{where}: {num_empty} of the first {count} prompts of the stream {_origin(config)} cannot be used: "
+                f"the last is row {index} ({found}).{remedy}"
+            )
 
 
 def _with_all_columns(numbered: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
@@ -279,6 +300,8 @@ def _make_prompt(index: int, row: Any, config: DatasetConfig, where: str) -> tup
         return index, "two of its columns have one name, as a number and as text"
     content: Any
     if config.prompt_template is not None:
+        if not isinstance(row, Mapping):
+            require_no_other_column(config.prompt_template, config.prompt_column, index, where)
         content = fill_template(config.prompt_template, index, columns, where)
     elif config.prompt_column in columns:
         content = columns.pop(config.prompt_column)
@@ -345,7 +368,7 @@ def _open_stream(config: DatasetConfig) -> PromptSet:
     where = _where(config)
     dataset = read_hub(str(config.name), config.subset, config.split, config.revision, config.token, streaming=True)
     numbered = stream_rows(dataset, config.shuffle_seed if config.shuffle else None, where)
-    pairs = (pair for pair in islice(numbered, config.max_samples) if not _is_empty(pair, config, where))
+    pairs = _not_empty(islice(numbered, config.max_samples), config, where)
     rows = (prompt for pair in pairs for prompt in _prompts([pair], config, where))
     held_out, first = list(islice(rows, config.held_out)), list(islice(rows, 1))
     if not first:

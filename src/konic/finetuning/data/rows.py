@@ -12,7 +12,13 @@ from typing import Any
 from konic.finetuning.errors import panics_as_errors, safe_cause
 from konic.finetuning.settings import short_repr
 from konic.finetuning.system.places import looks_like_path
+from konic.output import get_logger
 from konic.text import describe_error
+
+logger = get_logger(__name__)
+
+_MANY = 10_000
+"""Rows of a stream after which it is said that all are read."""
 
 
 def rows_of(prompts: Any) -> list[Any]:
@@ -130,10 +136,17 @@ def read_dataset(table: Any, numbers: Sequence[int] | None = None) -> list[Any]:
         ValueError: A row cannot be read; the message names it.
     """
     plain = without_decoding(table)
+    is_stream = not hasattr(getattr(plain, "source", plain), "num_rows")
     rows: list[Any] = []
     try:
         for row in plain:
             rows.append(row)
+            if is_stream and len(rows) == _MANY:
+                logger.warning(
+                    "prompts=... is a stream, of which all rows are read into memory now: %d so far. Give "
+                    "prompts=data.take(n), or a dataset of the Hub by DatasetConfig(name=..., streaming=True).",
+                    _MANY,
+                )
     except Exception as error:
         at = len(rows)
         row = at if numbers is None else numbers[at]
@@ -197,7 +210,8 @@ def _read_pyarrow(table: Any) -> list[Any]:
 
 def _read_datasets(table: Any) -> list[Any]:
     if hasattr(table, "keys"):
-        raise ValueError(f"prompts holds the splits {', '.join(table)}: give one of them, prompts=data['train']")
+        split = next(iter(table), "train") if "train" not in table else "train"
+        raise ValueError(f"prompts holds the splits {', '.join(table)}: give one of them, prompts=data[{split!r}]")
     return read_dataset(table)
 
 

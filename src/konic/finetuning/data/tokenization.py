@@ -3,6 +3,7 @@
 Shapes: B prompts, P tokens of the longest prompt. A mask is True where a token counts.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -82,8 +83,10 @@ def make_prompt_batch(
     for row, (tokens, _) in enumerate(encoded):
         ids[row, length - len(tokens) :] = torch.tensor(tokens)
         mask[row, length - len(tokens) :] = True
-    rows = [prompt.row for prompt in (*earlier, *prompts)]
-    sample_indices = [rows[:position].count(row) for position, row in enumerate(rows)][len(earlier) :]
+    seen, sample_indices = Counter(prompt.row for prompt in earlier), []
+    for prompt in prompts:
+        sample_indices.append(seen[prompt.row])
+        seen[prompt.row] += 1
     return PromptBatch(
         prompts=prompts,
         texts=[text for _, text in encoded],

@@ -203,6 +203,11 @@ def requested_columns(reward: Reward, columns: Mapping[str, Any]) -> list[str]:
                     f"{reward.who} asks for 'messages', the chat of a prompt, but the prompts are plain text. A column "
                     "of that name must be renamed to reach rewards."
                 )
+            if parameter.name in RESERVED:
+                raise RewardError(
+                    f"{reward.who} has the parameter {parameter.name!r}, beside those for the prompt and the response. "
+                    "A dataset's column of that name must be renamed to reach rewards."
+                )
             raise RewardError(
                 f"{reward.who} asks for the column {parameter.name!r}, which the dataset does not have."
                 f"{did_you_mean(parameter.name, columns)} Its other columns: {', '.join(columns) or 'none'}."

@@ -102,8 +102,10 @@ def _sample_in_batches(
 ) -> Iterator[tuple[list[Sample], list[float]]]:
     """Yield the responses of each batch, and their KL in nats, 0 without `with_kl`. Each process samples a part."""
     for start in range(0, len(prompts), BATCH_SIZE):
-        part = prompts[start : start + BATCH_SIZE]
-        batch = make_prompt_batch(part, policy.tokenizer, generation.max_prompt_length, special.pad, policy.device)
+        part, earlier = prompts[start : start + BATCH_SIZE], prompts[:start]
+        batch = make_prompt_batch(
+            part, policy.tokenizer, generation.max_prompt_length, special.pad, policy.device, earlier
+        )
         if warns_of_cuts:
             warns_of_cuts = not warn_of_cuts(batch, generation.max_prompt_length)
         rows = world.own_rows(len(batch))

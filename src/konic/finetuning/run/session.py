@@ -244,8 +244,7 @@ class Session:
         if self.device != self._checked_device:  # once: it also warns
             check_settings(self.agent, self.world.size, self.device)
             self._checked_device = self.device
-        first = self.prompts.rows[0]
-        names = dict.fromkeys([*first.columns, *collect_columns([first])[0]])
+        names = collect_columns(self.prompts.rows[:1])[0]
         KonicLLMRewardComposer.check_columns(self.agent.get_reward_composer(), names)
 
     def warn_of_changes(self, agent: Any) -> None:
