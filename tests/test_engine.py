@@ -1367,8 +1367,9 @@ class Failing(Silent):
 
 
 def test_any_error_between_updates_leaves_a_checkpoint(model_folders, tmp_path):
-    with pytest.raises(RuntimeError, match="a callback of the user's"):
+    with pytest.raises(RuntimeError, match="a callback of the user's") as error:
         make_engine(model_folders["llama"], tmp_path, callback=Failing()).train(5)
+    assert "checkpoint-2 is kept in" in error.value.__notes__[0]
     assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
     result = make_engine(model_folders["llama"], tmp_path).train(3, resume_from_checkpoint=True)
     assert result.total_iterations == 3

@@ -13,7 +13,7 @@ from konic.finetuning.callbacks.composite import Callbacks
 from konic.finetuning.config import GenerationConfig, TrainingConfig
 from konic.finetuning.data.prompts import Prompt, PromptSet, load_prompts
 from konic.finetuning.data.samples import collect_columns
-from konic.finetuning.errors import ConfigError, KonicError, OutputError, RewardError, TrainingError
+from konic.finetuning.errors import ConfigError, OutputError, RewardError, TrainingError
 from konic.finetuning.learning.learner import Learner, build_learner
 from konic.finetuning.learning.schedule import ENDS_AT_ZERO
 from konic.finetuning.models.decode_probe import choose_plan
@@ -194,7 +194,7 @@ class Session:
 
     def note_what_is_kept(self, error: BaseException) -> None:
         """Add to the error that ends a run where its checkpoint is, and how to go on from there."""
-        kept = checkpoints(self.folder.path) if self.world.rank == 0 and isinstance(error, KonicError) else []
+        kept = checkpoints(self.folder.path) if self.world.rank == 0 and isinstance(error, Exception) else []
         if not kept:
             return
         run = self.folder.address(self.folder.path)
