@@ -127,6 +127,11 @@ class Settings(BaseModel):
         return cls.from_value(fields)
 
     @classmethod
+    def _example(cls, value: Any) -> str:
+        """Return a field that shows how the settings are written; `value` was given instead of them."""
+        return next(iter(cls.model_fields))
+
+    @classmethod
     def from_value(cls, value: Self | Mapping[str, Any] | None, argument: str | None = None) -> Self:
         """The settings for an instance of the class, a mapping of its fields, or None (all defaults).
 
@@ -139,7 +144,10 @@ class Settings(BaseModel):
         if isinstance(value, Mapping):
             return cls(**{str(name): given for name, given in value.items()})
         argument = argument or re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
-        raise ConfigError(f"{argument} must be a {cls.__name__} or a dict of its fields, got {describe(value)}.")
+        raise ConfigError(
+            f"{argument} must be a {cls.__name__} or a dict of its fields, got {describe(value)}. "
+            f"Write {cls.__name__}({cls._example(value)}=...)."
+        )
 
 
 def describe(value: Any) -> str:
