@@ -278,10 +278,16 @@ def _instead_of(kind: type[Settings], name: str) -> str:
     meant = _OTHER_NAMES.get(name, name)
     if meant in kind.model_fields:
         return f" Here it is {meant}."
+    return place_of(name) or did_you_mean(name, kind.model_fields) or f" Its fields: {', '.join(kind.model_fields)}."
+
+
+def place_of(name: str) -> str:
+    """Return a sentence about where a setting is given, if there is one of this name, also in other libraries."""
+    meant = _OTHER_NAMES.get(name, name)
     for other in _configs():
         if meant in other.model_fields:
             return f" It is {other.__name__}({meant}=...)."
     for place, names in _ELSEWHERE.items():
         if name in names.split():
             return f" It is {place.format(name)}."
-    return did_you_mean(name, kind.model_fields) or f" Its fields: {', '.join(kind.model_fields)}."
+    return ""
