@@ -821,6 +821,29 @@ def test_training_goes_on_from_an_adapter_and_is_held_to_where_it_started(model_
     assert (before - after).abs().max() > 1e-3
 
 
+def test_a_run_from_an_adapter_records_the_settings_of_that_adapter(model_folders, tmp_path):
+    start = make_engine(model_folders["llama"], tmp_path / "first").train(1).model_path
+
+    def train(iterations, agent, **options):
+        engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=tmp_path / "run", callback=Silent())
+        return engine.train(iterations, **options)
+
+    agent = make_agent(start)
+    ignored = agent.with_settings({"lora_config": {"r": 7, "lora_alpha": 3}})
+    train(1, ignored)
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["lora_config"]
+    assert (recorded["r"], recorded["lora_alpha"]) == (4, 16)
+    assert recorded["target_modules"] == sorted(LORA_TARGETS["llama"])
+    assert '"r": 7' not in (tmp_path / "run" / "final" / "README.md").read_text()
+    assert train(2, agent, resume_from_checkpoint=True).total_iterations == 2  # either way it is the same run
+    file = tmp_path / "run" / "checkpoint-2" / "trainer_state.json"
+    record = json.loads(file.read_text())
+    record["settings"]["lora_config"] = None  # as it was recorded before
+    file.write_text(json.dumps(record))
+    seal(file.parent)
+    assert train(3, agent, resume_from_checkpoint=True).total_iterations == 3
+
+
 def test_an_adapter_that_cannot_be_gone_on_from_is_said(model_folders, tmp_path):
     engine = make_engine(model_folders["llama"], tmp_path / "run")
     engine.save_pretrained(tmp_path / "adapter")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import peft
 from torch import nn
@@ -338,6 +339,17 @@ def incomplete_start(lora: peft.LoraConfig) -> str | None:
     if name in (*_BASE_STAYS, *_BASE_CHANGES, False, "eva"):
         return None
     return f"its init_lora_weights={name!r} changes the base model by data or random numbers that it does not hold."
+
+
+def own_settings(adapter: peft.LoraConfig) -> dict[str, Any]:
+    """Return the settings of a saved adapter that a user may want to know, as plain values without paths."""
+    targets = adapter.target_modules
+    return {
+        "r": adapter.r,
+        "lora_alpha": adapter.lora_alpha,
+        "lora_dropout": adapter.lora_dropout,
+        "target_modules": sorted(targets) if isinstance(targets, set | list | tuple) else targets,
+    }
 
 
 def adapter_off_is_base(adapter: peft.LoraConfig) -> bool:

@@ -16,6 +16,7 @@ from konic.finetuning.data.samples import collect_columns
 from konic.finetuning.errors import ConfigError, KonicError, OutputError, RewardError, TrainingError
 from konic.finetuning.learning.learner import Learner, build_learner
 from konic.finetuning.learning.schedule import ENDS_AT_ZERO
+from konic.finetuning.models.adapter_config import own_settings
 from konic.finetuning.models.decode_probe import choose_plan
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.models.policy import Policy
@@ -146,6 +147,8 @@ class Session:
             "precision": self.learner.policy.precision,
             "reward_weights": self.reward_weights.first,
         }
+        if self.learner.policy.resumes_adapter:  # one of the agent is ignored
+            more["lora_config"] = own_settings(self.learner.policy.adapter_config())
         return self.agent.settings(uses_lora=self.learner.policy.uses_lora) | more
 
     def result(self, model_path: str | None = None, stopped_because: str | None = None) -> FinetuningResult:
