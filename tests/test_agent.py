@@ -121,6 +121,10 @@ def test_a_getter_that_is_no_method_is_named(value):
             r"got transformers\.\S+: save it with",
         ),
         ({"base_model": "x", "reward_composer": Rewards(), "dataset_config": TrainingConfig()}, "^dataset_config must"),
+        ({"base_model": "x", "reward_composer": Rewards(), "dataset_config": ["a"]}, r"Write DatasetConfig\(prompts="),
+        ({"base_model": "x", "reward_composer": Rewards(), "dataset_config": "a.csv"}, r"Write DatasetConfig\(name="),
+        ({"base_model": "x", "reward_composer": Rewards(), "lora_config": True}, r"Write LoraConfig\(r=8\)"),
+        ({"base_model": "x", "reward_composer": len}, r"KonicLLMRewardComposer\(reward_functions=\[f\]\)"),
     ],
 )
 def test_a_mistake_in_the_arguments_is_one_short_sentence(arguments, told):
@@ -144,3 +148,48 @@ def test_a_mistake_in_the_arguments_is_one_short_sentence(arguments, told):
 def test_a_mistake_in_the_engines_arguments_is_named(arguments, told):
     with pytest.raises(ConfigError, match=told):
         KonicFinetuningEngine(**arguments)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["base_model", "reward_composer", "lora_config", "dataset_config", "training_config", "generation_config",
+     "model_kwargs", "method"],
+)  # fmt: skip
+def test_another_value_for_an_argument_is_refused_where_no_getter_would_return_it(name):
+    agent = KonicFinetuningAgent("gpt2", Rewards(), {"r": 4})
+    told = rf"An agent keeps its {name}: give it to KonicFinetuningAgent\({name}=...\)"
+    with pytest.raises(ConfigError, match=told + (", or use agent.with_settings" if "config" in name else ", for")):
+        setattr(agent, name, object())
+    assert agent.get_lora_config() == LoraConfig(r=4)
+
+
+def test_a_subclass_keeps_what_it_was_given_under_any_name():
+    class Own(KonicFinetuningAgent):
+        def __init__(self, folder, lora_config=None, **parts):
+            self.base_model, self.training_config, self.folder, self._own = "early", {"seed": 1}, folder, 1
+            super().__init__(folder, Rewards(), lora_config, **parts)
+            self.base_model, self.lora_config, self.model_name = folder, lora_config, "free"
+
+    agent = Own("gpt2", {"r": 4}, training_config={"seed": 2})
+    assert (agent.base_model, agent.get_base_model(), agent.lora_config) == ("gpt2", "gpt2", {"r": 4})
+    assert (agent.training_config.seed, agent.get_lora_config().r) == (2, 4)
+    assert agent.with_settings({"lora_config": {"r": 8}}).get_lora_config().r == 8
+
+
+def test_a_subclass_without_a_call_of_init_has_what_it_assigns():
+    class Own(KonicFinetuningAgent):
+        def __init__(self):
+            self.base_model, self.reward_composer = "gpt2", Rewards()
+            self.training_config, self.lora_config = {"seed": 1}, {"r": 4}
+
+    class WithGetter(Own):
+        def __init__(self):
+            super().__init__()
+            self.training_config = {"seed": 3}
+
+        def get_training_config(self):
+            return self.training_config
+
+    agent = read_agent(Own())
+    assert (agent.get_training_config().seed, agent.get_lora_config()) == (1, LoraConfig(r=4))
+    assert read_agent(WithGetter()).get_training_config().seed == 3

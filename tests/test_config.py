@@ -268,7 +268,7 @@ def test_from_value_reads_a_mappings_fields_and_checks_them():
     [
         (3, "int 3"),
         ("batch_size=8", "str 'batch_size=8'"),
-        ([("token", "hf_secret")], r"list\.$"),
+        ([("token", "hf_secret")], r"list\. Write TrainingConfig\(algorithm=\.\.\.\)\.$"),
         (GenerationConfig(), r"GenerationConfig\."),
         (TransformersGenerationConfig(), r"transformers\..*GenerationConfig\."),
         (TrainingConfig, r"the class TrainingConfig: add \(\)"),

@@ -848,6 +848,29 @@ def test_training_goes_on_from_an_adapter_and_is_held_to_where_it_started(model_
     assert (before - after).abs().max() > 1e-3
 
 
+def test_a_run_from_an_adapter_records_the_settings_of_that_adapter(model_folders, tmp_path):
+    start = make_engine(model_folders["llama"], tmp_path / "first").train(1).model_path
+
+    def train(iterations, agent, **options):
+        engine = KonicFinetuningEngine.from_agent(agent, checkpoint_dir=tmp_path / "run", callback=Silent())
+        return engine.train(iterations, **options)
+
+    agent = make_agent(start)
+    ignored = agent.with_settings({"lora_config": {"r": 7, "lora_alpha": 3}})
+    train(1, ignored)
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["lora_config"]
+    assert (recorded["r"], recorded["lora_alpha"]) == (4, 16)
+    assert recorded["target_modules"] == sorted(LORA_TARGETS["llama"])
+    assert '"r": 7' not in (tmp_path / "run" / "final" / "README.md").read_text()
+    assert train(2, agent, resume_from_checkpoint=True).total_iterations == 2  # either way it is the same run
+    file = tmp_path / "run" / "checkpoint-2" / "trainer_state.json"
+    record = json.loads(file.read_text())
+    record["settings"]["lora_config"] = None  # as it was recorded before
+    file.write_text(json.dumps(record))
+    seal(file.parent)
+    assert train(3, agent, resume_from_checkpoint=True).total_iterations == 3
+
+
 def test_an_adapter_that_cannot_be_gone_on_from_is_said(model_folders, tmp_path):
     engine = make_engine(model_folders["llama"], tmp_path / "run")
     engine.save_pretrained(tmp_path / "adapter")
@@ -1895,6 +1918,52 @@ def test_an_attribute_of_the_engine_with_a_wrong_name_is_a_warning(model_folders
     caplog.clear()
     engine.my_notes, engine.device, engine.callback = "fine", "cpu", None
     assert not caplog.text
+    engine.learning_rate, engine.output_dir = 0.5, "x"
+    assert "nothing reads it. It is TrainingConfig(learning_rate=...)." in caplog.text
+    assert "It is KonicFinetuningEngine.from_agent(agent, checkpoint_dir=...)." in caplog.text
+
+
+def test_a_flag_that_is_no_bool_is_refused(model_folders, tmp_path):
+    engine = make_engine(model_folders["llama"], tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"save_pretrained\(merge='no'\): it must be True or False"):
+        engine.save_pretrained(tmp_path / "model", merge="no")
+    with pytest.raises(ConfigError, match=r"train\(allow_changes='false'\): it must be True or False"):
+        engine.train(1, allow_changes="false")
+
+
+def test_an_engine_that_has_not_loaded_the_checkpoints_of_its_folder_says_so_once(model_folders, tmp_path, caplog):
+    def told(engine, *calls):
+        caplog.clear()
+        for call in calls:
+            call(engine)
+        return caplog.text.count("holds checkpoints that this engine has not loaded")
+
+    def make(base=model_folders["llama"]):
+        return make_engine(base, tmp_path / "run", eval_every=1)
+
+    uses = (lambda e: e.evaluate(), lambda e: e.generate(["a"]), lambda e: e.save_pretrained(tmp_path / "model"))
+    assert told(make(), *uses, lambda e: e.train(1), *uses) == 0
+    for use in uses:
+        assert told(make(), use, *uses) == 1
+    assert told(make(), lambda e: e.train(2, resume_from_checkpoint=True), *uses) == 0
+    assert told(make(str(tmp_path / "run" / "final")), uses[1]) == 0
+    assert told(make(), lambda e: e.train(1), *uses) == 0
+
+
+def test_a_value_warmup_as_long_as_the_training_is_a_warning(model_folders, tmp_path, caplog):
+    engine = make_engine(model_folders["llama"], tmp_path, value_warmup_iterations=1)
+    engine.train(1)
+    assert "this training ends at iteration 1, so only the value head learns" in caplog.text
+    caplog.clear()
+    engine.train(1)
+    assert "value head learns" not in caplog.text
+
+
+def test_an_attention_that_a_cpu_cannot_train_is_refused(model_folders, tmp_path):
+    for name in ("flex_attention", {"": "flex_attention"}):
+        engine = make_engine(model_folders["llama"], tmp_path, model_kwargs={"attn_implementation": name})
+        with pytest.raises(ConfigError, match=r"'flex_attention' cannot train on a CPU\. Use 'sdpa'"):
+            engine.train(1)
 
 
 class BreaksLater(LetterRewards):
@@ -1954,6 +2023,8 @@ def test_an_agent_of_ones_own_that_was_assigned_trains_and_has_not_changed(model
      ({"resampling_budget": 9}, "resampling_budget=9 has no effect, because filter_equal_groups is not set"),
      ({"max_error_rate": 0.5}, "max_error_rate=0.5 has no effect, because on_reward_error is not 'skip'"),
      ({"algorithm": "grpo", "vf_coef": 0.5}, "vf_coef=0.5 has no effect, because algorithm='grpo' learns no values"),
+     ({"algorithm": "rloo", "gamma": 0.5}, "gamma=0.5 has no effect, because algorithm='rloo' gives every token"),
+     ({"algorithm": "reinforce++", "gamma": 0.5}, ""),
      ({"algorithm": "dapo", "resampling_budget": 9, "overlong_share": 0.5}, ""),
      ({"algorithm": "dppo", "divergence": "kl", "kl_target": 1.0, "kl_horizon": 50}, ""),
      ({"vf_coef": 0.5, "gae_lambda": 1.0, "on_reward_error": "skip", "max_error_rate": 0.5}, ""),

@@ -1,6 +1,7 @@
 """The user's choices for a run: model, rewards, prompts and settings, checked before anything is loaded."""
 
 import copy
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from konic.text import keep_secret, redact_all
 _CONFIGS = ("training_config", "generation_config", "dataset_config", "lora_config")
 _PARTS = ("base_model", "reward_composer", *_CONFIGS, "model_kwargs")
 """What an agent consists of; each has a getter of its name."""
+_GETTERS = {name: f"get_{name}" for name in _PARTS} | {"method": "get_finetuning_method"}
+"""The arguments of an agent, and the getter of each."""
 
 
 _SUCCESSORS = {
@@ -65,6 +68,9 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
         RewardError: The composer has no rewards.
     """
 
+    _given: Mapping[str, Any] | None = None
+    """The arguments as they were given; None until `__init__` has ended."""
+
     def __new__(cls, *_: Any, **__: Any) -> Self:
         """Set the defaults here, so that a subclass with getters of its own need not call `super().__init__()`."""
         self = super().__new__(cls)
@@ -87,6 +93,11 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
         **unknown: Any,
     ) -> None:
         _refuse_unknown(unknown)
+        given = {
+            "base_model": base_model, "reward_composer": reward_composer, "lora_config": lora_config,
+            "dataset_config": dataset_config, "training_config": training_config,
+            "generation_config": generation_config, "model_kwargs": model_kwargs, "method": method,
+        }  # fmt: skip
         if isinstance(base_model, os.PathLike):
             base_model = os.fspath(base_model)
         if not isinstance(base_model, str) or not base_model.strip():
@@ -94,6 +105,8 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
         if not isinstance(reward_composer, KonicLLMRewardComposer):
             is_misplaced = isinstance(lora_config, KonicLLMRewardComposer)
             hint = " Name the arguments: the second one of konic 0.1, environment, is gone." if is_misplaced else ""
+            if callable(reward_composer) and not isinstance(reward_composer, type):
+                hint = " For a function f, write KonicLLMRewardComposer(reward_functions=[f])."
             raise ConfigError(
                 f"reward_composer must be a KonicLLMRewardComposer, got {describe(reward_composer)}.{hint}"
             )
@@ -113,6 +126,7 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
         self._model_kwargs = dict(model_kwargs or {})
         keep_secret(self._model_kwargs.get("token"))
         self._check_together()
+        self._given = given
 
     def _check_together(self) -> None:
         """Raise ConfigError if a setting of one config does not go with those of another."""
@@ -168,6 +182,27 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
 
     def __getattr__(self, name: str) -> Any:
         raise no_attribute(self, name, _SUCCESSORS)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse another value for an argument: its getter would not return it. A getter of a subclass may.
+
+        Before `super().__init__()` it is the value that the agent has without that call.
+        """
+        getter = _GETTERS.get(name)
+        if getter is None:
+            super().__setattr__(name, value)
+            return
+        is_own = getter in vars(self) or getattr(type(self), getter) is not getattr(KonicFinetuningAgent, getter)
+        if not is_own and self._given is not None and value is not self._given[name]:
+            change = f', or use agent.with_settings({{"{name}": {{...}}}})' if name in _CONFIGS else ""
+            raise ConfigError(
+                f"An agent keeps its {name}: give it to {type(self).__name__}({name}=...){change}, for another agent."
+            )
+        is_property = inspect.getattr_static(type(self), name, None) is vars(KonicFinetuningAgent).get(name, self)
+        if is_property or (not is_own and self._given is None):
+            self.__dict__[f"_{name}"] = value
+        if not is_property:
+            super().__setattr__(name, value)
 
     def get_model_kwargs(self) -> dict[str, Any]:
         """Return a copy of the arguments for `from_pretrained`."""
@@ -316,4 +351,6 @@ def _lora_config(value: Any) -> Any:
             f"lora_config: {type(value).__name__} is not supported; it would change what the model reads, or how the "
             "reference policy is separated from the model. Use LoraConfig(r=8, lora_alpha=16)."
         )
-    raise ConfigError(f"lora_config must be a LoraConfig, a dict of its fields or None, got {describe(value)}.")
+    raise ConfigError(
+        f"lora_config must be a LoraConfig, a dict of its fields or None, got {describe(value)}. Write LoraConfig(r=8)."
+    )

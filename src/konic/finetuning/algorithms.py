@@ -61,6 +61,11 @@ class Algorithm:
         return self.advantages == "parts_normalised"
 
     @property
+    def discounts(self) -> bool:
+        """True if a token's advantage comes from the rewards after it, which gamma discounts."""
+        return self.advantages in ("gae", "reward_to_go")
+
+    @property
     def group_size(self) -> int:
         """Responses per prompt, unless num_generations is set."""
         return DEFAULT_GROUP_SIZE if self.compares_groups else 1

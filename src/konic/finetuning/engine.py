@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from konic.finetuning.agent import KonicFinetuningAgent, read_agent, with_own_configs
 from konic.finetuning.algorithms import KonicFinetuningMethodType, algorithm_of_method
-from konic.finetuning.arguments import check_counts, refuse_unknown, with_known_arguments
+from konic.finetuning.arguments import check_counts, refuse_unknown, require_flags, with_known_arguments
 from konic.finetuning.callbacks.composite import Callbacks
 from konic.finetuning.callbacks.console import KonicFinetuningCallback
 from konic.finetuning.callbacks.hooks import BaseKonicFinetuningCallback
@@ -27,6 +27,7 @@ from konic.finetuning.rollout.evaluation import respond
 from konic.finetuning.run.remote import mirror_of
 from konic.finetuning.run.saving import Saver, require_no_other_kind, write_model
 from konic.finetuning.run.session import INTERRUPTED, Session
+from konic.finetuning.settings import place_of
 from konic.finetuning.successors import name_not_found
 from konic.finetuning.system.files import as_path, filling_folder
 from konic.finetuning.system.places import is_url
@@ -240,6 +241,8 @@ class KonicFinetuningEngine:
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_") and not hasattr(type(self), name) and name not in _ATTRIBUTES:
             hint = did_you_mean(name, [*_ATTRIBUTES, *_PART_OF_AGENT])
+            if type(self) is KonicFinetuningEngine:  # a subclass may have names of its own
+                hint = hint or place_of(name)
             if hint:
                 logger.warning("The engine has no attribute %r, so nothing reads it.%s", name, hint)
         super().__setattr__(name, value)
@@ -294,6 +297,7 @@ class KonicFinetuningEngine:
             callbacks.patience_seconds = self.training_config.process_timeout_seconds
         with stopping_on_signals(), tolerant_streams(), session.world.propagating_errors(), session.scorer:
             check_counts(max_iterations=max_iterations, save_every=save_every, save_total_limit=save_total_limit)
+            require_flags("train", allow_changes=allow_changes)
             session.check()
             if max_iterations == 0:
                 return session.result()
@@ -328,6 +332,7 @@ class KonicFinetuningEngine:
     def _train_on_ray(self, ray: "RayTraining", **options: Any) -> FinetuningResult:
         """Train in workers. This engine takes over their newest checkpoint when its own model is needed."""
         check_counts(**{name: options[name] for name in ("max_iterations", "save_every", "save_total_limit")})
+        require_flags("train", allow_changes=options["allow_changes"])
         self._session.warn_of_changes(self.agent)
         worker, callbacks = copy.copy(self), Callbacks(self.callback)
         for name in ("callback", "checkpoint_dir", "scaling", "_ray"):
@@ -354,6 +359,7 @@ class KonicFinetuningEngine:
         """
         self._require_whole("evaluate")
         session = self._current_session()
+        session.warn_if_untrained()
         chosen = session.prompts.held_out if prompts is None else self._make_prompts(prompts, "evaluate(prompts)")
         if not chosen:
             raise ConfigError("evaluate() has no prompts: give some, or set DatasetConfig(held_out=...).")
@@ -368,6 +374,7 @@ class KonicFinetuningEngine:
         """A response to every prompt, with the same random numbers every time."""
         self._require_whole("generate")
         session, made = self._current_session(), self._make_prompts(prompts, "generate(prompts)")
+        session.warn_if_untrained()
         learner, generation, seed = session.learner, session.generation, session.training.seed
         return [
             sample.response
@@ -389,10 +396,12 @@ class KonicFinetuningEngine:
             OutputError: The folder cannot be written, or holds an adapter where a full model is to be saved, or the
                 other way round: `transformers` would load both.
         """
+        require_flags("save_pretrained", merge=merge)
         is_in_parts = self.training_config.sharding is not None and self.agent.get_lora_config() is None
         if self._ray is not None or is_in_parts:
             self._require_whole("save_pretrained")
         session, folder = self._current_session(), as_path(path, "save_pretrained(path)", OutputError)
+        session.warn_if_untrained()
         require_no_other_kind(folder, is_adapter=session.learner.policy.uses_lora and not merge)
         settings = session.settings(session.state.iteration)
         if session.world.rank > 0:

@@ -127,6 +127,11 @@ class Settings(BaseModel):
         return cls.from_value(fields)
 
     @classmethod
+    def _example(cls, value: Any) -> str:
+        """Return a field that shows how the settings are written; `value` was given instead of them."""
+        return next(iter(cls.model_fields))
+
+    @classmethod
     def from_value(cls, value: Self | Mapping[str, Any] | None, argument: str | None = None) -> Self:
         """The settings for an instance of the class, a mapping of its fields, or None (all defaults).
 
@@ -139,7 +144,10 @@ class Settings(BaseModel):
         if isinstance(value, Mapping):
             return cls(**{str(name): given for name, given in value.items()})
         argument = argument or re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
-        raise ConfigError(f"{argument} must be a {cls.__name__} or a dict of its fields, got {describe(value)}.")
+        raise ConfigError(
+            f"{argument} must be a {cls.__name__} or a dict of its fields, got {describe(value)}. "
+            f"Write {cls.__name__}({cls._example(value)}=...)."
+        )
 
 
 def describe(value: Any) -> str:
@@ -270,10 +278,16 @@ def _instead_of(kind: type[Settings], name: str) -> str:
     meant = _OTHER_NAMES.get(name, name)
     if meant in kind.model_fields:
         return f" Here it is {meant}."
+    return place_of(name) or did_you_mean(name, kind.model_fields) or f" Its fields: {', '.join(kind.model_fields)}."
+
+
+def place_of(name: str) -> str:
+    """Return a sentence about where a setting is given, if there is one of this name, also in other libraries."""
+    meant = _OTHER_NAMES.get(name, name)
     for other in _configs():
         if meant in other.model_fields:
             return f" It is {other.__name__}({meant}=...)."
     for place, names in _ELSEWHERE.items():
         if name in names.split():
             return f" It is {place.format(name)}."
-    return did_you_mean(name, kind.model_fields) or f" Its fields: {', '.join(kind.model_fields)}."
+    return ""

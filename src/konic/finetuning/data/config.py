@@ -102,6 +102,10 @@ class DatasetConfig(Settings):
     prompt_template: str | None = None
     """A template that builds plain text from a row's columns, `"Review: {text}"`; it replaces `prompt_column`."""
 
+    @classmethod
+    def _example(cls, value: Any) -> str:
+        return "name" if isinstance(value, str | os.PathLike) else "prompts"
+
     def with_fields(self, fields: Mapping[str, Any]) -> Self:
         """Return settings with other values for some fields.
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import peft
 from torch import nn
@@ -222,6 +223,14 @@ def _require_matches(lora: peft.LoraConfig, causal_lm: PreTrainedModel) -> None:
         pattern = name if isinstance(lora.exclude_modules, str) else rf"(.*\.)?{re.escape(name)}"
         if not _matches_any("exclude_modules", pattern, modules):
             raise ConfigError(_no_match("exclude_modules", name, f"module of {kind}", modules))
+    wanted = lora.layers_to_transform
+    chosen = {wanted} if isinstance(wanted, int) else set(wanted or ())
+    numbers = {int(part) for name in modules for part in name.split(".") if part.isdecimal()}
+    if chosen and numbers and not chosen & numbers:
+        raise ConfigError(
+            f"lora_config: layers_to_transform={wanted} names layers that {kind} does not have. Its layers: 0 to "
+            f"{max(numbers)}."
+        )
     num_tokens = causal_lm.get_input_embeddings().weight.shape[0]
     tokens = lora.trainable_token_indices or ()
     for token in (index for part in (tokens.values() if isinstance(tokens, dict) else [tokens]) for index in part):
@@ -282,8 +291,9 @@ time. Others compute their start from data or random numbers that are not in the
 
 def unsupported_option(lora: peft.LoraConfig) -> str | None:
     """Return what is wrong with an adapter that cannot be switched off, merged or loaded again without a difference."""
-    if lora.lora_alpha == 0:
-        return "lora_alpha=0 multiplies the adapter by 0, so training would change nothing."
+    zero = _zero_alpha(lora)
+    if zero is not None:
+        return f"{zero} multiplies the adapter by 0, so training would change nothing."
     name = next((name for name in _UNSUPPORTED if getattr(lora, name, None)), None)
     return name and (
         f"{name} is not supported. The adapter must act on every token in the same way, and it must be possible to "
@@ -291,10 +301,19 @@ def unsupported_option(lora: peft.LoraConfig) -> str | None:
     )
 
 
+def _zero_alpha(lora: peft.LoraConfig) -> str | None:
+    """Return the setting that multiplies the adapter, or a part of it, by 0."""
+    if lora.lora_alpha == 0:
+        return "lora_alpha=0"
+    given = getattr(lora, "alpha_pattern", None)
+    pattern = given if isinstance(given, dict) else {}
+    return next((f"alpha_pattern={{{name!r}: 0}}" for name, alpha in pattern.items() if alpha == 0), None)
+
+
 def _require_supported(lora: peft.LoraConfig) -> None:
     problem = unsupported_option(lora)
     if problem is not None:
-        advice = "Use a positive number, such as 16." if lora.lora_alpha == 0 else "Leave that option out."
+        advice = "Use a positive number, such as 16." if _zero_alpha(lora) else "Leave that option out."
         raise ConfigError(f"lora_config: {problem} {advice}")
     if lora.task_type not in (None, peft.TaskType.CAUSAL_LM):
         name = getattr(lora.task_type, "value", lora.task_type)
@@ -320,6 +339,17 @@ def incomplete_start(lora: peft.LoraConfig) -> str | None:
     if name in (*_BASE_STAYS, *_BASE_CHANGES, False, "eva"):
         return None
     return f"its init_lora_weights={name!r} changes the base model by data or random numbers that it does not hold."
+
+
+def own_settings(adapter: peft.LoraConfig) -> dict[str, Any]:
+    """Return the settings of a saved adapter that a user may want to know, as plain values without paths."""
+    targets = adapter.target_modules
+    return {
+        "r": adapter.r,
+        "lora_alpha": adapter.lora_alpha,
+        "lora_dropout": adapter.lora_dropout,
+        "target_modules": sorted(targets) if isinstance(targets, set | list | tuple) else targets,
+    }
 
 
 def adapter_off_is_base(adapter: peft.LoraConfig) -> bool:

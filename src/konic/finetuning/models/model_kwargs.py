@@ -42,12 +42,12 @@ def check_model_kwargs(model_kwargs: Mapping[str, Any]) -> None:
             "model_kwargs: quantization_config: konic cannot read the weights of torchao, neither to check them nor to "
             "merge an adapter. Use BitsAndBytesConfig, or leave quantization_config out."
         )
-    for attention in _parts(model_kwargs.get("attn_implementation")):
+    for attention in parts_of(model_kwargs.get("attn_implementation")):
         _check_attention(attention)
     check_dtype(model_kwargs.get("dtype"), "model_kwargs: dtype={}")
 
 
-def _parts(value: Any) -> list[Any]:
+def parts_of(value: Any) -> list[Any]:
     """Return the values of an argument: it may be a dict with one for each part of a multimodal model."""
     return [part for part in (value.values() if isinstance(value, Mapping) else [value]) if part is not None]
 
@@ -63,7 +63,7 @@ def _check_attention(name: Any) -> None:
 
 def check_dtype(value: Any, shown: str) -> None:
     """Raise ConfigError for a dtype that no model can compute in; `shown` is the setting, with {} for its value."""
-    for dtype in _parts(value):
+    for dtype in parts_of(value):
         if dtype != "auto":
             _check_dtype(dtype, shown)
 

@@ -4,6 +4,7 @@ from konic.finetuning.agent import KonicFinetuningAgent
 from konic.finetuning.config import TrainingConfig
 from konic.finetuning.errors import ConfigError
 from konic.finetuning.models.loading import pick_device
+from konic.finetuning.models.model_kwargs import parts_of
 from konic.finetuning.rewards.composer import find_override
 from konic.finetuning.rewards.reducers import WeightedSumReducer, reducer_of
 from konic.finetuning.rollout.serving import check_server
@@ -28,6 +29,12 @@ def check_settings(agent: KonicFinetuningAgent, num_processes: int, device: str)
         raise ConfigError(
             f"TrainingConfig: batch_size={training.batch_size} is fewer responses than the {num_processes} processes "
             "of this run. Raise it, or start fewer processes."
+        )
+    attention = parts_of(agent.get_model_kwargs().get("attn_implementation"))
+    if "flex_attention" in attention and pick_device(device).type == "cpu":
+        raise ConfigError(
+            "model_kwargs: attn_implementation='flex_attention' cannot train on a CPU. Use 'sdpa' or 'eager', or leave "
+            "it out."
         )
     if training.sharding is not None:
         _check_sharding(agent, num_processes, device)
@@ -64,6 +71,10 @@ def _warn_of_settings_without_effect(training: TrainingConfig) -> None:
         "overlong_share": ("overlong_penalty is 0", training.overlong_penalty > 0),
         "resampling_budget": ("filter_equal_groups is not set", training.filter_equal_groups),
         "max_error_rate": ("on_reward_error is not 'skip'", training.on_reward_error == "skip"),
+        "gamma": (
+            f"algorithm={training.algorithm!r} gives every token the reward of its whole response",
+            training.algorithm_row.discounts,
+        ),
         **dict.fromkeys(("vf_coef", "gae_lambda", "gae_lambda_length", "value_gae_lambda"), learns_values),
     }
     for name, (why, has_effect) in off.items():

@@ -16,6 +16,7 @@ from konic.finetuning.data.samples import collect_columns
 from konic.finetuning.errors import ConfigError, OutputError, RewardError, TrainingError
 from konic.finetuning.learning.learner import Learner, build_learner
 from konic.finetuning.learning.schedule import ENDS_AT_ZERO
+from konic.finetuning.models.adapter_config import own_settings
 from konic.finetuning.models.decode_probe import choose_plan
 from konic.finetuning.models.loading import pick_device
 from konic.finetuning.models.policy import Policy
@@ -43,6 +44,7 @@ from konic.finetuning.run.reward_weights import RewardWeights
 from konic.finetuning.run.saving import NoSaver, Saver, write_card
 from konic.finetuning.run.served import ServedCheck
 from konic.finetuning.run.state import TrainerState
+from konic.finetuning.system.places import is_url
 from konic.finetuning.system.signals import uninterrupted
 from konic.finetuning.system.world import find_world, from_first
 from konic.output import get_logger
@@ -75,6 +77,7 @@ class Session:
         self._prompts_sha256: str | None = None
         self._adopted: str | None = None
         self._has_evaluated = False
+        self._warned_of_untrained = False
         self._reported_changes = ""
         self._checked_device: str | None = None
 
@@ -144,6 +147,8 @@ class Session:
             "precision": self.learner.policy.precision,
             "reward_weights": self.reward_weights.first,
         }
+        if self.learner.policy.resumes_adapter:  # one of the agent is ignored
+            more["lora_config"] = own_settings(self.learner.policy.adapter_config())
         return self.agent.settings(uses_lora=self.learner.policy.uses_lora) | more
 
     def result(self, model_path: str | None = None, stopped_because: str | None = None) -> FinetuningResult:
@@ -260,6 +265,20 @@ class Session:
             )  # fmt: skip
         self._reported_changes = changes
 
+    def warn_if_untrained(self) -> None:
+        """Warn, once, if the model is still the untrained one and the folder holds checkpoints of a training."""
+        named = self.place.checkpoint_dir
+        if self._warned_of_untrained or self.state.iteration or named is None or is_url(named) or self.world.rank > 0:
+            return
+        folder, base = Path(named).expanduser().resolve(), Path(self.agent.get_base_model()).expanduser().resolve()
+        if not base.is_relative_to(folder) and checkpoints(folder):
+            self._warned_of_untrained = True
+            logger.warning(
+                "%s holds checkpoints that this engine has not loaded: its model is the untrained one. To load the "
+                "newest, call train(N, resume_from_checkpoint=True), or name %s as base_model.",
+                named, folder / "final",
+            )  # fmt: skip
+
     @contextlib.contextmanager
     def opened(
         self, max_iterations: int, resume: bool | str | os.PathLike[str] | None, allow_changes: bool
@@ -279,6 +298,7 @@ class Session:
                 )  # fmt: skip
             else:
                 self._plan(last)
+                self._warn_of_value_warmup(last)
             policy = self.learner.policy
             policy.decode_plan = DecodePlan(**from_first(self.world, asdict(policy.decode_plan)))
             require_equal_processes(self.world, self.settings(last), self.learner.policy.trainable())
@@ -304,6 +324,15 @@ class Session:
             logger.warning(
                 "The learning rate falls until iteration %d; the training before planned it until iteration %d.",
                 last, planned,
+            )  # fmt: skip
+
+    def _warn_of_value_warmup(self, last: int) -> None:
+        """Say so where no iteration of this training moves the policy."""
+        if self.training.value_warmup_iterations >= last:
+            logger.warning(
+                "value_warmup_iterations=%d: this training ends at iteration %d, so only the value head learns and the "
+                "policy stays as it is. Set it lower, or train for longer.",
+                self.training.value_warmup_iterations, last,
             )  # fmt: skip
 
     @contextlib.contextmanager
