@@ -1,3 +1,5 @@
+import copy
+
 import peft
 import pytest
 import torch
@@ -174,6 +176,39 @@ def test_a_subclass_keeps_what_it_was_given_under_any_name():
     assert (agent.base_model, agent.get_base_model(), agent.lora_config) == ("gpt2", "gpt2", {"r": 4})
     assert (agent.training_config.seed, agent.get_lora_config().r) == (2, 4)
     assert agent.with_settings({"lora_config": {"r": 8}}).get_lora_config().r == 8
+
+
+def test_what_an_agent_has_already_may_be_assigned_and_changes_nothing(tmp_path):
+    class Own(KonicFinetuningAgent):
+        def __init__(self, folder, training_config=None, model_kwargs=None):
+            super().__init__(folder, Rewards(), training_config=training_config, model_kwargs=model_kwargs)
+            self.base_model, self.model_kwargs = f"{folder}", model_kwargs or {}
+            self.training_config, self.dataset_config = training_config, self.get_dataset_config()
+
+    agent = Own(tmp_path / "gpt2")
+    assert (agent.get_training_config(), agent.get_model_kwargs()) == (TrainingConfig(), {})
+    assert agent.with_settings({"training_config": {"batch_size": 4}}).get_training_config().batch_size == 4
+    with pytest.raises(ConfigError, match=r"An agent keeps its base_model: give it to super\(\).__init__\(base_model"):
+        agent.base_model = "another"
+
+
+def test_what_is_assigned_before_init_is_not_lost_in_silence():
+    class Own(KonicFinetuningAgent):
+        def __init__(self, **parts):
+            self.lora_config = LoraConfig(r=4)
+            super().__init__("gpt2", Rewards(), **parts)
+
+    with pytest.raises(ConfigError, match=r"lora_config was assigned before super\(\).__init__\(lora_config"):
+        Own()
+    assert Own(lora_config={"r": 8}).get_lora_config().r == 8
+
+
+def test_a_copy_of_an_agent_does_not_copy_what_cannot_be_copied():
+    agent = KonicFinetuningAgent("gpt2", Rewards(), dataset_config={"prompts": (text for text in ("a", "b"))})
+    other = copy.deepcopy(agent).with_settings({"training_config": {"seed": 3}})
+    assert other.get_training_config().seed == 3
+    with pytest.raises(ConfigError, match="An agent keeps its training_config"):
+        other.training_config = TrainingConfig()
 
 
 def test_a_subclass_without_a_call_of_init_has_what_it_assigns():

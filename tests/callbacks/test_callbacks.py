@@ -483,6 +483,19 @@ def test_of_several_that_print_the_first_does(capsys):
     assert capsys.readouterr().out == BANNER
 
 
+def test_beside_one_whose_lines_are_its_own_the_plain_one_prints(capsys):
+    class Mine(KonicFinetuningCallback):
+        def on_iteration_end(self, result):
+            """Prints nothing."""
+
+    callbacks = Callbacks([Mine(), KonicFinetuningCallback()])
+    callbacks.on_train_begin(CONFIG)
+    callbacks.on_iteration_end(iteration())
+    assert capsys.readouterr().out == BANNER + FIRST_LINE + "\n"
+    Callbacks(Mine()).on_train_begin(CONFIG)
+    assert capsys.readouterr().out == BANNER
+
+
 def test_one_callback_twice_is_an_error():
     callback = KonicFinetuningCallback()
     with pytest.raises(ConfigError, match="one object is given twice"):

@@ -127,8 +127,8 @@ def test_prompts_come_from_a_file_or_from_standard_input(run, tmp_path, monkeypa
 
 
 def test_only_a_newline_ends_a_prompt_of_standard_input(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a\u2028b\x0cc\nd"))
-    assert _lines() == ["a\u2028b\x0cc", "d"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\u2028b\x0cc\nd\r\ne", newline=""))
+    assert _lines() == ["a\u2028b\x0cc", "d", "e"]
 
 
 def test_rewards_are_shown_under_each_response(run, tmp_path):

@@ -119,7 +119,7 @@ def test_an_adapter_is_switched_off_merged_saved_and_gone_on_from_without_a_diff
         ),
         ({"trainable_token_indices": [-1]}, "trainable_token_indices: index -1 is out of bounds"),
         ({"trainable_token_indices": {"lm_head": [-1]}}, "trainable_token_indices: index -1 is out of bounds"),
-        ({"lora_alpha": 0}, "lora_alpha=0 multiplies the adapter by 0"),
+        ({"lora_alpha": 0}, "lora_alpha=0 multiplies what it names by 0"),
         ({"alpha_pattern": {"q_proj": 0}}, r"alpha_pattern=\{'q_proj': 0\} multiplies .* Use a positive number"),
         ({"task_type": peft.TaskType.TOKEN_CLS}, "task_type='TOKEN_CLS' is for another kind of model"),
         ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS' is for another kind of model"),
@@ -299,7 +299,7 @@ def test_a_damaged_adapter_is_the_same_error_whether_continued_or_merged(read, d
         ({"changes": {"init_lora_weights": "loftq"}}, "the adapter cannot be loaded: .*(scipy|loftq_config)"),
         ({"changes": {"init_lora_weights": "corda"}}, "init_lora_weights='corda' changes the base model .* Merge this"),
         ({"changes": {"init_lora_weights": "lora_ga"}}, "init_lora_weights='lora_ga' changes the base model"),
-        ({"changes": {"lora_alpha": 0}}, "lora_alpha=0 multiplies the adapter by 0, .* Merge this adapter"),
+        ({"changes": {"lora_alpha": 0}}, "lora_alpha=0 multiplies what it names by 0, .* Merge this adapter"),
         (
             {"changes": {"r": 8}},
             r"adapter_config.json says r=8 for \S+q_proj, but its weights have the rank \d\. Use both",

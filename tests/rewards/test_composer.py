@@ -347,7 +347,7 @@ def test_weights_that_are_assigned_count():
 
 
 @pytest.mark.parametrize("of_the_class", [True, False])
-def test_rewards_in_an_attribute_that_counts_nowhere_are_refused(of_the_class):
+def test_rewards_in_an_attribute_that_counts_nowhere_are_told_once(of_the_class, caplog):
     def plain(prompt, response):
         return 1.0
 
@@ -355,13 +355,33 @@ def test_rewards_in_an_attribute_that_counts_nowhere_are_refused(of_the_class):
         ("reward_models", "add_reward_model", ConstantModel("m", [])),
         ("reward_functions", "add_reward_function", plain),
     ):
-        composer = type("Mine", (Length,), {name: [each]} if of_the_class else {})()
-        if not of_the_class:
+        caplog.clear()
+        composers = [type("Mine", (Length,), {name: [each]} if of_the_class else {})() for _ in range(2)]
+        for composer in composers if not of_the_class else ():
             setattr(composer, name, [each])
-        with pytest.raises(ConfigError, match=rf"^Mine\.{name}: .* Give it to {how}\(\), or as the composer's arg"):
-            composer.check()
-        getattr(composer, how)(each)
-        composer.check()
+        getattr(composers[0], how)(each)
+        composers[0].check()
+        assert not caplog.text
+        composers[1].check()
+        composers[1].check()
+        assert caplog.text.count(f"Mine.{name}: ") == caplog.text.count(f"Give it to {how}(), or as the") == 1
+
+
+def test_attributes_of_ones_own_under_names_of_arguments_are_left_alone(caplog):
+    class Own(Length):
+        reward_functions = ((len, 0.5), "length")
+
+        def __init__(self):
+            super().__init__()
+            self.reward_models, self.reward_weights = [ConstantModel], {"length": {"start": 1.0, "end": 0.1}}
+
+    composer = Own()
+    composer.reward_functions = [composer.length]  # a reward already
+    composer.check()
+    assert composer.compose("p", "abc") == 3
+    assert not caplog.text
+    composer.reward_weights = [1.0, 2.0]
+    assert composer.compose("p", "abc") == 3
 
 
 @pytest.mark.parametrize(

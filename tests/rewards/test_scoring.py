@@ -883,5 +883,5 @@ def test_a_reward_without_a_return_is_named_once_after_enough_responses(caplog):
         assert "return" not in caplog.text
         for _ in range(5):
             score_by(scorer, ["a"] * 31)
-    told = "Reward 'forgotten' has returned None for each of the first 62 responses. Is a `return` missing?"
+    told = "Reward 'forgotten' has given no value for any of the first 62 responses. Is a `return` missing?"
     assert [message for message in caplog.messages if "return" in message] == [told]

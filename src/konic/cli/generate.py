@@ -130,7 +130,7 @@ def _lines() -> list[str]:
         raise ConfigError(f"Standard input is not UTF-8: {error.reason} at byte {error.start}.") from None
     if not is_valid_text(text):  # where Python lets other bytes pass
         raise ConfigError("Standard input is not UTF-8. Convert it first.")
-    lines = [line for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
+    lines = [line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
     if not lines:
         raise ConfigError("Standard input holds no prompt: give one on each line.")
     return lines

@@ -69,7 +69,7 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
     """
 
     _given: Mapping[str, Any] | None = None
-    """The arguments as they were given; None until `__init__` has ended."""
+    """The arguments as they were given; None until `__init__` has ended. A copy, which may have others, has none."""
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
         """Set the defaults here, so that a subclass with getters of its own need not call `super().__init__()`."""
@@ -127,6 +127,22 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
         keep_secret(self._model_kwargs.get("token"))
         self._check_together()
         self._given = given
+        for name, value in self.__dict__.pop("_assigned", {}).items():
+            if given[name] is None and not self._returns(name, value):
+                raise ConfigError(f"{name} was assigned before super().__init__({name}=...): give it there.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the arguments, of which some cannot be copied, such as a generator of prompts."""
+        return vars(self) if self._given is None else {**vars(self), "_given": {}}
+
+    def _returns(self, name: str, value: Any) -> bool:
+        """Return True if an argument is what was given for it, or equals what its getter returns."""
+        if self._given and value is self._given[name]:
+            return True
+        try:
+            return bool(value == getattr(self, _GETTERS[name])())
+        except Exception:  # values of any kind may be compared here
+            return False
 
     def _check_together(self) -> None:
         """Raise ConfigError if a setting of one config does not go with those of another."""
@@ -193,13 +209,17 @@ class KonicFinetuningAgent(BaseKonicFinetuningAgent):
             super().__setattr__(name, value)
             return
         is_own = getter in vars(self) or getattr(type(self), getter) is not getattr(KonicFinetuningAgent, getter)
-        if not is_own and self._given is not None and value is not self._given[name]:
+        if not is_own and self._given is not None and not self._returns(name, value):
             change = f', or use agent.with_settings({{"{name}": {{...}}}})' if name in _CONFIGS else ""
+            has_init = type(self).__init__ is not KonicFinetuningAgent.__init__
             raise ConfigError(
-                f"An agent keeps its {name}: give it to {type(self).__name__}({name}=...){change}, for another agent."
+                f"An agent keeps its {name}: give it to {'super().__init__' if has_init else type(self).__name__}"
+                f"({name}=...){change}, for another agent."
             )
+        if not is_own and self._given is None:
+            self.__dict__.setdefault("_assigned", {})[name] = value
         is_property = inspect.getattr_static(type(self), name, None) is vars(KonicFinetuningAgent).get(name, self)
-        if is_property or (not is_own and self._given is None):
+        if (is_property and is_own) or (not is_own and self._given is None):
             self.__dict__[f"_{name}"] = value
         if not is_property:
             super().__setattr__(name, value)

@@ -137,7 +137,7 @@ class CompositeCallback(BaseKonicFinetuningCallback):
 class Callbacks(CompositeCallback):
     """The callbacks of a run. If none of those given reports iterations, one that prints them comes first.
 
-    Of several that print the run's lines, the first one does.
+    Of several that print the run's lines, the first one does, or the first whose class leaves them as they are.
 
     Raises:
         ConfigError: One of the objects is not a callback.
@@ -147,11 +147,12 @@ class Callbacks(CompositeCallback):
         super().__init__(given if isinstance(given, Sequence) else [given] if given is not None else [])
         if not self.reports_iterations:
             self.callbacks.insert(0, KonicFinetuningCallback())
-        has_printed = False
-        for callback in self._each():
-            if isinstance(callback, KonicFinetuningCallback):
-                callback.is_second = has_printed
-                has_printed |= callback.verbose
+        printing = [each for each in self._each() if isinstance(each, KonicFinetuningCallback)]
+        spoken = [each for each in printing if each.verbose]
+        plain = (each for each in spoken if type(each).on_iteration_end is KonicFinetuningCallback.on_iteration_end)
+        first = next(plain, spoken[0] if spoken else None)
+        for callback in printing:
+            callback.is_second = callback is not first
 
 
 def _is_true(callback: BaseKonicFinetuningCallback, answer: Any) -> bool:

@@ -80,7 +80,7 @@ def _read_table(content: Content, delimiter: str) -> Iterator[Any]:
         if header[-2:] == ["", ""] and any(header):  # columns without a name, as spreadsheets write them
             header = header[: width - next(index for index, name in enumerate(reversed(header)) if name)]
         require_distinct(header)
-        taken = 0
+        taken, has_warned = 0, False
         for first, line in lines:
             taken = 0
             if len(line) != width and line:
@@ -89,7 +89,8 @@ def _read_table(content: Content, delimiter: str) -> Iterator[Any]:
                 raise ValueError(f"line {reader.line_num}: it has {len(line)} cells, the header {width}.{hint}")
             if any(line[len(header) :]):
                 raise ValueError(f"line {reader.line_num}: it has a cell in a column without a name: name it")
-            if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in line):
+            if delimiter == "\t" and not has_warned and any("\t" in cell and "\n" in cell for cell in line):
+                has_warned = True
                 _warn_of_swallowed(content.file_name, first, reader.line_num)
             if line or width == 1:
                 yield dict(zip(header, line or [""], strict=False))

@@ -293,7 +293,7 @@ def unsupported_option(lora: peft.LoraConfig) -> str | None:
     """Return what is wrong with an adapter that cannot be switched off, merged or loaded again without a difference."""
     zero = _zero_alpha(lora)
     if zero is not None:
-        return f"{zero} multiplies the adapter by 0, so training would change nothing."
+        return f"{zero} multiplies what it names by 0, so training would change nothing there."
     name = next((name for name in _UNSUPPORTED if getattr(lora, name, None)), None)
     return name and (
         f"{name} is not supported. The adapter must act on every token in the same way, and it must be possible to "

@@ -72,6 +72,7 @@ class KonicLLMRewardComposer(OldNames):
     _reward_weights: dict[str, float]
     _unknown_weights: set[str]
     """Names that no reward had when a weight was set for them; a warning has named them."""
+    _has_warned_of_unread: bool = False
     _scored: AlreadyScored | None = None
     _origin: Origin | None = None
     """Kept where it is sent to another process."""
@@ -102,12 +103,16 @@ class KonicLLMRewardComposer(OldNames):
         self._unknown_weights = set()
         weights = getattr(cls, "reward_weights", None)
         if weights is not None:
-            self.reward_weights = weights
+            self.reward_weights = checked_weights(weights)
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Let `reward_weights` that is assigned count, as that of the class does; a later change of the dict too."""
-        if name == "reward_weights" and value is not None:
+        """Let `reward_weights` that is assigned count, as that of the class does; a later change of the dict too.
+
+        An attribute of that name that holds anything else is the script's own.
+        """
+        is_flat = isinstance(value, Mapping) and not any(isinstance(x, Mapping | list | tuple) for x in value.values())
+        if name == "reward_weights" and is_flat:
             value = self._reward_weights = checked_weights(value)
         super().__setattr__(name, value)
 
@@ -290,7 +295,7 @@ class KonicLLMRewardComposer(OldNames):
                     f"A reward is named {reward.name!r}, as a part of {owner!r} would be. Give it another name."
                 )
             require_a_response(reward)
-        self._require_nothing_unread()
+        self._warn_of_unread()
         checked_weights(self._reward_weights, f"{type(self).__name__}._reward_weights")
         check_kl_penalty_weight(self.kl_penalty_weight)
         check_reducer(type(self), reducer_of(self.reducer))
@@ -317,17 +322,20 @@ class KonicLLMRewardComposer(OldNames):
         if any(name == reward.name for reward in list_rewards(self)):
             raise ConfigError(_NAMED_TWICE.format(name))
 
-    def _require_nothing_unread(self) -> None:
-        """Raise ConfigError for rewards that the class or a script has put into an attribute that counts nowhere."""
-        functions = [reward.call for reward in self._added.values()]
-        for name, known in (("reward_models", self._reward_models or ()), ("reward_functions", functions)):
+    def _warn_of_unread(self) -> None:
+        """Warn once of rewards that the class or a script has put into an attribute that counts nowhere."""
+        used = [*(reward.call for reward in list_rewards(self)), *(self._reward_models or ())]
+        for name in () if self._has_warned_of_unread else ("reward_models", "reward_functions"):
             given = inspect.getattr_static(self, name, None)
             for each in given if isinstance(given, list | tuple) else ():
-                if not isinstance(each, str) and each not in known:
-                    raise ConfigError(
-                        f"{type(self).__name__}.{name}: {each!r:.200} is no reward by being there. Give it "
-                        f"to add_{name[:-1]}(), or as the composer's argument {name}, or rename the attribute."
-                    )
+                is_reward = callable(getattr(each, "score", each)) and not isinstance(each, type)
+                if is_reward and not any(each is one or each == one for one in used):
+                    self._has_warned_of_unread = True
+                    logger.warning(
+                        "%s.%s: %.200r is no reward by being there. Give it to add_%s(), or as the composer's argument "
+                        "%s; if a reward of yours uses it, rename the attribute.",
+                        type(self).__name__, name, each, name[:-1], name,
+                    )  # fmt: skip
 
     def _weigh_added(self, name: str, weight: float | None) -> Self:
         """Set the weight of a reward that is added: the one given, else the one that was set before, else 1."""

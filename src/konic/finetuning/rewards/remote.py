@@ -236,7 +236,10 @@ def _scored(
     name: str, model: Any, prompts: list[str], responses: list[str], columns: Mapping[str, list[Any]]
 ) -> Sequence[float | None]:
     """What a model returns, which gets the columns that it asks for."""
-    wanted = requested_columns(Reward(name, model.score, "batch", is_model=True), columns)
+    try:
+        wanted = requested_columns(Reward(name, model.score, "batch", is_model=True), columns)
+    except ValueError:  # no signature can be read, as of a function written in C
+        wanted = []
     return model.score(prompts, responses, **{column: columns[column] for column in wanted})
 
 

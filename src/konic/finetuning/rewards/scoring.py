@@ -282,7 +282,7 @@ class Scorer:
             self._num_silent[reward.name] = now = -math.inf if any(own) else before + len(own)
             if before < SILENT_RESPONSES <= now:
                 logger.warning(
-                    "%s has returned None for each of the first %d responses. Is a `return` missing?", reward.who, now
+                    "%s has given no value for any of the first %d responses. Is a `return` missing?", reward.who, now
                 )
 
     def _warn(self, fault: Fault, sample: Sample) -> None:

@@ -160,8 +160,9 @@ def _in_todays_terms(recorded: dict[str, Any], now: Mapping[str, Any]) -> dict[s
         of_rewards = ("ppo", "rloo", "reinforce++")
         saved["kl_placement"] = "reward" if saved.get("algorithm") in of_rewards else "loss"
     saved.setdefault("tokenizer_sha256", now.get("tokenizer_sha256"))  # not recorded before
-    if saved.get("use_lora") and saved.get("lora_config") is None:  # that of a saved adapter was not recorded before
-        saved["lora_config"] = now.get("lora_config")
+    recorded_lora, lora = saved.get("lora_config"), now.get("lora_config") or {}
+    if saved.get("use_lora") and (recorded_lora is None or lora.keys() < recorded_lora.keys()):
+        saved["lora_config"] = lora  # beside a saved adapter, the agent's own was recorded before, which is ignored
     if "precision" not in saved:  # written when only model_kwargs named it
         dtype = str((saved.get("model_kwargs") or {}).get("dtype") or "float32").removeprefix("torch.")
         saved["precision"] = now.get("precision") if dtype == "auto" else dtype

@@ -77,7 +77,7 @@ class Session:
         self._prompts_sha256: str | None = None
         self._adopted: str | None = None
         self._has_evaluated = False
-        self._warned_of_untrained = False
+        self._warned_of_untrained = self._warned_of_value_warmup = False
         self._reported_changes = ""
         self._checked_device: str | None = None
 
@@ -275,8 +275,9 @@ class Session:
             self._warned_of_untrained = True
             logger.warning(
                 "%s holds checkpoints that this engine has not loaded: its model is the untrained one. To load the "
-                "newest, call train(N, resume_from_checkpoint=True), or name %s as base_model.",
-                named, folder / "final",
+                "newest, call train(N, resume_from_checkpoint=True), or name the folder of a model there, such as "
+                "final, as base_model.",
+                named,
             )  # fmt: skip
 
     @contextlib.contextmanager
@@ -328,7 +329,8 @@ class Session:
 
     def _warn_of_value_warmup(self, last: int) -> None:
         """Say so where no iteration of this training moves the policy."""
-        if self.training.value_warmup_iterations >= last:
+        if self.training.value_warmup_iterations >= last and not self._warned_of_value_warmup:
+            self._warned_of_value_warmup = True
             logger.warning(
                 "value_warmup_iterations=%d: this training ends at iteration %d, so only the value head learns and the "
                 "policy stays as it is. Set it lower, or train for longer.",
