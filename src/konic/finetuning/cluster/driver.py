@@ -4,6 +4,7 @@ Ray Train starts all workers again when one is lost. Where a run is then resumed
 decided here, in the one process that outlives them.
 """
 
+import gc
 import os
 import socket
 import sys
@@ -108,6 +109,7 @@ def _run(ray: Any, scaling: Any, job: Job, desk: Desk) -> Outcome:
     """Run Ray Train in a thread, and answer its workers in this one until it ends."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    gc.collect()  # reward models that nothing can reach any more end, and give back what their actors took
     require_equal_nodes(ray, scaling)
     gpus = ray.cluster_resources().get("GPU", 0)
     if gpus and not scaling.use_gpu:
