@@ -1,5 +1,6 @@
 """Rewards beside an actor of Ray give what workers on this machine give; reward models in actors of their own."""
 
+import gc
 import math
 import os
 import re
@@ -237,13 +238,15 @@ class Length:
         return [len(each) / 10 for each in responses]
 
 
-def test_a_training_on_ray_scores_in_actors_and_is_that_of_one_process(cluster, model, tmp_path):  # noqa: F811
+def test_a_training_on_ray_scores_in_actors_and_is_that_of_one_process(cluster, model, tmp_path, request):  # noqa: F811
     one = train(model, tmp_path / "one", Rewards().add_reward_model(Length()))[1]
     rewards = Rewards().add_reward_model(RemoteRewardModel("length", Length))
     left = [RemoteRewardModel("left", Length, {"CPU": 0.5})]  # both workers have room only without it
     left[0].score(["p"], ["r"])
     left.append(left)
     del left
+    gc.disable()  # as where no garbage collection happens to come
+    request.addfinalizer(gc.enable)
     settings = {"reward_workers": 1, "reward_resources": {}}
     two = train(model, tmp_path / "two", rewards, ScalingConfig(num_workers=2), **settings)[1]
     same([each.to_dict() for each in one.history], [each.to_dict() for each in two.history])
