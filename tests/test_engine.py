@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pyarrow.parquet
 import pytest
 import torch
@@ -870,6 +871,21 @@ def test_a_run_from_an_adapter_records_the_settings_of_that_adapter(model_folder
         file.write_text(json.dumps(record))
         seal(file.parent)
         assert train(iteration + 1, agent, resume_from_checkpoint=True).total_iterations == iteration + 1
+
+
+def test_pefts_config_and_konics_are_compared_in_a_resume(model_folders, tmp_path):
+    agent = make_agent(model_folders["llama"])
+    names = ("base_model", "reward_composer", "dataset_config", "training_config", "generation_config")
+    parts = {name: getattr(agent, f"get_{name}")() for name in names}
+
+    def engine(lora):
+        agent = KonicFinetuningAgent(lora_config=lora, **parts)
+        return KonicFinetuningEngine.from_agent(agent, checkpoint_dir=tmp_path, callback=Silent(), device="cpu")
+
+    targets = LORA_TARGETS["llama"]
+    engine(peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")).train(1)
+    with pytest.raises(OutputError, match="lora_alpha was 16 and is 32"):
+        engine(LoraConfig(r=4, lora_alpha=32, target_modules=targets)).train(2, resume_from_checkpoint=True)
 
 
 def test_an_adapter_that_cannot_be_gone_on_from_is_said(model_folders, tmp_path):

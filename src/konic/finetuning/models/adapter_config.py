@@ -341,15 +341,14 @@ def incomplete_start(lora: peft.LoraConfig) -> str | None:
     return f"its init_lora_weights={name!r} changes the base model by data or random numbers that it does not hold."
 
 
+OWN_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules")
+"""What is recorded of the settings of a saved adapter."""
+
+
 def own_settings(adapter: peft.LoraConfig) -> dict[str, Any]:
     """Return the settings of a saved adapter that a user may want to know, as plain values without paths."""
-    targets = adapter.target_modules
-    return {
-        "r": adapter.r,
-        "lora_alpha": adapter.lora_alpha,
-        "lora_dropout": adapter.lora_dropout,
-        "target_modules": sorted(targets) if isinstance(targets, set | list | tuple) else targets,
-    }
+    values = {name: getattr(adapter, name) for name in OWN_SETTINGS}
+    return {name: sorted(value) if isinstance(value, set | list | tuple) else value for name, value in values.items()}
 
 
 def adapter_off_is_base(adapter: peft.LoraConfig) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from konic.finetuning.config import TrainingConfig
 from konic.finetuning.errors import ConfigError, OutputError
+from konic.finetuning.models.adapter_config import OWN_SETTINGS
 from konic.finetuning.models.decode_probe import plan_from
 from konic.finetuning.models.prepacked import DecodePlan
 from konic.finetuning.results.iteration import FinetuningIterationResult
@@ -160,9 +161,11 @@ def _in_todays_terms(recorded: dict[str, Any], now: Mapping[str, Any]) -> dict[s
         of_rewards = ("ppo", "rloo", "reinforce++")
         saved["kl_placement"] = "reward" if saved.get("algorithm") in of_rewards else "loss"
     saved.setdefault("tokenizer_sha256", now.get("tokenizer_sha256"))  # not recorded before
-    recorded_lora, lora = saved.get("lora_config"), now.get("lora_config") or {}
-    if saved.get("use_lora") and (recorded_lora is None or lora.keys() < recorded_lora.keys()):
-        saved["lora_config"] = lora  # beside a saved adapter, the agent's own was recorded before, which is ignored
+    of_adapter = set(now.get("lora_config") or ()) == set(OWN_SETTINGS)
+    if saved.get("use_lora") and of_adapter and set(saved.get("lora_config") or ()) != set(OWN_SETTINGS):
+        saved["lora_config"] = now[
+            "lora_config"
+        ]  # beside a saved adapter, the agent's own was recorded before, which is ignored
     if "precision" not in saved:  # written when only model_kwargs named it
         dtype = str((saved.get("model_kwargs") or {}).get("dtype") or "float32").removeprefix("torch.")
         saved["precision"] = now.get("precision") if dtype == "auto" else dtype
